@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -type f)
+FORMATTED := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
+
+.PHONY: demo test lint bench sanitize clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m bench.demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+# The runtimes are preloaded because python itself is not instrumented; libstdc++ goes with them, or the
+# sanitizer cannot intercept C++ exceptions. pytest's default capture would swallow the report of a crash.
+sanitize: $(VENV)/.installed
+	FLASHPAIR_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
+	extension=$$(echo $(CURDIR)/build/sanitize/flashpair/_C.*.so) && \
+	runtimes=$$(ldd "$$extension" | awk '/lib(asan|ubsan|stdc)/ { print $$3 }' | xargs) && \
+	FLASHPAIR_EXTENSION="$$extension" LD_PRELOAD="$$runtimes" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/python -m pytest --capture=sys tests/test_tiled.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache .mypy_cache
+	rm -f python/flashpair/_C.*.so python/flashpair/_build.json $(VENV)/.installed
+	find bench csrc kernels python tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.requirements: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py $(CSRC)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	touch $@

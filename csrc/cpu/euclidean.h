@@ -1,0 +1,47 @@
+// Euclidean distances from dot products, and the way back: D^2 = |x|^2 + |y|^2 - 2 x.y, dD/dS = -1/D, and along the
+// rows' own vectors dD/dx = x/D - y/D. A distance under rounding noise is 0 and has no direction: its gradient is 0.
+#pragma once
+#include "sweep.h"
+
+namespace flashpair {
+namespace {
+
+template <class T>
+constexpr T ZERO_DISTANCE = sizeof(T) == 4 ? T(8 * 1.1920928955078125e-7) : T(8 * 2.220446049250313e-16);
+
+INLINE float root(float x) { return __builtin_sqrtf(x); }
+INLINE double root(double x) { return __builtin_sqrt(x); }
+
+template <class T>
+void distances(const Problem<T>& p, const Tile<T>& t) {
+  if (!p.row_square) return;
+  for (int64_t i = 0; i < t.rows; ++i) {
+    T* z = t.z + i * t.ld;
+    const T xx = p.row_square[t.r0 + i];
+    const T* yy = p.ref_square + t.c0;
+    for (int64_t j = 0; j < t.cols; ++j) {
+      const T squares = xx + yy[j], d2 = squares - 2 * z[j];
+      z[j] = d2 <= ZERO_DISTANCE<T> * squares ? T(0) : root(d2);
+    }
+  }
+}
+
+// In: w = dL/dD. Out: w = dL/dS = -w / D, and the pull of each pair on its own two rows.
+template <class T>
+void pull(const Tile<T>& t, T* w, T* row_pull, T* ref_pull) {
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const T* z = t.z + i * t.ld;
+    T* wi = w + i * t.ld;
+    T total = 0;
+    for (int64_t j = 0; j < t.cols; ++j) {
+      const T u = z[j] == T(0) || wi[j] == T(0) ? T(0) : wi[j] / z[j];
+      wi[j] = -u;
+      total += u;
+      if (ref_pull) ref_pull[t.c0 + j] += u;
+    }
+    if (row_pull) row_pull[t.r0 + i] += total;
+  }
+}
+
+}  // namespace
+}  // namespace flashpair

@@ -1,0 +1,20 @@
+// Compiled once for each instruction set, which FLASHPAIR_ISA names and the compiler's flags choose.
+#include "kernels.h"
+
+#include "euclidean.h"
+#include "live.h"
+#include "reduce.h"
+#include "weigh.h"
+
+namespace flashpair {
+namespace FLASHPAIR_ISA {
+
+Kernels<float> kernels_float() {
+  return {distances<float>, reduce<float>, list_live<float>, weigh<float>, scatter<float>};
+}
+Kernels<double> kernels_double() {
+  return {distances<double>, reduce<double>, list_live<double>, weigh<double>, scatter<double>};
+}
+
+}  // namespace FLASHPAIR_ISA
+}  // namespace flashpair

@@ -1,0 +1,127 @@
+// Pairs that a mining window lets through, kept from forward to backward when a tile holds few of them: then backward
+// needs neither that tile's similarities again nor its gradient products, only 2 D multiply-adds a pair.
+#pragma once
+#include "euclidean.h"
+#include "weigh.h"
+
+namespace flashpair {
+namespace {
+
+template <class T>
+int64_t list_live(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live) {
+  int64_t found = 0;
+  specialize(r, t.symmetric, [&](auto low, auto up, auto sym) {
+    constexpr bool A = decltype(low)::value, B = decltype(up)::value, S = decltype(sym)::value;
+    using V = Vec<T>;
+    Columns<T> lower, upper;
+    if (S) {
+      lower.fill(r.lower, -INF<T>, t);
+      upper.fill(r.upper, INF<T>, t);
+    }
+    for (int64_t i = 0; i < t.rows && found >= 0; ++i) {
+      const T* z = t.z + i * t.ld;
+      const V low_i = splat(lower_of(r, t.r0 + i)), up_i = splat(upper_of(r, t.r0 + i));
+      sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
+        const V zv = load(z + v);
+        V hit = select<T>(both<T>(inside<T, A, B>(zv, low_i, up_i), m), splat(T(1)), V{});
+        if constexpr (S) {
+          const auto in = inside<T, A, B>(zv, lower.at(v), upper.at(v));
+          hit += select<T>(both<T>(in, m), splat(T(1)), V{});
+        }
+        const Mask<T> hits = hit > T(0);
+        if (found < 0 || !any<T>(hits)) return;
+        for (int64_t k = 0; k < WIDTH<T>; ++k) {
+          if (!hits[k]) continue;
+          if (found == live.capacity) {
+            found = -1;
+            return;
+          }
+          live.entry[found] = static_cast<int32_t>(i << 16 | (v + k));
+          live.z[found++] = z[v + k];
+        }
+      });
+    }
+  });
+  return found;
+}
+
+template <class T>
+INLINE void add_scaled(T* to, const T* from, T by, int64_t d) {
+  int64_t k = 0;
+  for (; k + WIDTH<T> <= d; k += WIDTH<T>) store<T>(to + k, load(to + k) + load(from + k) * by);
+  for (; k < d; ++k) to[k] += from[k] * by;
+}
+
+// What a reduction needs of the anchor of each of a vector's pairs.
+template <class T>
+struct AnchorLanes {
+  Vec<T> lower, upper, own, grad, value;
+  AnchorLanes(const Reduction<T>& r, const int64_t* of, int64_t count) {
+    lower = splat(-INF<T>), upper = splat(INF<T>), own = grad = value = Vec<T>{};
+    for (int64_t k = 0; k < count; ++k) {
+      if (r.lower) lower[k] = r.lower[of[k]];
+      if (r.upper) upper[k] = r.upper[of[k]];
+      if (r.offset) own[k] = r.offset[of[k]];
+      if (r.op == LOGSUMEXP) value[k] = r.value[of[k]];
+      grad[k] = value[k] == -INF<T> ? T(0) : r.grad[of[k]];
+    }
+  }
+  // dL/dt of these anchors' pairs.
+  template <class Phi>
+  Vec<T> weight(const Reduction<T>& r, Vec<T> z, Vec<T> ref, Vec<T>& own_share, Vec<T>& ref_share) const {
+    const Vec<T> s = z * r.scale;
+    const Mask<T> in = (z > lower) & (z < upper) & (grad != T(0));
+    if (r.op == LOGSUMEXP) return select<T>(in, exp(s - value) * grad, Vec<T>{});
+    return select<T>(in, Phi::template slope<T>(s, own, ref, own_share, ref_share) * grad, Vec<T>{});
+  }
+};
+
+template <class T, class Phi>
+void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live, int64_t total,
+                  int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull) {
+  using V = Vec<T>;
+  V dscale{};
+  for (int64_t first = 0; first < total; first += WIDTH<T>) {
+    const int64_t count = total - first < WIDTH<T> ? total - first : WIDTH<T>;
+    int64_t row[WIDTH<T>], column[WIDTH<T>];
+    V z{}, row_ref{}, column_ref{};
+    for (int64_t k = 0; k < count; ++k) {
+      const int32_t entry = live.entry[first + k];
+      row[k] = t.r0 + (entry >> 16), column[k] = t.c0 + (entry & 0xffff);
+      z[k] = live.z[first + k];
+      if (r.ref_offset) column_ref[k] = r.ref_offset[column[k]];
+      if (r.ref_offset && t.symmetric) row_ref[k] = r.ref_offset[row[k]];
+    }
+    V g_own{}, g_ref{}, c_own{}, c_ref{}, c{};
+    const V g = AnchorLanes<T>(r, row, count).template weight<Phi>(r, z, column_ref, g_own, g_ref);
+    if (t.symmetric) c = AnchorLanes<T>(r, column, count).template weight<Phi>(r, z, row_ref, c_own, c_ref);
+    dscale += (t.mirror ? g + c : g) * z;
+    for (int64_t k = 0; k < count; ++k) {
+      if (r.grad_offset) r.grad_offset[row[k]] += g[k] * g_own[k];
+      if (r.grad_offset && t.mirror) r.grad_offset[column[k]] += c[k] * c_own[k];
+      if (r.grad_ref_offset && t.symmetric) r.grad_ref_offset[row[k]] += c[k] * c_ref[k];
+      if (r.grad_ref_offset && (t.mirror || !t.symmetric)) r.grad_ref_offset[column[k]] += g[k] * g_ref[k];
+      T w = (g[k] + c[k]) * r.scale;
+      if (w == T(0)) continue;
+      if (p.row_square) {
+        w = z[k] == T(0) ? T(0) : -w / z[k];
+        if (row_pull) row_pull[row[k]] -= w;
+        if (ref_pull) ref_pull[column[k]] -= w;
+      }
+      if (dx) add_scaled(dx + row[k] * d, y + column[k] * d, w, d);
+      if (dy) add_scaled(dy + column[k] * d, x + row[k] * d, w, d);
+    }
+  }
+  if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
+}
+
+template <class T>
+void scatter(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live, int64_t total,
+             int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull) {
+  with_transform(r.transform, [&](auto phi) {
+    scatter_with<T, decltype(phi)>(p, r, t, live, total, block, x, y, d, dx, dy, row_pull, ref_pull);
+  });
+}
+
+}  // namespace
+}  // namespace flashpair

@@ -1,0 +1,183 @@
+// Vectors of the compiler's own kind, one width for each instruction set, and the few functions that losses need.
+// Everything is internal to the including file: nothing compiled for one instruction set can be linked into another.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace flashpair {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+#define ALWAYS __attribute__((always_inline))  // for lambdas, which take no `inline`
+#define INLINE inline ALWAYS
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float V __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
+  using Int = int32_t;
+};
+template <>
+struct Lanes<double> {
+  typedef double V __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
+  using Int = int64_t;
+};
+template <class T>
+using Vec = typename Lanes<T>::V;
+template <class T>
+using Mask = typename Lanes<T>::I;  // -1 or 0 a lane
+template <class T>
+constexpr int64_t WIDTH = VECTOR_BYTES / sizeof(T);
+template <class T>
+constexpr T INF = static_cast<T>(__builtin_inff());
+
+struct AllLanes {};  // the mask of a vector that needs none
+
+template <class T>
+INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <class T>
+INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+template <class T>
+INLINE Mask<T> iota(int64_t first) {
+  Mask<T> v{};
+  for (int64_t k = 0; k < WIDTH<T>; ++k) v[k] = static_cast<typename Lanes<T>::Int>(first + k);
+  return v;
+}
+template <class T>
+INLINE Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) {
+  return m ? a : b;
+}
+template <class T>
+INLINE Vec<T> select(AllLanes, Vec<T> a, Vec<T>) {
+  return a;
+}
+template <class T>
+INLINE Mask<T> both(Mask<T> a, Mask<T> b) {
+  return a & b;
+}
+template <class T>
+INLINE Mask<T> both(Mask<T> a, AllLanes) {
+  return a;
+}
+template <class T>
+INLINE AllLanes both(AllLanes, AllLanes) {
+  return {};
+}
+template <class T>
+INLINE Mask<T> both(AllLanes, Mask<T> b) {
+  return b;
+}
+template <class T>
+INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+template <class T>
+INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+template <class T>
+INLINE T hmax(Vec<T> v) {
+  T r = v[0];
+  for (int64_t k = 1; k < WIDTH<T>; ++k) r = v[k] > r ? v[k] : r;
+  return r;
+}
+template <class T>
+INLINE T hmin(Vec<T> v) {
+  return -hmax<T>(-v);
+}
+template <class T>
+INLINE T hsum(Vec<T> v) {
+  T r = 0;
+  for (int64_t k = 0; k < WIDTH<T>; ++k) r += v[k];
+  return r;
+}
+template <class T>
+INLINE bool any(Mask<T> m) {
+  typename Lanes<T>::Int r = 0;
+  for (int64_t k = 0; k < WIDTH<T>; ++k) r |= m[k];
+  return r != 0;
+}
+
+// e^x to about one rounding: 0 under the range, saturated at e^88 (float) and e^709 (double); NaN stays NaN.
+INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  const V under = splat(-87.3365f);
+  const Mask<float> zero = x < under;
+  x = x < under ? under : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const V t = x * 1.44269504f + 12582912.0f;  // the sum's low bits are the rounded exponent
+  const V n = t - 12582912.0f;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Mask<float> power = ((Mask<float>)t + 127) << 23;
+  return zero ? V{} : p * (V)power;
+}
+INLINE Vec<double> exp(Vec<double> x) {
+  using V = Vec<double>;
+  const V under = splat(-708.39);
+  const Mask<double> zero = x < under;
+  x = x < under ? under : x;
+  x = x > 709.0 ? splat(709.0) : x;
+  const V t = x * 1.4426950408889634 + 6755399441055744.0;
+  const V n = t - 6755399441055744.0;
+  const V r = (x - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;
+  V p = splat(1.0 / 6227020800.0);  // Taylor to r^13: 4e-18 at |r| <= ln(2) / 2
+  const double c[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+                      1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5,         1.0,
+                      1.0};
+  for (double k : c) p = p * r + k;
+  const Mask<double> power = ((Mask<double>)t + 1023) << 52;
+  return zero ? V{} : p * (V)power;
+}
+
+// log(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)), a series in a square of at most 1 / 9.
+template <class T>
+INLINE Vec<T> log1p_unit(Vec<T> e) {
+  const Vec<T> s = e / (e + T(2)), q = s * s;
+  constexpr int last = sizeof(T) == 4 ? 8 : 16;
+  Vec<T> p = splat(T(1) / (2 * last + 1));
+  for (int k = last - 1; k >= 0; --k) p = p * q + T(1) / (2 * k + 1);
+  return T(2) * s * p;
+}
+template <class T>
+INLINE Vec<T> absolute(Vec<T> x) {
+  return x < T(0) ? -x : x;
+}
+template <class T>
+INLINE Vec<T> softplus(Vec<T> t) {
+  return maximum<T>(t, Vec<T>{}) + log1p_unit<T>(exp(-absolute<T>(t)));
+}
+template <class T>
+INLINE Vec<T> sigmoid(Vec<T> t) {
+  const Vec<T> e = exp(-absolute<T>(t));
+  return (t < T(0) ? e : splat(T(1))) / (e + T(1));
+}
+
+}  // namespace
+}  // namespace flashpair

@@ -1,0 +1,161 @@
+// Backward: the weight of each pair of a tile, dL/dS_ij = sum over reductions of dL/dr * phi'(t) [* softmax].
+//
+// Reads the similarities that the forward pass saw (same tile, same bits, so no window or hinge flips in between) and
+// the rows' values; writes one weight tile, which the caller multiplies by the embeddings. With a symmetric tile the
+// weights of both directions are added, so that one product serves both.
+#pragma once
+#include "euclidean.h"
+#include "reduce.h"
+
+namespace flashpair {
+namespace {
+
+// What one reduction needs of each anchor, as rows or as columns: dL/dr (0 where the set was empty) and the value.
+template <class T>
+struct Anchors {
+  Columns<T> lower, upper, own, ref, grad, value;
+  void fill(const Reduction<T>& r, const Tile<T>& block) {
+    lower.fill(r.lower, -INF<T>, block);
+    upper.fill(r.upper, INF<T>, block);
+    own.fill(r.offset, T(0), block);
+    ref.fill(r.ref_offset, T(0), block);
+    grad.fill(r.grad, T(0), block);
+    value.fill(r.op == LOGSUMEXP ? r.value : nullptr, T(0), block);
+    for (int64_t k = 0; k < block.cols; ++k)
+      if (value.data[k] == -INF<T>) grad.data[k] = value.data[k] = T(0);
+  }
+};
+
+template <class T>
+Tile<T> rows_of(const Tile<T>& t) {
+  return {t.z, t.ld, 0, 0, t.r0, t.rows, false, false};
+}
+
+// logsumexp: g_i e^(s - r_i) + g_j e^(s - r_j), as one exponential times (g_i e^(h - r_i) + g_j e^(h - r_j)) where the
+// tile's values r lie close enough together around h that nothing overflows.
+template <class T, bool LOWER, bool UPPER, bool SYMMETRIC>
+void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w) {
+  using V = Vec<T>;
+  Anchors<T> rows, cols;
+  rows.fill(r, rows_of(t));
+  T high = -INF<T>, low = INF<T>;
+  auto widen = [&](const Anchors<T>& a, int64_t size) {
+    for (int64_t k = 0; k < size; ++k) {
+      if (a.grad.data[k] == T(0)) continue;
+      high = a.value.data[k] > high ? a.value.data[k] : high;
+      low = a.value.data[k] < low ? a.value.data[k] : low;
+    }
+  };
+  widen(rows, t.rows);
+  if (SYMMETRIC) {
+    cols.fill(r, t);
+    widen(cols, t.cols);
+  }
+  if (!(high >= low)) high = low = T(0);
+  const bool shared = high - low <= SPREAD<T>;
+  const V middle = splat(low + (high - low) / 2);
+  auto scale_to_middle = [&](Anchors<T>& a, int64_t size) {
+    for (int64_t k = 0; k < size; k += WIDTH<T>)
+      store<T>(a.grad.data + k, a.grad.at(k) == T(0) ? V{} : a.grad.at(k) * exp(middle - a.value.at(k)));
+  };
+  if (shared) {
+    scale_to_middle(rows, t.rows);
+    if (SYMMETRIC) scale_to_middle(cols, t.cols);
+  }
+  V dscale{};
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const V low_i = splat(rows.lower.data[i]), up_i = splat(rows.upper.data[i]);
+    const V grad_i = splat(rows.grad.data[i]), value_i = shared ? middle : splat(rows.value.data[i]);
+    if (!SYMMETRIC && rows.grad.data[i] == T(0)) continue;
+    const T* z = t.z + i * t.ld;
+    T* wi = w + i * t.ld;
+    sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
+      const V zv = load(z + v), s = zv * r.scale, e = exp(s - value_i);
+      V sum = select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), e * grad_i, V{});
+      V own = sum;
+      if constexpr (SYMMETRIC) {
+        const auto in = inside<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v));
+        const V c = shared ? e : exp(s - cols.value.at(v));
+        sum += select<T>(both<T>(in, m), c * cols.grad.at(v), V{});
+        if (t.mirror) own = sum;
+      }
+      dscale += own * zv;
+      store<T>(wi + v, load(wi + v) + sum * r.scale);
+    });
+  }
+  if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
+}
+
+template <class T, bool LOWER, bool UPPER, bool SYMMETRIC, class Phi>
+void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w) {
+  using V = Vec<T>;
+  Anchors<T> rows, cols;
+  Columns<T> doffset, dref;
+  rows.fill(r, rows_of(t));
+  cols.fill(r, t);
+  doffset.fill(nullptr, T(0), t);
+  dref.fill(nullptr, T(0), t);
+  V dscale{};
+  for (int64_t i = 0; i < t.rows; ++i) {
+    const V low_i = splat(rows.lower.data[i]), up_i = splat(rows.upper.data[i]), grad_i = splat(rows.grad.data[i]);
+    const V own_i = splat(rows.own.data[i]), ref_i = splat(rows.ref.data[i]);
+    const T* z = t.z + i * t.ld;
+    T* wi = w + i * t.ld;
+    V doffset_i{}, dref_i{};
+    sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
+      const V zv = load(z + v), s = zv * r.scale;
+      V own_share, ref_share;
+      const V slope = Phi::template slope<T>(s, own_i, cols.ref.at(v), own_share, ref_share);
+      const V g = select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), slope * grad_i, V{});
+      V sum = g, own = g;
+      doffset_i += g * own_share;
+      if (t.mirror || !t.symmetric) store<T>(dref.data + v, dref.at(v) + g * ref_share);
+      if constexpr (SYMMETRIC) {
+        const auto in = inside<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v));
+        const V other = Phi::template slope<T>(s, cols.own.at(v), ref_i, own_share, ref_share);
+        const V c = select<T>(both<T>(in, m), other * cols.grad.at(v), V{});
+        sum += c;
+        dref_i += c * ref_share;
+        if (t.mirror) {
+          own = sum;
+          store<T>(doffset.data + v, doffset.at(v) + c * own_share);
+        }
+      }
+      dscale += own * zv;
+      store<T>(wi + v, load(wi + v) + sum * r.scale);
+    });
+    if (r.grad_offset) r.grad_offset[t.r0 + i] += hsum<T>(doffset_i);
+    if (r.grad_ref_offset && t.symmetric) r.grad_ref_offset[t.r0 + i] += hsum<T>(dref_i);
+  }
+  if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
+  for (int64_t j = 0; j < t.cols; ++j) {
+    if (r.grad_offset && t.mirror) r.grad_offset[t.c0 + j] += doffset.data[j];
+    if (r.grad_ref_offset && (t.mirror || !t.symmetric)) r.grad_ref_offset[t.c0 + j] += dref.data[j];
+  }
+}
+
+template <class T>
+void weigh_reduction(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w) {
+  specialize(r, t.symmetric, [&](auto low, auto up, auto sym) {
+    constexpr bool A = decltype(low)::value, B = decltype(up)::value, S = decltype(sym)::value;
+    if (r.op == LOGSUMEXP) return weigh_logsumexp<T, A, B, S>(p, r, t, block, w);
+    with_transform(r.transform, [&](auto phi) { weigh_sum<T, A, B, S, decltype(phi)>(p, r, t, block, w); });
+  });
+}
+
+template <class T>
+bool weigh(const Problem<T>& p, const Reduction<T>* reductions, int count, const Tile<T>& t, int64_t block, T* w,
+           T* row_pull, T* ref_pull) {
+  using V = Vec<T>;
+  const int64_t padded = (t.cols + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>;
+  for (int64_t i = 0; i < t.rows; ++i) memset(w + i * t.ld, 0, padded * sizeof(T));
+  for (int k = 0; k < count; ++k) weigh_reduction(p, reductions[k], t, block, w);
+  if (p.row_square) pull(t, w, row_pull, ref_pull);
+  Mask<T> live{};
+  for (int64_t i = 0; i < t.rows && !any<T>(live); ++i)
+    for (int64_t v = 0; v < padded; v += WIDTH<T>) live |= load(w + i * t.ld + v) != V{};
+  return any<T>(live);
+}
+
+}  // namespace
+}  // namespace flashpair

@@ -1,0 +1,38 @@
+"""flashpair: fused losses for deep metric learning that never store the similarity matrix.
+
+    criterion = flashpair.MultiSimilarityLoss()
+    loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
+"""
+
+from . import functional
+from .criteria import (
+    Criterion,
+    GeneralizedLiftedStructureLoss,
+    LiftedStructureLoss,
+    LiftedStructureStarLoss,
+    MultiSimilarityLoss,
+    NPairsLoss,
+    RowLosses,
+)
+from .pairs import Pairs, make_pairs
+from .primitive import row_reduce
+from .reduction import Reduction
+from .weights import pair_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Criterion",
+    "GeneralizedLiftedStructureLoss",
+    "LiftedStructureLoss",
+    "LiftedStructureStarLoss",
+    "MultiSimilarityLoss",
+    "NPairsLoss",
+    "Pairs",
+    "Reduction",
+    "RowLosses",
+    "functional",
+    "make_pairs",
+    "pair_weights",
+    "row_reduce",
+]

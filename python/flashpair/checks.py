@@ -1,0 +1,91 @@
+"""Bad input is refused here, before any work, by name: what came and what is taken. No check looks at a value on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> Tensor:
+    """A float16, bfloat16, float32 or float64 tensor of shape (N, D), D > 0."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), got {_what(value)}"
+        )
+    if value.dim() != 2 or value.shape[1] == 0:
+        raise ValueError(f"{name} must have shape ({letters}) with D > 0, got {_what(value)}")
+    return value
+
+
+def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whose: str = "embeddings") -> Tensor:
+    """An integer tensor of one entry a row of `of`, on its device; returned as int64."""
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {_what(value)}")
+    if value.dim() != 1 or value.shape[0] != of.shape[0]:
+        raise ValueError(f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {_what(value)}")
+    if value.device != of.device:
+        raise ValueError(f"{name} must be on the device of {whose}, {of.device}, got {_what(value)}")
+    return value.to(torch.int64)
+
+
+def batch(
+    x: Any, x_labels: Any, y: Any, y_labels: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The four arguments of every criterion's call: embeddings, labels, ref_emb, ref_labels."""
+    x = embeddings(x)
+    x_labels = labels(x_labels, x)
+    if (y is None) != (y_labels is None):
+        given, missing = ("ref_emb", "ref_labels") if y_labels is None else ("ref_labels", "ref_emb")
+        raise ValueError(f"{missing} must be given with {given}, got None")
+    if y is None:
+        return x, x_labels, None, None
+    y = embeddings(y, "ref_emb", "M, D")
+    if y.shape[1] != x.shape[1]:
+        raise ValueError(f"ref_emb must have the width of embeddings, D = {x.shape[1]}, got {_what(y)}")
+    if y.device != x.device:
+        raise ValueError(f"ref_emb must be on the device of embeddings, {x.device}, got {_what(y)}")
+    return x, x_labels, y, labels(y_labels, y, "ref_labels", "M", "ref_emb")
+
+
+def word(value: Any, words: Iterable[str], name: str) -> str:
+    words = tuple(words)
+    if value not in words:
+        raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}")
+    return value
+
+
+def number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float | Tensor:
+    """A finite real number in range, or a floating-point tensor of no dimensions (a learnable one), whose value is not looked at."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not value.dtype.is_floating_point:
+            raise ValueError(f"{name} must be a number or a floating-point tensor of shape (), got {_what(value)}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a floating-point tensor of shape (), got {_what(value)}")
+    low = "" if above is None else f" above {above:g}"
+    low = low if at_least is None else f" of at least {at_least:g}"
+    in_range = (above is None or value > above) and (at_least is None or value >= at_least)
+    if not in_range or value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be a finite number{low}, got {value!r}")
+    return float(value)
+
+
+def constant(value: Any, name: str, *, at_least: float) -> float:
+    """A finite number that only selects pairs, and so has no gradient to learn it by."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number (selection has no gradient), got {_what(value)}")
+    result = number(value, name, at_least=at_least)
+    assert isinstance(result, float)
+    return result

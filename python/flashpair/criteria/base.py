@@ -1,0 +1,121 @@
+"""What every criterion shares: checks, normalisation, the pairs, and how row losses become one number."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..dispatch import check_name
+from ..pairs import Pairs, make_pairs
+from ..reference import ReferencePairs
+from ..similarity import compute_dtype, normalize
+
+REDUCTIONS = ("mean", "sum", "none", "mean_valid", "nonzero")
+AnyPairs = Pairs | ReferencePairs
+
+
+class RowLosses(NamedTuple):
+    """The losses of the rows, and what averages divide by.
+
+    Args:
+        losses: (N,), 0 where a row has none.
+        valid: (N,) bool: rows that have a loss.
+        count: what "mean" divides by: an int, or a tensor ().
+    """
+
+    losses: Tensor
+    valid: Tensor
+    count: int | Tensor
+
+
+class Criterion(nn.Module):
+    """A loss of pairs: a subclass says what one row is in `row_losses`; this class does the rest.
+
+    Args:
+        normalize: L2-normalise embeddings (and references) first; a zero row stays zero.
+        reduction: ``"mean"`` (over the loss's own count, see the class), ``"sum"``, ``"none"`` (N,), ``"mean_valid"``
+            (over rows that have a loss) or ``"nonzero"`` (over row losses above 0). An average over nothing is 0.
+        impl: ``"auto"``, ``"reference"``, ``"tiled"``, ``"fused"`` or ``"onchip"``; an explicit one never falls back.
+
+    Raises:
+        TypeError, ValueError: arguments out of their range, named, before any work.
+        RuntimeError: an explicit `impl` that cannot run on the inputs' device, with every reason.
+    """
+
+    distance = "dot"
+    takes_references = True
+
+    def __init__(self, *, normalize: bool, reduction: str, impl: str) -> None:
+        super().__init__()
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be a bool, got {type(normalize).__name__} {normalize!r}")
+        check_name(impl)
+        self.normalize = normalize
+        self.reduction = checks.word(reduction, REDUCTIONS, "reduction")
+        self.impl = impl
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
+        raise NotImplementedError
+
+    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+        """A term added to every valid row's loss; None: none."""
+        return None
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Tensor:
+        """The loss of embeddings (N, D), float16 to float64, with integer labels (N,).
+
+        With `ref_emb` (M, D) and `ref_labels` (M,) each anchor's pairs are with the references, none of which is taken
+        for the anchor itself; without, with the rest of the batch. Computed and returned in float32, or float64 for
+        float64 inputs, autocast or not: a scalar, or (N,) with ``reduction="none"``.
+        """
+        x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
+        if y is not None and not self.takes_references:
+            raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None, got a tensor")
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._loss(x, labels, y, ref_labels)
+        return self._loss(x, labels, y, ref_labels)
+
+    def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
+        dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
+        x, y = x.to(dtype), None if y is None else y.to(dtype)
+        if self.normalize:
+            x, y = normalize(x), None if y is None else normalize(y)
+        pairs = make_pairs(x, labels, y, ref_labels, distance=self.distance, impl=self.impl)
+        rows = self.row_losses(pairs)
+        extra = self.regularizer(x, labels, y, ref_labels)
+        if extra is not None:
+            rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra, 0.0))
+        return reduce_losses(rows, self.reduction, pairs)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Name and value of what the constructor took, for `repr`."""
+        return {name: getattr(self, name) for name in self.shown}
+
+    shown: tuple[str, ...] = ()
+
+    def extra_repr(self) -> str:
+        values = {**self.hyperparameters(), "normalize": self.normalize, "reduction": self.reduction, "impl": self.impl}
+        return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v!r}" for k, v in values.items())
+
+
+def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs) -> Tensor:
+    losses = rows.losses
+    if reduction == "none":
+        return pairs.restore(losses)
+    if reduction == "nonzero":
+        positive = losses > 0
+        return torch.where(positive, losses, 0.0).sum() / positive.sum().clamp_min(1)
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    if reduction == "mean_valid":
+        return total / rows.valid.sum().clamp_min(1)
+    count = rows.count
+    return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))

@@ -1,0 +1,133 @@
+"""Multi-class N-pair loss (Sohn, NIPS 2016) in its three forms, on dot products that are not normalised.
+
+    mc:         L_k = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))            (eq. 8)
+    ovo:        L_k = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))            (eq. 9)
+    all_pairs:  L_ip = log(1 + sum_{y_n != y_i} e^(f_i . f_n - f_i . f_p)) for every positive pair (i, p)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..reduction import Reduction
+from ..similarity import softplus
+from .base import AnyPairs, Criterion, RowLosses
+
+L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
+
+
+class _Drawn(NamedTuple):
+    """One (anchor, positive) of each class, padded to a fixed number K of places so that no host sync is needed."""
+
+    anchors: Tensor  # (K,) rows
+    positives: Tensor  # (K,) references
+    place: Tensor  # (K,) 0, 1, ...
+    count: Tensor  # (), how many places are taken
+
+
+def _draw(labels: Tensor, ref_labels: Tensor | None) -> _Drawn:
+    """The first two samples of each class as anchor and positive, or the first anchor and the first reference."""
+    ordered, order = torch.sort(labels, stable=True)
+    rank = torch.arange(labels.shape[0], device=labels.device)
+    first = torch.searchsorted(ordered, ordered) == rank
+    if ref_labels is None:
+        most, refs = labels.shape[0] // 2, order
+        at = rank + 1
+        follows = torch.searchsorted(ordered, ordered, right=True) > at
+    else:
+        ref_ordered, refs = torch.sort(ref_labels, stable=True)
+        most = min(labels.shape[0], ref_labels.shape[0])
+        at = torch.searchsorted(ref_ordered, ordered)
+        follows = torch.searchsorted(ref_ordered, ordered, right=True) > at
+    taken = first & follows
+    place = torch.where(taken, taken.cumsum(0) - 1, most)  # rows that are no anchor go to one place past the last
+
+    def gather(values: Tensor) -> Tensor:
+        return values.new_zeros(most + 1).index_copy(0, place, values)[:most]
+
+    if refs.shape[0]:
+        refs = refs[at.clamp_max(refs.shape[0] - 1)]
+    else:
+        refs = torch.zeros_like(rank)
+    return _Drawn(gather(order), gather(refs), rank[:most], taken.sum())
+
+
+class NPairsLoss(Criterion):
+    """Multi-class N-pair loss (Sohn, 2016).
+
+    ``"mc"`` (eq. 8) and ``"ovo"`` (eq. 9) take one pair of each class: its first two samples in batch order as anchor
+    and positive, or with `ref_emb` its first sample and its first reference. The other classes' positives are the
+    negatives; classes without a pair and further samples take no part. ``"all_pairs"`` takes every positive pair, with
+    all samples of other classes as negatives (N x M batches).
+
+    Args:
+        variant: ``"mc"``, ``"ovo"`` or ``"all_pairs"``.
+        l2_weight: weight of the penalty on embedding norms, at least 0 (Sohn: 0.02, times 0.25 in the code).
+        l2_kind: ``"mean_sq"``: mean |f|^2 over the vectors that take part; ``"tf_contrib"``: half of that
+            (tf.contrib's 0.25 (mean |f|^2 + mean |f+|^2)); ``"mean_norm"``: mean |f|.
+        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of classes with a pair ("all_pairs":
+            of ordered positive pairs). With "none" the loss of a class stands at its anchor's row.
+    """
+
+    shown = ("variant", "l2_weight", "l2_kind")
+
+    def __init__(
+        self,
+        variant: str = "mc",
+        l2_weight: float | Tensor = 0.0,
+        l2_kind: str = "mean_sq",
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.variant = checks.word(variant, ("mc", "ovo", "all_pairs"), "variant")
+        self.l2_weight = checks.number(l2_weight, "l2_weight", at_least=0)
+        self.l2_kind = checks.word(l2_kind, L2_KINDS, "l2_kind")
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        return self._every_pair(pairs) if self.variant == "all_pairs" else self._one_pair_a_class(pairs)
+
+    def _every_pair(self, pairs: AnyPairs) -> RowLosses:
+        (neg,) = pairs.reduce(Reduction("logsumexp", "negatives"))
+        (losses,) = pairs.reduce(Reduction("sum", "positives", "softplus", scale=-1.0, offset=neg))
+        positives = pairs.num_positives()
+        return RowLosses(losses, positives > 0, positives.sum())
+
+    def _one_pair_a_class(self, pairs: AnyPairs) -> RowLosses:
+        drawn = _draw(pairs.labels, None if pairs.square else pairs.ref_labels)
+        chosen = pairs.select(drawn.anchors, drawn.positives, drawn.place, drawn.count)
+        target = chosen.paired()
+        if self.variant == "mc":
+            (neg,) = chosen.reduce(Reduction("logsumexp", "negatives"))
+            losses = softplus(neg - target)
+        else:
+            (losses,) = chosen.reduce(Reduction("sum", "negatives", "softplus", offset=-target))
+        taken = drawn.place < drawn.count
+        rows = losses.new_zeros(pairs.labels.shape[0])
+        losses = rows.index_add(0, drawn.anchors, torch.where(taken, losses, 0.0))
+        valid = rows.detach().index_add(0, drawn.anchors, taken.to(rows.dtype)) > 0
+        return RowLosses(losses, valid, drawn.count)
+
+    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+        if isinstance(self.l2_weight, float) and self.l2_weight == 0.0:
+            return None
+        if self.variant == "all_pairs":
+            squares = torch.cat([x, *([] if y is None else [y])]).square().sum(1)
+            weight = torch.ones_like(squares)
+        else:
+            drawn = _draw(labels, ref_labels)
+            refs = x if y is None else y
+            squares = torch.cat([x[drawn.anchors], refs[drawn.positives]]).square().sum(1)
+            weight = (drawn.place < drawn.count).to(x.dtype).repeat(2)
+        if self.l2_kind == "mean_norm":
+            nonzero = squares > 0
+            size = torch.where(nonzero, torch.where(nonzero, squares, 1.0).sqrt(), 0.0)
+        else:
+            size = squares if self.l2_kind == "mean_sq" else squares / 2
+        return self.l2_weight * (size * weight).sum() / weight.sum().clamp_min(1)

@@ -1,0 +1,115 @@
+"""The engine: pairs of anchors and references, whose row reductions are fused and never stored.
+
+    criterion -> Pairs.reduce -> one registered op -> the implementation that `dispatch` chose
+
+A `Pairs` sorts once by label; its rows stand in the order of its `labels` until `restore` puts them back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .ops import RowReduce, Spec, encode
+from .plan import Plan, make_plan, one_to_one
+from .reduction import DISTANCES, Reduction
+from .reference import ReferencePairs
+from .similarity import compute_dtype
+
+
+class Pairs:
+    """N anchors against M references in label order. See `make_pairs`; `ReferencePairs` is the dense twin.
+
+    Attributes:
+        x: (N, D) sorted anchors, float32 or float64; `y`: (M, D) sorted references, None if they are the anchors.
+        labels: (N,) int64 in the order of the rows; `ref_labels`: (M,).
+    """
+
+    def __init__(self, x: Tensor, y: Tensor | None, plan: Plan, distance: str) -> None:
+        self.x, self.y, self.plan, self.distance = x, y, plan, distance
+        self.labels, self.ref_labels, self.square = plan.labels, plan.ref_labels, plan.square
+
+    @classmethod
+    def from_embeddings(
+        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str
+    ) -> Pairs:
+        plan = make_plan(labels, ref_labels)
+        y = None if y is None else y.index_select(0, plan.ref_order)
+        return cls(x.index_select(0, plan.order), y, plan, distance)
+
+    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
+        n, like = self.x.shape[0], self.x
+
+        def vector(value: float | Tensor | None, size: int) -> Tensor | None:
+            if value is None:
+                return None
+            value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+            return value.expand(size).contiguous()
+
+        vectors: list[Tensor | None] = []
+        for r in reductions:
+            vectors += [
+                vector(None if r.op == "logsumexp" else r.offset, n),
+                vector(r.ref_offset, self.ref_labels.shape[0]),
+                *(None if v is None else vector(v, n).detach() for v in (r.lower, r.upper)),
+            ]
+        if any(isinstance(r.scale, Tensor) for r in reductions):
+            scale = torch.stack([torch.as_tensor(r.scale, dtype=like.dtype, device=like.device) for r in reductions])
+        else:
+            scale = torch.tensor([r.scale for r in reductions], dtype=like.dtype, device=like.device)
+        p = self.plan
+        rows = RowReduce.apply(
+            Spec(encode(reductions), self.distance), p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors
+        )
+        return tuple(
+            row + r.offset if r.op == "logsumexp" and r.offset is not None else row
+            for row, r in zip(rows, reductions)
+        )
+
+    def num_positives(self) -> Tensor:  # (N,) int64
+        return self.plan.hi - self.plan.lo - int(self.square)
+
+    def num_negatives(self) -> Tensor:  # (N,) int64
+        end = self.ref_labels.shape[0] if self.plan.end is None else self.plan.end
+        return end - (self.plan.hi - self.plan.lo)
+
+    def paired(self) -> Tensor:  # (N,)
+        """z_kk of a rectangular problem whose rows and references belong together one by one; dot products alone."""
+        return (self.x * self.refs).sum(1)
+
+    @property
+    def refs(self) -> Tensor:
+        return self.x if self.y is None else self.y
+
+    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
+        """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
+        plan = one_to_one(labels, count)
+        return Pairs(self.x.index_select(0, rows), self.refs.index_select(0, refs), plan, self.distance)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Row values (N,) in the caller's order."""
+        return torch.empty_like(values).index_copy(0, self.plan.order, values)
+
+
+def make_pairs(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    *,
+    distance: str = "dot",
+    impl: str = "auto",
+) -> Pairs | ReferencePairs:
+    """The pairs of embeddings x (N, D) with labels (N,), against y (M, D) with `ref_labels` (M,), or against themselves.
+
+    Raises:
+        ValueError: an unknown distance or `impl`. RuntimeError: an `impl` that cannot run here, with every reason.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
+    dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
+    x, y = x.to(dtype), None if y is None else y.to(dtype)
+    kind = ReferencePairs if choose(impl, x, y) == "reference" else Pairs
+    return kind.from_embeddings(x, labels, y, ref_labels, distance)

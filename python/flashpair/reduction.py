@@ -1,0 +1,61 @@
+"""The vocabulary of the engine: what one row reduction is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+OPS = ("logsumexp", "sum", "min", "max", "count")
+SIDES = ("positives", "negatives", "all")
+TRANSFORMS = ("identity", "softplus", "hinge", "lifted")
+DISTANCES = ("dot", "euclidean")
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """One number for each anchor i from its pairs: ``r_i = op { phi(t_ij) : j in side, lower_i < z_ij < upper_i }``.
+
+    ``z_ij`` is the pair's dot product (or Euclidean distance) and ``t_ij = scale * z_ij + offset_i``. Self pairs are
+    never part of a square problem. Over an empty set logsumexp and max are -inf, min is +inf, sum and count are 0.
+    The family is General Pair Weighting's (Wang et al., 2019, eq. 2-3): the gradient of any reduction is a weight a pair.
+
+    Args:
+        op: ``"logsumexp"``, ``"sum"``, ``"min"``, ``"max"`` or ``"count"``. The last three are of ``z`` itself.
+        side: ``"positives"`` (same label, not itself), ``"negatives"`` (other label) or ``"all"``.
+        transform: phi. ``"identity"``; ``"softplus"``: log(1 + e^t); ``"hinge"``: max(0, t); ``"lifted"``:
+            max(0, scale * z + logaddexp(offset_i, ref_offset_j))^2 (Oh Song et al., 2016, eq. 4).
+            Other than ``"identity"`` only for ``"sum"``.
+        scale: a float or a tensor of no dimensions; differentiable.
+        offset: None, a float, or a tensor () or (N,); differentiable.
+        ref_offset: a tensor (M,), for ``"lifted"`` alone; differentiable.
+        lower, upper: the mining window, None or tensors () or (N,); strict, and constants to autograd.
+        detach: no gradient is wanted of this reduction (mining statistics), which makes min and max cheaper.
+
+    Raises:
+        ValueError: a word outside these sets, or a combination that has no meaning.
+    """
+
+    op: str
+    side: str
+    transform: str = "identity"
+    scale: float | Tensor = 1.0
+    offset: float | Tensor | None = None
+    ref_offset: Tensor | None = None
+    lower: float | Tensor | None = None
+    upper: float | Tensor | None = None
+    detach: bool = False
+
+    def __post_init__(self) -> None:
+        for name, words in (("op", OPS), ("side", SIDES), ("transform", TRANSFORMS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        if self.op != "sum" and self.transform != "identity":
+            raise ValueError(f"transform {self.transform!r} goes with op 'sum', got op {self.op!r}")
+        plain = self.offset is None and isinstance(self.scale, float) and self.scale == 1.0
+        if self.op in ("min", "max", "count") and not plain:
+            raise ValueError(f"op {self.op!r} is of the similarity itself and takes no scale and no offset")
+        if (self.transform == "lifted") != (self.ref_offset is not None):
+            raise ValueError("ref_offset goes with transform 'lifted', and that transform needs it")
+        if self.transform == "lifted" and self.offset is None:
+            raise ValueError("transform 'lifted' needs offset, a tensor of shape (N,)")

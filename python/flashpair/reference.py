@@ -1,0 +1,110 @@
+"""The specification: every reduction over the dense similarity matrix, in plain differentiable PyTorch.
+
+Short and readable comes first. It takes any dtype and any device, compares labels directly (no sorting) and can be
+differentiated twice; every other implementation is tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reduction import Reduction
+from .similarity import dense_pairs, logaddexp, poison, softplus
+
+
+def _column(value: float | Tensor) -> float | Tensor:
+    return value[:, None] if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N, M) -> (N,)
+    """One reduction of the pairs `z` where `mask` (the reduction's side, no self pairs)."""
+    if r.lower is not None:
+        mask = mask & (z > _column(r.lower))
+    if r.upper is not None:
+        mask = mask & (z < _column(r.upper))
+    if r.op == "count":
+        return mask.sum(1).to(z.dtype)
+    if r.op in ("min", "max"):
+        empty = torch.inf if r.op == "min" else -torch.inf
+        if z.shape[1] == 0:
+            return z.new_full(z.shape[:1], empty)
+        kept = torch.where(mask, z, empty)
+        return (kept.min(1) if r.op == "min" else kept.max(1)).values
+    if r.transform == "lifted":
+        reach = logaddexp(*torch.broadcast_tensors(_column(r.offset), r.ref_offset[None, :]))
+        t = r.scale * z + reach
+    else:
+        t = r.scale * z if r.offset is None else r.scale * z + _column(r.offset)
+    if r.op == "logsumexp":
+        empty = ~mask.any(1)
+        kept = torch.where(mask, t, torch.where(empty[:, None], 0.0, -torch.inf))
+        return torch.logsumexp(kept, 1).masked_fill(empty, -torch.inf)
+    t = torch.where(mask, t, -torch.inf if r.transform != "identity" else 0.0)
+    phi = {"identity": t, "softplus": softplus(t), "hinge": t.relu(), "lifted": t.relu().square()}
+    return phi[r.transform].sum(1)
+
+
+class ReferencePairs:
+    """The engine's `Pairs` over a dense matrix: rows are anchors, columns references, both in the caller's order.
+
+    Args:
+        z: (N, M) similarities or distances; gradients flow into it.
+        labels: (N,) and `ref_labels` (M,): int64.
+        square: row i and column i are the same sample, and no pair.
+        ref_valid: None, or (M,) bool: references that take part.
+        poison: a tensor () added to every row value: 0, or NaN when an embedding is not finite.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        ref_labels: Tensor,
+        *,
+        square: bool,
+        ref_valid: Tensor | None = None,
+        poison: Tensor | None = None,
+    ) -> None:
+        self.z, self.labels, self.ref_labels, self.square = z, labels, ref_labels, square
+        self.poison = z.new_zeros(()) if poison is None else poison
+        same = labels[:, None] == ref_labels[None, :]
+        pair = torch.ones_like(same) if ref_valid is None else ref_valid[None, :].expand_as(same)
+        if square:
+            pair = pair & ~torch.eye(z.shape[0], dtype=torch.bool, device=z.device)
+        self.masks = {"positives": same & pair, "negatives": ~same & pair, "all": pair}
+
+    @classmethod
+    def from_embeddings(
+        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str
+    ) -> ReferencePairs:
+        """`x` (N, D) against `y` (M, D), or against itself."""
+        z = dense_pairs(x, x if y is None else y, distance)
+        bad = poison(x) if y is None else poison(x, y)
+        return cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=bad)
+
+    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        rows = []
+        for r in reductions:
+            z = self.z.detach() if r.detach else self.z
+            rows.append(reduce_rows(z, self.masks[r.side], r) + self.poison)
+        return tuple(rows)
+
+    def num_positives(self) -> Tensor:  # (N,) int64
+        return self.masks["positives"].sum(1)
+
+    def num_negatives(self) -> Tensor:  # (N,) int64
+        return self.masks["negatives"].sum(1)
+
+    def paired(self) -> Tensor:  # (N,)
+        """z_kk of a rectangular problem whose rows and references belong together one by one."""
+        return self.z.diagonal() + self.poison
+
+    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> ReferencePairs:
+        """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
+        z = self.z[rows][:, refs]
+        return ReferencePairs(z, labels, labels, square=False, ref_valid=labels < count, poison=self.poison)
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Row values (N,) in the caller's order, which is this class's own."""
+        return values

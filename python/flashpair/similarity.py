@@ -1,0 +1,54 @@
+"""Shared maths of pairs, written once for the reference, the double backward and the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, else float32: nothing is accumulated in less."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def zero_distance(dtype: torch.dtype) -> float:
+    """Squared distances under this share of ``|x|^2 + |y|^2`` are rounding noise of ``|x|^2 + |y|^2 - 2 x.y``: they are 0."""
+    return 8.0 * torch.finfo(dtype).eps
+
+
+def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+    """Rows of unit L2 norm; a zero row stays zero and gets a finite gradient."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / norm.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+
+
+def poison(*tensors: Tensor) -> Tensor:
+    """0 when every entry is finite, NaN otherwise: added to results, so that no mining comparison can swallow a NaN."""
+    total = tensors[0].detach().mul(0).sum()
+    for t in tensors[1:]:
+        total = total + t.detach().mul(0).sum()
+    return total
+
+
+def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
+    """All similarities (``"dot"``) or Euclidean distances, whose gradient at distance 0 is 0."""
+    s = x @ y.T
+    if distance == "dot":
+        return s
+    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :]
+    d2 = squares - 2 * s
+    apart = d2 > zero_distance(d2.dtype) * squares
+    return torch.where(apart, torch.where(apart, d2, 1.0).sqrt(), 0.0)
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.logaddexp`` whose gradient is 0, not NaN, where both are -inf."""
+    empty = torch.maximum(a, b) == -torch.inf
+    return torch.where(
+        empty, -torch.inf, torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0))
+    )
+
+
+def softplus(t: Tensor) -> Tensor:
+    """log(1 + e^t), exact to float64 (torch's default goes linear at 20, an error of 2e-9), 0 with gradient 0 at -inf."""
+    return torch.nn.functional.softplus(t, threshold=40.0)

@@ -1,0 +1,44 @@
+"""General Pair Weighting made visible: what a loss gives to each pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .criteria.base import Criterion, reduce_losses
+from .reference import ReferencePairs
+from .similarity import compute_dtype, dense_pairs, normalize
+
+
+def pair_weights(
+    criterion: Criterion,
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> Tensor:
+    """The weights W_ij = dL/dz_ij (N, M) of every ordered pair, by the dense reference, in the caller's order.
+
+    z is the criterion's similarity (for Euclidean losses the distance); each entry is taken as independent, so that
+    dL/dx = (W + W^T) x for a square problem of dot products. GPW's w_ij (Wang et al., 2019, eq. 3) is ``W.abs()``:
+    W is at most 0 on positives and at least 0 on negatives for similarities, the other way round for distances.
+
+    Args:
+        criterion: any of this package's; with ``reduction="none"`` the rows' losses are summed.
+        embeddings, labels, ref_emb, ref_labels: as the criterion takes them.
+
+    Returns:
+        (N, M), float32 or float64, 0 for pairs that take no part.
+    """
+    x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
+    dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
+    x, refs = x.detach().to(dtype), (x if y is None else y).detach().to(dtype)
+    if criterion.normalize:
+        x, refs = normalize(x), normalize(refs)
+    with torch.enable_grad():
+        z = dense_pairs(x, refs, criterion.distance).requires_grad_()
+        pairs = ReferencePairs(z, labels, labels if ref_labels is None else ref_labels, square=y is None)
+        loss = reduce_losses(criterion.row_losses(pairs), criterion.reduction, pairs).sum()
+        return torch.autograd.grad(loss, z)[0]
