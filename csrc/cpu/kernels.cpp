@@ -10,10 +10,12 @@ namespace flashpair {
 namespace FLASHPAIR_ISA {
 
 Kernels<float> kernels_float() {
-  return {distances<float>, reduce<float>, list_live<float>, weigh<float>, scatter<float>};
+  return {distances<float>, reduce<float>,       list_live<float>,  weigh<float>,
+          scatter<float>,   dot_products<float>, add_product<float>};
 }
 Kernels<double> kernels_double() {
-  return {distances<double>, reduce<double>, list_live<double>, weigh<double>, scatter<double>};
+  return {distances<double>, reduce<double>,       list_live<double>,  weigh<double>,
+          scatter<double>,   dot_products<double>, add_product<double>};
 }
 
 }  // namespace FLASHPAIR_ISA

@@ -2,6 +2,7 @@
 // needs neither that tile's similarities again nor its gradient products, only 2 D multiply-adds a pair.
 #pragma once
 #include "euclidean.h"
+#include "products.h"
 #include "weigh.h"
 
 namespace flashpair {
@@ -43,13 +44,6 @@ int64_t list_live(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
     }
   });
   return found;
-}
-
-template <class T>
-INLINE void add_scaled(T* to, const T* from, T by, int64_t d) {
-  int64_t k = 0;
-  for (; k + WIDTH<T> <= d; k += WIDTH<T>) store<T>(to + k, load(to + k) + load(from + k) * by);
-  for (; k < d; ++k) to[k] += from[k] * by;
 }
 
 // What a reduction needs of the anchor of each of a vector's pairs.

@@ -69,6 +69,9 @@ struct Kernels {
   // The same for listed pairs, whose gradients go straight to dx (N, D) and dy (M, D), null where not wanted.
   void (*scatter)(const Problem<T>&, const Reduction<T>&, const Tile<T>&, const Live<T>&, int64_t live, int64_t block,
                   const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull);
+  // The products, for a process without BLAS.
+  void (*dot_products)(const T* x, int64_t rows, const T* y, int64_t cols, int64_t d, T* z, int64_t ld);
+  void (*add_product)(const T* w, int64_t ld, bool transpose, int64_t rows, const T* y, int64_t cols, int64_t d, T* dx);
 };
 
 }  // namespace flashpair

@@ -29,16 +29,23 @@ def load() -> ModuleType | str:
     other = os.environ.get("FLASHPAIR_EXTENSION")
     try:
         if not other:
-            return importlib.import_module("flashpair._C")
+            return _connected(importlib.import_module("flashpair._C"))
         spec = importlib.util.spec_from_file_location("flashpair._C", other)
         if spec is None or spec.loader is None:
             return f"FLASHPAIR_EXTENSION={other} is no extension module"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module
+        return _connected(module)
     except ImportError as error:
         record = build_record()
         return str(error) if record["extension"] else f"not built: {record['reason']}"
+
+
+def _connected(module: ModuleType) -> ModuleType:
+    from . import runtime
+
+    runtime.connect(module)
+    return module
 
 
 def require() -> ModuleType:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .reduction import OPS, SIDES, TRANSFORMS, Reduction
 from .reference import reduce_rows
 from .similarity import dense_pairs, poison
-from .tiled import Kept, Problem, backward, decode, forward, kept_sizes
+from .tiled import Kept, Problem, Term, backward, decode, forward, kept_sizes
 
 _library = torch.library.Library("flashpair", "DEF")
 _problem = "Tensor x, Tensor? y, Tensor lo, Tensor hi, Tensor? end, Tensor order, Tensor scale, Tensor?[] vectors, "
@@ -46,8 +46,8 @@ def _row_reduce_backward(  # type: ignore[no-untyped-def]
 
 def _row_reduce_fake(x, y, lo, hi, end, order, scale, vectors, code, distance, keep):  # type: ignore[no-untyped-def]
     n, m, k = x.shape[0], (x if y is None else y).shape[0], len(code) // 4
-    windows = [vectors[4 * i + 2] is not None or vectors[4 * i + 3] is not None for i in range(k)]
-    index, count, entry, z = kept_sizes(n, m, y is None, code, windows, keep)
+    terms = [Term(*code[4 * i : 4 * i + 3], bool(code[4 * i + 3]), 1.0, *vectors[4 * i : 4 * i + 4]) for i in range(k)]
+    index, count, entry, z = kept_sizes(n, m, y is None, terms, keep)
     integers = {"device": x.device}
     return (
         x.new_empty(k, n),

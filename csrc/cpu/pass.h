@@ -1,0 +1,284 @@
+// One pass over tiles, forward or backward: product, epilogue, product, with the tiles shared by threads.
+//
+// Never materialises more than one tile of similarities and one of weights a thread. Deterministic: tiles.h fixes the
+// order of the tiles, runtime.h keeps it for tiles that touch the same rows, so any number of threads gives the same bits.
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "runtime.h"
+#include "tiles.h"
+
+namespace flashpair {
+
+// The lists of live pairs: (slots,), (slots, capacity), (slots, capacity). A count of -1: the tile is not listed.
+template <class T>
+struct LiveLists {
+  int32_t *count, *entry;
+  T* z;
+  int64_t capacity;
+  Live<T> at(int64_t slot) const { return {entry + slot * capacity, z + slot * capacity, capacity}; }
+};
+
+template <class T>
+class Pass {
+ public:
+  Pass(Kernels<T> kernels, Problem<T> problem, const T* x, const T* y, int64_t d, int64_t size, int64_t lanes)
+      : kernels_(kernels), p_(problem), x_(x), y_(y), d_(d), grid_{p_.n, p_.m, size, lanes, p_.square} {
+    int64_t positives = 0;
+    for (int64_t i = 0; i < p_.n; ++i) positives += p_.hi[i] - p_.lo[i];
+    wide_ = WIDE_BAND * positives > p_.n * p_.m;
+  }
+
+  // Forward state and gradients are filled in by `forward` and `backward`.
+  void add(const Reduction<T>& r) { given_.push_back(r); }
+
+  // Values (K, N) and, where not null, the extremes' references (K, N). `listed`: the reduction whose live pairs go to
+  // `live`, or -1.
+  void forward(int threads, T* values, int64_t* index, const LiveLists<T>& live, int listed) {
+    const int64_t count = static_cast<int64_t>(given_.size()), n = p_.n, lanes = grid_.lanes;
+    const T inf = std::numeric_limits<T>::infinity();
+    std::vector<T> peak(lanes * count * n);
+    std::vector<double> total(lanes * count * n);
+    std::vector<int64_t> found(index ? lanes * count * n : 0, -1);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      for (int64_t k = 0; k < count; ++k)
+        std::fill_n(peak.data() + (lane * count + k) * n, n, given_[k].op == MIN ? inf : -inf);
+    auto with_state = [&](bool band) {
+      std::vector<std::vector<Reduction<T>>> by_lane(lanes);
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t k = 0; k < count; ++k) {
+          if (over_band(given_[k]) != band) continue;
+          Reduction<T> r = given_[k];
+          const int64_t at = (lane * count + k) * n;
+          r.peak = peak.data() + at, r.total = total.data() + at;
+          r.index = index && r.index ? found.data() + at : nullptr;
+          by_lane[lane].push_back(r);
+        }
+      return by_lane;
+    };
+    const auto band = with_state(true), grid = with_state(false);
+    auto reduce = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t) {
+      similarities(t);
+      for (const Reduction<T>& r : reductions) kernels_.reduce(p_, r, t);
+    };
+    if (!band[0].empty())
+      each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
+    if (!grid[0].empty())
+      each_grid_tile(threads, grid[0], false, [](int64_t) { return true; },
+                     [&](const Tile<T>& t, const Place& place, T*) {
+                       reduce(grid[place.lane], t);
+                       if (listed < 0) return;
+                       const int64_t slot = grid_.slot(place);
+                       live.count[slot] = static_cast<int32_t>(
+                           kernels_.list_live(p_, given_[listed], t, live.at(slot)));
+                     });
+    for (int64_t k = 0; k < count; ++k)
+      finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
+  }
+
+  // Adds to the gradients, which come zeroed: dx (N, D), dy (M, D) (null: not wanted; never for a square problem), and
+  // what the reductions point to. Reductions whose grad is null have no part.
+  void backward(int threads, T* dx, T* dy, const LiveLists<T>& live) {
+    const int64_t n = p_.n, lanes = grid_.lanes, blocks = std::max(n / BAND_ROWS + 1, grid_.row_blocks());
+    std::vector<T> lane_dx(dx && lanes > 1 ? lanes * n * d_ : 0), pull(p_.row_square ? lanes * n : 0);
+    std::vector<T> ref_pull(p_.row_square && dy ? p_.m : 0);
+    std::vector<std::vector<T>> lane_offset(given_.size());
+    std::vector<std::vector<double>> block_scale(given_.size());
+    bool columns_written = dy != nullptr;
+    auto with_gradients = [&](bool band) {
+      std::vector<std::vector<Reduction<T>>> by_lane(lanes);
+      for (size_t k = 0; k < given_.size(); ++k) {
+        const Reduction<T>& g = given_[k];
+        if (!g.grad || (g.op != LOGSUMEXP && g.op != SUM) || over_band(g) != band) continue;
+        columns_written |= g.grad_ref_offset != nullptr;
+        if (g.grad_offset) lane_offset[k].resize(lanes * n);
+        if (g.grad_scale) block_scale[k].resize(lanes * blocks);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          Reduction<T> r = g;
+          if (r.grad_offset) r.grad_offset = lane_offset[k].data() + lane * n;
+          if (r.grad_scale) r.grad_scale = block_scale[k].data() + lane * blocks;
+          by_lane[lane].push_back(r);
+        }
+      }
+      return by_lane;
+    };
+    const auto band = with_gradients(true), grid = with_gradients(false);
+    auto dx_of = [&](int64_t lane) { return lanes > 1 && dx ? lane_dx.data() + lane * n * d_ : dx; };
+    auto pull_of = [&](int64_t lane) { return p_.row_square ? pull.data() + lane * n : nullptr; };
+    T* other_pull = ref_pull.empty() ? nullptr : ref_pull.data();
+    auto spread = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t, int64_t block, int64_t lane, T* w) {
+      similarities(t);
+      T* mine = pull_of(lane);
+      if (!kernels_.weigh(p_, reductions.data(), static_cast<int>(reductions.size()), t, block, w, mine,
+                          t.mirror ? mine : other_pull))
+        return;
+      if (dx) add_product(w, t.ld, false, t.rows, y_ + t.c0 * d_, t.cols, dx_of(lane) + t.r0 * d_);
+      T* to = t.mirror && dx ? dx : dy;
+      if (to) add_product(w, t.ld, true, t.cols, x_ + t.r0 * d_, t.rows, to + t.c0 * d_);
+    };
+    if (!band[0].empty())
+      each_band_block(threads, columns_written,
+                      [&](const Tile<T>& t, int64_t block, T* w) { spread(band[0], t, block, 0, w); });
+    if (!grid[0].empty())
+      each_grid_tile(
+          threads, grid[0], columns_written, [&](int64_t slot) { return !live.count || live.count[slot] != 0; },
+          [&](const Tile<T>& t, const Place& place, T* w) {
+            const int64_t slot = grid_.slot(place);
+            if (!live.count || live.count[slot] < 0) return spread(grid[place.lane], t, place.row_block, place.lane, w);
+            T *mine = pull_of(place.lane), *to = dx_of(place.lane);
+            kernels_.scatter(p_, grid[place.lane][0], t, live.at(slot), live.count[slot], place.row_block, x_, y_, d_, to,
+                             t.mirror ? to : dy, mine, t.mirror ? mine : other_pull);
+          });
+    for (size_t k = 0; k < given_.size(); ++k) {
+      for (double part : block_scale[k]) *given_[k].grad_scale += part;
+      for (size_t i = 0; i < lane_offset[k].size(); ++i) given_[k].grad_offset[i % n] += lane_offset[k][i];
+      if (given_[k].grad && given_[k].index) extreme_gradient(given_[k], dx, dy, pull, ref_pull);
+    }
+    for (size_t i = 0; i < lane_dx.size(); ++i) dx[i % (n * d_)] += lane_dx[i];
+    if (dx) add_pull(pull, x_, n, dx);
+    if (dy) add_pull(ref_pull, y_, p_.m, dy);
+  }
+
+ private:
+  static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
+
+  bool over_band(const Reduction<T>& r) const { return r.side == POSITIVES && !wide_; }
+
+  void similarities(const Tile<T>& t) const {
+    const T *x = x_ + t.r0 * d_, *y = y_ + t.c0 * d_;
+    if (const Gemm<T> gemm = runtime().gemm<T>()) {
+      const int m = static_cast<int>(t.cols), n = static_cast<int>(t.rows), k = static_cast<int>(d_),
+                ld = static_cast<int>(t.ld);
+      const T one = 1, zero = 0;
+      gemm("T", "N", &m, &n, &k, &one, y, &k, x, &k, &zero, t.z, &ld);
+    } else {
+      kernels_.dot_products(x, t.rows, y, t.cols, d_, t.z, t.ld);
+    }
+    kernels_.distances(p_, t);
+  }
+
+  // to (rows, D) += w from, or w^T from: w is (rows, inner), or (inner, rows) and read transposed.
+  void add_product(const T* w, int64_t ld, bool transpose, int64_t rows, const T* from, int64_t inner, T* to) const {
+    if (const Gemm<T> gemm = runtime().gemm<T>()) {
+      const int m = static_cast<int>(d_), n = static_cast<int>(rows), k = static_cast<int>(inner),
+                stride = static_cast<int>(ld);
+      const T one = 1;
+      gemm("N", transpose ? "T" : "N", &m, &n, &k, &one, from, &m, w, &stride, &one, to, &m);
+    } else {
+      kernels_.add_product(w, ld, transpose, rows, from, inner, d_, to);
+    }
+  }
+
+  template <class Visit>
+  void each_band_block(int threads, bool columns_written, Visit&& visit) {
+    const Band<T> band{p_, grid_.size};
+    if (columns_written && !p_.square) threads = 1;  // neighbouring blocks share columns
+    in_order(band.count(), band.count(), threads, [](int64_t k) { return std::make_pair(k, int64_t{-1}); },
+             [&](int64_t k) {
+               const int64_t area = BAND_ROWS * grid_.size;
+               Buffers memory(2 * area * sizeof(T));
+               T* z = static_cast<T*>(memory.get());
+               band.visit(k, z, [&](const Tile<T>& t) { visit(t, k, z + area); });
+             });
+  }
+
+  template <class Wanted, class Visit>
+  void each_grid_tile(int threads, const std::vector<Reduction<T>>& reductions, bool columns_written, Wanted&& wanted,
+                      Visit&& visit) {
+    bool positives_only = true;
+    for (const Reduction<T>& r : reductions) positives_only &= r.side == POSITIVES;
+    const int64_t rows = grid_.row_blocks() * grid_.lanes;
+    in_order(
+        grid_.count(), rows + grid_.col_blocks(), threads,
+        [&](int64_t k) {
+          Place place;
+          if (!grid_.at(k, place)) return std::make_pair(int64_t{-1}, int64_t{-1});
+          const int64_t row = place.lane * grid_.row_blocks() + place.row_block;
+          if (p_.square) return std::make_pair(row, place.row_block == place.col_block ? int64_t{-1} : place.col_block);
+          return std::make_pair(row, columns_written ? rows + place.col_block : int64_t{-1});
+        },
+        [&](int64_t k) {
+          Place place;
+          if (!grid_.at(k, place) || !wanted(grid_.slot(place))) return;
+          const int64_t area = grid_.size * grid_.size;
+          Buffers memory(2 * area * sizeof(T));
+          T* z = static_cast<T*>(memory.get());
+          const Tile<T> t = grid_.tile(place, z);
+          if (positives_only && (p_.lo[t.r0] >= t.c0 + t.cols || p_.hi[t.r0 + t.rows - 1] <= t.c0)) return;
+          visit(t, place, z + area);
+        });
+  }
+
+  // The lanes' states merged in order; equal extremes go to the lowest index in the caller's order.
+  void finish(const Reduction<T>& r, int64_t k, const std::vector<T>& peak, const std::vector<double>& total,
+              const std::vector<int64_t>& found, T* values, int64_t* index) const {
+    const int64_t n = p_.n, count = static_cast<int64_t>(given_.size());
+    for (int64_t i = 0; i < n; ++i) {
+      T best = peak[k * n + i];
+      double sum = total[k * n + i];
+      int64_t at = found.empty() ? -1 : found[k * n + i];
+      for (int64_t lane = 1; lane < grid_.lanes; ++lane) {
+        const int64_t other = (lane * count + k) * n + i;
+        const T p = peak[other];
+        if (r.op == SUM || r.op == COUNT) {
+          sum += total[other];
+        } else if (r.op == LOGSUMEXP) {
+          const T high = std::max(best, p);
+          if (high > -std::numeric_limits<T>::infinity())
+            sum = sum * std::exp(static_cast<double>(best) - high) + total[other] * std::exp(static_cast<double>(p) - high);
+          best = high;
+        } else {
+          const bool better = r.op == MAX ? p > best : p < best;
+          const bool same = p == best && at >= 0 && found[other] >= 0 && order(found[other]) < order(at);
+          if (!found.empty() && (better || same)) at = found[other];
+          best = better ? p : best;
+        }
+      }
+      values[i] = r.op == LOGSUMEXP ? static_cast<T>(std::log(sum) + best)
+                  : r.op == SUM || r.op == COUNT ? static_cast<T>(sum)
+                                                 : best;
+      if (index) index[i] = at;
+    }
+  }
+  int64_t order(int64_t column) const { return p_.order ? p_.order[column] : column; }
+
+  // A min's or max's gradient goes to the one pair that attained it.
+  void extreme_gradient(const Reduction<T>& r, T* dx, T* dy, std::vector<T>& pull, std::vector<T>& ref_pull) const {
+    T* other = p_.square ? dx : dy;
+    for (int64_t i = 0; i < p_.n; ++i) {
+      const int64_t j = r.index[i];
+      if (j < 0) continue;
+      T w = r.grad[i];
+      if (p_.row_square) {
+        w = r.value[i] == T(0) ? T(0) : -w / r.value[i];
+        pull[i] -= w;
+        if (p_.square)
+          pull[j] -= w;
+        else if (!ref_pull.empty())
+          ref_pull[j] -= w;
+      }
+      for (int64_t k = 0; k < d_; ++k) {
+        if (dx) dx[i * d_ + k] += w * y_[j * d_ + k];
+        if (other) other[j * d_ + k] += w * x_[i * d_ + k];
+      }
+    }
+  }
+  // Euclidean distances: what every pair of a row pulls along the row's own vector.
+  void add_pull(const std::vector<T>& pull, const T* x, int64_t rows, T* to) const {
+    for (size_t i = 0; i < pull.size(); ++i)
+      for (int64_t k = 0; k < d_; ++k) to[i % rows * d_ + k] += pull[i] * x[i % rows * d_ + k];
+  }
+
+  Kernels<T> kernels_;
+  Problem<T> p_;
+  const T *x_, *y_;
+  int64_t d_;
+  Grid grid_;
+  bool wide_;
+  std::vector<Reduction<T>> given_;
+};
+
+}  // namespace flashpair

@@ -1,0 +1,126 @@
+// What this process already has and we must not have twice: the BLAS that torch carries and its OpenMP threads.
+//
+// Both are addresses found at run time, so the build needs neither. Without them: the kernels' own products, and
+// ordinary threads. A second OpenMP runtime is what has to be avoided: its threads would spin beside torch's.
+#pragma once
+#include <atomic>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "types.h"
+
+namespace flashpair {
+
+// Fortran BLAS, 32-bit integers: column-major C (m, n) = alpha op(A) op(B) + beta C.
+template <class T>
+using Gemm = void (*)(const char* ta, const char* tb, const int* m, const int* n, const int* k, const T* alpha,
+                      const T* a, const int* lda, const T* b, const int* ldb, const T* beta, T* c, const int* ldc);
+
+struct Runtime {
+  Gemm<float> sgemm = nullptr;
+  Gemm<double> dgemm = nullptr;
+  int (*set_blas_threads)(int) = nullptr;  // of the calling thread; returns the old setting
+  void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;  // GOMP_parallel
+
+  template <class T>
+  Gemm<T> gemm() const {
+    if constexpr (sizeof(T) == 4)
+      return sgemm;
+    else
+      return dgemm;
+  }
+};
+
+inline Runtime& runtime() {
+  static Runtime found;
+  return found;
+}
+
+// Runs `job` on up to `threads` threads at once, the caller's among them.
+template <class Job>
+void run_together(int threads, Job&& job) {
+  auto alone = [&] {
+    auto set = runtime().set_blas_threads;
+    const int before = set ? set(1) : 0;
+    job();
+    if (set) set(before);
+  };
+  if (threads <= 1) return alone();
+  if (runtime().parallel) {
+    runtime().parallel([](void* f) { (*static_cast<decltype(alone)*>(f))(); }, &alone, threads, 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  for (int k = 1; k < threads; ++k) others.emplace_back(alone);
+  alone();
+  for (std::thread& t : others) t.join();
+}
+
+// Hands out items 0, 1, ..., count - 1. Items that touch the same thing are worked on in that order, so that results
+// do not depend on the number of threads; `touches(item)` gives two things, -1 for none.
+template <class Touches, class Work>
+void in_order(int64_t count, int64_t things, int threads, Touches&& touches, Work&& work) {
+  std::vector<int64_t> issued(things);
+  std::vector<std::atomic<int64_t>> done(things);
+  std::mutex turn;
+  int64_t next = 0;
+  auto wait = [&](int64_t thing, int64_t place) {
+    for (int spins = 0; done[thing].load(std::memory_order_acquire) != place; ++spins)
+      if (spins > 64) std::this_thread::yield();
+  };
+  run_together(threads, [&] {
+    for (;;) {
+      int64_t item, first, second, first_place = 0, second_place = 0;
+      {
+        std::lock_guard<std::mutex> hold(turn);
+        if (next == count) return;
+        item = next++;
+        const auto pair = touches(item);
+        first = pair.first, second = pair.second;
+        if (first >= 0) first_place = issued[first]++;
+        if (second >= 0) second_place = issued[second]++;
+      }
+      if (first >= 0) wait(first, first_place);
+      if (second >= 0) wait(second, second_place);
+      work(item);
+      if (first >= 0) done[first].store(first_place + 1, std::memory_order_release);
+      if (second >= 0) done[second].store(second_place + 1, std::memory_order_release);
+    }
+  });
+}
+
+// A worker's tile buffers, kept between passes: fresh pages cost more than a small tile's product.
+class Buffers {
+ public:
+  explicit Buffers(size_t bytes) {
+    std::lock_guard<std::mutex> hold(lock());
+    if (!free_list().empty()) {
+      memory_ = std::move(free_list().back());
+      free_list().pop_back();
+    }
+    if (memory_.size() < bytes + ALIGN) memory_.resize(bytes + ALIGN);
+  }
+  ~Buffers() {
+    std::lock_guard<std::mutex> hold(lock());
+    free_list().push_back(std::move(memory_));
+  }
+  void* get() {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<void*>((at + ALIGN - 1) / ALIGN * ALIGN);
+  }
+
+ private:
+  static constexpr size_t ALIGN = 64;
+  static std::mutex& lock() {
+    static std::mutex m;
+    return m;
+  }
+  static std::vector<std::vector<unsigned char>>& free_list() {
+    static std::vector<std::vector<unsigned char>> list;
+    return list;
+  }
+  std::vector<unsigned char> memory_;
+};
+
+}  // namespace flashpair

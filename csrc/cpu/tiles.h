@@ -1,0 +1,81 @@
+// Which tiles are visited, in which order. Fixed by the shapes alone.
+#pragma once
+#include <algorithm>
+#include <utility>
+
+#include "types.h"
+
+namespace flashpair {
+
+struct Place {
+  int64_t row_block, col_block, lane;
+};
+
+// All N x M pairs in blocks of `size`; of a square problem the upper triangle of blocks.
+// Lanes are copies of the rows' state over disjoint ranges of columns: they keep many threads busy when anchors are few.
+struct Grid {
+  int64_t n, m, size, lanes;
+  bool square;
+
+  int64_t row_blocks() const { return (n + size - 1) / size; }
+  int64_t col_blocks() const { return (m + size - 1) / size; }
+  int64_t lane_width() const { return (col_blocks() + lanes - 1) / lanes; }
+  int64_t players() const { return row_blocks() + row_blocks() % 2; }
+
+  int64_t count() const {
+    if (square) return row_blocks() + (row_blocks() ? (players() - 1) * (players() / 2) : 0);
+    return lane_width() * lanes * row_blocks();
+  }
+
+  // The k-th tile, false where there is none. Square: the diagonal, then every pair of blocks once, in rounds in which
+  // no block plays twice (the circle method). Rectangular: neighbours in the order differ in lane or in column.
+  bool at(int64_t k, Place& p) const {
+    const int64_t blocks = row_blocks();
+    if (!square) {
+      const int64_t i = k % blocks, lane = k / blocks % lanes, step = k / blocks / lanes;
+      p = {i, lane * lane_width() + (step + i) % lane_width(), lane};
+      return p.col_block < col_blocks();
+    }
+    if (k < blocks) {
+      p = {k, k, 0};
+      return true;
+    }
+    const int64_t games = players() / 2, rounds = players() - 1, turn = (k - blocks) / games, game = (k - blocks) % games;
+    const int64_t a = game ? (turn + game) % rounds : rounds, b = (turn + rounds - game) % rounds;
+    p = {std::min(a, b), std::max(a, b), 0};
+    return p.col_block < blocks;
+  }
+
+  template <class T>
+  Tile<T> tile(const Place& p, T* z) const {
+    const int64_t r0 = p.row_block * size, c0 = p.col_block * size;
+    return {z,      size,   r0, std::min(size, n - r0), c0, std::min(size, m - c0),
+            square, square && p.row_block != p.col_block};
+  }
+
+  // Where a tile's list of live pairs is kept.
+  int64_t slot(const Place& p) const {
+    const int64_t i = p.row_block, j = p.col_block;
+    return square ? i * row_blocks() - i * (i - 1) / 2 + j - i : i * col_blocks() + j;
+  }
+};
+
+constexpr int64_t BAND_ROWS = 64;
+
+// The tiles that hold all positives: for each block of sorted rows, the columns from its first to its last positive.
+template <class T>
+struct Band {
+  const Problem<T>& p;
+  int64_t size;
+
+  int64_t count() const { return (p.n + BAND_ROWS - 1) / BAND_ROWS; }
+  template <class Visit>
+  void visit(int64_t block, T* z, Visit&& f) const {
+    const int64_t r0 = block * BAND_ROWS, rows = std::min(BAND_ROWS, p.n - r0);
+    const int64_t last = p.hi[r0 + rows - 1];
+    for (int64_t c0 = p.lo[r0]; c0 < last; c0 += size)
+      f(Tile<T>{z, size, r0, rows, c0, std::min(size, last - c0), p.square, false});
+  }
+};
+
+}  // namespace flashpair

@@ -1,0 +1,42 @@
+"""What torch has loaded that the compiled kernels use too: its BLAS and its OpenMP threads.
+
+A BLAS of our own would be slower, and a second OpenMP runtime worse than none: its threads spin beside torch's, which
+doubles the time on 2 cores. Whatever is not found has a substitute in csrc/cpu/runtime.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+SYMBOLS = ("sgemm_", "dgemm_", "MKL_Set_Num_Threads_Local", "GOMP_parallel")
+
+
+def _libraries() -> list[ctypes.CDLL]:
+    found = []
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            found.append(ctypes.CDLL(str(path)))  # loaded already: a handle on it and on what it links
+    return [*found, ctypes.CDLL(None)]
+
+
+def addresses() -> dict[str, int]:
+    """The address of each symbol, 0 where there is none. FLASHPAIR_RUNTIME=builtin finds none, for tests."""
+    if os.environ.get("FLASHPAIR_RUNTIME") == "builtin":
+        return dict.fromkeys(SYMBOLS, 0)
+    libraries = _libraries()
+    found = {}
+    for symbol in SYMBOLS:
+        holders = [library for library in libraries if hasattr(library, symbol)]
+        function = getattr(holders[0], symbol) if holders else None
+        found[symbol] = (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+    return found
+
+
+def connect(extension: ModuleType) -> None:
+    extension.use_runtime(*addresses().values())

@@ -1,0 +1,202 @@
+"""`tiled` on the CPU: a vendor product into a tile that stays in cache, one fused C++ epilogue over it, in parallel.
+
+Computes: the row reductions of an N x M problem, and their gradients; csrc/cpu/pass.h is the loop over tiles.
+Never materialises: more than one tile of similarities and one of weights a thread.
+Keeps for backward: the row values; of a tile in which a mining window leaves few pairs, those pairs, so that backward
+need not visit it (`live_capacity` bounds them to a fixed number a row).
+Deterministic: same inputs, same bits, with any number of threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import extension
+from .reduction import OPS, SIDES
+
+LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
+POSITIVES = SIDES.index("positives")
+LIVE_PAIRS_PER_ROW = 32
+INLINE_WORK = 2**24  # multiply-adds of a product under which waking threads costs more than it saves
+
+
+class Grid(NamedTuple):
+    """Tiles of `size` rows and columns; `lanes` copies of the rows' state over ranges of columns (csrc/cpu/tiles.h)."""
+
+    size: int
+    lanes: int
+    slots: int
+    live_capacity: int
+
+
+def grid(n: int, m: int, square: bool) -> Grid:
+    """How N x M pairs are cut: into tiles that stay in a core's second-level cache."""
+    size = 512 if n * m > 16384**2 else 256
+    rows, cols = -(-n // size), -(-m // size)
+    lanes = 1 if square else max(1, min(16 // max(rows, 1), cols // 4))
+    slots = rows * (rows + 1) // 2 if square else rows * cols
+    capacity = LIVE_PAIRS_PER_ROW * (n if square else n + m) // max(slots, 1)
+    return Grid(size, lanes, slots, min(capacity, size * size // 8))
+
+
+class Problem(NamedTuple):
+    """Sorted embeddings x (N, D), y (M, D) or None for x itself, intervals lo, hi (N,), and the caller's order (M,)."""
+
+    x: Tensor
+    y: Tensor | None
+    lo: Tensor
+    hi: Tensor
+    end: Tensor | None
+    order: Tensor
+    distance: str
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reduction as the kernels take it: codes, and vectors in sorted order."""
+
+    op: int
+    side: int
+    transform: int
+    detach: bool
+    scale: float = 1.0
+    offset: Tensor | None = None
+    ref_offset: Tensor | None = None
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+
+    @property
+    def window(self) -> bool:
+        return self.lower is not None or self.upper is not None
+
+    @property
+    def weighted(self) -> bool:
+        return self.op in (LOGSUMEXP, SUM) and not self.detach
+
+    @property
+    def indexed(self) -> bool:
+        return self.op in (MIN, MAX) and not self.detach
+
+
+def decode(code: list[int], scale: Tensor, vectors: list[Tensor | None]) -> list[Term]:
+    """Reductions from the registered op's arguments: four codes and four vectors each."""
+    return [
+        Term(*code[4 * k : 4 * k + 3], bool(code[4 * k + 3]), value, *vectors[4 * k : 4 * k + 4])
+        for k, value in enumerate(scale.tolist())
+    ]
+
+
+class Kept(NamedTuple):
+    """What forward leaves for backward beside the values; tensors of no elements where there is nothing."""
+
+    index: Tensor  # (K, N) int64: sorted reference of each min and max, -1 without
+    live_count: Tensor  # (slots,) int32: pairs listed of each tile; -1: too many, or none were to be listed
+    live_entry: Tensor  # (slots, capacity) int32
+    live_z: Tensor  # (slots, capacity)
+
+    def lists(self) -> tuple[int, int, int, int]:
+        if not self.live_count.numel():
+            return 0, 0, 0, 0
+        return *(t.data_ptr() for t in self[1:]), self.live_entry.shape[1]
+
+
+def kept_sizes(n: int, m: int, square: bool, terms: list[Term], keep: bool) -> list[tuple[int, ...]]:
+    """The shapes of `Kept`. Live pairs are listed where one reduction alone needs weights, and has a mining window."""
+    g = grid(n, m, square)
+    weighted = [t for t in terms if t.weighted]
+    listing = keep and len(weighted) == 1 and weighted[0].window and weighted[0].side != POSITIVES
+    live = (g.slots, g.live_capacity) if listing else (0, 0)
+    return [(len(terms) if keep and any(t.indexed for t in terms) else 0, n), live[:1], live, live]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _squares(x: Tensor) -> Tensor:  # (N, D) -> (N,)
+    return (x * x).sum(1)
+
+
+def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
+    """The C++ pass over these tensors, whose memory the caller holds."""
+    (n, d), refs = p.x.shape, p.x if p.y is None else p.y
+    m, g = refs.shape[0], grid(n, refs.shape[0], p.y is None)
+    module = extension.require()
+    return (module.PassDouble if p.x.dtype == torch.float64 else module.PassFloat)(
+        extension.instruction_set(), n, m, m if p.end is None else int(p.end), p.y is None,
+        _address(p.lo), _address(p.hi), _address(p.order), _address(squares[0]), _address(squares[1]),
+        _address(p.x), _address(refs), d, g.size, g.lanes,
+    )  # fmt: skip
+
+
+def _row_and_ref_squares(p: Problem) -> tuple[Tensor | None, Tensor | None]:
+    if p.distance == "dot":
+        return None, None
+    rows = _squares(p.x)
+    return rows, rows if p.y is None else _squares(p.y)
+
+
+def _threads(p: Problem) -> int:
+    n, d = p.x.shape
+    m = n if p.y is None else p.y.shape[0]
+    return 1 if n * m * d < INLINE_WORK else torch.get_num_threads()
+
+
+def forward(p: Problem, terms: list[Term], keep: bool) -> tuple[Tensor, Kept]:
+    """Values (K, N), sorted, without logsumexp's offset; `keep`: what backward needs is wanted too."""
+    n, m = p.x.shape[0], (p.x if p.y is None else p.y).shape[0]
+    sizes = kept_sizes(n, m, p.y is None, terms, keep)
+    values = p.x.new_empty(len(terms), n)
+    kept = Kept(
+        torch.empty(sizes[0], dtype=torch.int64), torch.full(sizes[1], -1, dtype=torch.int32),
+        torch.empty(sizes[2], dtype=torch.int32), p.x.new_empty(sizes[3]),
+    )  # fmt: skip
+    squares = _row_and_ref_squares(p)
+    work = _pass(p, squares)
+    for k, t in enumerate(terms):
+        index = kept.index[k] if t.indexed and sizes[0][0] else None
+        work.add(
+            t.op, t.side, t.transform, t.scale, _address(t.offset), _address(t.ref_offset),
+            _address(t.lower), _address(t.upper), _address(index), 0, 0, 0, 0, 0,
+        )  # fmt: skip
+    listed = [k for k, t in enumerate(terms) if t.weighted][0] if sizes[1][0] else -1
+    work.forward(_threads(p), values.data_ptr(), _address(kept.index) if sizes[0][0] else 0, kept.lists(), listed)
+    return values, kept
+
+
+class Gradients(NamedTuple):
+    """Of x (N, D), y (M, D), scale (K,), offset (K, N) and ref_offset (K, M); None where not wanted."""
+
+    x: Tensor | None
+    y: Tensor | None
+    scale: Tensor | None
+    offset: Tensor | None
+    ref_offset: Tensor | None
+
+
+def backward(
+    p: Problem, terms: list[Term], values: Tensor, kept: Kept, grads: list[Tensor | None], need: list[bool]
+) -> Gradients:
+    """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
+    n, m, k = p.x.shape[0], (p.x if p.y is None else p.y).shape[0], len(terms)
+    dx = torch.zeros_like(p.x) if need[0] else None
+    dy = torch.zeros_like(p.y) if need[1] and p.y is not None else None
+    dscale = torch.zeros(k, dtype=torch.float64) if need[2] else None
+    doffset = p.x.new_zeros(k, n) if need[3] else None
+    dref_offset = p.x.new_zeros(k, m) if need[4] else None
+    squares = _row_and_ref_squares(p)
+    work = _pass(p, squares)
+    for i, t in enumerate(terms):
+        work.add(
+            t.op, t.side, t.transform, t.scale, _address(t.offset), _address(t.ref_offset),
+            _address(t.lower), _address(t.upper), _address(kept.index[i] if t.indexed else None),
+            _address(values[i]), _address(None if t.detach else grads[i]),
+            _address(None if dscale is None else dscale[i]), _address(None if doffset is None else doffset[i]),
+            _address(None if dref_offset is None else dref_offset[i]),
+        )  # fmt: skip
+    work.backward(_threads(p), _address(dx), _address(dy), kept.lists())
+    return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)
