@@ -55,6 +55,10 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
+// tiled.py's _term: op, side, transform, scale, offset, ref_offset, lower, upper, and the bounds' reductions and shifts.
+using Term =
+    std::tuple<int, int, int, double, Address, Address, Address, Address, int, int, double, double>;
+
 template <class T>
 void bind_pass(py::module_& m, const char* name) {
   using P = Pass<T>;
@@ -79,12 +83,13 @@ void bind_pass(py::module_& m, const char* name) {
         return P(kernels<T>(isa), problem, at<T>(x), at<T>(y), d, size, lanes);
       }))
       .def("add",
-           [](P& pass, int op, int side, int transform, double scale, Address offset, Address ref_offset, Address lower,
-              Address upper, Address index, Address value, Address grad, Address grad_scale, Address grad_offset,
-              Address grad_ref_offset) {
+           [](P& pass, const Term& t, Address index, Address value, Address grad, Address grad_scale,
+              Address grad_offset, Address grad_ref_offset) {
+             const auto [op, side, transform, scale, offset, ref_offset, lower, upper, lower_of, upper_of, lower_shift,
+                         upper_shift] = t;
              pass.add({op, side, transform, static_cast<T>(scale), at<T>(offset), at<T>(ref_offset), at<T>(lower),
-                       at<T>(upper), nullptr, nullptr, at<int64_t>(index), at<T>(value), at<T>(grad),
-                       at<double>(grad_scale), at<T>(grad_offset), at<T>(grad_ref_offset)});
+                       at<T>(upper), lower_of, upper_of, lower_shift, upper_shift, nullptr, nullptr, at<int64_t>(index),
+                       at<T>(value), at<T>(grad), at<double>(grad_scale), at<T>(grad_offset), at<T>(grad_ref_offset)});
            })
       .def(
           "forward",
@@ -94,8 +99,8 @@ void bind_pass(py::module_& m, const char* name) {
           Release())
       .def(
           "backward",
-          [lists](P& pass, int threads, Address dx, Address dy, const Lists& live) {
-            pass.backward(threads, at<T>(dx), at<T>(dy), lists(live));
+          [lists](P& pass, int threads, Address values, Address dx, Address dy, const Lists& live) {
+            pass.backward(threads, at<T>(values), at<T>(dx), at<T>(dy), lists(live));
           },
           Release());
 }

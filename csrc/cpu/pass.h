@@ -46,47 +46,56 @@ class Pass {
     for (int64_t lane = 0; lane < lanes; ++lane)
       for (int64_t k = 0; k < count; ++k)
         std::fill_n(peak.data() + (lane * count + k) * n, n, given_[k].op == MIN ? inf : -inf);
-    auto with_state = [&](bool band) {
-      std::vector<std::vector<Reduction<T>>> by_lane(lanes);
-      for (int64_t lane = 0; lane < lanes; ++lane)
+    std::vector<std::vector<T>> bounds;
+    for (int stage = 0, last = 0; stage <= last; ++stage) {
+      auto with_state = [&](bool band) {
+        std::vector<std::vector<Reduction<T>>> by_lane(lanes);
         for (int64_t k = 0; k < count; ++k) {
-          if (over_band(given_[k]) != band) continue;
-          Reduction<T> r = given_[k];
-          const int64_t at = (lane * count + k) * n;
-          r.peak = peak.data() + at, r.total = total.data() + at;
-          r.index = index && r.index ? found.data() + at : nullptr;
-          by_lane[lane].push_back(r);
+          last = std::max(last, stage_of(k));
+          if (stage_of(k) != stage || over_band(given_[k]) != band) continue;
+          Reduction<T> r = bounded(given_[k], values, bounds);
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            const int64_t at = (lane * count + k) * n;
+            r.peak = peak.data() + at, r.total = total.data() + at;
+            r.index = index && given_[k].index ? found.data() + at : nullptr;
+            by_lane[lane].push_back(r);
+          }
         }
-      return by_lane;
-    };
-    const auto band = with_state(true), grid = with_state(false);
-    auto reduce = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t) {
-      similarities(t);
-      for (const Reduction<T>& r : reductions) kernels_.reduce(p_, r, t);
-    };
-    if (!band[0].empty())
-      each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
-    if (!grid[0].empty())
-      each_grid_tile(threads, grid[0], false, [](int64_t) { return true; },
-                     [&](const Tile<T>& t, const Place& place, T*) {
-                       reduce(grid[place.lane], t);
-                       if (listed < 0) return;
-                       const int64_t slot = grid_.slot(place);
-                       live.count[slot] = static_cast<int32_t>(
-                           kernels_.list_live(p_, given_[listed], t, live.at(slot)));
-                     });
-    for (int64_t k = 0; k < count; ++k)
-      finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
+        return by_lane;
+      };
+      const auto band = with_state(true), grid = with_state(false);
+      const bool list = listed >= 0 && stage_of(listed) == stage && !(wide_ && weighs_positives());
+      const Reduction<T> to_list = list ? bounded(given_[listed], values, bounds) : Reduction<T>{};
+      auto reduce = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t) {
+        similarities(t);
+        for (const Reduction<T>& r : reductions) kernels_.reduce(p_, r, t);
+      };
+      if (!band[0].empty())
+        each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
+      if (!grid[0].empty())
+        each_grid_tile(
+            threads, grid[0], false, [](int64_t) { return true; },
+            [&](const Tile<T>& t, const Place& place, T*) {
+              reduce(grid[place.lane], t);
+              if (!list) return;
+              const int64_t slot = grid_.slot(place);
+              live.count[slot] = static_cast<int32_t>(kernels_.list_live(p_, to_list, t, live.at(slot)));
+            });
+      for (int64_t k = 0; k < count; ++k)
+        if (stage_of(k) == stage)
+          finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
+    }
   }
 
   // Adds to the gradients, which come zeroed: dx (N, D), dy (M, D) (null: not wanted; never for a square problem), and
   // what the reductions point to. Reductions whose grad is null have no part.
-  void backward(int threads, T* dx, T* dy, const LiveLists<T>& live) {
+  void backward(int threads, const T* values, T* dx, T* dy, const LiveLists<T>& live) {
     const int64_t n = p_.n, lanes = grid_.lanes, blocks = std::max(n / BAND_ROWS + 1, grid_.row_blocks());
     std::vector<T> lane_dx(dx && lanes > 1 ? lanes * n * d_ : 0), pull(p_.row_square ? lanes * n : 0);
     std::vector<T> ref_pull(p_.row_square && dy ? p_.m : 0);
     std::vector<std::vector<T>> lane_offset(given_.size());
     std::vector<std::vector<double>> block_scale(given_.size());
+    std::vector<std::vector<T>> bounds;
     bool columns_written = dy != nullptr;
     auto with_gradients = [&](bool band) {
       std::vector<std::vector<Reduction<T>>> by_lane(lanes);
@@ -96,10 +105,10 @@ class Pass {
         columns_written |= g.grad_ref_offset != nullptr;
         if (g.grad_offset) lane_offset[k].resize(lanes * n);
         if (g.grad_scale) block_scale[k].resize(lanes * blocks);
+        Reduction<T> r = bounded(g, values, bounds);
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          Reduction<T> r = g;
-          if (r.grad_offset) r.grad_offset = lane_offset[k].data() + lane * n;
-          if (r.grad_scale) r.grad_scale = block_scale[k].data() + lane * blocks;
+          if (g.grad_offset) r.grad_offset = lane_offset[k].data() + lane * n;
+          if (g.grad_scale) r.grad_scale = block_scale[k].data() + lane * blocks;
           by_lane[lane].push_back(r);
         }
       }
@@ -146,6 +155,30 @@ class Pass {
   static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
 
   bool over_band(const Reduction<T>& r) const { return r.side == POSITIVES && !wide_; }
+
+  bool weighs_positives() const {
+    for (const Reduction<T>& r : given_)
+      if (r.side == POSITIVES && (r.op == LOGSUMEXP || r.op == SUM)) return true;
+    return false;
+  }
+  // 0 for a reduction whose window needs no other's values, else one more than theirs.
+  int stage_of(int64_t k) const {
+    const Reduction<T>& r = given_[k];
+    const int low = r.lower_of < 0 ? 0 : 1 + stage_of(r.lower_of), up = r.upper_of < 0 ? 0 : 1 + stage_of(r.upper_of);
+    return std::max(low, up);
+  }
+  // The reduction with its window's bounds computed from `values` (K, N) into `bounds`.
+  Reduction<T> bounded(Reduction<T> r, const T* values, std::vector<std::vector<T>>& bounds) const {
+    auto shifted = [&](int of, double by) {
+      std::vector<T> bound(values + of * p_.n, values + (of + 1) * p_.n);
+      for (T& v : bound) v += static_cast<T>(by);
+      bounds.push_back(std::move(bound));
+      return static_cast<const T*>(bounds.back().data());
+    };
+    if (r.lower_of >= 0) r.lower = shifted(r.lower_of, r.lower_shift);
+    if (r.upper_of >= 0) r.upper = shifted(r.upper_of, r.upper_shift);
+    return r;
+  }
 
   void similarities(const Tile<T>& t) const {
     const T *x = x_ + t.r0 * d_, *y = y_ + t.c0 * d_;

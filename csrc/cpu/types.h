@@ -28,6 +28,8 @@ struct Reduction {
   T scale;
   const T *offset, *ref_offset;  // (N,), (M,) or null
   const T *lower, *upper;        // (N,) or null
+  int lower_of, upper_of;        // the reduction whose values, shifted, are the bound instead; -1: none
+  double lower_shift, upper_shift;
   T *peak;                       // (N,) running max of scale * z (logsumexp), or the running extreme of z
   double *total;                 // (N,) sum relative to the peak, sum, or count
   int64_t *index;                // (N,) column of the extreme, or null

@@ -16,12 +16,13 @@ from .criteria import (
 )
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
-from .reduction import Reduction
+from .reduction import Bound, Reduction
 from .weights import pair_weights
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bound",
     "Criterion",
     "GeneralizedLiftedStructureLoss",
     "LiftedStructureLoss",

@@ -1,8 +1,9 @@
 """The registered operators and the one autograd.Function over them.
 
 torch.ops.flashpair.row_reduce and row_reduce_backward are opaque to torch.compile (each has a fake), so a criterion
-stays one graph. They take sorted embeddings and encode a reduction as four codes (op, side, transform, detach) and four
-optional vectors (offset, ref_offset, lower, upper).
+stays one graph. They take sorted embeddings and encode a reduction as six codes (op, side, transform, detach, and the
+places of the reductions that bound its window, -1 for none), two shifts of those bounds, and four optional vectors
+(offset, ref_offset, lower, upper).
 """
 
 from __future__ import annotations
@@ -12,42 +13,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reduction import OPS, SIDES, TRANSFORMS, Reduction
+from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction
 from .reference import reduce_rows
 from .similarity import dense_pairs, poison
-from .tiled import Kept, Problem, Term, backward, decode, forward, kept_sizes
+from .tiled import CODES, Kept, Problem, backward, decode, forward, kept_sizes
 
 _library = torch.library.Library("flashpair", "DEF")
 _problem = "Tensor x, Tensor? y, Tensor lo, Tensor hi, Tensor? end, Tensor order, Tensor scale, Tensor?[] vectors, "
 _library.define(
-    f"row_reduce({_problem}int[] code, str distance, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"row_reduce({_problem}int[] code, float[] shifts, str distance, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"row_reduce_backward({_problem}int[] code, str distance, Tensor values, Tensor index, Tensor live_count, "
+    f"row_reduce_backward({_problem}int[] code, float[] shifts, str distance, Tensor values, Tensor index, Tensor live_count, "
     "Tensor live_entry, Tensor live_z, Tensor?[] grads, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _row_reduce(x, y, lo, hi, end, order, scale, vectors, code, distance, keep):  # type: ignore[no-untyped-def]
+def _row_reduce(x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, keep):  # type: ignore[no-untyped-def]
     problem = Problem(x, y, lo, hi, end, order, distance)
-    values, kept = forward(problem, decode(code, scale, vectors), keep)
+    values, kept = forward(problem, decode(code, shifts, scale, vectors), keep)
     return values.add_(poison(x) if y is None else poison(x, y)), *kept
 
 
 def _row_reduce_backward(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, code, distance, values, index, live_count, live_entry, live_z, grads, need
+    x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, values, index, live_count, live_entry, live_z, grads, need
 ):
     problem = Problem(x, y, lo, hi, end, order, distance)
     kept = Kept(index, live_count, live_entry, live_z)
-    found = backward(problem, decode(code, scale, vectors), values, kept, grads, need)
+    found = backward(problem, decode(code, shifts, scale, vectors), values, kept, grads, need)
     bad = poison(x) if y is None else poison(x, y)
     return tuple(x.new_empty(0) if g is None else g.add_(bad) for g in found)
 
 
-def _row_reduce_fake(x, y, lo, hi, end, order, scale, vectors, code, distance, keep):  # type: ignore[no-untyped-def]
-    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(code) // 4
-    terms = [Term(*code[4 * i : 4 * i + 3], bool(code[4 * i + 3]), 1.0, *vectors[4 * i : 4 * i + 4]) for i in range(k)]
-    index, count, entry, z = kept_sizes(n, m, y is None, terms, keep)
+def _row_reduce_fake(x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, keep):  # type: ignore[no-untyped-def]
+    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(code) // CODES
+    index, count, entry, z = kept_sizes(n, m, y is None, decode(code, shifts, None, vectors), keep)
     integers = {"device": x.device}
     return (
         x.new_empty(k, n),
@@ -59,9 +59,9 @@ def _row_reduce_fake(x, y, lo, hi, end, order, scale, vectors, code, distance, k
 
 
 def _row_reduce_backward_fake(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, code, distance, values, index, live_count, live_entry, live_z, grads, need
+    x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, values, index, live_count, live_entry, live_z, grads, need
 ):
-    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(code) // 4
+    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(code) // CODES
     shapes = (x.shape, (m, x.shape[1]), (k,), (k, n), (k, m))
     wanted = (need[0], need[1] and y is not None, *need[2:])
     return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted))
@@ -77,15 +77,24 @@ class Spec(NamedTuple):
     """The constants of a call."""
 
     code: tuple[int, ...]
+    shifts: tuple[float, ...]
     distance: str
 
 
-def encode(reductions: tuple[Reduction, ...]) -> tuple[int, ...]:
-    return tuple(
-        c
-        for r in reductions
-        for c in (OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach))
-    )
+def encode(reductions: tuple[Reduction, ...], distance: str) -> Spec:
+    place = {id(r): k for k, r in enumerate(reductions)}
+    code: list[int] = []
+    shifts: list[float] = []
+    for k, r in enumerate(reductions):
+        code += [OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach)]
+        for name in ("lower", "upper"):
+            bound = getattr(r, name)
+            of = place.get(id(bound.of), k) if isinstance(bound, Bound) else -1
+            if of >= k:
+                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
+            code.append(of)
+            shifts.append(bound.shift if isinstance(bound, Bound) else 0.0)
+    return Spec(tuple(code), tuple(shifts), distance)
 
 
 class RowReduce(torch.autograd.Function):
@@ -98,7 +107,7 @@ class RowReduce(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         keep = any(ctx.needs_input_grad)
         values, *kept = torch.ops.flashpair.row_reduce(
-            x, y, lo, hi, end, order, scale, list(vectors), list(spec.code), spec.distance, keep
+            x, y, lo, hi, end, order, scale, list(vectors), list(spec.code), list(spec.shifts), spec.distance, keep
         )
         ctx.spec = spec
         ctx.set_materialize_grads(False)
@@ -107,7 +116,7 @@ class RowReduce(torch.autograd.Function):
         rows = tuple(v.clone() for v in values.unbind(0))
         codes = spec.code
         ctx.mark_non_differentiable(
-            *(r for i, r in enumerate(rows) if codes[4 * i + 3] or codes[4 * i] == OPS.index("count"))
+            *(r for i, r in enumerate(rows) if codes[CODES * i + 3] or codes[CODES * i] == OPS.index("count"))
         )
         return rows
 
@@ -118,11 +127,11 @@ class RowReduce(torch.autograd.Function):
         lo, hi, end, order, x, y, scale, *rest = ctx.saved_tensors
         vectors, (values, *kept) = rest[:-5], rest[-5:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors)
+            return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values)
         needs = ctx.needs_input_grad
         need = [needs[5], needs[6], needs[7], any(needs[8::4]), any(needs[9::4])]
         dx, dy, dscale, doffset, dref_offset = torch.ops.flashpair.row_reduce_backward(
-            x, y, lo, hi, end, order, scale, vectors, list(ctx.spec.code), ctx.spec.distance, values, *kept,
+            x, y, lo, hi, end, order, scale, vectors, list(ctx.spec.code), list(ctx.spec.shifts), ctx.spec.distance, values, *kept,
             [None if g is None else g.contiguous() for g in grads], need,
         )  # fmt: skip
         by_vector: list[Tensor | None] = []
@@ -139,7 +148,7 @@ class RowReduce(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors):  # type: ignore[no-untyped-def]
+def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values):  # type: ignore[no-untyped-def]
     """The same gradient as a differentiable function of its inputs, over the dense matrix: second derivatives are exact."""
     column = torch.arange((x if y is None else y).shape[0], device=x.device)
     positive = (column >= lo[:, None]) & (column < hi[:, None])
@@ -151,10 +160,14 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors):  # 
         z = dense_pairs(x, x if y is None else y, ctx.spec.distance)
         rows, upstream = [], []
         for i, g in enumerate(grads):
-            op, side, transform, _ = ctx.spec.code[4 * i : 4 * i + 4]
+            op, side, transform, _, *bounds = ctx.spec.code[CODES * i : CODES * (i + 1)]
             if g is None:
                 continue
             offset, ref_offset, lower, upper = vectors[4 * i : 4 * i + 4]
+            if bounds[0] >= 0:
+                lower = values[bounds[0]] + ctx.spec.shifts[2 * i]
+            if bounds[1] >= 0:
+                upper = values[bounds[1]] + ctx.spec.shifts[2 * i + 1]
             plain = OPS[op] in ("min", "max", "count")
             r = Reduction(
                 OPS[op], SIDES[side], TRANSFORMS[transform], 1.0 if plain else scale[i], offset, ref_offset, lower, upper

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .ops import RowReduce, Spec, encode
+from .ops import RowReduce, encode
 from .plan import Plan, make_plan, one_to_one
-from .reduction import DISTANCES, Reduction
+from .reduction import DISTANCES, Bound, Reduction
 from .reference import ReferencePairs
 from .similarity import compute_dtype
 
@@ -53,7 +53,7 @@ class Pairs:
             vectors += [
                 vector(None if r.op == "logsumexp" else r.offset, n),
                 vector(r.ref_offset, self.ref_labels.shape[0]),
-                *(None if v is None else vector(v, n).detach() for v in (r.lower, r.upper)),
+                *(None if v is None or isinstance(v, Bound) else vector(v, n).detach() for v in (r.lower, r.upper)),
             ]
         if any(isinstance(r.scale, Tensor) for r in reductions):
             scale = torch.stack([torch.as_tensor(r.scale, dtype=like.dtype, device=like.device) for r in reductions])
@@ -61,7 +61,7 @@ class Pairs:
             scale = torch.tensor([r.scale for r in reductions], dtype=like.dtype, device=like.device)
         p = self.plan
         rows = RowReduce.apply(
-            Spec(encode(reductions), self.distance), p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors
+            encode(reductions, self.distance), p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors
         )
         return tuple(
             row + r.offset if r.op == "logsumexp" and r.offset is not None else row

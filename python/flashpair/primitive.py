@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .pairs import Pairs, make_pairs
-from .reduction import Reduction
+from .reduction import Bound, Reduction
 
 
 def row_reduce(
@@ -48,19 +48,26 @@ def row_reduce(
                 raise ValueError(f"{name} of reductions[{k}] must have shape () or ({size},), got {tuple(value.shape)}")
     pairs = make_pairs(x, labels, y, ref_labels, distance=distance, impl=impl)
     if isinstance(pairs, Pairs):
-        reductions = tuple(_sorted(r, pairs) for r in reductions)
+        reductions = _sorted(reductions, pairs)
     return tuple(pairs.restore(row) for row in pairs.reduce(*reductions))
 
 
-def _sorted(r: Reduction, pairs: Pairs) -> Reduction:
-    def ordered(value: float | Tensor | None, order: Tensor) -> float | Tensor | None:
+def _sorted(reductions: tuple[Reduction, ...], pairs: Pairs) -> tuple[Reduction, ...]:
+    """The same reductions with their vectors in the order of `pairs`, and bounds on each other kept."""
+    found: dict[int, Reduction] = {}
+
+    def ordered(value: float | Tensor | Bound | None, order: Tensor) -> float | Tensor | Bound | None:
+        if isinstance(value, Bound):
+            return Bound(found.get(id(value.of), value.of), value.shift)
         return value.index_select(0, order) if isinstance(value, Tensor) and value.dim() else value
 
     plan = pairs.plan
-    return replace(
-        r,
-        offset=ordered(r.offset, plan.order),
-        ref_offset=ordered(r.ref_offset, plan.ref_order),
-        lower=ordered(r.lower, plan.order),
-        upper=ordered(r.upper, plan.order),
-    )
+    for r in reductions:
+        found[id(r)] = replace(
+            r,
+            offset=ordered(r.offset, plan.order),
+            ref_offset=ordered(r.ref_offset, plan.ref_order),
+            lower=ordered(r.lower, plan.order),
+            upper=ordered(r.upper, plan.order),
+        )
+    return tuple(found[id(r)] for r in reductions)

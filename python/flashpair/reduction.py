@@ -13,6 +13,14 @@ DISTANCES = ("dot", "euclidean")
 
 
 @dataclass(frozen=True, eq=False)
+class Bound:
+    """A side of a mining window: another reduction's row value plus `shift`. It must stand earlier in the same call."""
+
+    of: Reduction
+    shift: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class Reduction:
     """One number for each anchor i from its pairs: ``r_i = op { phi(t_ij) : j in side, lower_i < z_ij < upper_i }``.
 
@@ -29,7 +37,8 @@ class Reduction:
         scale: a float or a tensor of no dimensions; differentiable.
         offset: None, a float, or a tensor () or (N,); differentiable.
         ref_offset: a tensor (M,), for ``"lifted"`` alone; differentiable.
-        lower, upper: the mining window, None or tensors () or (N,); strict, and constants to autograd.
+        lower, upper: the mining window, strict, and constants to autograd: None, a float, a tensor () or (N,), or a
+            `Bound`, with which one call runs in stages (Multi-Similarity: positives, all negatives, positives).
         detach: no gradient is wanted of this reduction (mining statistics), which makes min and max cheaper.
 
     Raises:
@@ -42,8 +51,8 @@ class Reduction:
     scale: float | Tensor = 1.0
     offset: float | Tensor | None = None
     ref_offset: Tensor | None = None
-    lower: float | Tensor | None = None
-    upper: float | Tensor | None = None
+    lower: float | Tensor | Bound | None = None
+    upper: float | Tensor | Bound | None = None
     detach: bool = False
 
     def __post_init__(self) -> None:

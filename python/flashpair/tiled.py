@@ -20,6 +20,7 @@ from .reduction import OPS, SIDES
 
 LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
 POSITIVES = SIDES.index("positives")
+CODES = 6  # integers that a reduction is encoded as
 LIVE_PAIRS_PER_ROW = 32
 INLINE_WORK = 2**24  # multiply-adds of a product under which waking threads costs more than it saves
 
@@ -63,6 +64,10 @@ class Term:
     side: int
     transform: int
     detach: bool
+    lower_of: int
+    upper_of: int
+    lower_shift: float
+    upper_shift: float
     scale: float = 1.0
     offset: Tensor | None = None
     ref_offset: Tensor | None = None
@@ -71,7 +76,7 @@ class Term:
 
     @property
     def window(self) -> bool:
-        return self.lower is not None or self.upper is not None
+        return self.lower is not None or self.upper is not None or max(self.lower_of, self.upper_of) >= 0
 
     @property
     def weighted(self) -> bool:
@@ -82,12 +87,20 @@ class Term:
         return self.op in (MIN, MAX) and not self.detach
 
 
-def decode(code: list[int], scale: Tensor, vectors: list[Tensor | None]) -> list[Term]:
-    """Reductions from the registered op's arguments: four codes and four vectors each."""
-    return [
-        Term(*code[4 * k : 4 * k + 3], bool(code[4 * k + 3]), value, *vectors[4 * k : 4 * k + 4])
-        for k, value in enumerate(scale.tolist())
-    ]
+def decode(code: list[int], shifts: list[float], scale: Tensor | None, vectors: list[Tensor | None]) -> list[Term]:
+    """Reductions from the registered op's arguments (see ops.py); `scale` None: unknown, as in a fake."""
+    count = len(code) // CODES
+    scales = [1.0] * count if scale is None else scale.tolist()
+    found = []
+    for k in range(count):
+        op, side, transform, detach, lower_of, upper_of = code[CODES * k : CODES * (k + 1)]
+        found.append(
+            Term(
+                op, side, transform, bool(detach), lower_of, upper_of, *shifts[2 * k : 2 * k + 2], scales[k],
+                *vectors[4 * k : 4 * k + 4],
+            )
+        )  # fmt: skip
+    return found
 
 
 class Kept(NamedTuple):
@@ -104,17 +117,29 @@ class Kept(NamedTuple):
         return *(t.data_ptr() for t in self[1:]), self.live_entry.shape[1]
 
 
+def _listed(terms: list[Term]) -> int:
+    """The reduction whose live pairs are worth a list: alone in needing weights off the positives' band, and windowed."""
+    weighted = [k for k, t in enumerate(terms) if t.weighted and t.side != POSITIVES]
+    return weighted[0] if len(weighted) == 1 and terms[weighted[0]].window else -1
+
+
 def kept_sizes(n: int, m: int, square: bool, terms: list[Term], keep: bool) -> list[tuple[int, ...]]:
-    """The shapes of `Kept`. Live pairs are listed where one reduction alone needs weights, and has a mining window."""
+    """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction."""
     g = grid(n, m, square)
-    weighted = [t for t in terms if t.weighted]
-    listing = keep and len(weighted) == 1 and weighted[0].window and weighted[0].side != POSITIVES
+    listing = keep and _listed(terms) >= 0
     live = (g.slots, g.live_capacity) if listing else (0, 0)
     return [(len(terms) if keep and any(t.indexed for t in terms) else 0, n), live[:1], live, live]
 
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def _term(t: Term) -> tuple[Any, ...]:
+    return (
+        t.op, t.side, t.transform, t.scale, _address(t.offset), _address(t.ref_offset), _address(t.lower),
+        _address(t.upper), t.lower_of, t.upper_of, t.lower_shift, t.upper_shift,
+    )  # fmt: skip
 
 
 def _squares(x: Tensor) -> Tensor:  # (N, D) -> (N,)
@@ -159,11 +184,8 @@ def forward(p: Problem, terms: list[Term], keep: bool) -> tuple[Tensor, Kept]:
     work = _pass(p, squares)
     for k, t in enumerate(terms):
         index = kept.index[k] if t.indexed and sizes[0][0] else None
-        work.add(
-            t.op, t.side, t.transform, t.scale, _address(t.offset), _address(t.ref_offset),
-            _address(t.lower), _address(t.upper), _address(index), 0, 0, 0, 0, 0,
-        )  # fmt: skip
-    listed = [k for k, t in enumerate(terms) if t.weighted][0] if sizes[1][0] else -1
+        work.add(_term(t), _address(index), 0, 0, 0, 0, 0)
+    listed = _listed(terms) if sizes[1][0] else -1
     work.forward(_threads(p), values.data_ptr(), _address(kept.index) if sizes[0][0] else 0, kept.lists(), listed)
     return values, kept
 
@@ -192,11 +214,10 @@ def backward(
     work = _pass(p, squares)
     for i, t in enumerate(terms):
         work.add(
-            t.op, t.side, t.transform, t.scale, _address(t.offset), _address(t.ref_offset),
-            _address(t.lower), _address(t.upper), _address(kept.index[i] if t.indexed else None),
+            _term(t), _address(kept.index[i] if t.indexed else None),
             _address(values[i]), _address(None if t.detach else grads[i]),
             _address(None if dscale is None else dscale[i]), _address(None if doffset is None else doffset[i]),
             _address(None if dref_offset is None else dref_offset[i]),
         )  # fmt: skip
-    work.backward(_threads(p), _address(dx), _address(dy), kept.lists())
+    work.backward(_threads(p), values.data_ptr(), _address(dx), _address(dy), kept.lists())
     return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)

@@ -79,8 +79,9 @@ class GeneralizedLiftedStructureLoss(Criterion):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         sign = -1.0 if self.distance == "dot" else 1.0
-        (pos,) = pairs.reduce(Reduction("logsumexp", "positives", scale=sign))
-        (neg,) = pairs.reduce(Reduction("logsumexp", "negatives", scale=-sign))
+        pos, neg = pairs.reduce(
+            Reduction("logsumexp", "positives", scale=sign), Reduction("logsumexp", "negatives", scale=-sign)
+        )
         valid = (pairs.num_positives() > 0) & (pairs.num_negatives() > 0)
         total = torch.where(valid, pos, 0.0) + torch.where(valid, neg, 0.0) + self.margin
         return RowLosses(torch.where(valid, total.relu(), 0.0), valid, valid.shape[0])
@@ -117,6 +118,6 @@ class LiftedStructureStarLoss(Criterion):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         pos, neg = logsumexps(pairs, self.alpha, self.beta, self.epsilon)
-        valid = (pos.detach() != -torch.inf) & (neg.detach() != -torch.inf)
+        valid = torch.minimum(pos.detach(), neg.detach()) != -torch.inf
         losses = torch.where(valid, pos, 0.0) / self.alpha + torch.where(valid, neg, 0.0) / self.beta
         return RowLosses(losses, valid, valid.shape[0])

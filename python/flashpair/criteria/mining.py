@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reduction import Reduction
+from ..reduction import Bound, Reduction
 from .base import AnyPairs
 
 
@@ -15,22 +15,22 @@ def logsumexps(
     """logsumexp of -alpha z over each row's positives and of beta z over its negatives, (N,) each, mined.
 
     A negative is kept if z > (lowest positive) - epsilon, a positive if z < (highest negative) + epsilon; epsilon None
-    keeps all. Both sets of a row are empty (-inf) or neither is, which one decision a row makes sure of.
-    Three passes: positives, all negatives, positives.
+    keeps all. Of a mined row both sets are empty (-inf) or neither is: one comparison a row makes sure of it.
     """
     if epsilon is None:
-        (pos,) = pairs.reduce(Reduction("logsumexp", "positives", scale=-alpha))
-        (neg,) = pairs.reduce(Reduction("logsumexp", "negatives", scale=beta))
+        pos, neg = pairs.reduce(
+            Reduction("logsumexp", "positives", scale=-alpha), Reduction("logsumexp", "negatives", scale=beta)
+        )
         return pos, neg
-    (lowest,) = pairs.reduce(Reduction("min", "positives", detach=True))
-    lower = lowest - epsilon
+    lowest = Reduction("min", "positives", detach=True)
+    kept = Bound(lowest, -epsilon)
     # A highest negative outside the window leaves nothing to mine, so that the window serves the maximum too.
-    neg, highest = pairs.reduce(
-        Reduction("logsumexp", "negatives", scale=beta, lower=lower),
-        Reduction("max", "negatives", lower=lower, detach=True),
+    highest = Reduction("max", "negatives", lower=kept, detach=True)
+    _, neg, _, pos = pairs.reduce(
+        lowest,
+        Reduction("logsumexp", "negatives", scale=beta, lower=kept),
+        highest,
+        Reduction("logsumexp", "positives", scale=-alpha, upper=Bound(highest, epsilon)),
     )
-    upper = highest + epsilon
-    (pos,) = pairs.reduce(Reduction("logsumexp", "positives", scale=-alpha, upper=upper))
-    unmined = ~((highest > lower) & (lowest < upper))
-    keep_nan = unmined & ~highest.isnan() & ~lowest.isnan()
-    return pos.masked_fill(keep_nan, -torch.inf), neg.masked_fill(keep_nan, -torch.inf)
+    unmined = torch.minimum(pos.detach(), neg.detach()) == -torch.inf
+    return pos.masked_fill(unmined, -torch.inf), neg.masked_fill(unmined, -torch.inf)

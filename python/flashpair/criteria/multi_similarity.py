@@ -7,6 +7,7 @@ over mined positives P and negatives N (eq. 11-12).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -46,6 +47,5 @@ class MultiSimilarityLoss(Criterion):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         pos, neg = logsumexps(pairs, self.alpha, self.beta, self.epsilon)
-        pos, neg = pos + self.alpha * self.base, neg - self.beta * self.base
-        losses = softplus(pos) / self.alpha + softplus(neg) / self.beta
-        return RowLosses(losses, (pos.detach() > -float("inf")) | (neg.detach() > -float("inf")), losses.shape[0])
+        losses = softplus(pos + self.alpha * self.base) / self.alpha + softplus(neg - self.beta * self.base) / self.beta
+        return RowLosses(losses, torch.maximum(pos.detach(), neg.detach()) != -torch.inf, losses.shape[0])
