@@ -12,20 +12,28 @@ IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
 
 def obstacles(impl: str, device: torch.device) -> list[str]:
     """Every reason why `impl` cannot run on `device` here; empty if it can."""
+    return list(_obstacles(impl, device.type))
+
+
+def _obstacles(impl: str, device: str) -> tuple[str, ...]:
     if impl == "reference":
-        return []
+        return ()
     found = []
     if impl == "tiled":
-        if device.type != "cpu":
-            found.append(f"tiled runs on the CPU in this version, and the tensors are on {device.type}")
+        if device != "cpu":
+            found.append(f"tiled runs on the CPU in this version, and the tensors are on {device}")
         module = extension.load()
         if isinstance(module, str):
             found.append(f"tiled needs the compiled extension: {module}")
-        return found
-    if device.type != "cuda":
-        found.append(f"{impl} needs a CUDA device, and the tensors are on {device.type}")
+        return tuple(found)
+    if device != "cuda":
+        found.append(f"{impl} needs a CUDA device, and the tensors are on {device}")
     found.append(f"this version of flashpair has no {impl} kernels yet")
-    return found
+    return tuple(found)
+
+
+# What torch.compiler.assume_constant_result sets, without importing torch._dynamo: what is built does not change.
+_obstacles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_name(impl: str) -> None:
@@ -44,6 +52,7 @@ def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
     check_name(impl)
     if impl == "auto":
         return "tiled" if not obstacles("tiled", x.device) else "reference"
-    if reasons := obstacles(impl, x.device):
+    reasons = obstacles(impl, x.device)
+    if reasons:
         raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
     return impl

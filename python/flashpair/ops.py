@@ -1,13 +1,12 @@
 """The registered operators and the one autograd.Function over them.
 
 torch.ops.flashpair.row_reduce and row_reduce_backward are opaque to torch.compile (each has a fake), so a criterion
-stays one graph. They take sorted embeddings and encode a reduction as six codes (op, side, transform, detach, and the
-places of the reductions that bound its window, -1 for none), two shifts of those bounds, and four optional vectors
-(offset, ref_offset, lower, upper).
+stays one graph. They take sorted embeddings, and a call's constants as the fields of `Spec`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,55 +15,67 @@ from torch import Tensor
 from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction
 from .reference import reduce_rows
 from .similarity import dense_pairs, poison
-from .tiled import CODES, Kept, Problem, backward, decode, forward, kept_sizes
+from .tiled import CODES, Kept, Problem, backward, decode, forward, kept_sizes, operands
 
 _library = torch.library.Library("flashpair", "DEF")
-_problem = "Tensor x, Tensor? y, Tensor lo, Tensor hi, Tensor? end, Tensor order, Tensor scale, Tensor?[] vectors, "
-_library.define(
-    f"row_reduce({_problem}int[] code, float[] shifts, str distance, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_problem = (
+    "Tensor x, Tensor? y, Tensor lo, Tensor hi, Tensor? end, Tensor order, Tensor? scale, Tensor[] vectors, "
+    "int[] slots, int[] code, float[] shifts, float[] scales, str distance, "
 )
+_library.define(f"row_reduce({_problem}bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"row_reduce_backward({_problem}int[] code, float[] shifts, str distance, Tensor values, Tensor index, Tensor live_count, "
-    "Tensor live_entry, Tensor live_z, Tensor?[] grads, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"row_reduce_backward({_problem}Tensor values, Tensor index, Tensor live_count, Tensor live_entry, Tensor live_z, "
+    "Tensor?[] grads, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _row_reduce(x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, keep):  # type: ignore[no-untyped-def]
+def _bad(x: Tensor, y: Tensor | None) -> Tensor:
+    return poison(x) if y is None else poison(x, y)
+
+
+def _row_reduce(  # type: ignore[no-untyped-def]
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, keep
+):
     problem = Problem(x, y, lo, hi, end, order, distance)
-    values, kept = forward(problem, decode(code, shifts, scale, vectors), keep)
-    return values.add_(poison(x) if y is None else poison(x, y)), *kept
+    terms = decode(code, shifts, slots)
+    values, kept = forward(problem, terms, operands(terms, scale, scales, vectors), keep)
+    return values.add_(_bad(x, y)), *kept
 
 
 def _row_reduce_backward(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, values, index, live_count, live_entry, live_z, grads, need
-):
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance,
+    values, index, live_count, live_entry, live_z, grads, need,
+):  # fmt: skip
     problem = Problem(x, y, lo, hi, end, order, distance)
     kept = Kept(index, live_count, live_entry, live_z)
-    found = backward(problem, decode(code, shifts, scale, vectors), values, kept, grads, need)
-    bad = poison(x) if y is None else poison(x, y)
+    terms = decode(code, shifts, slots)
+    found = backward(problem, terms, operands(terms, scale, scales, vectors), values, kept, grads, need)
+    bad = _bad(x, y)
     return tuple(x.new_empty(0) if g is None else g.add_(bad) for g in found)
 
 
-def _row_reduce_fake(x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, keep):  # type: ignore[no-untyped-def]
-    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(code) // CODES
-    index, count, entry, z = kept_sizes(n, m, y is None, decode(code, shifts, None, vectors), keep)
-    integers = {"device": x.device}
+def _row_reduce_fake(  # type: ignore[no-untyped-def]
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, keep
+):
+    n, m = x.shape[0], (x if y is None else y).shape[0]
+    index, count, entry, z = kept_sizes(n, m, y is None, decode(code, shifts, slots), keep)
     return (
-        x.new_empty(k, n),
-        torch.empty(index, dtype=torch.int64, **integers),
-        torch.empty(count, dtype=torch.int32, **integers),
-        torch.empty(entry, dtype=torch.int32, **integers),
+        x.new_empty(len(scales), n),
+        lo.new_empty(index),
+        lo.new_empty(count, dtype=torch.int32),
+        lo.new_empty(entry, dtype=torch.int32),
         x.new_empty(z),
     )
 
 
 def _row_reduce_backward_fake(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, code, shifts, distance, values, index, live_count, live_entry, live_z, grads, need
-):
-    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(code) // CODES
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance,
+    values, index, live_count, live_entry, live_z, grads, need,
+):  # fmt: skip
+    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(scales)
     shapes = (x.shape, (m, x.shape[1]), (k,), (k, n), (k, m))
     wanted = (need[0], need[1] and y is not None, *need[2:])
-    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted))
+    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
 _library.impl("row_reduce", _row_reduce, "CPU")
@@ -73,15 +84,24 @@ torch.library.register_fake("flashpair::row_reduce", _row_reduce_fake, lib=_libr
 torch.library.register_fake("flashpair::row_reduce_backward", _row_reduce_backward_fake, lib=_library)
 
 
-class Spec(NamedTuple):
-    """The constants of a call."""
+def _op(name: str, x: Tensor) -> Callable[..., Any]:
+    """The registered op; on plain tensors outside of tracing what it would call, without the dispatcher's 50 us."""
+    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _row_reduce if name == "row_reduce" else _row_reduce_backward
+    return getattr(torch.ops.flashpair, name)
 
-    code: tuple[int, ...]
-    shifts: tuple[float, ...]
+
+class Spec(NamedTuple):
+    """The constants of a call of K reductions."""
+
+    slots: tuple[int, ...]  # what each vector is: 4 * reduction + 0 offset, 1 ref_offset, 2 lower, 3 upper
+    code: tuple[int, ...]  # (6 K): op, side, transform, detach, and whose values bound the window (lower, upper; -1)
+    shifts: tuple[float, ...]  # (2 K): what is added to those bounds
+    scales: tuple[float, ...]  # (K): used where no scale tensor is given
     distance: str
 
 
-def encode(reductions: tuple[Reduction, ...], distance: str) -> Spec:
+def encode(reductions: tuple[Reduction, ...], slots: list[int], distance: str) -> Spec:
     place = {id(r): k for k, r in enumerate(reductions)}
     code: list[int] = []
     shifts: list[float] = []
@@ -94,7 +114,8 @@ def encode(reductions: tuple[Reduction, ...], distance: str) -> Spec:
                 raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
             code.append(of)
             shifts.append(bound.shift if isinstance(bound, Bound) else 0.0)
-    return Spec(tuple(code), tuple(shifts), distance)
+    scales = tuple(1.0 if isinstance(r.scale, Tensor) else r.scale for r in reductions)
+    return Spec(tuple(slots), tuple(code), tuple(shifts), scales, distance)
 
 
 class RowReduce(torch.autograd.Function):
@@ -103,45 +124,41 @@ class RowReduce(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, spec: Spec, lo: Tensor, hi: Tensor, end: Tensor | None, order: Tensor, x: Tensor, y: Tensor | None,
-        scale: Tensor, *vectors: Tensor | None,
+        scale: Tensor | None, *vectors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         keep = any(ctx.needs_input_grad)
-        values, *kept = torch.ops.flashpair.row_reduce(
-            x, y, lo, hi, end, order, scale, list(vectors), list(spec.code), list(spec.shifts), spec.distance, keep
-        )
-        ctx.spec = spec
+        values, *kept = _op("row_reduce", x)(x, y, lo, hi, end, order, scale, vectors, *spec, keep)
         ctx.set_materialize_grads(False)
         if keep:
+            ctx.spec = spec
             ctx.save_for_backward(lo, hi, end, order, x, y, scale, *vectors, values, *kept)
-        rows = tuple(v.clone() for v in values.unbind(0))
-        codes = spec.code
+        rows = torch.unbind_copy(values)
+        count = OPS.index("count")
+        codes = range(0, len(spec.code), CODES)
         ctx.mark_non_differentiable(
-            *(r for i, r in enumerate(rows) if codes[CODES * i + 3] or codes[CODES * i] == OPS.index("count"))
+            *(row for row, at in zip(rows, codes, strict=True) if spec.code[at + 3] or spec.code[at] == count)
         )
         return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs = ctx.needs_input_grad
         if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * len(needs)
         lo, hi, end, order, x, y, scale, *rest = ctx.saved_tensors
         vectors, (values, *kept) = rest[:-5], rest[-5:]
+        spec = ctx.spec
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values)
-        needs = ctx.needs_input_grad
-        need = [needs[5], needs[6], needs[7], any(needs[8::4]), any(needs[9::4])]
-        dx, dy, dscale, doffset, dref_offset = torch.ops.flashpair.row_reduce_backward(
-            x, y, lo, hi, end, order, scale, vectors, list(ctx.spec.code), list(ctx.spec.shifts), ctx.spec.distance, values, *kept,
-            [None if g is None else g.contiguous() for g in grads], need,
+        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, needs[8:], strict=True)]
+        dx, dy, dscale, doffset, dref_offset = _op("row_reduce_backward", x)(
+            x, y, lo, hi, end, order, scale, vectors, *spec, values, *kept,
+            [None if g is None else g.contiguous() for g in grads], [*needs[5:8], 0 in wants, 1 in wants],
         )  # fmt: skip
-        by_vector: list[Tensor | None] = []
-        for i in range(len(grads)):
-            by_vector += [
-                doffset[i] if needs[8 + 4 * i] else None,
-                dref_offset[i] if needs[9 + 4 * i] else None,
-                None,
-                None,
-            ]
+        by_vector = [
+            doffset[slot // 4] if want == 0 else dref_offset[slot // 4] if want == 1 else None
+            for slot, want in zip(spec.slots, wants, strict=True)
+        ]
         return (
             None, None, None, None, None,
             dx if needs[5] else None, dy if needs[6] else None, dscale if needs[7] else None, *by_vector,
@@ -156,28 +173,28 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
     if y is None:
         pair = pair & (column != column[:, None])
     masks = {"positives": positive & pair, "negatives": ~positive & pair, "all": pair}
+    spec = ctx.spec
+    by_slot = dict(zip(spec.slots, vectors, strict=True))
     with torch.enable_grad():
-        z = dense_pairs(x, x if y is None else y, ctx.spec.distance)
+        z = dense_pairs(x, x if y is None else y, spec.distance)
         rows, upstream = [], []
         for i, g in enumerate(grads):
-            op, side, transform, _, *bounds = ctx.spec.code[CODES * i : CODES * (i + 1)]
             if g is None:
                 continue
-            offset, ref_offset, lower, upper = vectors[4 * i : 4 * i + 4]
-            if bounds[0] >= 0:
-                lower = values[bounds[0]] + ctx.spec.shifts[2 * i]
-            if bounds[1] >= 0:
-                upper = values[bounds[1]] + ctx.spec.shifts[2 * i + 1]
+            op, side, transform, _, *bounds = spec.code[CODES * i : CODES * (i + 1)]
+            offset, ref_offset, *window = (by_slot.get(4 * i + k) for k in range(4))
+            for k, of in enumerate(bounds):
+                if of >= 0:
+                    window[k] = values[of] + spec.shifts[2 * i + k]
             plain = OPS[op] in ("min", "max", "count")
-            r = Reduction(
-                OPS[op], SIDES[side], TRANSFORMS[transform], 1.0 if plain else scale[i], offset, ref_offset, lower, upper
-            )
+            factor = spec.scales[i] if plain or scale is None else scale[i]
+            r = Reduction(OPS[op], SIDES[side], TRANSFORMS[transform], factor, offset, ref_offset, *window)
             rows.append(reduce_rows(z, masks[r.side], r))
             upstream.append(g)
         inputs = (x, y, scale, *vectors)
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[5:]) if need]
         found = torch.autograd.grad(rows, [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True)
-    by_place = dict(zip(wanted, found))
+    by_place = dict(zip(wanted, found, strict=True))
     return (None,) * 5 + tuple(by_place.get(i) for i in range(len(inputs)))
 
 

@@ -42,30 +42,31 @@ class Pairs:
         """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
         n, like = self.x.shape[0], self.x
 
-        def vector(value: float | Tensor | None, size: int) -> Tensor | None:
-            if value is None:
-                return None
-            value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-            return value.expand(size).contiguous()
+        def tensor(value: float | Tensor) -> Tensor:
+            return torch.as_tensor(value, dtype=like.dtype, device=like.device)
 
-        vectors: list[Tensor | None] = []
-        for r in reductions:
-            vectors += [
-                vector(None if r.op == "logsumexp" else r.offset, n),
-                vector(r.ref_offset, self.ref_labels.shape[0]),
-                *(None if v is None or isinstance(v, Bound) else vector(v, n).detach() for v in (r.lower, r.upper)),
-            ]
+        slots: list[int] = []
+        vectors: list[Tensor] = []
+        for k, r in enumerate(reductions):
+            outside = r.op == "logsumexp"  # whose offset is added to the row's value
+            own = (None if outside else r.offset, r.ref_offset, r.lower, r.upper)
+            for slot, value in enumerate(own):
+                if value is None or isinstance(value, Bound):
+                    continue
+                size = self.ref_labels.shape[0] if slot == 1 else n
+                vector = tensor(value).expand(size).contiguous()
+                slots.append(4 * k + slot)
+                vectors.append(vector.detach() if slot > 1 else vector)
+        scale = None
         if any(isinstance(r.scale, Tensor) for r in reductions):
-            scale = torch.stack([torch.as_tensor(r.scale, dtype=like.dtype, device=like.device) for r in reductions])
-        else:
-            scale = torch.tensor([r.scale for r in reductions], dtype=like.dtype, device=like.device)
+            scale = torch.stack([tensor(r.scale) for r in reductions])
         p = self.plan
         rows = RowReduce.apply(
-            encode(reductions, self.distance), p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors
+            encode(reductions, slots, self.distance), p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors
         )
         return tuple(
             row + r.offset if r.op == "logsumexp" and r.offset is not None else row
-            for row, r in zip(rows, reductions)
+            for row, r in zip(rows, reductions, strict=True)
         )
 
     def num_positives(self) -> Tensor:  # (N,) int64

@@ -9,7 +9,8 @@ Deterministic: same inputs, same bits, with any number of threads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +57,8 @@ class Problem(NamedTuple):
     distance: str
 
 
-@dataclass(frozen=True)
-class Term:
-    """One reduction as the kernels take it: codes, and vectors in sorted order."""
+class Term(NamedTuple):
+    """The constants of one reduction, as ops.py's `Spec` encodes them."""
 
     op: int
     side: int
@@ -68,15 +68,11 @@ class Term:
     upper_of: int
     lower_shift: float
     upper_shift: float
-    scale: float = 1.0
-    offset: Tensor | None = None
-    ref_offset: Tensor | None = None
-    lower: Tensor | None = None
-    upper: Tensor | None = None
+    slots: tuple[int, int, int, int]  # where its offset, ref_offset, lower and upper stand among the vectors, or -1
 
     @property
     def window(self) -> bool:
-        return self.lower is not None or self.upper is not None or max(self.lower_of, self.upper_of) >= 0
+        return max(self.lower_of, self.upper_of, *self.slots[2:]) >= 0
 
     @property
     def weighted(self) -> bool:
@@ -87,19 +83,34 @@ class Term:
         return self.op in (MIN, MAX) and not self.detach
 
 
-def decode(code: list[int], shifts: list[float], scale: Tensor | None, vectors: list[Tensor | None]) -> list[Term]:
-    """Reductions from the registered op's arguments (see ops.py); `scale` None: unknown, as in a fake."""
-    count = len(code) // CODES
-    scales = [1.0] * count if scale is None else scale.tolist()
+Terms = tuple[Term, ...]
+
+
+def decode(code: Sequence[int], shifts: Sequence[float], slots: Sequence[int]) -> Terms:
+    return _decode(tuple(code), tuple(shifts), tuple(slots))
+
+
+@functools.lru_cache(maxsize=256)
+def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, ...]) -> Terms:
+    place = {slot: k for k, slot in enumerate(slots)}
+    return tuple(
+        Term(
+            *code[at : at + 3], bool(code[at + 3]), *code[at + 4 : at + 6], *shifts[2 * k : 2 * k + 2],
+            tuple(place.get(4 * k + slot, -1) for slot in range(4)),
+        )
+        for k, at in enumerate(range(0, len(code), CODES))
+    )  # fmt: skip
+
+
+def operands(
+    terms: Terms, scale: Tensor | None, scales: Sequence[float], vectors: Sequence[Tensor]
+) -> list[tuple[Any, ...]]:
+    """Each reduction as the C++ pass takes it; the caller holds the vectors' memory."""
+    values = scales if scale is None else scale.tolist()
     found = []
-    for k in range(count):
-        op, side, transform, detach, lower_of, upper_of = code[CODES * k : CODES * (k + 1)]
-        found.append(
-            Term(
-                op, side, transform, bool(detach), lower_of, upper_of, *shifts[2 * k : 2 * k + 2], scales[k],
-                *vectors[4 * k : 4 * k + 4],
-            )
-        )  # fmt: skip
+    for t, value in zip(terms, values, strict=True):
+        offset, ref_offset, lower, upper = (0 if slot < 0 else vectors[slot].data_ptr() for slot in t.slots)
+        found.append((t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:8]))
     return found
 
 
@@ -117,13 +128,13 @@ class Kept(NamedTuple):
         return *(t.data_ptr() for t in self[1:]), self.live_entry.shape[1]
 
 
-def _listed(terms: list[Term]) -> int:
+def _listed(terms: Terms) -> int:
     """The reduction whose live pairs are worth a list: alone in needing weights off the positives' band, and windowed."""
     weighted = [k for k, t in enumerate(terms) if t.weighted and t.side != POSITIVES]
     return weighted[0] if len(weighted) == 1 and terms[weighted[0]].window else -1
 
 
-def kept_sizes(n: int, m: int, square: bool, terms: list[Term], keep: bool) -> list[tuple[int, ...]]:
+def kept_sizes(n: int, m: int, square: bool, terms: Terms, keep: bool) -> list[tuple[int, ...]]:
     """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction."""
     g = grid(n, m, square)
     listing = keep and _listed(terms) >= 0
@@ -133,13 +144,6 @@ def kept_sizes(n: int, m: int, square: bool, terms: list[Term], keep: bool) -> l
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def _term(t: Term) -> tuple[Any, ...]:
-    return (
-        t.op, t.side, t.transform, t.scale, _address(t.offset), _address(t.ref_offset), _address(t.lower),
-        _address(t.upper), t.lower_of, t.upper_of, t.lower_shift, t.upper_shift,
-    )  # fmt: skip
 
 
 def _squares(x: Tensor) -> Tensor:  # (N, D) -> (N,)
@@ -171,8 +175,8 @@ def _threads(p: Problem) -> int:
     return 1 if n * m * d < INLINE_WORK else torch.get_num_threads()
 
 
-def forward(p: Problem, terms: list[Term], keep: bool) -> tuple[Tensor, Kept]:
-    """Values (K, N), sorted, without logsumexp's offset; `keep`: what backward needs is wanted too."""
+def forward(p: Problem, terms: Terms, given: list[tuple[Any, ...]], keep: bool) -> tuple[Tensor, Kept]:
+    """Values (K, N), sorted, without logsumexp's offset; `given`: the terms' operands; `keep`: for backward too."""
     n, m = p.x.shape[0], (p.x if p.y is None else p.y).shape[0]
     sizes = kept_sizes(n, m, p.y is None, terms, keep)
     values = p.x.new_empty(len(terms), n)
@@ -184,7 +188,7 @@ def forward(p: Problem, terms: list[Term], keep: bool) -> tuple[Tensor, Kept]:
     work = _pass(p, squares)
     for k, t in enumerate(terms):
         index = kept.index[k] if t.indexed and sizes[0][0] else None
-        work.add(_term(t), _address(index), 0, 0, 0, 0, 0)
+        work.add(given[k], _address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     work.forward(_threads(p), values.data_ptr(), _address(kept.index) if sizes[0][0] else 0, kept.lists(), listed)
     return values, kept
@@ -201,8 +205,9 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    p: Problem, terms: list[Term], values: Tensor, kept: Kept, grads: list[Tensor | None], need: list[bool]
-) -> Gradients:
+    p: Problem, terms: Terms, given: list[tuple[Any, ...]], values: Tensor, kept: Kept,
+    grads: Sequence[Tensor | None], need: Sequence[bool],
+) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     n, m, k = p.x.shape[0], (p.x if p.y is None else p.y).shape[0], len(terms)
     dx = torch.zeros_like(p.x) if need[0] else None
@@ -214,7 +219,7 @@ def backward(
     work = _pass(p, squares)
     for i, t in enumerate(terms):
         work.add(
-            _term(t), _address(kept.index[i] if t.indexed else None),
+            given[i], _address(kept.index[i] if t.indexed else None),
             _address(values[i]), _address(None if t.detach else grads[i]),
             _address(None if dscale is None else dscale[i]), _address(None if doffset is None else doffset[i]),
             _address(None if dref_offset is None else dref_offset[i]),
