@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction
+from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from .reference import reduce_rows
 from .similarity import dense_pairs, poison
 from .tiled import CODES, Kept, Problem, backward, decode, forward, kept_sizes, operands
@@ -102,18 +102,11 @@ class Spec(NamedTuple):
 
 
 def encode(reductions: tuple[Reduction, ...], slots: list[int], distance: str) -> Spec:
-    place = {id(r): k for k, r in enumerate(reductions)}
     code: list[int] = []
     shifts: list[float] = []
-    for k, r in enumerate(reductions):
-        code += [OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach)]
-        for name in ("lower", "upper"):
-            bound = getattr(r, name)
-            of = place.get(id(bound.of), k) if isinstance(bound, Bound) else -1
-            if of >= k:
-                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
-            code.append(of)
-            shifts.append(bound.shift if isinstance(bound, Bound) else 0.0)
+    for r, places in zip(reductions, bound_places(reductions), strict=True):
+        code += [OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach), *places]
+        shifts += [bound.shift if isinstance(bound, Bound) else 0.0 for bound in (r.lower, r.upper)]
     scales = tuple(1.0 if isinstance(r.scale, Tensor) else r.scale for r in reductions)
     return Spec(tuple(slots), tuple(code), tuple(shifts), scales, distance)
 

@@ -42,7 +42,8 @@ def row_reduce(
     for k, r in enumerate(reductions):
         if not isinstance(r, Reduction):
             raise TypeError(f"reductions[{k}] must be a Reduction, got {type(r).__name__}")
-        for name, size in (("offset", x.shape[0]), ("lower", x.shape[0]), ("upper", x.shape[0])):
+        n, m = x.shape[0], (x if y is None else y).shape[0]
+        for name, size in (("offset", n), ("lower", n), ("upper", n), ("ref_offset", m)):
             value = getattr(r, name)
             if isinstance(value, Tensor) and tuple(value.shape) not in ((), (size,)):
                 raise ValueError(f"{name} of reductions[{k}] must have shape () or ({size},), got {tuple(value.shape)}")

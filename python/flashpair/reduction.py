@@ -68,3 +68,23 @@ class Reduction:
             raise ValueError("ref_offset goes with transform 'lifted', and that transform needs it")
         if self.transform == "lifted" and self.offset is None:
             raise ValueError("transform 'lifted' needs offset, a tensor of shape (N,)")
+
+
+def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
+    """For each reduction the places of those that bound its window below and above, -1 for none.
+
+    Raises:
+        ValueError: a bound on a reduction that does not stand before it.
+    """
+    place: dict[int, int] = {}
+    found = []
+    for k, r in enumerate(reductions):
+        pair = []
+        for name, bound in (("lower", r.lower), ("upper", r.upper)):
+            of = place.get(id(bound.of)) if isinstance(bound, Bound) else -1
+            if of is None:
+                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
+            pair.append(of)
+        found.append((pair[0], pair[1]))
+        place[id(r)] = k
+    return found

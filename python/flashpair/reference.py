@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .reduction import Bound, Reduction
+from .reduction import Reduction, bound_places
 from .similarity import dense_pairs, logaddexp, poison, softplus
 
 
@@ -45,10 +45,6 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
     t = torch.where(mask, t, -torch.inf if r.transform != "identity" else 0.0)
     phi = {"identity": t, "softplus": softplus(t), "hinge": t.relu(), "lifted": t.relu().square()}
     return phi[r.transform].sum(1)
-
-
-def _resolve(bound: float | Tensor | Bound | None, rows: dict[int, Tensor]) -> float | Tensor | None:
-    return rows[id(bound.of)].detach() + bound.shift if isinstance(bound, Bound) else bound
 
 
 class ReferencePairs:
@@ -90,12 +86,15 @@ class ReferencePairs:
         return cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=bad)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
-        rows: dict[int, Tensor] = {}
-        for r in reductions:
-            bounds = {side: _resolve(getattr(r, side), rows) for side in ("lower", "upper")}
+        rows: list[Tensor] = []
+        for r, places in zip(reductions, bound_places(reductions), strict=True):
+            bounds = {
+                name: getattr(r, name) if place < 0 else rows[place].detach() + getattr(r, name).shift
+                for name, place in zip(("lower", "upper"), places, strict=True)
+            }
             z = self.z.detach() if r.detach else self.z
-            rows[id(r)] = reduce_rows(z, self.masks[r.side], replace(r, **bounds)) + self.poison
-        return tuple(rows[id(r)] for r in reductions)
+            rows.append(reduce_rows(z, self.masks[r.side], replace(r, **bounds)) + self.poison)
+        return tuple(rows)
 
     def num_positives(self) -> Tensor:  # (N,) int64
         return self.masks["positives"].sum(1)

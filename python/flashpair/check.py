@@ -1,0 +1,88 @@
+"""`python -m flashpair check`: gradcheck and parity of every criterion and implementation, on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import criteria
+from .criteria.base import Criterion
+from .dispatch import IMPLEMENTATIONS, obstacles
+
+CRITERIA: dict[str, Callable[..., Criterion]] = {
+    "MultiSimilarityLoss": criteria.MultiSimilarityLoss,
+    "MultiSimilarityLoss(epsilon=None)": lambda **k: criteria.MultiSimilarityLoss(epsilon=None, **k),
+    "LiftedStructureLoss": criteria.LiftedStructureLoss,
+    "GeneralizedLiftedStructureLoss": criteria.GeneralizedLiftedStructureLoss,
+    "GeneralizedLiftedStructureLoss(distance='euclidean')": lambda **k: criteria.GeneralizedLiftedStructureLoss(
+        distance="euclidean", **k
+    ),
+    "LiftedStructureStarLoss": criteria.LiftedStructureStarLoss,
+    "LiftedStructureStarLoss(epsilon=0.1)": lambda **k: criteria.LiftedStructureStarLoss(epsilon=0.1, **k),
+    "NPairsLoss": criteria.NPairsLoss,
+    "NPairsLoss('ovo')": lambda **k: criteria.NPairsLoss("ovo", **k),
+    "NPairsLoss('all_pairs')": lambda **k: criteria.NPairsLoss("all_pairs", **k),
+}
+"""Every criterion in every form that takes another way through the engine. A new loss adds its rows here."""
+
+
+def batch(n: int, d: int, per_class: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Clustered random embeddings (n, d) with labels (n,), shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randperm(n, generator=generator) // per_class
+    centres = torch.randn(n // per_class + 1, d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return (centres[labels] + noise).to(dtype), labels
+
+
+def value_and_gradient(criterion: Criterion, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    loss = criterion(x, labels)
+    loss.backward()
+    assert x.grad is not None
+    return loss.detach(), x.grad
+
+
+def _relative(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+def check(name: str, impl: str) -> tuple[bool, str]:
+    """Gradcheck in float64 on a small batch, and float32 against the float64 reference on one of several tiles.
+
+    The bound is what float32 can do: twice the dense float32 reference's own error, and one rounding.
+    """
+    make = CRITERIA[name]
+    x, labels = batch(12, 5, 3, torch.float64)
+    smooth = torch.autograd.gradcheck(
+        lambda t: make(impl=impl)(t, labels), (x.requires_grad_(),), raise_exception=False
+    )
+    x, labels = batch(600, 48, 4, torch.float32)
+    truth = value_and_gradient(make(impl="reference"), x.double(), labels)
+    found = value_and_gradient(make(impl=impl), x, labels)
+    eager = value_and_gradient(make(impl="reference"), x, labels)
+    errors = [_relative(f, t) for f, t in zip(found, truth, strict=True)]
+    bounds = [2 * (_relative(e, t) + torch.finfo(torch.float32).eps) for e, t in zip(eager, truth, strict=True)]
+    good = smooth and all(e <= b for e, b in zip(errors, bounds, strict=True))
+    words = f"gradcheck {'passes' if smooth else 'FAILS'}"
+    for what, error, bound in zip(("value", "gradient"), errors, bounds, strict=True):
+        words += f", {what} error {error:.1e} (bound {bound:.1e})"
+    return good, words
+
+
+def main() -> int:
+    """0 if every criterion passes with every implementation that can run on this machine's CPU."""
+    failed = 0
+    for impl in IMPLEMENTATIONS:
+        if reasons := obstacles(impl, torch.device("cpu")):
+            sys.stdout.write(f"{impl}: not checked, it cannot run: {'; '.join(reasons)}\n")
+            continue
+        for name in CRITERIA:
+            good, words = check(name, impl)
+            failed += not good
+            sys.stdout.write(f"{'ok  ' if good else 'FAIL'} {impl:10} {name}: {words}\n")
+    sys.stdout.write(f"{failed} failed\n" if failed else "all pass\n")
+    return int(failed > 0)

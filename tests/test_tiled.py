@@ -1,0 +1,255 @@
+"""The CPU tiles: every edge of every tiled axis, threads, instruction sets, garbage in buffers, live lists, determinism.
+
+`make sanitize` runs this file on a build with address and undefined-behaviour checks.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import needs_extension
+from helpers import CRITERIA, assert_as_good_as, assert_same, batch
+
+from flashpair import MultiSimilarityLoss, Reduction, extension, row_reduce, tiled
+from flashpair.check import value_and_gradient
+
+pytestmark = needs_extension
+
+# 0 and 1; a vector, the band's 64 rows and the 256-row tile, each less one, whole and plus one; several ragged tiles
+ROWS = [0, 1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 513, 700]
+WIDTHS = [1, 2, 15, 16, 17, 33, 100]
+
+
+def _both(make, x, labels, y=None, ref_labels=None):
+    """Value, gradient and references' gradient of tiled and of the reference, under a random upstream gradient."""
+    found = []
+    for impl in ("tiled", "reference"):
+        a = x.detach().clone().requires_grad_()
+        b = None if y is None else y.detach().clone().requires_grad_()
+        rows = make(impl=impl, reduction="none")(a, labels, ref_emb=b, ref_labels=ref_labels)
+        upstream = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        rows.backward(upstream.to(rows.dtype))
+        found.append([rows.detach(), a.grad, *([] if b is None else [b.grad])])
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_tile_edges_of_the_batch(name, n):
+    x, labels = batch(n, 24, 4, torch.float64, seed=n)
+    for found, truth in _both(CRITERIA[name], x, labels):
+        assert_same(found, truth)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_edges_of_the_width(d):
+    x, labels = batch(300, d, 4, torch.float64)
+    for name, make in CRITERIA.items():
+        if d == 1 and make().normalize:
+            continue  # normalised numbers are +-1 and have no gradient but rounding
+        for found, truth in _both(make, x, labels):
+            assert_same(found, truth), name
+
+
+@pytest.mark.parametrize("m", [0, 1, 255, 256, 257, 1300, 4200])
+@pytest.mark.parametrize("n", [1, 63, 64, 257])
+def test_tile_edges_of_references(n, m):
+    """From 1,024 references on there are several lanes."""
+    x, labels = batch(n, 24, 4, torch.float64)
+    y, ref_labels = batch(m, 24, max(4, m // 20), torch.float64, seed=1)
+    for name in ("MultiSimilarityLoss", "NPairsLoss", "GeneralizedLiftedStructureLoss(distance='euclidean')"):
+        for found, truth in _both(CRITERIA[name], x, labels, y, ref_labels):
+            assert_same(found, truth)
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 5, 64, 100, 600])
+def test_classes_from_single_samples_to_one_class(per_class):
+    """The band of positives grows from nothing to all pairs, and moves from narrow tiles to the grid's."""
+    x, labels = batch(600, 16, per_class, torch.float64)
+    y, ref_labels = batch(500, 16, per_class, torch.float64, seed=1)
+    for name, make in CRITERIA.items():
+        for found, truth in _both(make, x, labels):
+            assert_same(found, truth)
+        if name != "LiftedStructureLoss":
+            for found, truth in _both(make, x, labels, y, ref_labels):
+                assert_same(found, truth)
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.3, 0.1, 0.03])
+def test_mining_that_leaves_many_and_few_pairs(noise):
+    """Dense tiles, listed tiles and tiles without a live pair, in one batch."""
+    centres = torch.randn(200, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(800) // 4
+    x = centres[labels] + noise * torch.randn(800, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for name in ("MultiSimilarityLoss", "LiftedStructureStarLoss(epsilon=0.1)"):
+        for found, truth in _both(CRITERIA[name], x, labels):
+            assert_same(found, truth)
+
+
+def test_live_lists_are_used_and_bounded(monkeypatch):
+    """The sparse backward really runs where few pairs live, and a tile over its capacity is dense instead."""
+    counts = []
+    forward = tiled.forward
+
+    def spy(*arguments):
+        values, kept = forward(*arguments)
+        counts.append(kept.live_count.clone())
+        assert kept.live_entry.numel() <= tiled.LIVE_PAIRS_PER_ROW * 800
+        return values, kept
+
+    monkeypatch.setattr("flashpair.ops.forward", spy)
+    centres = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(800) // 4
+    for noise in (0.4, 1.0):
+        x = centres[labels] + noise * torch.randn(800, 16, generator=torch.Generator().manual_seed(1))
+        value_and_gradient(MultiSimilarityLoss(impl="tiled"), x, labels)
+    assert (counts[0] >= 0).all() and counts[0].sum() > 0
+    assert (counts[1] == -1).any()
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_accurate_as_dense_code_of_the_same_precision(name, dtype):
+    x, labels = batch(700, 64, 4, dtype)
+    truth = value_and_gradient(CRITERIA[name](impl="reference"), x.double(), labels)
+    eager = value_and_gradient(CRITERIA[name](impl="reference"), x, labels)
+    found = value_and_gradient(CRITERIA[name](impl="tiled"), x, labels)
+    assert found[0].dtype == torch.float32 and found[1].dtype == dtype
+    for f, e, t in zip(found, eager, truth, strict=True):
+        assert_as_good_as(f, e, t)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa, monkeypatch):
+    if isa not in extension.require().instruction_sets():
+        pytest.skip(f"this processor or build has no {isa}")
+    monkeypatch.setattr(extension, "instruction_set", lambda: isa)
+    for dtype in (torch.float64, torch.float32):
+        x, labels = batch(300, 20, 4, dtype)
+        for make in CRITERIA.values():
+            truth = value_and_gradient(make(impl="reference"), x.double(), labels)
+            eager = value_and_gradient(make(impl="reference"), x, labels)
+            for f, e, t in zip(value_and_gradient(make(impl="tiled"), x, labels), eager, truth, strict=True):
+                assert_same(f, t) if dtype == torch.float64 else assert_as_good_as(f, e, t)
+
+
+def test_without_blas_and_openmp(monkeypatch):
+    """What stands in where torch's own cannot be found: plain products and ordinary threads."""
+    module = extension.require()
+    monkeypatch.setenv("FLASHPAIR_RUNTIME", "builtin")
+    from flashpair import runtime
+
+    monkeypatch.setattr(tiled, "INLINE_WORK", 0)
+    try:
+        runtime.connect(module)
+        assert not any(runtime.addresses().values())
+        x, labels = batch(600, 20, 4, torch.float64)
+        y, ref_labels = batch(500, 20, 4, torch.float64, seed=1)
+        for name in ("MultiSimilarityLoss", "NPairsLoss('all_pairs')"):
+            for found, truth in _both(CRITERIA[name], x, labels, y, ref_labels):
+                assert_same(found, truth)
+            for found, truth in _both(CRITERIA[name], x, labels):
+                assert_same(found, truth)
+    finally:
+        monkeypatch.undo()
+        runtime.connect(module)
+
+
+@pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
+def test_same_bits_whatever_the_threads_and_every_time(references, monkeypatch):
+    monkeypatch.setattr(tiled, "INLINE_WORK", 0)
+    x, labels = batch(900, 32, 4, torch.float32)
+    y, ref_labels = batch(2100, 32, 8, torch.float32, seed=1)
+    more = {"ref_emb": y.requires_grad_(), "ref_labels": ref_labels} if references else {}
+    threads = torch.get_num_threads()
+    first = None
+    try:
+        for count in [1, 2, 3, 7] + [2] * 25:
+            torch.set_num_threads(count)
+            x.grad = y.grad = None
+            loss = MultiSimilarityLoss(impl="tiled")(x.requires_grad_(), labels, **more)
+            loss.backward()
+            results = [loss.detach(), x.grad, *([y.grad] if references else [])]
+            first = first or results
+            assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_garbage_in_buffers_never_shows():
+    """A pass over NaN leaves NaN in every reused tile buffer, and torch fills what it allocates with NaN."""
+    bad = torch.full((700, 24), torch.nan, dtype=torch.float64)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for n in (1, 17, 65, 257, 600):
+            x, labels = batch(n, 24, 4, torch.float64)
+            for make in CRITERIA.values():
+                make(impl="tiled")(bad, torch.arange(700) // 4)
+                for found, truth in _both(make, x, labels):
+                    assert_same(found, truth)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_the_caller_holds_is_not_written():
+    x, labels = batch(300, 16, 4, torch.float32)
+    y, ref_labels = batch(400, 16, 4, torch.float32, seed=1)
+    held = [x, labels, y, ref_labels]
+    before = [t.clone() for t in held]
+    x.requires_grad_()
+    MultiSimilarityLoss(impl="tiled")(x, labels, ref_emb=y, ref_labels=ref_labels).backward()
+    assert all(torch.equal(t.detach(), b) for t, b in zip(held, before, strict=True))
+
+
+def test_slices_and_strides():
+    wide, labels = batch(301, 50, 4, torch.float64)
+    views = {"columns": wide[:, ::2], "rows": wide[1:], "transposed": wide.T.contiguous().T, "inner": wide[:, 3:20]}
+    for what, view in views.items():
+        own = labels[-view.shape[0] :]
+        found = value_and_gradient(MultiSimilarityLoss(impl="tiled"), view, own)
+        truth = value_and_gradient(MultiSimilarityLoss(impl="reference"), view.clone(), own)
+        for f, t in zip(found, truth, strict=True):
+            assert_same(f, t), what
+
+
+@pytest.mark.parametrize("want", [(True, False), (False, True), (True, True)], ids=str)
+def test_only_the_gradients_that_are_asked_for(want):
+    x, labels = batch(300, 16, 4, torch.float64)
+    y, ref_labels = batch(500, 16, 4, torch.float64, seed=1)
+    grads = []
+    for impl in ("tiled", "reference"):
+        a, b = x.clone().requires_grad_(want[0]), y.clone().requires_grad_(want[1])
+        MultiSimilarityLoss(impl=impl)(a, labels, ref_emb=b, ref_labels=ref_labels).backward()
+        assert (a.grad is not None, b.grad is not None) == want
+        grads.append([g for g in (a.grad, b.grad) if g is not None])
+    for found, truth in zip(*grads, strict=True):
+        assert_same(found, truth)
+
+
+def test_no_gradient_keeps_nothing_for_backward(monkeypatch):
+    kept = []
+    forward = tiled.forward
+    monkeypatch.setattr("flashpair.ops.forward", lambda *a: kept.append(forward(*a)) or kept[-1])
+    x, labels = batch(300, 16, 4, torch.float32)
+    with torch.no_grad():
+        MultiSimilarityLoss(impl="tiled")(x.requires_grad_(), labels)
+    MultiSimilarityLoss(impl="tiled")(x.detach(), labels)
+    assert kept and all(sum(t.numel() for t in k) == 0 for _, k in kept)
+
+
+def test_extremes_over_lanes():
+    """A few anchors against many references: the lanes' extremes merge to the same reference as in one piece."""
+    x, labels = batch(5, 8, 1, torch.float64)
+    y, ref_labels = batch(5000, 8, 10, torch.float64, seed=1)
+    y[1000:3000:7] = y[4999]  # equal extremes far apart
+    grads = []
+    for impl in ("tiled", "reference"):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        rows = row_reduce(
+            a, labels, Reduction("max", "negatives"), Reduction("min", "negatives"), ref_emb=b, ref_labels=ref_labels,
+            impl=impl,
+        )  # fmt: skip
+        sum(r.sum() for r in rows).backward()
+        grads.append((*rows, a.grad, b.grad))
+    for found, truth in zip(*grads, strict=True):
+        assert_same(found.detach(), truth.detach())
