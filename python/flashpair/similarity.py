@@ -17,17 +17,22 @@ def zero_distance(dtype: torch.dtype) -> float:
 
 
 def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
-    """Rows of unit L2 norm; a zero row stays zero and gets a finite gradient."""
+    """Rows of unit L2 norm. A zero row stays zero and gets a finite gradient, as do norms whose square underflows
+    (1e-19 in float32); a norm whose square overflows (1e19) gives NaN, not the zero row that dividing by inf would."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norm = norm.nan_to_num(nan=torch.nan, posinf=torch.nan)
     return x / norm.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
 
 
 def poison(*tensors: Tensor) -> Tensor:
-    """0 when every entry is finite, NaN otherwise: added to results, so that no mining comparison can swallow a NaN."""
-    total = tensors[0].detach().mul(0).sum()
+    """0 when every entry is finite, NaN otherwise: added to results, so that no mining comparison can swallow a NaN.
+
+    A sum that overflows counts as not finite; dot products of such entries overflow too.
+    """
+    total = tensors[0].detach().sum()
     for t in tensors[1:]:
-        total = total + t.detach().mul(0).sum()
-    return total
+        total = total + t.detach().sum()
+    return total * 0
 
 
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)

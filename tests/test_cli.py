@@ -1,0 +1,68 @@
+"""The command line, as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+import flashpair
+from flashpair import check, criteria
+from flashpair.dispatch import IMPLEMENTATIONS
+
+
+def run(*arguments, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "flashpair", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_info_names_versions_and_every_implementation_with_its_reasons():
+    result = run("info")
+    assert result.returncode == 0, result.stderr
+    assert flashpair.__version__ in result.stdout and torch.__version__ in result.stdout
+    for impl in IMPLEMENTATIONS:
+        assert f"  {impl} on cpu: " in result.stdout
+    assert "fused on cpu: cannot run: fused needs a CUDA device" in result.stdout
+
+
+def test_info_says_why_a_named_extension_does_not_load():
+    result = run("info", FLASHPAIR_EXTENSION="/nowhere/_C.so")
+    assert result.returncode == 0
+    assert "pure Python" in result.stdout and "/nowhere/_C.so" in result.stdout
+    assert "tiled on cpu: cannot run: tiled needs the compiled extension" in result.stdout
+
+
+def test_without_the_extension_auto_is_the_reference():
+    import os
+
+    script = "import torch, flashpair; print(flashpair.MultiSimilarityLoss()(torch.eye(4), torch.tensor([0, 0, 1, 1])))"
+    environment = {**os.environ, "FLASHPAIR_EXTENSION": "/nowhere/_C.so"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert "tensor(" in result.stdout, result.stderr
+
+
+def test_check_passes_here():
+    result = run("check")
+    assert result.returncode == 0, result.stdout
+    assert "all pass" in result.stdout and "FAIL" not in result.stdout
+
+
+def test_check_catches_a_wrong_gradient(monkeypatch):
+    class Wrong(criteria.MultiSimilarityLoss):
+        def row_losses(self, pairs):
+            rows = super().row_losses(pairs)
+            return rows._replace(losses=rows.losses.detach() * 2 - rows.losses)
+
+    monkeypatch.setitem(check.CRITERIA, "Wrong", Wrong)
+    good, words = check.check("Wrong", "reference")
+    assert not good and "gradcheck FAILS" in words
+
+
+def test_every_criterion_of_the_package_is_checked():
+    made = {type(make()) for make in check.CRITERIA.values()}
+    exported = {getattr(criteria, name) for name in criteria.__all__ if name.endswith("Loss")}
+    assert made == exported

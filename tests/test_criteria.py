@@ -1,0 +1,248 @@
+"""What a user does with a criterion: reduce, learn its parameters, compile, autocast, differentiate twice, save."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+
+import pytest
+import torch
+from conftest import needs_extension
+from helpers import CRITERIA, assert_same, batch, gradients
+from torch import nn
+
+import flashpair
+from flashpair import functional
+from flashpair.check import value_and_gradient
+
+IMPLS = ["reference", pytest.param("tiled", marks=needs_extension)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_gradcheck_of_every_row(name, impl):
+    x, labels = batch(11, 4, 3, torch.float64)
+    criterion = CRITERIA[name](impl=impl, reduction="none")
+    assert torch.autograd.gradcheck(lambda t: criterion(t, labels), (x.requires_grad_(),))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", CRITERIA)
+def test_second_derivatives(name):
+    x, labels = batch(9, 3, 3, torch.float64)
+    criterion = CRITERIA[name](impl="tiled")
+    assert torch.autograd.gradgradcheck(lambda t: criterion(t, labels), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_reductions_agree_with_the_rows(name, impl):
+    x, labels = batch(41, 6, 4, torch.float64)  # 41 is 10 classes of 4 and a single sample
+    made = {word: CRITERIA[name](impl=impl, reduction=word)(x, labels) for word in flashpair.criteria.base.REDUCTIONS}
+    rows = made["none"]
+    assert rows.shape == (41,)
+    assert_same(made["sum"], rows.sum())
+    assert_same(made["nonzero"], rows[rows > 0].mean() if (rows > 0).any() else rows.sum() * 0)
+    counts = {
+        "NPairsLoss": 10, "NPairsLoss('ovo')": 10, "NPairsLoss('all_pairs')": 120, "LiftedStructureLoss": 120,
+    }  # fmt: skip
+    assert_same(made["mean"], rows.sum() / counts.get(name, 41))
+    with_a_loss = {"NPairsLoss": 10, "NPairsLoss('ovo')": 10, "MultiSimilarityLoss(epsilon=None)": 41}.get(name, 40)
+    mined = "epsilon=0.1" in name or name == "MultiSimilarityLoss"
+    assert_same(made["mean_valid"], rows.sum() / (int((rows != 0).sum()) if mined else with_a_loss))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_rows_come_in_the_callers_order(name, impl):
+    x, labels = batch(40, 6, 4, torch.float64)
+    if name.startswith("NPairsLoss") and "all" not in name:
+        pytest.skip("which two samples of a class are its pair depends on their order")
+    criterion = CRITERIA[name](impl=impl, reduction="none")
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    assert_same(criterion(x[order], labels[order]), criterion(x, labels)[order])
+
+
+LEARNABLE = [
+    (flashpair.MultiSimilarityLoss, {"alpha": 2.0, "beta": 20.0, "base": 0.4}),
+    (flashpair.LiftedStructureStarLoss, {"alpha": 2.0, "beta": 20.0}),
+    (flashpair.LiftedStructureLoss, {"margin": 1.0}),
+    (flashpair.GeneralizedLiftedStructureLoss, {"margin": 0.5}),
+    (flashpair.NPairsLoss, {"l2_weight": 0.1}),
+]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("kind", "values"), LEARNABLE, ids=lambda v: getattr(v, "__name__", ""))
+def test_hyperparameters_learn(kind, values, impl):
+    x, labels = batch(12, 4, 3, torch.float64)
+    start = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in values.values()]
+
+    def loss(*tensors):
+        return kind(**dict(zip(values, tensors, strict=True)), impl=impl)(x, labels)
+
+    assert torch.autograd.gradcheck(loss, start)
+    criterion = kind(**{name: nn.Parameter(t.detach().clone()) for name, t in zip(values, start, strict=True)}, impl=impl)
+    assert set(criterion.state_dict()) == set(values)
+    before = criterion(x, labels)
+    optimiser = torch.optim.SGD(criterion.parameters(), lr=1e-3)
+    before.backward()
+    optimiser.step()
+    assert criterion(x, labels) < before
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_saved_copied_printed(name):
+    criterion = CRITERIA[name]()
+    x, labels = batch(20, 4, 4, torch.float32)
+    buffer = io.BytesIO()
+    torch.save(criterion, buffer)
+    buffer.seek(0)
+    for other in (torch.load(buffer, weights_only=False), copy.deepcopy(criterion)):
+        assert torch.equal(other(x, labels), criterion(x, labels))
+    again = eval(repr(criterion), vars(flashpair))
+    assert repr(again) == repr(criterion)
+    assert criterion.state_dict() == {}
+
+
+def test_learnable_values_show_in_repr_and_travel_in_state_dict():
+    criterion = flashpair.MultiSimilarityLoss(alpha=nn.Parameter(torch.tensor(3.0)))
+    assert "alpha=3.0" in repr(criterion)
+    other = flashpair.MultiSimilarityLoss(alpha=nn.Parameter(torch.tensor(1.0)))
+    other.load_state_dict(criterion.state_dict())
+    assert other.alpha.item() == 3.0
+
+
+@needs_extension
+@pytest.mark.parametrize("name", CRITERIA)
+def test_compiles_into_one_graph(name):
+    x, labels = batch(90, 8, 3, torch.float32)
+    criterion = CRITERIA[name](impl="tiled")
+    truth = value_and_gradient(criterion, x, labels)
+    compiled = torch.compile(criterion, fullgraph=True)
+    for f, t in zip(value_and_gradient(compiled, x, labels), truth, strict=True):
+        torch.testing.assert_close(f, t)
+
+
+@needs_extension
+def test_compiles_with_references_learnable_values_and_changing_sizes():
+    criterion = flashpair.MultiSimilarityLoss(alpha=nn.Parameter(torch.tensor(2.0)), impl="tiled")
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=True)
+    for n, m in ((40, 80), (60, 300), (33, 700)):
+        x, labels = batch(n, 8, 3, torch.float32)
+        y, ref_labels = batch(m, 8, 3, torch.float32, seed=1)
+        results = []
+        for form in (criterion, compiled):
+            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+            criterion.alpha.grad = None
+            loss = form(a, labels, ref_emb=b, ref_labels=ref_labels)
+            loss.backward()
+            results.append((loss.detach(), a.grad, b.grad, criterion.alpha.grad))
+        for f, t in zip(*results, strict=True):
+            torch.testing.assert_close(f, t)
+
+
+@needs_extension
+def test_the_registered_ops_are_well_formed():
+    x, labels = batch(30, 4, 3, torch.float64)
+    from flashpair.ops import encode
+    from flashpair.pairs import Pairs
+
+    pairs = Pairs.from_embeddings(x, labels, None, None, "dot")
+    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), [], "dot")
+    p = pairs.plan
+    arguments = (pairs.x, None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec), True)
+    torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments)
+    values, *kept = torch.ops.flashpair.row_reduce(*arguments)
+    need = [True, False, False, False, False]
+    torch.library.opcheck(
+        torch.ops.flashpair.row_reduce_backward, (*arguments[:-1], values, *kept, [torch.ones(30).double()], need)
+    )
+
+
+def _listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+@needs_extension
+def test_calls_without_the_dispatcher_equal_the_registered_op(monkeypatch):
+    x, labels = batch(90, 8, 3, torch.float32)
+    truth = value_and_gradient(flashpair.MultiSimilarityLoss(impl="tiled"), x, labels)
+    monkeypatch.setattr("flashpair.ops._op", lambda name, x: getattr(torch.ops.flashpair, name))
+    found = value_and_gradient(flashpair.MultiSimilarityLoss(impl="tiled"), x, labels)
+    assert all(torch.equal(f, t) for f, t in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_changes_nothing(impl):
+    x, labels = batch(40, 8, 4, torch.float32)
+    for make in CRITERIA.values():
+        truth = value_and_gradient(make(impl=impl), x, labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = make(impl=impl)(x.requires_grad_(), labels)
+        assert loss.dtype == torch.float32
+        assert torch.equal(loss, truth[0])
+        assert torch.equal(torch.autograd.grad(loss, x)[0], truth[1])
+        x = x.detach()
+
+
+@needs_extension
+def test_mixed_precision_training_step():
+    """bfloat16 activations from autocast against a float32 bank: computed in float32, gradients in bfloat16."""
+    layer = nn.Linear(8, 8)
+    x, labels = batch(40, 8, 4, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeddings = layer(x)
+        loss = flashpair.MultiSimilarityLoss()(embeddings, labels, ref_emb=x, ref_labels=labels)
+    assert embeddings.dtype == torch.bfloat16
+    loss.backward()
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+
+
+FUNCTIONS = {
+    functional.multi_similarity_loss: flashpair.MultiSimilarityLoss,
+    functional.n_pairs_loss: flashpair.NPairsLoss,
+    functional.lifted_structure_loss: flashpair.LiftedStructureLoss,
+    functional.generalized_lifted_structure_loss: flashpair.GeneralizedLiftedStructureLoss,
+    functional.lifted_structure_star_loss: flashpair.LiftedStructureStarLoss,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_functional_forms_have_the_criterions_arguments_and_result(function):
+    kind = FUNCTIONS[function]
+    of_class = inspect.signature(kind).parameters
+    of_function = inspect.signature(function).parameters
+    for name, parameter in of_class.items():
+        assert of_function[name].default == parameter.default
+    x, labels = batch(20, 4, 4, torch.float64)
+    assert torch.equal(function(x, labels, reduction="sum"), kind(reduction="sum")(x, labels))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_loss_of_ones_own(impl):
+    """The README's example: two reductions, a row formula."""
+
+    class LogRatioLoss(flashpair.Criterion):
+        def __init__(self, temperature=0.1, **common):
+            super().__init__(**{"normalize": True, "reduction": "mean", "impl": "auto", **common})
+            self.temperature = temperature
+
+        def row_losses(self, pairs):
+            pos, every = pairs.reduce(
+                flashpair.Reduction("logsumexp", "positives", scale=1 / self.temperature),
+                flashpair.Reduction("logsumexp", "all", scale=1 / self.temperature),
+            )
+            valid = pairs.num_positives() > 0
+            return flashpair.RowLosses(torch.where(valid, every - pos, 0.0), valid, valid.shape[0])
+
+    x, labels = batch(30, 5, 3, torch.float64)
+    x.requires_grad_()
+    loss = LogRatioLoss(impl=impl)(x, labels)
+    unit = torch.nn.functional.normalize(x)
+    s = (unit @ unit.T / 0.1).masked_fill(torch.eye(30, dtype=torch.bool), -torch.inf)
+    same = labels[:, None] == labels
+    truth = (s.logsumexp(1) - s.masked_fill(~same, -torch.inf).logsumexp(1)).mean()
+    assert_same(loss.detach(), truth.detach())
+    assert_same(gradients((loss,), [x])[0], gradients((truth,), [x])[0])

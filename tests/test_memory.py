@@ -1,0 +1,70 @@
+"""The headline: never an N x M tensor. A fresh process's peak is within a formula linear in (N + M) D."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import needs_extension
+
+pytestmark = [
+    needs_extension,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory"),
+]
+
+SCRIPT = """
+import sys, torch, flashpair
+n, m, d, loss = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+torch.set_num_threads(2)
+def high_water():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+def resident():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmRSS"))
+criterion = eval("flashpair." + loss)
+def step(n, m):
+    labels = torch.arange(n) // 4
+    x = torch.randn(n, d)
+    more = {"ref_emb": torch.randn(m, d), "ref_labels": torch.arange(m) // 4} if m else {}
+    x.requires_grad_()
+    yield
+    loss = criterion(x, labels, **more)
+    yield
+    loss.backward()
+    yield
+list(step(600, 700 if m else 0))          # code, threads and tile buffers are there before anything is counted
+steps = step(n, m)
+next(steps)
+before = resident()
+for phase in ("forward", "backward"):
+    open("/proc/self/clear_refs", "w").write("5")
+    next(steps)
+    print(phase, high_water() - before)
+"""
+
+LOSSES = [
+    "MultiSimilarityLoss(impl='tiled')",
+    "LiftedStructureLoss(impl='tiled')",
+    "NPairsLoss('all_pairs', impl='tiled')",
+]
+
+
+def bound(n: int, m: int, d: int) -> int:
+    """Bytes of float32: a dozen copies of the embeddings (normalised, sorted, their gradients), 64 numbers a row for
+    row values and live pairs (32 of 8 bytes), and two threads' two tiles of 512 x 512 twice over."""
+    return 12 * 4 * (n + m) * d + 64 * 8 * (n + m) + 8 * 4 * 512**2
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("n", "m", "d"), [(12000, 0, 64), (2048, 48000, 32)], ids=["square", "references"])
+def test_peak_by_formula(loss, n, m, d):
+    if m and loss.startswith("Lifted"):
+        pytest.skip("defined within a batch")
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(n), str(m), str(d), loss], capture_output=True, text=True, check=True
+    )
+    peaks = dict(line.split() for line in run.stdout.splitlines())
+    pairs = 4 * n * (m or n)
+    assert bound(n, m, d) < pairs / 3, "the sizes must tell the formula from a dense matrix"
+    for phase in ("forward", "backward"):
+        assert int(peaks[phase]) <= bound(n, m, d), f"{phase}: {int(peaks[phase]):,} bytes over {bound(n, m, d):,}"
