@@ -55,9 +55,9 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-// tiled.py's _term: op, side, transform, scale, offset, ref_offset, lower, upper, and the bounds' reductions and shifts.
-using Term =
-    std::tuple<int, int, int, double, Address, Address, Address, Address, int, int, double, double>;
+// tiled.py's _term: op, side, transform, scale, offset, ref_offset, lower, upper, and the bounds' reductions and
+// shifts.
+using Term = std::tuple<int, int, int, double, Address, Address, Address, Address, int, int, double, double>;
 
 template <class T>
 void bind_pass(py::module_& m, const char* name) {
@@ -65,7 +65,8 @@ void bind_pass(py::module_& m, const char* name) {
   using Release = py::call_guard<py::gil_scoped_release>;
   using Lists = std::tuple<Address, Address, Address, int64_t>;  // LiveLists; zeros for none
   auto lists = [](const Lists& l) {
-    return LiveLists<T>{at<int32_t>(std::get<0>(l)), at<int32_t>(std::get<1>(l)), at<T>(std::get<2>(l)), std::get<3>(l)};
+    return LiveLists<T>{at<int32_t>(std::get<0>(l)), at<int32_t>(std::get<1>(l)), at<T>(std::get<2>(l)),
+                        std::get<3>(l)};
   };
   py::class_<P>(m, name)
       .def(py::init([](const std::string& isa, int64_t n, int64_t m, int64_t end, bool square, Address lo, Address hi,
@@ -87,9 +88,26 @@ void bind_pass(py::module_& m, const char* name) {
               Address grad_offset, Address grad_ref_offset) {
              const auto [op, side, transform, scale, offset, ref_offset, lower, upper, lower_of, upper_of, lower_shift,
                          upper_shift] = t;
-             pass.add({op, side, transform, static_cast<T>(scale), at<T>(offset), at<T>(ref_offset), at<T>(lower),
-                       at<T>(upper), lower_of, upper_of, lower_shift, upper_shift, nullptr, nullptr, at<int64_t>(index),
-                       at<T>(value), at<T>(grad), at<double>(grad_scale), at<T>(grad_offset), at<T>(grad_ref_offset)});
+             pass.add({op,
+                       side,
+                       transform,
+                       static_cast<T>(scale),
+                       at<T>(offset),
+                       at<T>(ref_offset),
+                       at<T>(lower),
+                       at<T>(upper),
+                       lower_of,
+                       upper_of,
+                       lower_shift,
+                       upper_shift,
+                       nullptr,
+                       nullptr,
+                       at<int64_t>(index),
+                       at<T>(value),
+                       at<T>(grad),
+                       at<double>(grad_scale),
+                       at<T>(grad_offset),
+                       at<T>(grad_ref_offset)});
            })
       .def(
           "forward",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from flashpair import extension
 
 needs_extension = pytest.mark.skipif(

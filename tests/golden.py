@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flashpair
 import torch
 from torch import Tensor
-
-import flashpair
 
 PATH = Path(__file__).with_name("golden.json")
 
@@ -20,9 +19,7 @@ def load() -> dict[str, Any]:
 
 
 def _ms(p: dict[str, Any], epsilon: float | None) -> flashpair.Criterion:
-    return flashpair.MultiSimilarityLoss(
-        p["alpha"], p["beta"], p["lam"], epsilon, reduction=p["reduction"]
-    )
+    return flashpair.MultiSimilarityLoss(p["alpha"], p["beta"], p["lam"], epsilon, reduction=p["reduction"])
 
 
 def _star(p: dict[str, Any], epsilon: float | None) -> flashpair.Criterion:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from flashpair.check import CRITERIA, batch
+from torch import Tensor
 
 __all__ = ["CRITERIA", "assert_as_good_as", "assert_same", "batch", "gradients", "relative"]
 
@@ -36,7 +35,7 @@ def assert_same(found: Tensor, truth: Tensor) -> None:
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], seed: int = 0) -> list[Tensor]:
-    """Gradients of the inputs under random upstream gradients, the same for the same seed; zeros where there are none."""
+    """Gradients of the inputs under random upstream gradients (the same for a seed); zeros where there are none."""
     generator = torch.Generator().manual_seed(seed)
     wanted = [o for o in outputs if o.requires_grad]
     if not wanted:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import torch
-
 import flashpair
+import torch
 from flashpair import check, criteria
 from flashpair.dispatch import IMPLEMENTATIONS
 
@@ -16,7 +15,10 @@ def run(*arguments, **environment):
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "flashpair", *arguments], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-m", "flashpair", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
     )
 
 

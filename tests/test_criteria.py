@@ -6,15 +6,14 @@ import copy
 import inspect
 import io
 
+import flashpair
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import CRITERIA, assert_same, batch, gradients
-from torch import nn
-
-import flashpair
 from flashpair import functional
 from flashpair.check import value_and_gradient
+from helpers import CRITERIA, assert_same, batch, gradients
+from torch import nn
 
 IMPLS = ["reference", pytest.param("tiled", marks=needs_extension)]
 
@@ -83,7 +82,9 @@ def test_hyperparameters_learn(kind, values, impl):
         return kind(**dict(zip(values, tensors, strict=True)), impl=impl)(x, labels)
 
     assert torch.autograd.gradcheck(loss, start)
-    criterion = kind(**{name: nn.Parameter(t.detach().clone()) for name, t in zip(values, start, strict=True)}, impl=impl)
+    criterion = kind(
+        **{name: nn.Parameter(t.detach().clone()) for name, t in zip(values, start, strict=True)}, impl=impl
+    )
     assert set(criterion.state_dict()) == set(values)
     before = criterion(x, labels)
     optimiser = torch.optim.SGD(criterion.parameters(), lr=1e-3)

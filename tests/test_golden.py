@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import golden
 import pytest
-import torch
 
 ORACLE = golden.load()
 CASES = [case for case in ORACLE["cases"] if case["loss"] in golden.BUILDERS]

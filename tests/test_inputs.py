@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import flashpair
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import CRITERIA, batch
-
-import flashpair
 from flashpair import GeneralizedLiftedStructureLoss, LiftedStructureStarLoss, MultiSimilarityLoss, NPairsLoss
+from helpers import CRITERIA, batch
 
 X, LABELS = batch(8, 4, 2, torch.float32)
 BAD_CALLS = {
@@ -53,8 +52,16 @@ BAD_CONSTRUCTORS = {
     "unknown variant": (ValueError, "variant must be one of mc, ovo", lambda: NPairsLoss("mp")),
     "unknown l2_kind": (ValueError, "l2_kind must be one of", lambda: NPairsLoss(l2_kind="l2")),
     "unknown distance": (ValueError, "distance must be one of", lambda: GeneralizedLiftedStructureLoss(1.0, "l1")),
-    "negative epsilon": (ValueError, "epsilon must be .* at least 0, got -0.1", lambda: MultiSimilarityLoss(epsilon=-0.1)),
-    "learnable epsilon": (TypeError, "epsilon must be a number", lambda: MultiSimilarityLoss(epsilon=torch.tensor(0.1))),
+    "negative epsilon": (
+        ValueError,
+        "epsilon must be .* at least 0, got -0.1",
+        lambda: MultiSimilarityLoss(epsilon=-0.1),
+    ),
+    "learnable epsilon": (
+        TypeError,
+        "epsilon must be a number",
+        lambda: MultiSimilarityLoss(epsilon=torch.tensor(0.1)),
+    ),
     "zero alpha": (ValueError, "alpha must be .* above 0, got 0", lambda: MultiSimilarityLoss(alpha=0)),
     "infinite beta": (ValueError, "beta must be a finite number", lambda: LiftedStructureStarLoss(beta=float("inf"))),
     "beta is a word": (TypeError, "beta must be a number", lambda: LiftedStructureStarLoss(beta="50")),

@@ -110,9 +110,7 @@ def test_native_wheel(native, tmp_path):
     python("-c", "import flashpair._C", cwd=tmp_path, PYTHONPATH=str(native))
 
 
-@pytest.mark.parametrize(
-    ("site", "why"), [("pure", "FLASHPAIR_PURE_PYTHON"), ("without_compiler", "no C++ compiler")]
-)
+@pytest.mark.parametrize(("site", "why"), [("pure", "FLASHPAIR_PURE_PYTHON"), ("without_compiler", "no C++ compiler")])
 def test_pure_python_wheel(site, why, request, tmp_path):
     folder = request.getfixturevalue(site)
     assert not list(folder.rglob("*.so"))

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
+from flashpair import Bound, Reduction, row_reduce
 from helpers import assert_same, batch, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from flashpair import Bound, Reduction, row_reduce
 
 FORMS = [("logsumexp", "identity"), ("sum", "identity"), ("sum", "softplus"), ("sum", "hinge"), ("sum", "lifted")]
 FORMS += [("min", "identity"), ("max", "identity"), ("count", "identity")]
@@ -88,7 +87,9 @@ def test_any_shape_and_labels(n, m, d, classes, forms, sides, huge, seed):
     y = ref_labels = None
     if m is not None:
         y = torch.randn(m, d, generator=generator, dtype=torch.float64).requires_grad_()
-        ref_labels = (torch.randint(classes, (m,), generator=generator) - classes // 2) * (spread // classes if huge else 1)
+        ref_labels = (torch.randint(classes, (m,), generator=generator) - classes // 2) * (
+            spread // classes if huge else 1
+        )
     reductions, learn = [], []
     for ((op, transform), window), side in zip(forms, sides, strict=False):
         r, more = _reduction(op, transform, side, window, n, n if m is None else m, generator)

@@ -1,4 +1,4 @@
-"""The CPU tiles: every edge of every tiled axis, threads, instruction sets, garbage in buffers, live lists, determinism.
+"""The CPU tiles: every edge of every tiled axis, threads, instruction sets, garbage, live lists, determinism.
 
 `make sanitize` runs this file on a build with address and undefined-behaviour checks.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import CRITERIA, assert_as_good_as, assert_same, batch
-
 from flashpair import MultiSimilarityLoss, Reduction, extension, row_reduce, tiled
 from flashpair.check import value_and_gradient
+from helpers import CRITERIA, assert_as_good_as, assert_same, batch
 
 pytestmark = needs_extension
 

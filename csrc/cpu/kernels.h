@@ -3,10 +3,10 @@
 #include "types.h"
 
 namespace flashpair {
-#define FLASHPAIR_DECLARE(isa)       \
-  namespace isa {                    \
-  Kernels<float> kernels_float();    \
-  Kernels<double> kernels_double();  \
+#define FLASHPAIR_DECLARE(isa)      \
+  namespace isa {                   \
+  Kernels<float> kernels_float();   \
+  Kernels<double> kernels_double(); \
   }
 FLASHPAIR_DECLARE(baseline)
 #ifdef FLASHPAIR_X86_64

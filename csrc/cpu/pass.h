@@ -1,7 +1,8 @@
 // One pass over tiles, forward or backward: product, epilogue, product, with the tiles shared by threads.
 //
 // Never materialises more than one tile of similarities and one of weights a thread. Deterministic: tiles.h fixes the
-// order of the tiles, runtime.h keeps it for tiles that touch the same rows, so any number of threads gives the same bits.
+// order of the tiles, runtime.h keeps it for tiles that touch the same rows, so any number of threads gives the same
+// bits.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -70,8 +71,7 @@ class Pass {
         similarities(t);
         for (const Reduction<T>& r : reductions) kernels_.reduce(p_, r, t);
       };
-      if (!band[0].empty())
-        each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
+      if (!band[0].empty()) each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
       if (!grid[0].empty())
         each_grid_tile(
             threads, grid[0], false, [](int64_t) { return true; },
@@ -118,7 +118,8 @@ class Pass {
     auto dx_of = [&](int64_t lane) { return lanes > 1 && dx ? lane_dx.data() + lane * n * d_ : dx; };
     auto pull_of = [&](int64_t lane) { return p_.row_square ? pull.data() + lane * n : nullptr; };
     T* other_pull = ref_pull.empty() ? nullptr : ref_pull.data();
-    auto spread = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t, int64_t block, int64_t lane, T* w) {
+    auto spread = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t, int64_t block, int64_t lane,
+                      T* w) {
       similarities(t);
       T* mine = pull_of(lane);
       if (!kernels_.weigh(p_, reductions.data(), static_cast<int>(reductions.size()), t, block, w, mine,
@@ -138,8 +139,8 @@ class Pass {
             const int64_t slot = grid_.slot(place);
             if (!live.count || live.count[slot] < 0) return spread(grid[place.lane], t, place.row_block, place.lane, w);
             T *mine = pull_of(place.lane), *to = dx_of(place.lane);
-            kernels_.scatter(p_, grid[place.lane][0], t, live.at(slot), live.count[slot], place.row_block, x_, y_, d_, to,
-                             t.mirror ? to : dy, mine, t.mirror ? mine : other_pull);
+            kernels_.scatter(p_, grid[place.lane][0], t, live.at(slot), live.count[slot], place.row_block, x_, y_, d_,
+                             to, t.mirror ? to : dy, mine, t.mirror ? mine : other_pull);
           });
     for (size_t k = 0; k < given_.size(); ++k) {
       for (double part : block_scale[k]) *given_[k].grad_scale += part;
@@ -209,13 +210,14 @@ class Pass {
   void each_band_block(int threads, bool columns_written, Visit&& visit) {
     const Band<T> band{p_, grid_.size};
     if (columns_written && !p_.square) threads = 1;  // neighbouring blocks share columns
-    in_order(band.count(), band.count(), threads, [](int64_t k) { return std::make_pair(k, int64_t{-1}); },
-             [&](int64_t k) {
-               const int64_t area = BAND_ROWS * grid_.size;
-               Buffers memory(2 * area * sizeof(T));
-               T* z = static_cast<T*>(memory.get());
-               band.visit(k, z, [&](const Tile<T>& t) { visit(t, k, z + area); });
-             });
+    in_order(
+        band.count(), band.count(), threads, [](int64_t k) { return std::make_pair(k, int64_t{-1}); },
+        [&](int64_t k) {
+          const int64_t area = BAND_ROWS * grid_.size;
+          Buffers memory(2 * area * sizeof(T));
+          T* z = static_cast<T*>(memory.get());
+          band.visit(k, z, [&](const Tile<T>& t) { visit(t, k, z + area); });
+        });
   }
 
   template <class Wanted, class Visit>
@@ -261,7 +263,8 @@ class Pass {
         } else if (r.op == LOGSUMEXP) {
           const T high = std::max(best, p);
           if (high > -std::numeric_limits<T>::infinity())
-            sum = sum * std::exp(static_cast<double>(best) - high) + total[other] * std::exp(static_cast<double>(p) - high);
+            sum = sum * std::exp(static_cast<double>(best) - high) +
+                  total[other] * std::exp(static_cast<double>(p) - high);
           best = high;
         } else {
           const bool better = r.op == MAX ? p > best : p < best;
@@ -270,7 +273,7 @@ class Pass {
           best = better ? p : best;
         }
       }
-      values[i] = r.op == LOGSUMEXP ? static_cast<T>(std::log(sum) + best)
+      values[i] = r.op == LOGSUMEXP              ? static_cast<T>(std::log(sum) + best)
                   : r.op == SUM || r.op == COUNT ? static_cast<T>(sum)
                                                  : best;
       if (index) index[i] = at;

@@ -12,7 +12,8 @@ struct Place {
 };
 
 // All N x M pairs in blocks of `size`; of a square problem the upper triangle of blocks.
-// Lanes are copies of the rows' state over disjoint ranges of columns: they keep many threads busy when anchors are few.
+// Lanes are copies of the rows' state over disjoint ranges of columns: they keep many threads busy when anchors are
+// few.
 struct Grid {
   int64_t n, m, size, lanes;
   bool square;
@@ -40,7 +41,8 @@ struct Grid {
       p = {k, k, 0};
       return true;
     }
-    const int64_t games = players() / 2, rounds = players() - 1, turn = (k - blocks) / games, game = (k - blocks) % games;
+    const int64_t games = players() / 2, rounds = players() - 1, turn = (k - blocks) / games,
+                  game = (k - blocks) % games;
     const int64_t a = game ? (turn + game) % rounds : rounds, b = (turn + rounds - game) % rounds;
     p = {std::min(a, b), std::max(a, b), 0};
     return p.col_block < blocks;
@@ -49,8 +51,8 @@ struct Grid {
   template <class T>
   Tile<T> tile(const Place& p, T* z) const {
     const int64_t r0 = p.row_block * size, c0 = p.col_block * size;
-    return {z,      size,   r0, std::min(size, n - r0), c0, std::min(size, m - c0),
-            square, square && p.row_block != p.col_block};
+    return {
+        z, size, r0, std::min(size, n - r0), c0, std::min(size, m - c0), square, square && p.row_block != p.col_block};
   }
 
   // Where a tile's list of live pairs is kept.

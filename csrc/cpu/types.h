@@ -21,7 +21,8 @@ struct Problem {
   const T *row_square, *ref_square;  // (N,), (M,) squared norms, null for dot products
 };
 
-// One row reduction, its forward state and what its backward reads. In a square problem one array serves rows and columns.
+// One row reduction, its forward state and what its backward reads. In a square problem one array serves rows and
+// columns.
 template <class T>
 struct Reduction {
   int op, side, transform;
@@ -30,18 +31,19 @@ struct Reduction {
   const T *lower, *upper;        // (N,) or null
   int lower_of, upper_of;        // the reduction whose values, shifted, are the bound instead; -1: none
   double lower_shift, upper_shift;
-  T *peak;                       // (N,) running max of scale * z (logsumexp), or the running extreme of z
-  double *total;                 // (N,) sum relative to the peak, sum, or count
-  int64_t *index;                // (N,) column of the extreme, or null
-  const T *value, *grad;         // (N,) logsumexp without offset, and dL/dr
-  double *grad_scale;            // one number a row block
-  T *grad_offset;                // (N,) or null
-  T *grad_ref_offset;            // (M,) or null
+  T* peak;                // (N,) running max of scale * z (logsumexp), or the running extreme of z
+  double* total;          // (N,) sum relative to the peak, sum, or count
+  int64_t* index;         // (N,) column of the extreme, or null
+  const T *value, *grad;  // (N,) logsumexp without offset, and dL/dr
+  double* grad_scale;     // one number a row block
+  T* grad_offset;         // (N,) or null
+  T* grad_ref_offset;     // (M,) or null
 };
 
 // A block of pairs: rows r0 + [0, rows) against columns c0 + [0, cols), z at row stride ld, a multiple of a vector.
 // symmetric (square problems): the weight of (i, j) holds what both anchors, i and j, give to S_ij.
-// mirror (their tiles off the diagonal): the transposed block is never visited, so the tile serves its columns' anchors.
+// mirror (their tiles off the diagonal): the transposed block is never visited, so the tile serves its columns'
+// anchors.
 template <class T>
 struct Tile {
   T* z;

@@ -1,7 +1,7 @@
 """flashpair: fused losses for deep metric learning that never store the similarity matrix.
 
-    criterion = flashpair.MultiSimilarityLoss()
-    loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
+criterion = flashpair.MultiSimilarityLoss()
+loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
 """
 
 from . import functional

@@ -1,4 +1,4 @@
-"""Bad input is refused here, before any work, by name: what came and what is taken. No check looks at a value on a GPU."""
+"""Bad input is refused here, before any work: the argument, what came, what is taken. No check reads a GPU's values."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whos
     return value.to(torch.int64)
 
 
-def batch(
-    x: Any, x_labels: Any, y: Any, y_labels: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def batch(x: Any, x_labels: Any, y: Any, y_labels: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four arguments of every criterion's call: embeddings, labels, ref_emb, ref_labels."""
     x = embeddings(x)
     x_labels = labels(x_labels, x)
@@ -67,7 +65,7 @@ def word(value: Any, words: Iterable[str], name: str) -> str:
 
 
 def number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float | Tensor:
-    """A finite real number in range, or a floating-point tensor of no dimensions (a learnable one), whose value is not looked at."""
+    """A finite real number in range, or a floating-point tensor () (a learnable one), whose value is not looked at."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be a number or a floating-point tensor of shape (), got {_what(value)}")

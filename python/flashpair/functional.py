@@ -42,9 +42,7 @@ def n_pairs_loss(
     impl: str = "auto",
 ) -> Tensor:
     """`NPairsLoss` of embeddings (N, D) and labels (N,)."""
-    criterion = criteria.NPairsLoss(
-        variant, l2_weight, l2_kind, normalize=normalize, reduction=reduction, impl=impl
-    )
+    criterion = criteria.NPairsLoss(variant, l2_weight, l2_kind, normalize=normalize, reduction=reduction, impl=impl)
     return criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
 
 

@@ -112,10 +112,10 @@ def encode(reductions: tuple[Reduction, ...], slots: list[int], distance: str) -
 
 
 class RowReduce(torch.autograd.Function):
-    """Row reductions (K tensors (N,)) with General Pair Weighting's gradient; differentiable twice through a dense path."""
+    """Row reductions (K tensors (N,)) with General Pair Weighting's gradient; twice differentiable, by a dense path."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, spec: Spec, lo: Tensor, hi: Tensor, end: Tensor | None, order: Tensor, x: Tensor, y: Tensor | None,
         scale: Tensor | None, *vectors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -125,7 +125,7 @@ class RowReduce(torch.autograd.Function):
         if keep:
             ctx.spec = spec
             ctx.save_for_backward(lo, hi, end, order, x, y, scale, *vectors, values, *kept)
-        rows = torch.unbind_copy(values)
+        rows: tuple[Tensor, ...] = tuple(torch.ops.aten.unbind_copy.int(values))
         count = OPS.index("count")
         codes = range(0, len(spec.code), CODES)
         ctx.mark_non_differentiable(
@@ -134,7 +134,7 @@ class RowReduce(torch.autograd.Function):
         return rows
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         if all(g is None for g in grads):
             return (None,) * len(needs)
@@ -159,7 +159,7 @@ class RowReduce(torch.autograd.Function):
 
 
 def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values):  # type: ignore[no-untyped-def]
-    """The same gradient as a differentiable function of its inputs, over the dense matrix: second derivatives are exact."""
+    """The same gradient as a differentiable function of its inputs, over the dense matrix: exact second derivatives."""
     column = torch.arange((x if y is None else y).shape[0], device=x.device)
     positive = (column >= lo[:, None]) & (column < hi[:, None])
     pair = torch.ones_like(positive) if end is None else (column < end).expand_as(positive)
@@ -181,7 +181,7 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
                     window[k] = values[of] + spec.shifts[2 * i + k]
             plain = OPS[op] in ("min", "max", "count")
             factor = spec.scales[i] if plain or scale is None else scale[i]
-            r = Reduction(OPS[op], SIDES[side], TRANSFORMS[transform], factor, offset, ref_offset, *window)
+            r = Reduction(OPS[op], SIDES[side], TRANSFORMS[transform], factor, offset, ref_offset, window[0], window[1])
             rows.append(reduce_rows(z, masks[r.side], r))
             upstream.append(g)
         inputs = (x, y, scale, *vectors)
@@ -189,5 +189,3 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
         found = torch.autograd.grad(rows, [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True)
     by_place = dict(zip(wanted, found, strict=True))
     return (None,) * 5 + tuple(by_place.get(i) for i in range(len(inputs)))
-
-

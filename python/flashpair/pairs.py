@@ -103,7 +103,7 @@ def make_pairs(
     distance: str = "dot",
     impl: str = "auto",
 ) -> Pairs | ReferencePairs:
-    """The pairs of embeddings x (N, D) with labels (N,), against y (M, D) with `ref_labels` (M,), or against themselves.
+    """The pairs of embeddings x (N, D) with labels (N,) against y (M, D) with `ref_labels` (M,), or each other.
 
     Raises:
         ValueError: an unknown distance or `impl`. RuntimeError: an `impl` that cannot run here, with every reason.

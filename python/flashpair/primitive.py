@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def _sorted(reductions: tuple[Reduction, ...], pairs: Pairs) -> tuple[Reduction,
     """The same reductions with their vectors in the order of `pairs`, and bounds on each other kept."""
     found: dict[int, Reduction] = {}
 
-    def ordered(value: float | Tensor | Bound | None, order: Tensor) -> float | Tensor | Bound | None:
+    def ordered(value: Any, order: Tensor) -> Any:
         if isinstance(value, Bound):
             return Bound(found.get(id(value.of), value.of), value.shift)
         return value.index_select(0, order) if isinstance(value, Tensor) and value.dim() else value

@@ -26,7 +26,7 @@ class Reduction:
 
     ``z_ij`` is the pair's dot product (or Euclidean distance) and ``t_ij = scale * z_ij + offset_i``. Self pairs are
     never part of a square problem. Over an empty set logsumexp and max are -inf, min is +inf, sum and count are 0.
-    The family is General Pair Weighting's (Wang et al., 2019, eq. 2-3): the gradient of any reduction is a weight a pair.
+    The family is General Pair Weighting's (Wang et al., 2019, eq. 2-3): a reduction's gradient is a weight a pair.
 
     Args:
         op: ``"logsumexp"``, ``"sum"``, ``"min"``, ``"max"`` or ``"count"``. The last three are of ``z`` itself.

@@ -7,6 +7,7 @@ differentiated twice; every other implementation is tested against it.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .reduction import Reduction, bound_places
 from .similarity import dense_pairs, logaddexp, poison, softplus
 
 
-def _column(value: float | Tensor) -> float | Tensor:
+def _column(value: Any) -> Any:
     return value[:, None] if isinstance(value, Tensor) and value.dim() == 1 else value
 
 
@@ -28,16 +29,16 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
     if r.op == "count":
         return mask.sum(1).to(z.dtype)
     if r.op in ("min", "max"):
-        empty = torch.inf if r.op == "min" else -torch.inf
+        none = torch.inf if r.op == "min" else -torch.inf
         if z.shape[1] == 0:
-            return z.new_full(z.shape[:1], empty)
-        kept = torch.where(mask, z, empty)
+            return z.new_full(z.shape[:1], none)
+        kept = torch.where(mask, z, none)
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":
-        reach = logaddexp(*torch.broadcast_tensors(_column(r.offset), r.ref_offset[None, :]))
-        t = r.scale * z + reach
+        assert isinstance(r.offset, Tensor) and r.ref_offset is not None
+        t = z * r.scale + logaddexp(*torch.broadcast_tensors(_column(r.offset), r.ref_offset[None, :]))
     else:
-        t = r.scale * z if r.offset is None else r.scale * z + _column(r.offset)
+        t = z * r.scale if r.offset is None else z * r.scale + _column(r.offset)
     if r.op == "logsumexp":
         empty = ~mask.any(1)
         kept = torch.where(mask, t, torch.where(empty[:, None], 0.0, -torch.inf))

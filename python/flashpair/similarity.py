@@ -12,7 +12,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def zero_distance(dtype: torch.dtype) -> float:
-    """Squared distances under this share of ``|x|^2 + |y|^2`` are rounding noise of ``|x|^2 + |y|^2 - 2 x.y``: they are 0."""
+    """Under this share of ``|x|^2 + |y|^2``, ``|x|^2 + |y|^2 - 2 x.y`` is rounding noise: the distance is 0."""
     return 8.0 * torch.finfo(dtype).eps
 
 
@@ -49,11 +49,9 @@ def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     """``torch.logaddexp`` whose gradient is 0, not NaN, where both are -inf."""
     empty = torch.maximum(a, b) == -torch.inf
-    return torch.where(
-        empty, -torch.inf, torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0))
-    )
+    return torch.where(empty, -torch.inf, torch.logaddexp(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)))
 
 
 def softplus(t: Tensor) -> Tensor:
-    """log(1 + e^t), exact to float64 (torch's default goes linear at 20, an error of 2e-9), 0 with gradient 0 at -inf."""
+    """log(1 + e^t), exact in float64 (torch's default is linear from 20, an error of 2e-9); 0, gradient 0, at -inf."""
     return torch.nn.functional.softplus(t, threshold=40.0)

@@ -68,7 +68,7 @@ class Term(NamedTuple):
     upper_of: int
     lower_shift: float
     upper_shift: float
-    slots: tuple[int, int, int, int]  # where its offset, ref_offset, lower and upper stand among the vectors, or -1
+    slots: tuple[int, ...]  # where its offset, ref_offset, lower and upper stand among the vectors, or -1
 
     @property
     def window(self) -> bool:
@@ -93,13 +93,12 @@ def decode(code: Sequence[int], shifts: Sequence[float], slots: Sequence[int]) -
 @functools.lru_cache(maxsize=256)
 def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, ...]) -> Terms:
     place = {slot: k for k, slot in enumerate(slots)}
+    each = [code[at : at + CODES] for at in range(0, len(code), CODES)]
+    where = [tuple(place.get(4 * k + slot, -1) for slot in range(4)) for k in range(len(each))]
     return tuple(
-        Term(
-            *code[at : at + 3], bool(code[at + 3]), *code[at + 4 : at + 6], *shifts[2 * k : 2 * k + 2],
-            tuple(place.get(4 * k + slot, -1) for slot in range(4)),
-        )
-        for k, at in enumerate(range(0, len(code), CODES))
-    )  # fmt: skip
+        Term(op, side, transform, bool(detach), lower_of, upper_of, shifts[2 * k], shifts[2 * k + 1], where[k])
+        for k, (op, side, transform, detach, lower_of, upper_of) in enumerate(each)
+    )
 
 
 def operands(
@@ -117,7 +116,7 @@ def operands(
 class Kept(NamedTuple):
     """What forward leaves for backward beside the values; tensors of no elements where there is nothing."""
 
-    index: Tensor  # (K, N) int64: sorted reference of each min and max, -1 without
+    extreme: Tensor  # (K, N) int64: sorted reference of each min and max, -1 without
     live_count: Tensor  # (slots,) int32: pairs listed of each tile; -1: too many, or none were to be listed
     live_entry: Tensor  # (slots, capacity) int32
     live_z: Tensor  # (slots, capacity)
@@ -125,11 +124,16 @@ class Kept(NamedTuple):
     def lists(self) -> tuple[int, int, int, int]:
         if not self.live_count.numel():
             return 0, 0, 0, 0
-        return *(t.data_ptr() for t in self[1:]), self.live_entry.shape[1]
+        return (
+            self.live_count.data_ptr(),
+            self.live_entry.data_ptr(),
+            self.live_z.data_ptr(),
+            self.live_entry.shape[1],
+        )
 
 
 def _listed(terms: Terms) -> int:
-    """The reduction whose live pairs are worth a list: alone in needing weights off the positives' band, and windowed."""
+    """The reduction whose live pairs are listed: alone in needing weights off the positives' band, and windowed."""
     weighted = [k for k, t in enumerate(terms) if t.weighted and t.side != POSITIVES]
     return weighted[0] if len(weighted) == 1 and terms[weighted[0]].window else -1
 
@@ -138,8 +142,9 @@ def kept_sizes(n: int, m: int, square: bool, terms: Terms, keep: bool) -> list[t
     """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction."""
     g = grid(n, m, square)
     listing = keep and _listed(terms) >= 0
-    live = (g.slots, g.live_capacity) if listing else (0, 0)
-    return [(len(terms) if keep and any(t.indexed for t in terms) else 0, n), live[:1], live, live]
+    slots, capacity = (g.slots, g.live_capacity) if listing else (0, 0)
+    extremes = len(terms) if keep and any(t.indexed for t in terms) else 0
+    return [(extremes, n), (slots,), (slots, capacity), (slots, capacity)]
 
 
 def _address(t: Tensor | None) -> int:
@@ -187,10 +192,10 @@ def forward(p: Problem, terms: Terms, given: list[tuple[Any, ...]], keep: bool) 
     squares = _row_and_ref_squares(p)
     work = _pass(p, squares)
     for k, t in enumerate(terms):
-        index = kept.index[k] if t.indexed and sizes[0][0] else None
+        index = kept.extreme[k] if t.indexed and sizes[0][0] else None
         work.add(given[k], _address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
-    work.forward(_threads(p), values.data_ptr(), _address(kept.index) if sizes[0][0] else 0, kept.lists(), listed)
+    work.forward(_threads(p), values.data_ptr(), _address(kept.extreme) if sizes[0][0] else 0, kept.lists(), listed)
     return values, kept
 
 
@@ -219,7 +224,7 @@ def backward(
     work = _pass(p, squares)
     for i, t in enumerate(terms):
         work.add(
-            given[i], _address(kept.index[i] if t.indexed else None),
+            given[i], _address(kept.extreme[i] if t.indexed else None),
             _address(values[i]), _address(None if t.detach else grads[i]),
             _address(None if dscale is None else dscale[i]), _address(None if doffset is None else doffset[i]),
             _address(None if dref_offset is None else dref_offset[i]),

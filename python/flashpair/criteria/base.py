@@ -23,12 +23,12 @@ class RowLosses(NamedTuple):
     Args:
         losses: (N,), 0 where a row has none.
         valid: (N,) bool: rows that have a loss.
-        count: what "mean" divides by: an int, or a tensor ().
+        denominator: what "mean" divides by: an int, or a tensor ().
     """
 
     losses: Tensor
     valid: Tensor
-    count: int | Tensor
+    denominator: int | Tensor
 
 
 class Criterion(nn.Module):
@@ -117,5 +117,5 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs) -> Tensor:
         return total
     if reduction == "mean_valid":
         return total / rows.valid.sum().clamp_min(1)
-    count = rows.count
-    return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+    by = rows.denominator
+    return total / (by.clamp_min(1) if isinstance(by, Tensor) else max(by, 1))

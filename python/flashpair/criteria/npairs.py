@@ -1,8 +1,8 @@
 """Multi-class N-pair loss (Sohn, NIPS 2016) in its three forms, on dot products that are not normalised.
 
-    mc:         L_k = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))            (eq. 8)
-    ovo:        L_k = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))            (eq. 9)
-    all_pairs:  L_ip = log(1 + sum_{y_n != y_i} e^(f_i . f_n - f_i . f_p)) for every positive pair (i, p)
+mc:         L_k = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))            (eq. 8)
+ovo:        L_k = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))            (eq. 9)
+all_pairs:  L_ip = log(1 + sum_{y_n != y_i} e^(f_i . f_n - f_i . f_p)) for every positive pair (i, p)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Drawn(NamedTuple):
     anchors: Tensor  # (K,) rows
     positives: Tensor  # (K,) references
     place: Tensor  # (K,) 0, 1, ...
-    count: Tensor  # (), how many places are taken
+    taken: Tensor  # (), how many places are taken
 
 
 def _draw(labels: Tensor, ref_labels: Tensor | None) -> _Drawn:
@@ -101,18 +101,18 @@ class NPairsLoss(Criterion):
 
     def _one_pair_a_class(self, pairs: AnyPairs) -> RowLosses:
         drawn = _draw(pairs.labels, None if pairs.square else pairs.ref_labels)
-        chosen = pairs.select(drawn.anchors, drawn.positives, drawn.place, drawn.count)
+        chosen = pairs.select(drawn.anchors, drawn.positives, drawn.place, drawn.taken)
         target = chosen.paired()
         if self.variant == "mc":
             (neg,) = chosen.reduce(Reduction("logsumexp", "negatives"))
             losses = softplus(neg - target)
         else:
             (losses,) = chosen.reduce(Reduction("sum", "negatives", "softplus", offset=-target))
-        taken = drawn.place < drawn.count
+        taken = drawn.place < drawn.taken
         rows = losses.new_zeros(pairs.labels.shape[0])
         losses = rows.index_add(0, drawn.anchors, torch.where(taken, losses, 0.0))
         valid = rows.detach().index_add(0, drawn.anchors, taken.to(rows.dtype)) > 0
-        return RowLosses(losses, valid, drawn.count)
+        return RowLosses(losses, valid, drawn.taken)
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         if isinstance(self.l2_weight, float) and self.l2_weight == 0.0:
@@ -124,7 +124,7 @@ class NPairsLoss(Criterion):
             drawn = _draw(labels, ref_labels)
             refs = x if y is None else y
             squares = torch.cat([x[drawn.anchors], refs[drawn.positives]]).square().sum(1)
-            weight = (drawn.place < drawn.count).to(x.dtype).repeat(2)
+            weight = (drawn.place < drawn.taken).to(x.dtype).repeat(2)
         if self.l2_kind == "mean_norm":
             nonzero = squares > 0
             size = torch.where(nonzero, torch.where(nonzero, squares, 1.0).sqrt(), 0.0)
