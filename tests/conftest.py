@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flashpair import extension
 
 needs_extension = pytest.mark.skipif(

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flashpair
 import torch
 from torch import Tensor
+
+import flashpair
 
 PATH = Path(__file__).with_name("golden.json")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from flashpair.check import CRITERIA, batch
 from torch import Tensor
+
+from flashpair.check import CRITERIA, batch
 
 __all__ = ["CRITERIA", "assert_as_good_as", "assert_same", "batch", "gradients", "relative"]
 

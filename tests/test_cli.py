@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import flashpair
 import torch
+
+import flashpair
 from flashpair import check, criteria
 from flashpair.dispatch import IMPLEMENTATIONS
 

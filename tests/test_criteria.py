@@ -6,14 +6,15 @@ import copy
 import inspect
 import io
 
-import flashpair
 import pytest
 import torch
 from conftest import needs_extension
-from flashpair import functional
-from flashpair.check import value_and_gradient
 from helpers import CRITERIA, assert_same, batch, gradients
 from torch import nn
+
+import flashpair
+from flashpair import functional
+from flashpair.check import value_and_gradient
 
 IMPLS = ["reference", pytest.param("tiled", marks=needs_extension)]
 

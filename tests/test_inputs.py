@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import flashpair
 import pytest
 import torch
 from conftest import needs_extension
-from flashpair import GeneralizedLiftedStructureLoss, LiftedStructureStarLoss, MultiSimilarityLoss, NPairsLoss
 from helpers import CRITERIA, batch
+
+import flashpair
+from flashpair import GeneralizedLiftedStructureLoss, LiftedStructureStarLoss, MultiSimilarityLoss, NPairsLoss
 
 X, LABELS = batch(8, 4, 2, torch.float32)
 BAD_CALLS = {

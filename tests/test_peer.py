@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import flashpair
 import pytest
 import torch
 from helpers import assert_same, batch
+
+import flashpair
 
 peers = pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners  # noqa: E402

@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
-from flashpair import Bound, Reduction, row_reduce
 from helpers import assert_same, batch, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from flashpair import Bound, Reduction, row_reduce
 
 FORMS = [("logsumexp", "identity"), ("sum", "identity"), ("sum", "softplus"), ("sum", "hinge"), ("sum", "lifted")]
 FORMS += [("min", "identity"), ("max", "identity"), ("count", "identity")]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import needs_extension
+from helpers import CRITERIA, assert_as_good_as, assert_same, batch
+
 from flashpair import MultiSimilarityLoss, Reduction, extension, row_reduce, tiled
 from flashpair.check import value_and_gradient
-from helpers import CRITERIA, assert_as_good_as, assert_same, batch
 
 pytestmark = needs_extension
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import flashpair
 import golden
 import pytest
 import torch
 from helpers import CRITERIA, assert_same, batch
+
+import flashpair
 
 ORACLE = golden.load()
 CASES = [c for c in ORACLE["cases"] if c["loss"] in golden.BUILDERS and ("dL_dS" in c or "dL_dD" in c)]

@@ -153,6 +153,7 @@ class Pass {
   }
 
  private:
+  static constexpr int64_t NARROW_BAND_WORK = int64_t{1} << 27;  // multiply-adds
   static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
 
   bool over_band(const Reduction<T>& r) const { return r.side == POSITIVES && !wide_; }
@@ -209,7 +210,8 @@ class Pass {
   template <class Visit>
   void each_band_block(int threads, bool columns_written, Visit&& visit) {
     const Band<T> band{p_, grid_.size};
-    if (columns_written && !p_.square) threads = 1;  // neighbouring blocks share columns
+    // Neighbouring blocks share columns; and a narrow band is not worth waking threads for.
+    if ((columns_written && !p_.square) || band.pairs() * d_ < NARROW_BAND_WORK) threads = 1;
     in_order(
         band.count(), band.count(), threads, [](int64_t k) { return std::make_pair(k, int64_t{-1}); },
         [&](int64_t k) {

@@ -62,7 +62,7 @@ struct Grid {
   }
 };
 
-constexpr int64_t BAND_ROWS = 64;
+constexpr int64_t BAND_ROWS = 16;
 
 // The tiles that hold all positives: for each block of sorted rows, the columns from its first to its last positive.
 template <class T>
@@ -71,6 +71,14 @@ struct Band {
   int64_t size;
 
   int64_t count() const { return (p.n + BAND_ROWS - 1) / BAND_ROWS; }
+  int64_t pairs() const {
+    int64_t area = 0;
+    for (int64_t r0 = 0; r0 < p.n; r0 += BAND_ROWS) {
+      const int64_t rows = std::min(BAND_ROWS, p.n - r0);
+      area += rows * (p.hi[r0 + rows - 1] - p.lo[r0]);
+    }
+    return area;
+  }
   template <class Visit>
   void visit(int64_t block, T* z, Visit&& f) const {
     const int64_t r0 = block * BAND_ROWS, rows = std::min(BAND_ROWS, p.n - r0);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,35 @@ def zero_distance(dtype: torch.dtype) -> float:
     return 8.0 * torch.finfo(dtype).eps
 
 
-def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
-    """Rows of unit L2 norm. A zero row stays zero and gets a finite gradient, as do norms whose square underflows
-    (1e-19 in float32); a norm whose square overflows (1e19) gives NaN, not the zero row that dividing by inf would."""
+def _inverse_norm(x: Tensor) -> Tensor:  # (N, D) -> (N, 1)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    norm = norm.nan_to_num(nan=torch.nan, posinf=torch.nan)
-    return x / norm.clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+    zero = norm <= torch.finfo(x.dtype).tiny ** 0.5
+    return norm.nan_to_num(nan=torch.nan, posinf=torch.nan).reciprocal().masked_fill(zero, 0.0)
+
+
+class _Normalize(torch.autograd.Function):
+    """x / |x| with the short form of its gradient, (g - y <y, g>) / |x|: autograd's own takes ten times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        inverse = _inverse_norm(x)
+        y = x * inverse
+        ctx.save_for_backward(x, y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        x, y, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+            inverse = _inverse_norm(x)
+            y = x * inverse
+        return torch.addcmul(g, y, (y * g).sum(1, keepdim=True), value=-1) * inverse
+
+
+def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+    """Rows of unit L2 norm. A row whose square underflows (a norm of 1e-19 in float32) is a zero row, which stays zero
+    and has gradient 0; one whose square overflows (1e19) is NaN, not the zero row that dividing by inf would make it."""
+    return _Normalize.apply(x)
 
 
 def poison(*tensors: Tensor) -> Tensor:

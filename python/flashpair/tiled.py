@@ -23,7 +23,7 @@ LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
 POSITIVES = SIDES.index("positives")
 CODES = 6  # integers that a reduction is encoded as
 LIVE_PAIRS_PER_ROW = 32
-INLINE_WORK = 2**24  # multiply-adds of a product under which waking threads costs more than it saves
+INLINE_WORK = 2**25  # multiply-adds of a product under which waking threads costs more than it saves
 
 
 class Grid(NamedTuple):
@@ -37,7 +37,7 @@ class Grid(NamedTuple):
 
 def grid(n: int, m: int, square: bool) -> Grid:
     """How N x M pairs are cut: into tiles that stay in a core's second-level cache."""
-    size = 512 if n * m > 16384**2 else 256
+    size = 512 if n * m > 16384**2 else 256 if n * m > 1024**2 else 128
     rows, cols = -(-n // size), -(-m // size)
     lanes = 1 if square else max(1, min(16 // max(rows, 1), cols // 4))
     slots = rows * (rows + 1) // 2 if square else rows * cols

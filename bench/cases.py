@@ -1,0 +1,90 @@
+"""The data of one (N, D): the same in every process, from the seed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+INTRINSIC = 8  # dimensions that class centres spread over: with many more, mining leaves nothing at all
+NOISE = 0.2
+SAMPLED_ROWS = 1024
+
+
+class Case(NamedTuple):
+    options: Options
+    n: int
+    d: int
+
+    @property
+    def m(self) -> int:
+        return self.n if self.options.ref is None else self.options.ref
+
+    @property
+    def square(self) -> bool:
+        return self.options.ref is None
+
+    @property
+    def classes(self) -> int:
+        return max(2, min(self.n, self.m) // self.options.per_class)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What flashpair accumulates in, and the floor is taken in."""
+        return torch.float64 if self.options.dtype == "float64" else torch.float32
+
+    @property
+    def pairs_shape(self) -> tuple[int, int]:
+        """Rows and columns of the similarities that the loss needs: of an N-pair loss one pair a class."""
+        return (self.classes, self.classes) if self.options.loss == "n_pairs" else (self.n, self.m)
+
+
+class Batch(NamedTuple):
+    """Embeddings x (N, D), a leaf that wants a gradient, with labels (N,); references y (M, D) or None."""
+
+    x: Tensor
+    labels: Tensor
+    y: Tensor | None
+    ref_labels: Tensor | None
+
+    def double(self) -> Batch:
+        """The same numbers in float64."""
+        return self._replace(x=self.x.detach().double().requires_grad_(), y=None if self.y is None else self.y.double())
+
+
+def make_batch(case: Case) -> Batch:
+    """Scaled by D^(-1/4), so that dot products are of order 1 where a loss does not normalise."""
+    options, k, d = case.options, case.classes, case.d
+    generator = torch.Generator().manual_seed(options.seed)
+    basis = torch.randn(INTRINSIC, d, generator=generator) / INTRINSIC**0.5
+    centres = torch.randn(k, INTRINSIC, generator=generator) @ basis
+
+    def rows(count: int) -> tuple[Tensor, Tensor]:
+        labels = (torch.arange(count) % k)[torch.randperm(count, generator=generator)]
+        x = torch.randn(count, d, generator=generator)
+        if options.data == "trained":
+            x = x.mul_(NOISE).add_(centres[labels])
+        return x.mul_(d**-0.25).to(options.torch_dtype), labels
+
+    x, labels = rows(case.n)
+    y, ref_labels = (None, None) if case.square else rows(case.m)
+    return Batch(x.requires_grad_(), labels, y, ref_labels)
+
+
+def live_share(batch: Batch, epsilon: float = 0.1) -> float:
+    """The share of negatives that Multi-Similarity's mining keeps, from the first anchors against all."""
+    rows = torch.arange(min(SAMPLED_ROWS, batch.x.shape[0]))
+    with torch.no_grad():
+        x = torch.nn.functional.normalize(batch.x.float())
+        y = x if batch.y is None else torch.nn.functional.normalize(batch.y.float())
+        refs = batch.labels if batch.ref_labels is None else batch.ref_labels
+        s = x[rows] @ y.T
+        positive = batch.labels[rows, None] == refs
+        negative = ~positive
+        if batch.y is None:
+            positive[rows, rows] = False
+        lowest = torch.where(positive, s, torch.inf).amin(1, keepdim=True)
+        return ((s > lowest - epsilon) & negative).sum().item() / max(negative.sum().item(), 1)

@@ -1,0 +1,127 @@
+"""Right before fast: loss and gradient of each variant against float64, as near as its precision can come.
+
+The bound is measured, not chosen: FACTOR times (the error of the eager reference at the same precision,
+against itself in float64, plus one rounding). A gradient is compared row by row, relative to the row or to
+the typical row. Rounding can move a pair over a mining threshold, which changes its two rows outright: a
+few rows over the bound are forgiven, and counted, and may move the loss by no more than their share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashpair.dispatch import obstacles
+
+from .cases import Batch, Case, make_batch
+from .variants import Step, criterion, training_step
+
+FACTOR = 8.0
+WORST_BOUND = 0.1  # whatever eager does
+MOST_FLOP = 5e12  # of a truth in float64; a larger size is checked on a part of itself
+DENSE_SIDE = 4096
+DENSE_BYTES_A_PAIR = 320  # about 40 matrices of float64
+FORGIVEN_ROWS = 2
+FORGIVEN_SHARE = 1e-3
+
+
+class Truth(NamedTuple):
+    """Loss and gradient in float64 of `case`, whose numbers are `batch`; `how` they were found; the bound."""
+
+    case: Case
+    batch: Batch
+    loss: float
+    gradient: Tensor
+    how: str
+    bound: float
+
+
+class Verdict(NamedTuple):
+    """Relative errors: of the loss, and of the gradient's rows (99th percentile and worst)."""
+
+    right: bool
+    loss_error: float
+    gradient_error: float
+    worst_row: float
+    rows_over: int
+    bound: float
+    words: str
+
+    def record(self, truth: Truth) -> dict[str, Any]:
+        return {**self._asdict(), "against": truth.how, "checked_n": truth.case.n, "checked_m": truth.case.m}
+
+
+def _head(case: Case) -> Case:
+    """The case, or one of the same kind that is small enough for dense matrices in float64."""
+    side = max(16, min(DENSE_SIDE, math.isqrt(case.options.memory_limit // DENSE_BYTES_A_PAIR)))
+    if case.n * case.m <= side**2:
+        return case
+    ref = None if case.square else min(case.m, side)
+    return Case(replace(case.options, ref=ref), min(case.n, side), case.d)
+
+
+def _run(step: Callable[[], Tensor], batch: Batch) -> tuple[float, Tensor]:
+    loss = step()
+    gradient = batch.x.grad
+    batch.x.grad = None
+    assert gradient is not None
+    return float(loss), gradient
+
+
+def _double(case: Case, batch: Batch, impl: str) -> tuple[float, Tensor]:
+    exact = batch.double()
+    return _run(training_step(criterion(case, impl), exact), exact)
+
+
+def row_errors(gradient: Tensor, truth: Tensor) -> Tensor:  # (N, D), (N, D) -> (N,)
+    """Each row's error relative to its norm or the root mean square of all rows' norms, whichever is more."""
+    norm = torch.linalg.vector_norm(truth, dim=1)
+    typical = norm.square().mean().sqrt()
+    size = torch.maximum(norm, typical).clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.linalg.vector_norm(gradient.double() - truth, dim=1) / size
+
+
+def _loss_error(loss: float, truth: float) -> float:
+    if loss == truth:
+        return 0.0
+    return abs(loss - truth) / max(abs(truth), torch.finfo(torch.float64).tiny)
+
+
+def find_truth(case: Case, batch: Batch) -> Truth:
+    head = _head(case)
+    head_batch = batch if head == case else make_batch(head)
+    loss, gradient = _double(head, head_batch, "reference")
+    eager_loss, eager = _run(training_step(criterion(head, "reference"), head_batch), head_batch)
+    error = max(_loss_error(eager_loss, loss), row_errors(eager, gradient).quantile(0.99).item())
+    rounding = torch.finfo(case.options.torch_dtype).eps
+    bound = min(FACTOR * (error + rounding), WORST_BOUND)
+    quick = 6 * case.n * case.m * case.d <= MOST_FLOP
+    if head != case and quick and not obstacles("tiled", batch.x.device):
+        loss, gradient = _double(case, batch, "tiled")
+        return Truth(case, batch, loss, gradient, "flashpair's tiled implementation in float64", bound)
+    how = "the dense reference in float64"
+    return Truth(head, head_batch, loss, gradient, how if head == case else f"{how}, on a part of the size", bound)
+
+
+def judge(step: Step, truth: Truth) -> Verdict:
+    """`step` must be made on ``truth.batch``."""
+    loss, gradient = _run(step, truth.batch)
+    n, bound = truth.case.n, truth.bound
+    errors = row_errors(gradient, truth.gradient)
+    over = int((~(errors <= bound)).sum())  # NaN is over
+    loss_error = _loss_error(loss, truth.loss)
+    typical, worst = errors.quantile(0.99).item(), errors.max().item()
+    rows_right = over <= max(FORGIVEN_ROWS, FORGIVEN_SHARE * n)
+    loss_right = loss_error <= bound + over / n
+    words = []
+    if not loss_right:
+        words.append(f"loss off by {loss_error:.1e}")
+    if not rows_right:
+        words.append(f"gradient off by {typical:.1e} in {over:,} of {n:,} rows")
+    said = f"wrong: {' and '.join(words)}, allowed {bound:.1e}" if words else ""
+    return Verdict(not words, loss_error, typical, worst, over, bound, said)

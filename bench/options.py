@@ -1,0 +1,89 @@
+"""What a run is asked to do: one frozen dataclass, carried everywhere, child processes and JSON included."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+LOSSES = ("ms", "ms_weighting", "n_pairs", "lifted", "generalized_lifted", "lifted_star")
+TITLES = {
+    "ms": "Multi-Similarity with mining",
+    "ms_weighting": "Multi-Similarity without mining",
+    "n_pairs": "N-pair loss (mc)",
+    "lifted": "Lifted structure",
+    "generalized_lifted": "Generalized lifted structure (cosine)",
+    "lifted_star": "LiftedStruct*",
+}
+DATA = ("random", "trained")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+VARIANTS = ("flashpair", "reference", "compiled", "pytorch-metric-learning", "floor")
+FLOORS = FLOOR, FLOOR_TWO = "floor", "floor (two products)"
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of a run.
+
+    Args:
+        memory_limit: bytes that a step may add to the memory of its process.
+        threads: of torch.
+        loss: one of LOSSES. sizes: batch sizes N, ascending. dims: embedding widths D.
+        per_class: samples of a class.
+        data: ``"random"``, or ``"trained"``: tight classes, so that mining leaves few pairs.
+        dtype: of the embeddings. ref: None, or M references without gradient instead of the batch itself.
+        variants: names of VARIANTS, or ``module:function`` of one's own (see variants.py).
+        repeats: timed rounds; warmup: rounds before them.
+        time_limit: seconds that one step may take, and after which a variant gets no further round.
+        seed: of the data.
+    """
+
+    memory_limit: int
+    threads: int
+    loss: str = "ms"
+    sizes: tuple[int, ...] = (256, 1024, 4096, 16384)
+    dims: tuple[int, ...] = (128,)
+    per_class: int = 4
+    data: str = "random"
+    dtype: str = "float32"
+    ref: int | None = None
+    variants: tuple[str, ...] = VARIANTS
+    repeats: int = 5
+    warmup: int = 1
+    time_limit: float = 30.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 4 or not self.dims or min(self.dims) < 1:
+            raise ValueError(f"sizes must be at least 4 and dims at least 1, got {self.sizes} and {self.dims}")
+        if self.per_class < 2 or self.repeats < 1 or self.warmup < 0 or self.threads < 1:
+            raise ValueError("per-class must be at least 2, repeats and threads at least 1, warmup at least 0")
+        if self.memory_limit <= 0 or self.time_limit <= 0:
+            raise ValueError("memory-limit and time-limit must be above 0")
+        if self.ref is not None and (self.ref < 4 or self.loss == "lifted"):
+            raise ValueError("ref must be at least 4, and lifted is defined within a batch, without references")
+        unknown = [v for v in self.variants if v not in VARIANTS and ":" not in v]
+        if unknown:
+            raise ValueError(f"variants must be of {', '.join(VARIANTS)} or module:function, got {unknown}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def title(self) -> str:
+        against = "" if self.ref is None else f" against {self.ref:,} references without gradient"
+        return f"{TITLES[self.loss]}, one training step{against}: {self.data} data, {self.dtype}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Options:
+        """From what JSON made of it: lists become tuples again, names that are not known are dropped."""
+        known = {f.name for f in fields(cls)}
+        mine: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**{k: v for k, v in mine.items() if k in known})

@@ -1,0 +1,111 @@
+"""Who runs: a variant is a function of the case that returns a criterion, called as flashpair's are.
+
+One's own is named `module:function` on the command line, and checked, limited and timed like the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashpair as fp
+
+from .cases import Batch, Case
+from .floor import make_floor
+from .options import FLOOR, FLOORS
+
+Step = Callable[[], Any]
+CRITERIA: dict[str, Callable[..., torch.nn.Module]] = {
+    "ms": fp.MultiSimilarityLoss,
+    "ms_weighting": partial(fp.MultiSimilarityLoss, epsilon=None),
+    "n_pairs": fp.NPairsLoss,
+    "lifted": fp.LiftedStructureLoss,
+    "generalized_lifted": fp.GeneralizedLiftedStructureLoss,
+    "lifted_star": fp.LiftedStructureStarLoss,
+}
+
+
+class NotThere(Exception):
+    """This variant does not have this loss, or not on this machine; the message says why."""
+
+
+def criterion(case: Case, impl: str) -> torch.nn.Module:
+    return CRITERIA[case.options.loss](impl=impl)
+
+
+def _fused(case: Case) -> Callable[..., Tensor]:
+    return criterion(case, "auto")
+
+
+def _reference(case: Case) -> Callable[..., Tensor]:
+    return criterion(case, "reference")
+
+
+def _compiled(case: Case) -> Callable[..., Tensor]:
+    return torch.compile(criterion(case, "reference"), dynamic=False)
+
+
+def _pml(case: Case) -> Callable[..., Tensor]:
+    """pytorch-metric-learning's loss where it has one with the same formula."""
+    try:
+        from pytorch_metric_learning import distances, losses, miners
+    except ImportError as error:
+        raise NotThere(f"pytorch-metric-learning is not installed: {error}") from error
+    loss = case.options.loss
+    if loss == "n_pairs" and not case.square:
+        raise NotThere("its NPairsLoss takes no references")
+    miner = miners.MultiSimilarityMiner(epsilon=0.1) if loss == "ms" else None
+    if loss in ("ms", "ms_weighting"):
+        function = losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5, distance=distances.CosineSimilarity())
+    elif loss == "n_pairs":
+        function = losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))
+    elif loss == "lifted":
+        distance = distances.LpDistance(normalize_embeddings=False)
+        function = losses.LiftedStructureLoss(neg_margin=1, pos_margin=0, distance=distance)
+    elif loss == "generalized_lifted":  # its margins are subtracted on either side: 1 - s and s - 0
+        cosine = distances.CosineSimilarity()
+        function = losses.GeneralizedLiftedStructureLoss(neg_margin=0, pos_margin=1, distance=cosine)
+    else:
+        raise NotThere("it has no loss of this formula")
+
+    def call(x: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
+        mined = None if miner is None else miner(x, labels, ref_emb, ref_labels)
+        return function(x, labels, mined, ref_emb, ref_labels)
+
+    return call
+
+
+REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
+    "flashpair": _fused,
+    "reference": _reference,
+    "compiled": _compiled,
+    "pytorch-metric-learning": _pml,
+}
+
+
+def training_step(call: Callable[..., Tensor], batch: Batch) -> Step:
+    """Forward and backward; the gradient is left in ``batch.x.grad``, fresh each time."""
+    refs = {} if batch.y is None else {"ref_emb": batch.y, "ref_labels": batch.ref_labels}
+
+    def step() -> Tensor:
+        batch.x.grad = None
+        loss = call(batch.x, batch.labels, **refs)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def make_step(variant: str, case: Case, batch: Batch) -> Step:
+    """Raises NotThere."""
+    if variant in FLOORS:
+        return make_floor(case, batch, 3 if variant == FLOOR else 2)
+    if variant in REGISTRY:
+        return training_step(REGISTRY[variant](case), batch)
+    module, _, name = variant.partition(":")
+    return training_step(getattr(importlib.import_module(module), name)(case), batch)
