@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import json
 import os
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,24 +24,23 @@ def build_record() -> dict[str, Any]:
 def load() -> ModuleType | str:
     """The extension module, or the reason why there is none.
 
-    FLASHPAIR_EXTENSION names another file to load instead (the sanitized build, say).
+    It is the file beside this one, never another installation's; FLASHPAIR_EXTENSION names another file to load instead
+    (the sanitized build, say).
     """
     other = os.environ.get("FLASHPAIR_EXTENSION")
-    try:
-        if not other:
-            return _connected(importlib.import_module("flashpair._C"))
+    if other:
         spec = importlib.util.spec_from_file_location("flashpair._C", other)
-        if spec is None or spec.loader is None:
-            return f"FLASHPAIR_EXTENSION={other} is no extension module"
+    else:
+        spec = PathFinder.find_spec("flashpair._C", [str(Path(__file__).parent)])
+    if spec is None or spec.loader is None:
+        record = build_record()
+        reason = f"FLASHPAIR_EXTENSION={other} is no extension module" if other else record["reason"]
+        return reason or "the build's file is missing"
+    try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return _connected(module)
     except ImportError as error:
-        record = build_record()
-        return str(error) if record["extension"] else f"not built: {record['reason']}"
-
-
-def _connected(module: ModuleType) -> ModuleType:
+        return str(error)
     from . import runtime
 
     runtime.connect(module)

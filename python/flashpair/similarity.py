@@ -45,7 +45,7 @@ class _Normalize(torch.autograd.Function):
 
 def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
     """Rows of unit L2 norm. A row whose square underflows (a norm of 1e-19 in float32) is a zero row, which stays zero
-    and has gradient 0; one whose square overflows (1e19) is NaN, not the zero row that dividing by inf would make it."""
+    and has gradient 0; one whose square overflows (1e19) is NaN, not the zero row that dividing by inf would make."""
     return _Normalize.apply(x)
 
 
