@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/pass.h"
+#include "cpu/rows.h"
 
 namespace py = pybind11;
 using namespace flashpair;
@@ -139,6 +140,23 @@ PYBIND11_MODULE(_C, m) {
         r.parallel = reinterpret_cast<decltype(r.parallel)>(parallel);
       },
       "Addresses of sgemm_, dgemm_, MKL_Set_Num_Threads_Local and GOMP_parallel; 0 for none.");
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "sorted_rows",
+      [](bool wide, Address x, Address order, int64_t n, int64_t d, Address y, Address inverse) {
+        const int64_t* by = at<int64_t>(order);
+        wide ? sorted_rows(at<double>(x), by, n, d, at<double>(y), at<double>(inverse))
+             : sorted_rows(at<float>(x), by, n, d, at<float>(y), at<float>(inverse));
+      },
+      Release());
+  m.def(
+      "sorted_rows_backward",
+      [](bool wide, Address g, Address y, Address inverse, Address order, int64_t n, int64_t d, Address dx) {
+        const int64_t* by = at<int64_t>(order);
+        wide ? sorted_rows_backward(at<double>(g), at<double>(y), at<double>(inverse), by, n, d, at<double>(dx))
+             : sorted_rows_backward(at<float>(g), at<float>(y), at<float>(inverse), by, n, d, at<float>(dx));
+      },
+      Release());
   bind_pass<float>(m, "PassFloat");
   bind_pass<double>(m, "PassDouble");
 }

@@ -151,8 +151,8 @@ def test_the_registered_ops_are_well_formed():
     from flashpair.ops import encode
     from flashpair.pairs import Pairs
 
-    pairs = Pairs.from_embeddings(x, labels, None, None, "dot")
-    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), [], "dot")
+    pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False)
+    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot")
     p = pairs.plan
     arguments = (pairs.x, None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec), True)
     torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments)

@@ -43,7 +43,8 @@ def test_tile_edges_of_the_batch(name, n):
 
 @pytest.mark.parametrize("d", WIDTHS)
 def test_edges_of_the_width(d):
-    x, labels = batch(300, d, 4, torch.float64)
+    # 300 points on a circle lie so close that float64 cancellation shows in their distances, in any code
+    x, labels = batch(300 if d > 2 else 30, d, 4, torch.float64)
     for name, make in CRITERIA.items():
         if d == 1 and make().normalize:
             continue  # normalised numbers are +-1 and have no gradient but rounding

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from .reference import reduce_rows
-from .similarity import dense_pairs, poison
+from .rows import plain
+from .similarity import dense_pairs
 from .tiled import CODES, Kept, Problem, backward, decode, forward, kept_sizes, operands
 
 _library = torch.library.Library("flashpair", "DEF")
@@ -29,17 +30,13 @@ _library.define(
 )
 
 
-def _bad(x: Tensor, y: Tensor | None) -> Tensor:
-    return poison(x) if y is None else poison(x, y)
-
-
 def _row_reduce(  # type: ignore[no-untyped-def]
     x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, keep
 ):
     problem = Problem(x, y, lo, hi, end, order, distance)
     terms = decode(code, shifts, slots)
     values, kept = forward(problem, terms, operands(terms, scale, scales, vectors), keep)
-    return values.add_(_bad(x, y)), *kept
+    return values, *kept
 
 
 def _row_reduce_backward(  # type: ignore[no-untyped-def]
@@ -50,8 +47,7 @@ def _row_reduce_backward(  # type: ignore[no-untyped-def]
     kept = Kept(index, live_count, live_entry, live_z)
     terms = decode(code, shifts, slots)
     found = backward(problem, terms, operands(terms, scale, scales, vectors), values, kept, grads, need)
-    bad = _bad(x, y)
-    return tuple(x.new_empty(0) if g is None else g.add_(bad) for g in found)
+    return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
 def _row_reduce_fake(  # type: ignore[no-untyped-def]
@@ -86,7 +82,7 @@ torch.library.register_fake("flashpair::row_reduce_backward", _row_reduce_backwa
 
 def _op(name: str, x: Tensor) -> Callable[..., Any]:
     """The registered op; on plain tensors outside of tracing what it would call, without the dispatcher's 50 us."""
-    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if plain(x):
         return _row_reduce if name == "row_reduce" else _row_reduce_backward
     return getattr(torch.ops.flashpair, name)
 
@@ -101,14 +97,17 @@ class Spec(NamedTuple):
     distance: str
 
 
-def encode(reductions: tuple[Reduction, ...], slots: list[int], distance: str) -> Spec:
+def encode(reductions: tuple[Reduction, ...], slots: tuple[int, ...], distance: str) -> Spec:
     code: list[int] = []
     shifts: list[float] = []
     for r, places in zip(reductions, bound_places(reductions), strict=True):
         code += [OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach), *places]
         shifts += [bound.shift if isinstance(bound, Bound) else 0.0 for bound in (r.lower, r.upper)]
     scales = tuple(1.0 if isinstance(r.scale, Tensor) else r.scale for r in reductions)
-    return Spec(tuple(slots), tuple(code), tuple(shifts), scales, distance)
+    return Spec(slots, tuple(code), tuple(shifts), scales, distance)
+
+
+_rows: Callable[[Tensor], tuple[Tensor, ...]] = torch.unbind_copy  # type: ignore[assignment]
 
 
 class RowReduce(torch.autograd.Function):
@@ -125,7 +124,7 @@ class RowReduce(torch.autograd.Function):
         if keep:
             ctx.spec = spec
             ctx.save_for_backward(lo, hi, end, order, x, y, scale, *vectors, values, *kept)
-        rows: tuple[Tensor, ...] = tuple(torch.ops.aten.unbind_copy.int(values))
+        rows = _rows(values)
         count = OPS.index("count")
         codes = range(0, len(spec.code), CODES)
         ctx.mark_non_differentiable(

@@ -15,6 +15,7 @@ from .ops import RowReduce, encode
 from .plan import Plan, make_plan, one_to_one
 from .reduction import DISTANCES, Bound, Reduction
 from .reference import ReferencePairs
+from .rows import sorted_rows
 from .similarity import compute_dtype
 
 
@@ -32,11 +33,11 @@ class Pairs:
 
     @classmethod
     def from_embeddings(
-        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str
+        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, unit: bool
     ) -> Pairs:
         plan = make_plan(labels, ref_labels)
-        y = None if y is None else y.index_select(0, plan.ref_order)
-        return cls(x.index_select(0, plan.order), y, plan, distance)
+        y = None if y is None else sorted_rows(y, plan.ref_order, unit=unit)
+        return cls(sorted_rows(x, plan.order, unit=unit), y, plan, distance)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
@@ -62,7 +63,15 @@ class Pairs:
             scale = torch.stack([tensor(r.scale) for r in reductions])
         p = self.plan
         rows = RowReduce.apply(
-            encode(reductions, slots, self.distance), p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors
+            encode(reductions, tuple(slots), self.distance),
+            p.lo,
+            p.hi,
+            p.end,
+            p.ref_order,
+            self.x,
+            self.y,
+            scale,
+            *vectors,
         )
         return tuple(
             row + r.offset if r.op == "logsumexp" and r.offset is not None else row
@@ -101,9 +110,12 @@ def make_pairs(
     ref_labels: Tensor | None = None,
     *,
     distance: str = "dot",
+    normalize: bool = False,
     impl: str = "auto",
 ) -> Pairs | ReferencePairs:
     """The pairs of embeddings x (N, D) with labels (N,) against y (M, D) with `ref_labels` (M,), or each other.
+
+    `normalize`: rows of unit L2 norm first.
 
     Raises:
         ValueError: an unknown distance or `impl`. RuntimeError: an `impl` that cannot run here, with every reason.
@@ -113,4 +125,4 @@ def make_pairs(
     dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
     x, y = x.to(dtype), None if y is None else y.to(dtype)
     kind = ReferencePairs if choose(impl, x, y) == "reference" else Pairs
-    return kind.from_embeddings(x, labels, y, ref_labels, distance)
+    return kind.from_embeddings(x, labels, y, ref_labels, distance, normalize)

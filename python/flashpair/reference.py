@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .reduction import Reduction, bound_places
-from .similarity import dense_pairs, logaddexp, poison, softplus
+from .similarity import dense_pairs, logaddexp, normalize, poison, softplus
 
 
 def _column(value: Any) -> Any:
@@ -79,9 +79,11 @@ class ReferencePairs:
 
     @classmethod
     def from_embeddings(
-        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str
+        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, unit: bool
     ) -> ReferencePairs:
         """`x` (N, D) against `y` (M, D), or against itself."""
+        if unit:
+            x, y = normalize(x), None if y is None else normalize(y)
         z = dense_pairs(x, x if y is None else y, distance)
         bad = poison(x) if y is None else poison(x, y)
         return cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=bad)

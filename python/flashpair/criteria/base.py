@@ -11,7 +11,7 @@ from .. import checks
 from ..dispatch import check_name
 from ..pairs import Pairs, make_pairs
 from ..reference import ReferencePairs
-from ..similarity import compute_dtype, normalize
+from ..similarity import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none", "mean_valid", "nonzero")
 AnyPairs = Pairs | ReferencePairs
@@ -62,7 +62,7 @@ class Criterion(nn.Module):
         raise NotImplementedError
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
-        """A term added to every valid row's loss; None: none."""
+        """Of the embeddings as they came, not normalised: a term added to every valid row's loss; None: none."""
         return None
 
     def forward(
@@ -85,9 +85,7 @@ class Criterion(nn.Module):
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
         x, y = x.to(dtype), None if y is None else y.to(dtype)
-        if self.normalize:
-            x, y = normalize(x), None if y is None else normalize(y)
-        pairs = make_pairs(x, labels, y, ref_labels, distance=self.distance, impl=self.impl)
+        pairs = make_pairs(x, labels, y, ref_labels, distance=self.distance, normalize=self.normalize, impl=self.impl)
         rows = self.row_losses(pairs)
         extra = self.regularizer(x, labels, y, ref_labels)
         if extra is not None:
@@ -112,10 +110,9 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs) -> Tensor:
     if reduction == "nonzero":
         positive = losses > 0
         return torch.where(positive, losses, 0.0).sum() / positive.sum().clamp_min(1)
-    total = losses.sum()
     if reduction == "sum":
-        return total
-    if reduction == "mean_valid":
-        return total / rows.valid.sum().clamp_min(1)
-    by = rows.denominator
-    return total / (by.clamp_min(1) if isinstance(by, Tensor) else max(by, 1))
+        return losses.sum()
+    by = rows.valid.sum() if reduction == "mean_valid" else rows.denominator
+    if isinstance(by, Tensor):
+        return losses.sum() / by.clamp_min(1)
+    return losses.mean() if by == losses.shape[0] > 0 else losses.sum() / max(by, 1)

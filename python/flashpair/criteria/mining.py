@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,15 +24,19 @@ def logsumexps(
             Reduction("logsumexp", "positives", scale=-alpha), Reduction("logsumexp", "negatives", scale=beta)
         )
         return pos, neg
+    constant = not (isinstance(alpha, Tensor) or isinstance(beta, Tensor) or torch.compiler.is_compiling())
+    _, neg, _, pos = pairs.reduce(*(_mined_constant if constant else _mined)(alpha, beta, epsilon))
+    # Without a mined negative there is no mined positive; in exact arithmetic nor the other way round.
+    return pos, neg.masked_fill(pos == -torch.inf, -torch.inf)
+
+
+def _mined(alpha: float | Tensor, beta: float | Tensor, epsilon: float) -> tuple[Reduction, ...]:
     lowest = Reduction("min", "positives", detach=True)
     kept = Bound(lowest, -epsilon)
     # A highest negative outside the window leaves nothing to mine, so that the window serves the maximum too.
     highest = Reduction("max", "negatives", lower=kept, detach=True)
-    _, neg, _, pos = pairs.reduce(
-        lowest,
-        Reduction("logsumexp", "negatives", scale=beta, lower=kept),
-        highest,
-        Reduction("logsumexp", "positives", scale=-alpha, upper=Bound(highest, epsilon)),
-    )
-    unmined = torch.minimum(pos.detach(), neg.detach()) == -torch.inf
-    return pos.masked_fill(unmined, -torch.inf), neg.masked_fill(unmined, -torch.inf)
+    negatives = Reduction("logsumexp", "negatives", scale=beta, lower=kept)
+    return lowest, negatives, highest, Reduction("logsumexp", "positives", scale=-alpha, upper=Bound(highest, epsilon))
+
+
+_mined_constant = functools.lru_cache(maxsize=64)(_mined)
