@@ -31,7 +31,8 @@ from . import demo_plot
 from .retrieval import Retrieval, retrieval
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARK = ("--sizes", "1024,4096,8192", "--repeats", "3", "--time-limit", "15")
+PEERS = "flashpair,reference,pytorch-metric-learning,floor"
+BENCHMARK = ("--sizes", "1024,3072,8192", "--variants", PEERS, "--repeats", "2", "--time-limit", "6")
 PER_CLASS = 8
 LEARNING_RATE = 3e-3
 MEANING = """\

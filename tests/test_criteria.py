@@ -35,6 +35,14 @@ def test_second_derivatives(name):
     assert torch.autograd.gradgradcheck(lambda t: criterion(t, labels), (x.requires_grad_(),))
 
 
+@needs_extension
+def test_second_derivatives_of_strided_embeddings():
+    x, labels = batch(9, 3, 3, torch.float64)
+    wide = x.T.contiguous().requires_grad_()
+    criterion = flashpair.MultiSimilarityLoss(impl="tiled")
+    assert torch.autograd.gradgradcheck(lambda t: criterion(t.T, labels), (wide,))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CRITERIA)
 def test_reductions_agree_with_the_rows(name, impl):
@@ -187,6 +195,28 @@ def test_autocast_changes_nothing(impl):
         assert torch.equal(loss, truth[0])
         assert torch.equal(torch.autograd.grad(loss, x)[0], truth[1])
         x = x.detach()
+
+
+@needs_extension
+def test_autocast_changes_no_second_derivative_primitive_or_weight():
+    x, labels = batch(40, 8, 4, torch.float32)
+    criterion = flashpair.MultiSimilarityLoss(impl="tiled")
+    reduction = flashpair.Reduction("logsumexp", "negatives")
+
+    def everything(y):
+        (first,) = torch.autograd.grad(criterion(y, labels), y, create_graph=True)
+        rows = [flashpair.row_reduce(x, labels, reduction, impl=impl)[0] for impl in ("tiled", "reference")]
+        return [first, *rows, flashpair.pair_weights(criterion, x, labels)]
+
+    y = x.clone().requires_grad_()
+    truth = everything(y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = everything(y)
+    for results in (truth, found):  # outside of autocast, as PyTorch wants a backward to be
+        results.append(torch.autograd.grad(results[0].square().sum(), y)[0])
+    for f, t in zip(found, truth, strict=True):
+        assert f.dtype == torch.float32
+        torch.testing.assert_close(f, t, rtol=1e-4, atol=1e-6)  # bfloat16 would be off by 1e-2
 
 
 @needs_extension

@@ -64,6 +64,7 @@ BAD_CONSTRUCTORS = {
         lambda: MultiSimilarityLoss(epsilon=torch.tensor(0.1)),
     ),
     "zero alpha": (ValueError, "alpha must be .* above 0, got 0", lambda: MultiSimilarityLoss(alpha=0)),
+    "endless alpha": (ValueError, "alpha must be a finite number", lambda: MultiSimilarityLoss(alpha=10**400)),
     "infinite beta": (ValueError, "beta must be a finite number", lambda: LiftedStructureStarLoss(beta=float("inf"))),
     "beta is a word": (TypeError, "beta must be a number", lambda: LiftedStructureStarLoss(beta="50")),
     "alpha is a vector": (ValueError, r"alpha must be .* shape \(\)", lambda: MultiSimilarityLoss(alpha=torch.ones(2))),
@@ -152,6 +153,21 @@ def test_not_finite_references_come_out_as_nan():
         y[where, 0] = torch.nan
         for impl in ("reference", "tiled"):
             assert MultiSimilarityLoss(impl=impl)(X, LABELS, ref_emb=y, ref_labels=LABELS).isnan()
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("tiled", marks=needs_extension)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "mean_valid", "nonzero"])
+def test_no_reduction_swallows_a_nan(reduction, impl):
+    x = X.clone()
+    x[7, 0] = torch.nan  # of a sample that mc and ovo, which take two of a class, leave out
+    labels = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2])
+    for make in CRITERIA.values():
+        assert make(impl=impl, reduction=reduction)(x, labels).isnan().any()
+
+
+def test_the_embeddings_decide_the_dtype():
+    weight = torch.nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+    assert NPairsLoss(l2_weight=weight)(X, LABELS).dtype == torch.float32
 
 
 @needs_extension

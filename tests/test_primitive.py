@@ -189,3 +189,74 @@ def test_vectors_of_another_length_are_named():
     with pytest.raises(ValueError, match=r"ref_offset of reductions\[0\] must have shape"):
         lifted = Reduction("sum", "all", "lifted", offset=torch.zeros(8), ref_offset=torch.zeros(9))
         row_reduce(x, labels, lifted)
+
+
+def test_a_bound_takes_no_offset_and_a_scale_no_shape():
+    x, labels = batch(8, 3, 2, torch.float64)
+    shifted = Reduction("logsumexp", "positives", offset=torch.ones(8))
+    with pytest.raises(ValueError, match="bound to a reduction with an offset"):
+        row_reduce(x, labels, shifted, Reduction("count", "negatives", lower=Bound(shifted)))
+    with pytest.raises(ValueError, match=r"scale must be a number or a tensor of shape \(\)"):
+        Reduction("sum", "all", scale=torch.ones(8))
+    assert Reduction("min", "all", scale=1).scale == 1
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("op", ["logsumexp", "sum", "max"])
+def test_detach_is_of_the_whole_row(op, impl):
+    x, labels = batch(8, 3, 2, torch.float64)
+    options = {} if op == "max" else {"scale": torch.ones((), requires_grad=True)}
+    options |= {} if op == "max" else {"offset": torch.ones(8, requires_grad=True)}
+    (row,) = row_reduce(x.requires_grad_(), labels, Reduction(op, "negatives", detach=True, **options), impl=impl)
+    assert not row.requires_grad
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+@pytest.mark.parametrize("op", ["logsumexp", "sum"])
+def test_the_embeddings_decide_the_dtype(op, impl):
+    x, labels = batch(8, 3, 2, torch.float32)
+    r = Reduction(op, "negatives", scale=torch.ones((), dtype=torch.float64), offset=torch.ones(8, dtype=torch.float64))
+    assert row_reduce(x, labels, r, impl=impl)[0].dtype == torch.float32
+    assert row_reduce(x, labels, r, ref_emb=x.double(), ref_labels=labels, impl=impl)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("impl", ["tiled", "reference"])
+def test_not_finite_embeddings_reach_every_row_and_an_offset_only_its_own(impl):
+    x, labels = batch(12, 3, 2, torch.float64)
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    offset = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+
+    def total(x, offset):
+        lower = torch.tensor(0.1, dtype=torch.float64)
+        r = Reduction("sum", "negatives", "softplus", scale=scale, offset=offset, lower=lower)
+        return row_reduce(x, labels, r, impl=impl)[0]
+
+    bad = x.clone()
+    bad[3, 1] = torch.nan
+    assert total(bad, offset).isnan().all()
+    assert torch.autograd.grad(total(bad.requires_grad_(), offset).sum(), bad)[0].isnan().any()
+    shifted = torch.zeros(12, dtype=torch.float64)
+    shifted[labels.argsort()[0]] = torch.nan
+    assert total(x, shifted).isnan().sum() <= 1
+
+
+def test_pairs_of_ones_own_check_their_input():
+    from flashpair import make_pairs
+
+    x, labels = batch(40, 3, 2, torch.float32)
+    with pytest.raises(ValueError, match="labels must have shape"):
+        make_pairs(x, labels[:10])
+    with pytest.raises(ValueError, match="ref_labels must be given with ref_emb"):
+        make_pairs(x, labels, ref_emb=x)
+    with pytest.raises(ValueError, match="distance must be one of"):
+        make_pairs(x, labels, distance="l1")
+
+
+def test_tracing_records_the_registered_ops():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, labels = batch(40, 3, 2, torch.float32)
+    (truth,) = row_reduce(x, labels, Reduction("logsumexp", "negatives"), impl="tiled")
+    traced = make_fx(lambda t: row_reduce(t, labels, Reduction("logsumexp", "negatives"), impl="tiled")[0])(x)
+    for _ in range(3):
+        assert torch.equal(traced(x), truth)

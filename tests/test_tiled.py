@@ -192,6 +192,24 @@ def test_garbage_in_buffers_never_shows():
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("n", [37, 100, 120])
+def test_garbage_in_buffers_never_shows_in_learnable_scales(n):
+    """The lanes past a tile's last column hold what the buffer held, NaN for one."""
+    x, labels = batch(n, 16, 4, torch.float32)
+    grads = []
+    for before in (None, torch.nan):
+        if before is not None:
+            MultiSimilarityLoss(impl="tiled", epsilon=None)(torch.full((128, 16), before), torch.arange(128) // 4)
+        for epsilon in (None, 0.1):
+            alpha, beta = (torch.nn.Parameter(torch.tensor(v)) for v in (2.0, 50.0))
+            MultiSimilarityLoss(alpha, beta, epsilon=epsilon, impl="tiled")(x, labels).backward()
+            scale = torch.tensor(1.5, requires_grad=True)
+            row_reduce(x, labels, Reduction("sum", "negatives", "softplus", scale=scale))[0].sum().backward()
+            grads.append([alpha.grad, beta.grad, scale.grad])
+    assert torch.equal(torch.tensor(grads[:2]), torch.tensor(grads[2:]))
+    assert torch.tensor(grads).isfinite().all()
+
+
 def test_what_the_caller_holds_is_not_written():
     x, labels = batch(300, 16, 4, torch.float32)
     y, ref_labels = batch(400, 16, 4, torch.float32, seed=1)

@@ -51,3 +51,9 @@ def test_signs_and_pairs_that_take_no_part():
     assert (w[same] <= 0).all() and (w[~same] >= 0).all()
     assert not w.diagonal().any()
     assert (w == 0).any() and (w != 0).any()
+
+
+def test_weights_are_refused_where_the_loss_is():
+    x, labels = batch(8, 4, 2, torch.float64)
+    with pytest.raises(ValueError, match="ref_emb must be None"):
+        flashpair.pair_weights(flashpair.LiftedStructureLoss(), x, labels, ref_emb=x, ref_labels=labels)

@@ -86,8 +86,7 @@ class Pass {
           finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
     }
     // An entry that is not finite makes every value NaN: no mining comparison may swallow it.
-    if (!finite(x_, n * d_) || (!p_.square && !finite(y_, p_.m * d_)))
-      std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
+    if (!all_finite()) std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
   }
 
   // Adds to the gradients, which come zeroed: dx (N, D), dy (M, D) (null: not wanted; never for a square problem), and
@@ -153,9 +152,14 @@ class Pass {
     for (size_t i = 0; i < lane_dx.size(); ++i) dx[i % (n * d_)] += lane_dx[i];
     if (dx) add_pull(pull, x_, n, dx);
     if (dy) add_pull(ref_pull, y_, p_.m, dy);
-    if (n && !given_.empty() && std::isnan(values[0])) {  // as forward left it
-      if (dx) std::fill_n(dx, n * d_, values[0]);
-      if (dy) std::fill_n(dy, p_.m * d_, values[0]);
+    if (all_finite()) return;
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    if (dx) std::fill_n(dx, n * d_, nan);
+    if (dy) std::fill_n(dy, p_.m * d_, nan);
+    for (const Reduction<T>& r : given_) {
+      if (r.grad_scale) *r.grad_scale = nan;
+      if (r.grad_offset) std::fill_n(r.grad_offset, n, nan);
+      if (r.grad_ref_offset) std::fill_n(r.grad_ref_offset, p_.m, nan);
     }
   }
 
@@ -175,6 +179,7 @@ class Pass {
     for (T z : zero) rest += z;
     return rest == 0;
   }
+  bool all_finite() const { return finite(x_, p_.n * d_) && (p_.square || finite(y_, p_.m * d_)); }
   bool weighs_positives() const {
     for (const Reduction<T>& r : given_)
       if (r.side == POSITIVES && (r.op == LOGSUMEXP || r.op == SUM)) return true;
@@ -298,7 +303,7 @@ class Pass {
       if (index) index[i] = at;
     }
   }
-  int64_t order(int64_t column) const { return p_.order ? p_.order[column] : column; }
+  int64_t order(int64_t column) const { return p_.order[column]; }
 
   // A min's or max's gradient goes to the one pair that attained it.
   void extreme_gradient(const Reduction<T>& r, T* dx, T* dy, std::vector<T>& pull, std::vector<T>& ref_pull) const {

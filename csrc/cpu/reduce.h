@@ -142,7 +142,7 @@ void extreme(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
     peaks.fill(nullptr, -INF<T>, t);
   }
   const V none = splat(-INF<T>);
-  auto order = [&](int64_t column) { return p.order ? p.order[column] : column; };
+  auto order = [&](int64_t column) { return p.order[column]; };
   // True when the row's extreme, or with equal ones its index, may change.
   auto reaches = [&](int64_t row, T peak) {
     const T old = sign * r.peak[row];

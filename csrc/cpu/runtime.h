@@ -4,6 +4,7 @@
 // ordinary threads. A second OpenMP runtime is what has to be avoided: its threads would spin beside torch's.
 #pragma once
 #include <atomic>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -65,8 +66,10 @@ void in_order(int64_t count, int64_t things, int threads, Touches&& touches, Wor
   std::vector<std::atomic<int64_t>> done(things);
   std::mutex turn;
   int64_t next = 0;
+  std::exception_ptr error;  // no exception may leave an OpenMP thread
+  std::atomic<bool> failed{false};
   auto wait = [&](int64_t thing, int64_t place) {
-    for (int spins = 0; done[thing].load(std::memory_order_acquire) != place; ++spins)
+    for (int spins = 0; done[thing].load(std::memory_order_acquire) != place && !failed; ++spins)
       if (spins > 64) std::this_thread::yield();
   };
   run_together(threads, [&] {
@@ -74,7 +77,7 @@ void in_order(int64_t count, int64_t things, int threads, Touches&& touches, Wor
       int64_t item, first, second, first_place = 0, second_place = 0;
       {
         std::lock_guard<std::mutex> hold(turn);
-        if (next == count) return;
+        if (next == count || failed) return;
         item = next++;
         const auto pair = touches(item);
         first = pair.first, second = pair.second;
@@ -83,11 +86,17 @@ void in_order(int64_t count, int64_t things, int threads, Touches&& touches, Wor
       }
       if (first >= 0) wait(first, first_place);
       if (second >= 0) wait(second, second_place);
-      work(item);
+      try {
+        if (!failed) work(item);
+      } catch (...) {
+        std::lock_guard<std::mutex> hold(turn);
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
       if (first >= 0) done[first].store(first_place + 1, std::memory_order_release);
       if (second >= 0) done[second].store(second_place + 1, std::memory_order_release);
     }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 // A worker's tile buffers, kept between passes: fresh pages cost more than a small tile's product.

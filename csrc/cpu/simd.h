@@ -102,10 +102,6 @@ INLINE T hmax(Vec<T> v) {
   return r;
 }
 template <class T>
-INLINE T hmin(Vec<T> v) {
-  return -hmax<T>(-v);
-}
-template <class T>
 INLINE T hsum(Vec<T> v) {
   T r = 0;
   for (int64_t k = 0; k < WIDTH<T>; ++k) r += v[k];

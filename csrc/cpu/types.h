@@ -17,7 +17,7 @@ struct Problem {
   int64_t n, m, end;
   bool square;
   const int64_t *lo, *hi;            // (N,)
-  const int64_t* order;              // (M,) place of each reference in the caller's order, null if it is the same
+  const int64_t* order;              // (M,) place of each reference in the caller's order
   const T *row_square, *ref_square;  // (N,), (M,) squared norms, null for dot products
 };
 

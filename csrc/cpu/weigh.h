@@ -79,7 +79,7 @@ void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
         sum += select<T>(both<T>(in, m), c * cols.grad.at(v), V{});
         if (t.mirror) own = sum;
       }
-      dscale += own * zv;
+      dscale += select<T>(own != T(0), own * zv, V{});  // lanes past the end hold anything
       store<T>(wi + v, load(wi + v) + sum * r.scale);
     });
   }
@@ -121,7 +121,7 @@ void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int
           store<T>(doffset.data + v, doffset.at(v) + c * own_share);
         }
       }
-      dscale += own * zv;
+      dscale += select<T>(own != T(0), own * zv, V{});  // lanes past the end hold anything
       store<T>(wi + v, load(wi + v) + sum * r.scale);
     });
     if (r.grad_offset) r.grad_offset[t.r0 + i] += hsum<T>(doffset_i);

@@ -72,12 +72,16 @@ def number(value: Any, name: str, *, above: float | None = None, at_least: float
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a floating-point tensor of shape (), got {_what(value)}")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = float("inf")
     low = "" if above is None else f" above {above:g}"
     low = low if at_least is None else f" of at least {at_least:g}"
     in_range = (above is None or value > above) and (at_least is None or value >= at_least)
     if not in_range or value != value or value in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be a finite number{low}, got {value!r}")
-    return float(value)
+    return value
 
 
 def constant(value: Any, name: str, *, at_least: float) -> float:

@@ -167,7 +167,7 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
     masks = {"positives": positive & pair, "negatives": ~positive & pair, "all": pair}
     spec = ctx.spec
     by_slot = dict(zip(spec.slots, vectors, strict=True))
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         z = dense_pairs(x, x if y is None else y, spec.distance)
         rows, upstream = [], []
         for i, g in enumerate(grads):

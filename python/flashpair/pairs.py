@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import checks
 from .dispatch import choose
 from .ops import RowReduce, encode
 from .plan import Plan, make_plan, one_to_one
 from .reduction import DISTANCES, Bound, Reduction
 from .reference import ReferencePairs
 from .rows import sorted_rows
-from .similarity import compute_dtype
+from .similarity import compute_dtype, poison
 
 
 class Pairs:
@@ -27,8 +28,8 @@ class Pairs:
         labels: (N,) int64 in the order of the rows; `ref_labels`: (M,).
     """
 
-    def __init__(self, x: Tensor, y: Tensor | None, plan: Plan, distance: str) -> None:
-        self.x, self.y, self.plan, self.distance = x, y, plan, distance
+    def __init__(self, x: Tensor, y: Tensor | None, plan: Plan, distance: str, poison: Tensor | None = None) -> None:
+        self.x, self.y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
         self.labels, self.ref_labels, self.square = plan.labels, plan.ref_labels, plan.square
 
     @classmethod
@@ -73,10 +74,13 @@ class Pairs:
             scale,
             *vectors,
         )
-        return tuple(
-            row + r.offset if r.op == "logsumexp" and r.offset is not None else row
-            for row, r in zip(rows, reductions, strict=True)
-        )
+        found = []
+        for row, r in zip(rows, reductions, strict=True):
+            if r.op == "logsumexp" and r.offset is not None:
+                row = row + (tensor(r.offset) if isinstance(r.offset, Tensor) else r.offset)
+            row = row if self.poison is None else row + self.poison
+            found.append(row.detach() if r.detach else row)
+        return tuple(found)
 
     def num_positives(self) -> Tensor:  # (N,) int64
         return self.plan.hi - self.plan.lo - int(self.square)
@@ -96,7 +100,8 @@ class Pairs:
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
         """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
         plan = one_to_one(labels, count)
-        return Pairs(self.x.index_select(0, rows), self.refs.index_select(0, refs), plan, self.distance)
+        bad = poison(self.x) if self.y is None else poison(self.x, self.y)  # of the samples left out, too
+        return Pairs(self.x.index_select(0, rows), self.refs.index_select(0, refs), plan, self.distance, bad)
 
     def restore(self, values: Tensor) -> Tensor:
         """Row values (N,) in the caller's order."""
@@ -104,24 +109,32 @@ class Pairs:
 
 
 def make_pairs(
-    x: Tensor,
+    embeddings: Tensor,
     labels: Tensor,
-    y: Tensor | None = None,
-    ref_labels: Tensor | None = None,
     *,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
     distance: str = "dot",
     normalize: bool = False,
     impl: str = "auto",
 ) -> Pairs | ReferencePairs:
-    """The pairs of embeddings x (N, D) with labels (N,) against y (M, D) with `ref_labels` (M,), or each other.
+    """The pairs of embeddings (N, D) with labels (N,), or of embeddings with `ref_emb` (M, D) and `ref_labels` (M,).
 
-    `normalize`: rows of unit L2 norm first.
+    Args:
+        distance: ``"dot"`` or ``"euclidean"``. `normalize`: L2-normalise rows first.
+        impl: as `Criterion` takes it.
 
     Raises:
-        ValueError: an unknown distance or `impl`. RuntimeError: an `impl` that cannot run here, with every reason.
+        TypeError, ValueError: bad arguments, named. RuntimeError: an `impl` that cannot run here, with every reason.
     """
-    if distance not in DISTANCES:
-        raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
+    checks.word(distance, DISTANCES, "distance")
+    return checked_pairs(*checks.batch(embeddings, labels, ref_emb, ref_labels), distance, normalize, impl)
+
+
+def checked_pairs(
+    x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, normalize: bool, impl: str
+) -> Pairs | ReferencePairs:
+    """`make_pairs` of arguments that `checks.batch` has returned."""
     dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
     x, y = x.to(dtype), None if y is None else y.to(dtype)
     kind = ReferencePairs if choose(impl, x, y) == "reference" else Pairs

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from . import checks
-from .pairs import Pairs, make_pairs
-from .reduction import Bound, Reduction
+from .pairs import Pairs, checked_pairs
+from .reduction import DISTANCES, Bound, Reduction
 
 
 def row_reduce(
@@ -48,7 +48,8 @@ def row_reduce(
             value = getattr(r, name)
             if isinstance(value, Tensor) and tuple(value.shape) not in ((), (size,)):
                 raise ValueError(f"{name} of reductions[{k}] must have shape () or ({size},), got {tuple(value.shape)}")
-    pairs = make_pairs(x, labels, y, ref_labels, distance=distance, impl=impl)
+    checks.word(distance, DISTANCES, "distance")
+    pairs = checked_pairs(x, labels, y, ref_labels, distance, False, impl)
     if isinstance(pairs, Pairs):
         reductions = _sorted(reductions, pairs)
     return tuple(pairs.restore(row) for row in pairs.reduce(*reductions))

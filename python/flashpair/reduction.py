@@ -61,7 +61,9 @@ class Reduction:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
         if self.op != "sum" and self.transform != "identity":
             raise ValueError(f"transform {self.transform!r} goes with op 'sum', got op {self.op!r}")
-        plain = self.offset is None and isinstance(self.scale, float) and self.scale == 1.0
+        if isinstance(self.scale, Tensor) and self.scale.dim():
+            raise ValueError(f"scale must be a number or a tensor of shape (), got shape {tuple(self.scale.shape)}")
+        plain = self.offset is None and not isinstance(self.scale, Tensor) and self.scale == 1
         if self.op in ("min", "max", "count") and not plain:
             raise ValueError(f"op {self.op!r} is of the similarity itself and takes no scale and no offset")
         if (self.transform == "lifted") != (self.ref_offset is not None):
@@ -74,7 +76,7 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     """For each reduction the places of those that bound its window below and above, -1 for none.
 
     Raises:
-        ValueError: a bound on a reduction that does not stand before it.
+        ValueError: a bound on a reduction that does not stand before it, or that has an offset of its own.
     """
     place: dict[int, int] = {}
     found = []
@@ -84,6 +86,8 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
             of = place.get(id(bound.of)) if isinstance(bound, Bound) else -1
             if of is None:
                 raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
+            if isinstance(bound, Bound) and bound.of.offset is not None:
+                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction with an offset; shift it")
             pair.append(of)
         found.append((pair[0], pair[1]))
         place[id(r)] = k

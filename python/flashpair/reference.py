@@ -16,16 +16,19 @@ from .reduction import Reduction, bound_places
 from .similarity import dense_pairs, logaddexp, normalize, poison, softplus
 
 
-def _column(value: Any) -> Any:
-    return value[:, None] if isinstance(value, Tensor) and value.dim() == 1 else value
+def _column(value: Any, dtype: torch.dtype) -> Any:
+    """A number as it is; a tensor () or (N,) in that dtype, the latter as a column."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(dtype)[:, None] if value.dim() == 1 else value.to(dtype)
 
 
 def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N, M) -> (N,)
     """One reduction of the pairs `z` where `mask` (the reduction's side, no self pairs)."""
     if r.lower is not None:
-        mask = mask & (z > _column(r.lower))
+        mask = mask & (z > _column(r.lower, z.dtype))
     if r.upper is not None:
-        mask = mask & (z < _column(r.upper))
+        mask = mask & (z < _column(r.upper, z.dtype))
     if r.op == "count":
         return mask.sum(1).to(z.dtype)
     if r.op in ("min", "max"):
@@ -36,9 +39,11 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":
         assert isinstance(r.offset, Tensor) and r.ref_offset is not None
-        t = z * r.scale + logaddexp(*torch.broadcast_tensors(_column(r.offset), r.ref_offset[None, :]))
+        t = z * r.scale + logaddexp(
+            *torch.broadcast_tensors(_column(r.offset, z.dtype), r.ref_offset.to(z.dtype)[None, :])
+        )
     else:
-        t = z * r.scale if r.offset is None else z * r.scale + _column(r.offset)
+        t = z * r.scale if r.offset is None else z * r.scale + _column(r.offset, z.dtype)
     if r.op == "logsumexp":
         empty = ~mask.any(1)
         kept = torch.where(mask, t, torch.where(empty[:, None], 0.0, -torch.inf))
@@ -95,8 +100,8 @@ class ReferencePairs:
                 name: getattr(r, name) if place < 0 else rows[place].detach() + getattr(r, name).shift
                 for name, place in zip(("lower", "upper"), places, strict=True)
             }
-            z = self.z.detach() if r.detach else self.z
-            rows.append(reduce_rows(z, self.masks[r.side], replace(r, **bounds)) + self.poison)
+            row = reduce_rows(self.z, self.masks[r.side], replace(r, **bounds)) + self.poison
+            rows.append(row.detach() if r.detach else row)
         return tuple(rows)
 
     def num_positives(self) -> Tensor:  # (N,) int64

@@ -13,14 +13,14 @@ from .similarity import normalize
 
 def plain(x: Tensor) -> bool:
     """Whether `x` may be handed to C++ by its address: an ordinary CPU tensor, and nobody is tracing."""
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    ordinary = type(x) is Tensor and x.device.type == "cpu"
+    return ordinary and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 class _SortedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, unit: bool) -> Tensor:
         module = extension.require()
-        x = x.contiguous()
         (n, d), y = x.shape, torch.empty_like(x)
         inverse = x.new_empty(n if unit else 0)
         module.sorted_rows(
@@ -58,5 +58,5 @@ def _composed(x: Tensor, order: Tensor, unit: bool) -> Tensor:
 def sorted_rows(x: Tensor, order: Tensor, *, unit: bool) -> Tensor:
     """Rows x[order] (N, D) of x (N, D), float32 or float64, of unit norm if `unit` (see `normalize`)."""
     if plain(x.detach()) and not isinstance(extension.load(), str):
-        return _SortedRows.apply(x, order, unit)
+        return _SortedRows.apply(x.contiguous(), order, unit)
     return _composed(x, order, unit)

@@ -61,7 +61,10 @@ def poison(*tensors: Tensor) -> Tensor:
 
 
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
-    """All similarities (``"dot"``) or Euclidean distances, whose gradient at distance 0 is 0."""
+    """All similarities (``"dot"``) or Euclidean distances, whose gradient at distance 0 is 0; autocast or not."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return dense_pairs(x, y, distance)
     s = x @ y.T
     if distance == "dot":
         return s

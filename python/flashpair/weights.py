@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
 from .criteria.base import Criterion, reduce_losses
 from .reference import ReferencePairs
 from .similarity import compute_dtype, dense_pairs, normalize
@@ -32,7 +31,7 @@ def pair_weights(
     Returns:
         (N, M), float32 or float64, 0 for pairs that take no part.
     """
-    x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
+    x, labels, y, ref_labels = criterion.check(embeddings, labels, ref_emb, ref_labels)
     dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
     x, refs = x.detach().to(dtype), (x if y is None else y).detach().to(dtype)
     if criterion.normalize:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..dispatch import check_name
-from ..pairs import Pairs, make_pairs
+from ..pairs import Pairs, checked_pairs
 from ..reference import ReferencePairs
-from ..similarity import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none", "mean_valid", "nonzero")
 AnyPairs = Pairs | ReferencePairs
@@ -74,21 +73,27 @@ class Criterion(nn.Module):
         for the anchor itself; without, with the rest of the batch. Computed and returned in float32, or float64 for
         float64 inputs, autocast or not: a scalar, or (N,) with ``reduction="none"``.
         """
-        x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
-        if y is not None and not self.takes_references:
+        batch = self.check(embeddings, labels, ref_emb, ref_labels)
+        if torch.is_autocast_enabled(batch[0].device.type):
+            with torch.autocast(batch[0].device.type, enabled=False):
+                return self._loss(*batch)
+        return self._loss(*batch)
+
+    def check(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The arguments of a call, labels as int64, or the error that names what is wrong with them."""
+        batch = checks.batch(embeddings, labels, ref_emb, ref_labels)
+        if ref_emb is not None and not self.takes_references:
             raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None, got a tensor")
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self._loss(x, labels, y, ref_labels)
-        return self._loss(x, labels, y, ref_labels)
+        return batch
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
-        dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
-        x, y = x.to(dtype), None if y is None else y.to(dtype)
-        pairs = make_pairs(x, labels, y, ref_labels, distance=self.distance, normalize=self.normalize, impl=self.impl)
+        pairs = checked_pairs(x, labels, y, ref_labels, self.distance, self.normalize, self.impl)
         rows = self.row_losses(pairs)
         extra = self.regularizer(x, labels, y, ref_labels)
         if extra is not None:
+            extra = extra.to(rows.losses.dtype)
             rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra, 0.0))
         return reduce_losses(rows, self.reduction, pairs)
 
@@ -108,7 +113,7 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs) -> Tensor:
     if reduction == "none":
         return pairs.restore(losses)
     if reduction == "nonzero":
-        positive = losses > 0
+        positive = ~(losses <= 0)  # NaN among them
         return torch.where(positive, losses, 0.0).sum() / positive.sum().clamp_min(1)
     if reduction == "sum":
         return losses.sum()
