@@ -16,24 +16,24 @@ import torch
 SYMBOLS = ("sgemm_", "dgemm_", "MKL_Set_Num_Threads_Local", "GOMP_parallel")
 
 
-def _libraries() -> list[ctypes.CDLL]:
-    found = []
+def _torch_library() -> ctypes.CDLL | None:
+    """A handle on torch's own library, loaded already, and on what it links."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():
-            found.append(ctypes.CDLL(str(path)))  # loaded already: a handle on it and on what it links
-    return [*found, ctypes.CDLL(None)]
+            return ctypes.CDLL(str(path))
+    return None
 
 
 def addresses() -> dict[str, int]:
-    """The address of each symbol, 0 where there is none. FLASHPAIR_RUNTIME=builtin finds none, for tests."""
-    if os.environ.get("FLASHPAIR_RUNTIME") == "builtin":
-        return dict.fromkeys(SYMBOLS, 0)
-    libraries = _libraries()
+    """The address of each symbol, 0 where there is none. FLASHPAIR_RUNTIME=builtin finds none, for tests.
+
+    Only torch's library is searched: another BLAS in the process may take 64-bit integers under the same names.
+    """
+    library = None if os.environ.get("FLASHPAIR_RUNTIME") == "builtin" else _torch_library()
     found = {}
     for symbol in SYMBOLS:
-        holders = [library for library in libraries if hasattr(library, symbol)]
-        function = getattr(holders[0], symbol) if holders else None
+        function = getattr(library, symbol, None)
         found[symbol] = (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
     return found
 
