@@ -171,6 +171,22 @@ def test_the_registered_ops_are_well_formed():
     )
 
 
+@needs_extension
+def test_the_registered_op_takes_strided_embeddings():
+    x, labels = batch(30, 4, 3, torch.float64)
+    from flashpair.ops import encode
+    from flashpair.pairs import Pairs
+
+    pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False)
+    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot")
+    p = pairs.plan
+    rest = (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec), False)
+    strided = pairs.x.T.contiguous().T
+    assert not strided.is_contiguous()
+    truth = torch.ops.flashpair.row_reduce(pairs.x, *rest)[0]
+    assert torch.equal(torch.ops.flashpair.row_reduce(strided, *rest)[0], truth)
+
+
 def _listed(value):
     return list(value) if isinstance(value, tuple) else value
 

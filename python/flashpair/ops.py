@@ -33,7 +33,7 @@ _library.define(
 def _row_reduce(  # type: ignore[no-untyped-def]
     x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, keep
 ):
-    problem = Problem(x, y, lo, hi, end, order, distance)
+    problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
     terms = decode(code, shifts, slots)
     values, kept = forward(problem, terms, operands(terms, scale, scales, vectors), keep)
     return values, *kept
@@ -43,7 +43,7 @@ def _row_reduce_backward(  # type: ignore[no-untyped-def]
     x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance,
     values, index, live_count, live_entry, live_z, grads, need,
 ):  # fmt: skip
-    problem = Problem(x, y, lo, hi, end, order, distance)
+    problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
     kept = Kept(index, live_count, live_entry, live_z)
     terms = decode(code, shifts, slots)
     found = backward(problem, terms, operands(terms, scale, scales, vectors), values, kept, grads, need)
