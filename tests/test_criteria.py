@@ -153,38 +153,36 @@ def test_compiles_with_references_learnable_values_and_changing_sizes():
             torch.testing.assert_close(f, t)
 
 
-@needs_extension
-def test_the_registered_ops_are_well_formed():
-    x, labels = batch(30, 4, 3, torch.float64)
+def _op_arguments():
+    """Embeddings, and what follows them in a call of the registered op up to `keep`."""
     from flashpair.ops import encode
     from flashpair.pairs import Pairs
 
+    x, labels = batch(30, 4, 3, torch.float64)
     pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False)
     spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot")
     p = pairs.plan
-    arguments = (pairs.x, None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec), True)
-    torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments)
-    values, *kept = torch.ops.flashpair.row_reduce(*arguments)
+    return pairs.x, (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec))
+
+
+@needs_extension
+def test_the_registered_ops_are_well_formed():
+    x, rest = _op_arguments()
+    torch.library.opcheck(torch.ops.flashpair.row_reduce, (x, *rest, True))
+    values, *kept = torch.ops.flashpair.row_reduce(x, *rest, True)
     need = [True, False, False, False, False]
     torch.library.opcheck(
-        torch.ops.flashpair.row_reduce_backward, (*arguments[:-1], values, *kept, [torch.ones(30).double()], need)
+        torch.ops.flashpair.row_reduce_backward, (x, *rest, values, *kept, [torch.ones(30).double()], need)
     )
 
 
 @needs_extension
 def test_the_registered_op_takes_strided_embeddings():
-    x, labels = batch(30, 4, 3, torch.float64)
-    from flashpair.ops import encode
-    from flashpair.pairs import Pairs
-
-    pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False)
-    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot")
-    p = pairs.plan
-    rest = (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec), False)
-    strided = pairs.x.T.contiguous().T
+    x, rest = _op_arguments()
+    strided = x.T.contiguous().T
     assert not strided.is_contiguous()
-    truth = torch.ops.flashpair.row_reduce(pairs.x, *rest)[0]
-    assert torch.equal(torch.ops.flashpair.row_reduce(strided, *rest)[0], truth)
+    truth = torch.ops.flashpair.row_reduce(x, *rest, False)[0]
+    assert torch.equal(torch.ops.flashpair.row_reduce(strided, *rest, False)[0], truth)
 
 
 def _listed(value):

@@ -50,15 +50,13 @@ struct Columns {
   INLINE Vec<T> at(int64_t v) const { return load(data + v); }
 };
 
-// A mining window's two bounds for a row, or for a vector of columns; absent bounds compile to nothing.
+// A mining window's bounds for a row, or for a vector of columns: none, the lower, or both; none compiles to nothing.
 template <class T, bool LOWER, bool UPPER>
 INLINE auto inside(Vec<T> z, Vec<T> lower, Vec<T> upper) {
   if constexpr (LOWER && UPPER)
     return (z > lower) & (z < upper);
   else if constexpr (LOWER)
     return z > lower;
-  else if constexpr (UPPER)
-    return z < upper;
   else
     return AllLanes{};
 }
@@ -72,8 +70,8 @@ INLINE T upper_of(const Reduction<T>& r, int64_t row) {
   return r.upper ? r.upper[row] : INF<T>;
 }
 
-// Calls f(LOWER, UPPER, both_directions) with compile-time truths. Logsumexp, the hot one, gets code for each kind of
-// window; the others test both bounds or none, which halves what there is to compile.
+// Calls f(LOWER, UPPER, both_directions) with compile-time truths. Both bounds are tested or none, which halves what
+// there is to compile; but logsumexp, the hot one, has code of its own for a lower bound alone (mined negatives).
 template <class T, class F>
 INLINE void specialize(const Reduction<T>& r, bool both_directions, F&& f) {
   const auto yes = std::true_type{};

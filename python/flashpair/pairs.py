@@ -17,7 +17,7 @@ from .plan import Plan, make_plan, one_to_one
 from .reduction import DISTANCES, Bound, Reduction
 from .reference import ReferencePairs
 from .rows import sorted_rows
-from .similarity import compute_dtype, poison
+from .similarity import poison, upcast
 
 
 class Pairs:
@@ -63,17 +63,8 @@ class Pairs:
         if any(isinstance(r.scale, Tensor) for r in reductions):
             scale = torch.stack([tensor(r.scale) for r in reductions])
         p = self.plan
-        rows = RowReduce.apply(
-            encode(reductions, tuple(slots), self.distance),
-            p.lo,
-            p.hi,
-            p.end,
-            p.ref_order,
-            self.x,
-            self.y,
-            scale,
-            *vectors,
-        )
+        spec = encode(reductions, tuple(slots), self.distance)
+        rows = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors)
         found = []
         for row, r in zip(rows, reductions, strict=True):
             if r.op == "logsumexp" and r.offset is not None:
@@ -100,7 +91,7 @@ class Pairs:
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
         """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
         plan = one_to_one(labels, count)
-        bad = poison(self.x) if self.y is None else poison(self.x, self.y)  # of the samples left out, too
+        bad = poison(self.x, self.y)  # of the samples left out, too
         return Pairs(self.x.index_select(0, rows), self.refs.index_select(0, refs), plan, self.distance, bad)
 
     def restore(self, values: Tensor) -> Tensor:
@@ -135,7 +126,6 @@ def checked_pairs(
     x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, normalize: bool, impl: str
 ) -> Pairs | ReferencePairs:
     """`make_pairs` of arguments that `checks.batch` has returned."""
-    dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
-    x, y = x.to(dtype), None if y is None else y.to(dtype)
+    x, y = upcast(x, y)
     kind = ReferencePairs if choose(impl, x, y) == "reference" else Pairs
     return kind.from_embeddings(x, labels, y, ref_labels, distance, normalize)

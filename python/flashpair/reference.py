@@ -90,8 +90,7 @@ class ReferencePairs:
         if unit:
             x, y = normalize(x), None if y is None else normalize(y)
         z = dense_pairs(x, x if y is None else y, distance)
-        bad = poison(x) if y is None else poison(x, y)
-        return cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=bad)
+        return cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=poison(x, y))
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         rows: list[Tensor] = []

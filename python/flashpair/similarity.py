@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is float64, else float32: nothing is accumulated in less."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def upcast(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both in float64 if either is float64, else in float32: nothing is accumulated in less."""
+    wide = x.dtype == torch.float64 or (y is not None and y.dtype == torch.float64)
+    dtype = torch.float64 if wide else torch.float32
+    return x.to(dtype), None if y is None else y.to(dtype)
 
 
 def zero_distance(dtype: torch.dtype) -> float:
@@ -49,15 +51,13 @@ def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
     return _Normalize.apply(x)
 
 
-def poison(*tensors: Tensor) -> Tensor:
+def poison(x: Tensor, y: Tensor | None) -> Tensor:
     """0 when every entry is finite, NaN otherwise: added to results, so that no mining comparison can swallow a NaN.
 
     A sum that overflows counts as not finite; dot products of such entries overflow too.
     """
-    total = tensors[0].detach().sum()
-    for t in tensors[1:]:
-        total = total + t.detach().sum()
-    return total * 0
+    total = x.detach().sum()
+    return (total if y is None else total + y.detach().sum()) * 0
 
 
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)

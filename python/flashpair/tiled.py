@@ -151,10 +151,6 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _squares(x: Tensor) -> Tensor:  # (N, D) -> (N,)
-    return (x * x).sum(1)
-
-
 def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
     """The C++ pass over these tensors, whose memory the caller holds."""
     (n, d), refs = p.x.shape, p.x if p.y is None else p.y
@@ -170,8 +166,8 @@ def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
 def _row_and_ref_squares(p: Problem) -> tuple[Tensor | None, Tensor | None]:
     if p.distance == "dot":
         return None, None
-    rows = _squares(p.x)
-    return rows, rows if p.y is None else _squares(p.y)
+    rows = (p.x * p.x).sum(1)
+    return rows, rows if p.y is None else (p.y * p.y).sum(1)
 
 
 def _threads(p: Problem) -> int:

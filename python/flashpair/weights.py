@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .criteria.base import Criterion, reduce_losses
 from .reference import ReferencePairs
-from .similarity import compute_dtype, dense_pairs, normalize
+from .similarity import dense_pairs, normalize, upcast
 
 
 def pair_weights(
@@ -32,8 +32,8 @@ def pair_weights(
         (N, M), float32 or float64, 0 for pairs that take no part.
     """
     x, labels, y, ref_labels = criterion.check(embeddings, labels, ref_emb, ref_labels)
-    dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
-    x, refs = x.detach().to(dtype), (x if y is None else y).detach().to(dtype)
+    x, y = upcast(x.detach(), None if y is None else y.detach())
+    refs = x if y is None else y
     if criterion.normalize:
         x, refs = normalize(x), normalize(refs)
     with torch.enable_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..reduction import Reduction
-from ..similarity import compute_dtype, softplus
+from ..similarity import softplus, upcast
 from .base import AnyPairs, Criterion, RowLosses
 
 L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
@@ -117,8 +117,7 @@ class NPairsLoss(Criterion):
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         if isinstance(self.l2_weight, float) and self.l2_weight == 0.0:
             return None
-        dtype = compute_dtype(x) if y is None else compute_dtype(x, y)
-        x, y = x.to(dtype), None if y is None else y.to(dtype)
+        x, y = upcast(x, y)
         if self.variant == "all_pairs":
             squares = torch.cat([x, *([] if y is None else [y])]).square().sum(1)
             weight = torch.ones_like(squares)
