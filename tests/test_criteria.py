@@ -159,8 +159,8 @@ def _op_arguments():
     from flashpair.pairs import Pairs
 
     x, labels = batch(30, 4, 3, torch.float64)
-    pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False)
-    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot")
+    pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False, "tiled", True)
+    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot", "tiled")
     p = pairs.plan
     return pairs.x, (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec))
 

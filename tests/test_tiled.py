@@ -98,7 +98,7 @@ def test_live_lists_are_used_and_bounded(monkeypatch):
         assert kept.live_entry.numel() <= tiled.LIVE_PAIRS_PER_ROW * 800
         return values, kept
 
-    monkeypatch.setattr("flashpair.ops.forward", spy)
+    monkeypatch.setattr("flashpair.tiled.forward", spy)
     centres = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(800) // 4
     for noise in (0.4, 1.0):
@@ -248,7 +248,7 @@ def test_only_the_gradients_that_are_asked_for(want):
 def test_no_gradient_keeps_nothing_for_backward(monkeypatch):
     kept = []
     forward = tiled.forward
-    monkeypatch.setattr("flashpair.ops.forward", lambda *a: kept.append(forward(*a)) or kept[-1])
+    monkeypatch.setattr("flashpair.tiled.forward", lambda *a: kept.append(forward(*a)) or kept[-1])
     x, labels = batch(300, 16, 4, torch.float32)
     with torch.no_grad():
         MultiSimilarityLoss(impl="tiled")(x.requires_grad_(), labels)

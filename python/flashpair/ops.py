@@ -6,76 +6,83 @@ stays one graph. They take sorted embeddings, and a call's constants as the fiel
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import schedule, tiled
 from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from .reference import reduce_rows
 from .rows import plain
+from .schedule import CODES, Given, Problem, accumulator
 from .similarity import dense_pairs
-from .tiled import CODES, Kept, Problem, backward, decode, forward, kept_sizes, operands
 
 _library = torch.library.Library("flashpair", "DEF")
 _problem = (
     "Tensor x, Tensor? y, Tensor lo, Tensor hi, Tensor? end, Tensor order, Tensor? scale, Tensor[] vectors, "
-    "int[] slots, int[] code, float[] shifts, float[] scales, str distance, "
+    "int[] slots, int[] code, float[] shifts, float[] scales, str distance, str impl, "
 )
 _library.define(f"row_reduce({_problem}bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"row_reduce_backward({_problem}Tensor values, Tensor index, Tensor live_count, Tensor live_entry, Tensor live_z, "
+    f"row_reduce_backward({_problem}Tensor values, Tensor kept_a, Tensor kept_b, Tensor kept_c, Tensor kept_d, "
     "Tensor?[] grads, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
+def _schedule(impl: str, device: torch.device) -> Any:
+    """The module that runs `impl` there, imported when first needed: Triton's JIT reads its settings on import."""
+    if impl == "tiled" and device.type == "cpu":
+        return tiled
+    return importlib.import_module(".blocked" if impl == "tiled" else ".fused", __package__)
+
+
 def _row_reduce(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, keep
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl, keep
 ):
     problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
-    terms = decode(code, shifts, slots)
-    values, kept = forward(problem, terms, operands(terms, scale, scales, vectors), keep)
+    terms = schedule.decode(code, shifts, slots)
+    values, kept = _schedule(impl, x.device).forward(problem, terms, Given(scale, scales, vectors), keep)
     return values, *kept
 
 
 def _row_reduce_backward(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance,
-    values, index, live_count, live_entry, live_z, grads, need,
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl,
+    values, kept_a, kept_b, kept_c, kept_d, grads, need,
 ):  # fmt: skip
     problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
-    kept = Kept(index, live_count, live_entry, live_z)
-    terms = decode(code, shifts, slots)
-    found = backward(problem, terms, operands(terms, scale, scales, vectors), values, kept, grads, need)
+    kept = (kept_a, kept_b, kept_c, kept_d)
+    terms, given = schedule.decode(code, shifts, slots), Given(scale, scales, vectors)
+    found = _schedule(impl, x.device).backward(problem, terms, given, values, kept, grads, need)
     return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
 def _row_reduce_fake(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, keep
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl, keep
 ):
-    n, m = x.shape[0], (x if y is None else y).shape[0]
-    index, count, entry, z = kept_sizes(n, m, y is None, decode(code, shifts, slots), keep)
-    return (
-        x.new_empty(len(scales), n),
-        lo.new_empty(index),
-        lo.new_empty(count, dtype=torch.int32),
-        lo.new_empty(entry, dtype=torch.int32),
-        x.new_empty(z),
-    )
+    likes = _schedule(impl, x.device).kept_like(x, y, schedule.decode(code, shifts, slots), keep)
+    values = x.new_empty(len(scales), x.shape[0], dtype=accumulator(x.dtype))
+    return values, *(x.new_empty(shape, dtype=dtype) for shape, dtype in likes)
 
 
 def _row_reduce_backward_fake(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance,
-    values, index, live_count, live_entry, live_z, grads, need,
+    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl,
+    values, kept_a, kept_b, kept_c, kept_d, grads, need,
 ):  # fmt: skip
     n, m, k = x.shape[0], (x if y is None else y).shape[0], len(scales)
     shapes = (x.shape, (m, x.shape[1]), (k,), (k, n), (k, m))
     wanted = (need[0], need[1] and y is not None, *need[2:])
-    return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+    return tuple(
+        (x if place < 2 else values).new_empty(shape if want else 0)
+        for place, (shape, want) in enumerate(zip(shapes, wanted, strict=True))
+    )
 
 
-_library.impl("row_reduce", _row_reduce, "CPU")
-_library.impl("row_reduce_backward", _row_reduce_backward, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("row_reduce", _row_reduce, _key)
+    _library.impl("row_reduce_backward", _row_reduce_backward, _key)
 torch.library.register_fake("flashpair::row_reduce", _row_reduce_fake, lib=_library)
 torch.library.register_fake("flashpair::row_reduce_backward", _row_reduce_backward_fake, lib=_library)
 
@@ -95,16 +102,17 @@ class Spec(NamedTuple):
     shifts: tuple[float, ...]  # (2 K): what is added to those bounds
     scales: tuple[float, ...]  # (K): used where no scale tensor is given
     distance: str
+    impl: str
 
 
-def encode(reductions: tuple[Reduction, ...], slots: tuple[int, ...], distance: str) -> Spec:
+def encode(reductions: tuple[Reduction, ...], slots: tuple[int, ...], distance: str, impl: str) -> Spec:
     code: list[int] = []
     shifts: list[float] = []
     for r, places in zip(reductions, bound_places(reductions), strict=True):
         code += [OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach), *places]
         shifts += [bound.shift if isinstance(bound, Bound) else 0.0 for bound in (r.lower, r.upper)]
     scales = tuple(1.0 if isinstance(r.scale, Tensor) else r.scale for r in reductions)
-    return Spec(slots, tuple(code), tuple(shifts), scales, distance)
+    return Spec(slots, tuple(code), tuple(shifts), scales, distance, impl)
 
 
 _rows: Callable[[Tensor], tuple[Tensor, ...]] = torch.unbind_copy  # type: ignore[assignment]
@@ -168,7 +176,8 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
     spec = ctx.spec
     by_slot = dict(zip(spec.slots, vectors, strict=True))
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        z = dense_pairs(x, x if y is None else y, spec.distance)
+        wide = values.dtype
+        z = dense_pairs(x.to(wide), (x if y is None else y).to(wide), spec.distance)
         rows, upstream = [], []
         for i, g in enumerate(grads):
             if g is None:

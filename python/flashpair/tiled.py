@@ -9,7 +9,6 @@ Deterministic: same inputs, same bits, with any number of threads.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +16,8 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .reduction import OPS, SIDES
+from .schedule import POSITIVES, Given, Gradients, Like, Problem, Terms
 
-LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
-POSITIVES = SIDES.index("positives")
-CODES = 6  # integers that a reduction is encoded as
 LIVE_PAIRS_PER_ROW = 32
 INLINE_WORK = 2**25  # multiply-adds of a product under which waking threads costs more than it saves
 
@@ -45,70 +41,12 @@ def grid(n: int, m: int, square: bool) -> Grid:
     return Grid(size, lanes, slots, min(capacity, size * size // 8))
 
 
-class Problem(NamedTuple):
-    """Sorted embeddings x (N, D), y (M, D) or None for x itself, intervals lo, hi (N,), and the caller's order (M,)."""
-
-    x: Tensor
-    y: Tensor | None
-    lo: Tensor
-    hi: Tensor
-    end: Tensor | None
-    order: Tensor
-    distance: str
-
-
-class Term(NamedTuple):
-    """The constants of one reduction, as ops.py's `Spec` encodes them."""
-
-    op: int
-    side: int
-    transform: int
-    detach: bool
-    lower_of: int
-    upper_of: int
-    lower_shift: float
-    upper_shift: float
-    slots: tuple[int, ...]  # where its offset, ref_offset, lower and upper stand among the vectors, or -1
-
-    @property
-    def window(self) -> bool:
-        return max(self.lower_of, self.upper_of, *self.slots[2:]) >= 0
-
-    @property
-    def weighted(self) -> bool:
-        return self.op in (LOGSUMEXP, SUM) and not self.detach
-
-    @property
-    def indexed(self) -> bool:
-        return self.op in (MIN, MAX) and not self.detach
-
-
-Terms = tuple[Term, ...]
-
-
-def decode(code: Sequence[int], shifts: Sequence[float], slots: Sequence[int]) -> Terms:
-    return _decode(tuple(code), tuple(shifts), tuple(slots))
-
-
-@functools.lru_cache(maxsize=256)
-def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, ...]) -> Terms:
-    place = {slot: k for k, slot in enumerate(slots)}
-    each = [code[at : at + CODES] for at in range(0, len(code), CODES)]
-    where = [tuple(place.get(4 * k + slot, -1) for slot in range(4)) for k in range(len(each))]
-    return tuple(
-        Term(op, side, transform, bool(detach), lower_of, upper_of, shifts[2 * k], shifts[2 * k + 1], where[k])
-        for k, (op, side, transform, detach, lower_of, upper_of) in enumerate(each)
-    )
-
-
-def operands(
-    terms: Terms, scale: Tensor | None, scales: Sequence[float], vectors: Sequence[Tensor]
-) -> list[tuple[Any, ...]]:
+def _operands(terms: Terms, given: Given) -> list[tuple[Any, ...]]:
     """Each reduction as the C++ pass takes it; the caller holds the vectors' memory."""
-    values = scales if scale is None else scale.tolist()
+    values = given.scales if given.scale is None else given.scale.tolist()
     found = []
     for t, value in zip(terms, values, strict=True):
-        offset, ref_offset, lower, upper = (0 if slot < 0 else vectors[slot].data_ptr() for slot in t.slots)
+        offset, ref_offset, lower, upper = (_address(given.vector(slot)) for slot in t.slots)
         found.append((t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:8]))
     return found
 
@@ -138,13 +76,18 @@ def _listed(terms: Terms) -> int:
     return weighted[0] if len(weighted) == 1 and terms[weighted[0]].window else -1
 
 
-def kept_sizes(n: int, m: int, square: bool, terms: Terms, keep: bool) -> list[tuple[int, ...]]:
+def _kept_sizes(n: int, m: int, square: bool, terms: Terms, keep: bool) -> list[tuple[int, ...]]:
     """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction."""
     g = grid(n, m, square)
     listing = keep and _listed(terms) >= 0
     slots, capacity = (g.slots, g.live_capacity) if listing else (0, 0)
     extremes = len(terms) if keep and any(t.indexed for t in terms) else 0
     return [(extremes, n), (slots,), (slots, capacity), (slots, capacity)]
+
+
+def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
+    sizes = _kept_sizes(x.shape[0], (x if y is None else y).shape[0], y is None, terms, keep)
+    return list(zip(sizes, (torch.int64, torch.int32, torch.int32, x.dtype), strict=True))
 
 
 def _address(t: Tensor | None) -> int:
@@ -163,50 +106,33 @@ def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
     )  # fmt: skip
 
 
-def _row_and_ref_squares(p: Problem) -> tuple[Tensor | None, Tensor | None]:
-    if p.distance == "dot":
-        return None, None
-    rows = (p.x * p.x).sum(1)
-    return rows, rows if p.y is None else (p.y * p.y).sum(1)
-
-
 def _threads(p: Problem) -> int:
     n, d = p.x.shape
     m = n if p.y is None else p.y.shape[0]
     return 1 if n * m * d < INLINE_WORK else torch.get_num_threads()
 
 
-def forward(p: Problem, terms: Terms, given: list[tuple[Any, ...]], keep: bool) -> tuple[Tensor, Kept]:
-    """Values (K, N), sorted, without logsumexp's offset; `given`: the terms' operands; `keep`: for backward too."""
+def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, Kept]:
+    """Values (K, N), sorted, without logsumexp's offset; `keep`: for backward too."""
     n, m = p.x.shape[0], (p.x if p.y is None else p.y).shape[0]
-    sizes = kept_sizes(n, m, p.y is None, terms, keep)
+    sizes = _kept_sizes(n, m, p.y is None, terms, keep)
     values = p.x.new_empty(len(terms), n)
     kept = Kept(
         torch.empty(sizes[0], dtype=torch.int64), torch.full(sizes[1], -1, dtype=torch.int32),
         torch.empty(sizes[2], dtype=torch.int32), p.x.new_empty(sizes[3]),
     )  # fmt: skip
-    squares = _row_and_ref_squares(p)
-    work = _pass(p, squares)
+    squares = p.row_and_ref_squares()
+    work, operands = _pass(p, squares), _operands(terms, given)
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
-        work.add(given[k], _address(index), 0, 0, 0, 0, 0)
+        work.add(operands[k], _address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     work.forward(_threads(p), values.data_ptr(), _address(kept.extreme) if sizes[0][0] else 0, kept.lists(), listed)
     return values, kept
 
 
-class Gradients(NamedTuple):
-    """Of x (N, D), y (M, D), scale (K,), offset (K, N) and ref_offset (K, M); None where not wanted."""
-
-    x: Tensor | None
-    y: Tensor | None
-    scale: Tensor | None
-    offset: Tensor | None
-    ref_offset: Tensor | None
-
-
 def backward(
-    p: Problem, terms: Terms, given: list[tuple[Any, ...]], values: Tensor, kept: Kept,
+    p: Problem, terms: Terms, given: Given, values: Tensor, kept: Sequence[Tensor],
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
@@ -216,11 +142,11 @@ def backward(
     dscale = torch.zeros(k, dtype=torch.float64) if need[2] else None
     doffset = p.x.new_zeros(k, n) if need[3] else None
     dref_offset = p.x.new_zeros(k, m) if need[4] else None
-    squares = _row_and_ref_squares(p)
-    work = _pass(p, squares)
+    kept, squares = Kept(*kept), p.row_and_ref_squares()
+    work, operands = _pass(p, squares), _operands(terms, given)
     for i, t in enumerate(terms):
         work.add(
-            given[i], _address(kept.extreme[i] if t.indexed else None),
+            operands[i], _address(kept.extreme[i] if t.indexed else None),
             _address(values[i]), _address(None if t.detach else grads[i]),
             _address(None if dscale is None else dscale[i]), _address(None if doffset is None else doffset[i]),
             _address(None if dref_offset is None else dref_offset[i]),

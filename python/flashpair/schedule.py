@@ -1,0 +1,129 @@
+"""What every schedule is given and gives back: a problem, the terms to reduce, values, gradients.
+
+A schedule is a module with `forward(problem, terms, given, keep) -> (values, kept)`, `backward(problem, terms, given,
+values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reduction import OPS, SIDES
+
+LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
+POSITIVES = SIDES.index("positives")
+CODES = 6  # integers that a reduction is encoded as
+Like = tuple[tuple[int, ...], torch.dtype]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What embeddings of that dtype are accumulated in, and row values come in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Problem(NamedTuple):
+    """Sorted embeddings x (N, D), y (M, D) or None for x itself, intervals lo, hi (N,), and the caller's order (M,).
+
+    end: () int64 or None, references from there on take no part.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    lo: Tensor
+    hi: Tensor
+    end: Tensor | None
+    order: Tensor
+    distance: str
+
+    @property
+    def refs(self) -> Tensor:
+        return self.x if self.y is None else self.y
+
+    def row_and_ref_squares(self) -> tuple[Tensor | None, Tensor | None]:
+        """Squared norms (N,), (M,) for Euclidean distances, None for dot products."""
+        if self.distance == "dot":
+            return None, None
+        x = self.x.to(accumulator(self.x.dtype))
+        rows = (x * x).sum(1)
+        if self.y is None:
+            return rows, rows
+        y = self.y.to(x.dtype)
+        return rows, (y * y).sum(1)
+
+
+class Term(NamedTuple):
+    """The constants of one reduction, as ops.py's `Spec` encodes them."""
+
+    op: int
+    side: int
+    transform: int
+    detach: bool
+    lower_of: int
+    upper_of: int
+    lower_shift: float
+    upper_shift: float
+    slots: tuple[int, ...]  # where its offset, ref_offset, lower and upper stand among the vectors, or -1
+
+    @property
+    def window(self) -> bool:
+        return max(self.lower_of, self.upper_of, *self.slots[2:]) >= 0
+
+    @property
+    def weighted(self) -> bool:
+        return self.op in (LOGSUMEXP, SUM) and not self.detach
+
+    @property
+    def indexed(self) -> bool:
+        return self.op in (MIN, MAX) and not self.detach
+
+
+Terms = tuple[Term, ...]
+
+
+class Given(NamedTuple):
+    """The terms' operands: scale (K,) if any is a tensor, else scales; vectors (N,) or (M,), see `Term.slots`."""
+
+    scale: Tensor | None
+    scales: Sequence[float]
+    vectors: Sequence[Tensor]
+
+    def vector(self, slot: int) -> Tensor | None:
+        return None if slot < 0 else self.vectors[slot]
+
+
+class Gradients(NamedTuple):
+    """Of x (N, D), y (M, D), scale (K,), offset (K, N) and ref_offset (K, M); None where not wanted."""
+
+    x: Tensor | None
+    y: Tensor | None
+    scale: Tensor | None
+    offset: Tensor | None
+    ref_offset: Tensor | None
+
+
+def decode(code: Sequence[int], shifts: Sequence[float], slots: Sequence[int]) -> Terms:
+    return _decode(tuple(code), tuple(shifts), tuple(slots))
+
+
+@functools.lru_cache(maxsize=256)
+def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, ...]) -> Terms:
+    place = {slot: k for k, slot in enumerate(slots)}
+    each = [code[at : at + CODES] for at in range(0, len(code), CODES)]
+    where = [tuple(place.get(4 * k + slot, -1) for slot in range(4)) for k in range(len(each))]
+    return tuple(
+        Term(op, side, transform, bool(detach), lower_of, upper_of, shifts[2 * k], shifts[2 * k + 1], where[k])
+        for k, (op, side, transform, detach, lower_of, upper_of) in enumerate(each)
+    )
+
+
+def stages(terms: Terms) -> list[list[int]]:
+    """The terms in the order in which their windows' bounds become known."""
+    depth: list[int] = []
+    for t in terms:
+        depth.append(1 + max((depth[of] for of in (t.lower_of, t.upper_of) if of >= 0), default=-1))
+    return [[k for k in range(len(terms)) if depth[k] == stage] for stage in range(max(depth, default=-1) + 1)]
