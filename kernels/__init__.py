@@ -1,4 +1,4 @@
 """flashpair's Triton kernels, installed as `flashpair.kernels` and imported only by the implementations that run them.
 
-None are written yet: `impl="fused"` refuses with that reason, and `python -m flashpair info` says so.
+Bare `triton.jit` functions and plain tables: no autotuner, which needs a driver, and nothing that runs on import.
 """

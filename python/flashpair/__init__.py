@@ -17,6 +17,7 @@ from .criteria import (
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
 from .reduction import Bound, Reduction
+from .transforms import register_transform
 from .weights import pair_weights
 
 __version__ = "0.1.0"
@@ -35,5 +36,6 @@ __all__ = [
     "functional",
     "make_pairs",
     "pair_weights",
+    "register_transform",
     "row_reduce",
 ]

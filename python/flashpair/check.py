@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -50,17 +51,17 @@ def _relative(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
-def check(name: str, impl: str) -> tuple[bool, str]:
+def check(name: str, impl: str, device: str = "cpu") -> tuple[bool, str]:
     """Gradcheck in float64 on a small batch, and float32 against the float64 reference on one of several tiles.
 
     The bound is what float32 can do: twice the dense float32 reference's own error, and one rounding.
     """
     make = CRITERIA[name]
-    x, labels = batch(12, 5, 3, torch.float64)
+    x, labels = (t.to(device) for t in batch(12, 5, 3, torch.float64))
     smooth = torch.autograd.gradcheck(
         lambda t: make(impl=impl)(t, labels), (x.requires_grad_(),), raise_exception=False
     )
-    x, labels = batch(600, 48, 4, torch.float32)
+    x, labels = (t.to(device) for t in batch(600, 48, 4, torch.float32))
     truth = value_and_gradient(make(impl="reference"), x.double(), labels)
     found = value_and_gradient(make(impl=impl), x, labels)
     eager = value_and_gradient(make(impl="reference"), x, labels)
@@ -74,15 +75,16 @@ def check(name: str, impl: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    """0 if every criterion passes with every implementation that can run on this machine's CPU."""
+    """0 if every criterion passes with every implementation that can run on this machine's CPU and GPU."""
     failed = 0
-    for impl in IMPLEMENTATIONS:
-        if reasons := obstacles(impl, torch.device("cpu")):
-            sys.stdout.write(f"{impl}: not checked, it cannot run: {'; '.join(reasons)}\n")
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    for device, impl in itertools.product(devices, IMPLEMENTATIONS):
+        if reasons := obstacles(impl, torch.device(device)):
+            sys.stdout.write(f"{impl} on {device}: not checked, it cannot run: {'; '.join(reasons)}\n")
             continue
         for name in CRITERIA:
-            good, words = check(name, impl)
+            good, words = check(name, impl, device)
             failed += not good
-            sys.stdout.write(f"{'ok  ' if good else 'FAIL'} {impl:10} {name}: {words}\n")
+            sys.stdout.write(f"{'ok  ' if good else 'FAIL'} {impl} on {device}, {name}: {words}\n")
     sys.stdout.write(f"{failed} failed\n" if failed else "all pass\n")
     return int(failed > 0)

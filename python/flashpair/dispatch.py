@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import os
+
 import torch
 from torch import Tensor
 
 from . import extension
 
 IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
+
+
+WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, so that its kernels take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.lru_cache(maxsize=1)
+def _triton() -> str:
+    """Empty, or why Triton cannot be used."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"it needs Triton: {error}"
+    return ""
 
 
 def obstacles(impl: str, device: torch.device) -> list[str]:
@@ -18,17 +39,17 @@ def obstacles(impl: str, device: torch.device) -> list[str]:
 def _obstacles(impl: str, device: str) -> tuple[str, ...]:
     if impl == "reference":
         return ()
-    found = []
-    if impl == "tiled":
-        if device != "cpu":
-            found.append(f"tiled runs on the CPU in this version, and the tensors are on {device}")
+    if impl == "tiled" and device == "cpu":
         module = extension.load()
-        if isinstance(module, str):
-            found.append(f"tiled needs the compiled extension: {module}")
-        return tuple(found)
-    if device != "cuda":
-        found.append(f"{impl} needs a CUDA device, and the tensors are on {device}")
-    found.append(f"this version of flashpair has no {impl} kernels yet")
+        return (f"tiled needs the compiled extension: {module}",) if isinstance(module, str) else ()
+    found = []
+    if device != "cuda" and not (impl == "fused" and device == "cpu" and interpreted()):
+        also = "" if impl != "fused" else " (or TRITON_INTERPRET=1 set before Python starts)"
+        found.append(f"{impl} needs a {'CPU or ' if impl == 'tiled' else ''}CUDA device{also}, not {device} tensors")
+    if impl == "onchip":
+        found.append("this version of flashpair has no onchip kernels yet")
+    elif _triton():
+        found.append(f"{impl} on a GPU: {_triton()}")
     return tuple(found)
 
 
@@ -44,15 +65,24 @@ def check_name(impl: str) -> None:
 def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
     """The implementation for embeddings x (N, D) and y (M, D) or None.
 
-    An explicit name never falls back. `auto` takes `tiled` where it can run, else the reference.
+    An explicit name never falls back. `auto` takes on the CPU `tiled`, on a GPU `fused` up to D = 256 and `tiled` from
+    there on, and the reference where these cannot run.
 
     Raises:
         ValueError: an unknown name. RuntimeError: a known one that cannot run here, with every reason.
     """
     check_name(impl)
     if impl == "auto":
-        return "tiled" if not obstacles("tiled", x.device) else "reference"
+        best = "fused" if x.device.type == "cuda" and x.shape[1] <= WIDEST_FUSED else "tiled"
+        return best if not obstacles(best, x.device) else "reference"
     reasons = obstacles(impl, x.device)
     if reasons:
         raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
     return impl
+
+
+def native(impl: str, x: Tensor, y: Tensor | None) -> bool:
+    """Whether embeddings stay in their 16 bits: where the GPU multiplies such numbers and adds in float32."""
+    if impl == "reference" or x.dtype not in (torch.bfloat16, torch.float16) or (y is not None and y.dtype != x.dtype):
+        return False
+    return x.device.type == "cuda" or (impl == "fused" and x.dtype == torch.float16)  # no bfloat16 in the interpreter

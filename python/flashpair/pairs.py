@@ -10,42 +10,58 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks
-from .dispatch import choose
+from . import checks, transforms
+from .dispatch import choose, native
 from .ops import RowReduce, encode
 from .plan import Plan, make_plan, one_to_one
-from .reduction import DISTANCES, Bound, Reduction
+from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
 from .reference import ReferencePairs
 from .rows import sorted_rows
-from .similarity import poison, upcast
+from .schedule import accumulator
+from .similarity import dense_pairs, poison, upcast
 
 
 class Pairs:
     """N anchors against M references in label order. See `make_pairs`; `ReferencePairs` is the dense twin.
 
     Attributes:
-        x: (N, D) sorted anchors, float32 or float64; `y`: (M, D) sorted references, None if they are the anchors.
+        x: (N, D) sorted anchors; `y`: (M, D) sorted references, None if they are the anchors. float32 or float64, or
+            16 bits where `dispatch.native` says so.
+        impl: the schedule that runs; `named`: the caller asked for it by name, so that nothing else may.
         labels: (N,) int64 in the order of the rows; `ref_labels`: (M,).
     """
 
-    def __init__(self, x: Tensor, y: Tensor | None, plan: Plan, distance: str, poison: Tensor | None = None) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor | None, plan: Plan, distance: str, impl: str, *, named: bool = True,
+        poison: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.x, self.y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
+        self.impl, self.named = impl, named
         self.labels, self.ref_labels, self.square = plan.labels, plan.ref_labels, plan.square
 
     @classmethod
     def from_embeddings(
-        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, unit: bool
-    ) -> Pairs:
+        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, unit: bool,
+        impl: str, named: bool,
+    ) -> Pairs:  # fmt: skip
         plan = make_plan(labels, ref_labels)
-        y = None if y is None else sorted_rows(y, plan.ref_order, unit=unit)
-        return cls(sorted_rows(x, plan.order, unit=unit), y, plan, distance)
+        y = None if y is None else sorted_rows(y, plan.ref_order, unit=unit, impl=impl)
+        return cls(sorted_rows(x, plan.order, unit=unit, impl=impl), y, plan, distance, impl, named=named)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
-        n, like = self.x.shape[0], self.x
+        if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
+            refused = [why for name in foreign for why in transforms.obstacles(name, self.impl, self.x.device.type)]
+            if refused and self.named:
+                raise RuntimeError(f"impl={self.impl!r} cannot run: {'; '.join(refused)}")
+            if refused:
+                return self.dense().reduce(*reductions)
+        n, dtype = self.x.shape[0], accumulator(self.x.dtype)
 
         def tensor(value: float | Tensor) -> Tensor:
-            return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+            if isinstance(value, Tensor):
+                return value.to(self.x.device, dtype)
+            return torch.full((), value, dtype=dtype, device=self.x.device)  # no copy from the host, which would wait
 
         slots: list[int] = []
         vectors: list[Tensor] = []
@@ -63,7 +79,7 @@ class Pairs:
         if any(isinstance(r.scale, Tensor) for r in reductions):
             scale = torch.stack([tensor(r.scale) for r in reductions])
         p = self.plan
-        spec = encode(reductions, tuple(slots), self.distance)
+        spec = encode(reductions, tuple(slots), self.distance, self.impl)
         rows = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors)
         found = []
         for row, r in zip(rows, reductions, strict=True):
@@ -72,6 +88,15 @@ class Pairs:
             row = row if self.poison is None else row + self.poison
             found.append(row.detach() if r.detach else row)
         return tuple(found)
+
+    def dense(self) -> ReferencePairs:
+        """The same pairs, in the same order of rows, over the dense matrix."""
+        wide = accumulator(self.x.dtype)
+        z = dense_pairs(self.x.to(wide), self.refs.to(wide), self.distance)
+        column = torch.arange(self.ref_labels.shape[0], device=z.device)
+        valid = None if self.plan.end is None else column < self.plan.end
+        bad = poison(self.x, self.y) if self.poison is None else self.poison
+        return ReferencePairs(z, self.labels, self.ref_labels, square=self.square, ref_valid=valid, poison=bad)
 
     def num_positives(self) -> Tensor:  # (N,) int64
         return self.plan.hi - self.plan.lo - int(self.square)
@@ -82,7 +107,8 @@ class Pairs:
 
     def paired(self) -> Tensor:  # (N,)
         """z_kk of a rectangular problem whose rows and references belong together one by one; dot products alone."""
-        return (self.x * self.refs).sum(1)
+        wide = accumulator(self.x.dtype)
+        return (self.x.to(wide) * self.refs.to(wide)).sum(1)
 
     @property
     def refs(self) -> Tensor:
@@ -92,7 +118,8 @@ class Pairs:
         """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
         plan = one_to_one(labels, count)
         bad = poison(self.x, self.y)  # of the samples left out, too
-        return Pairs(self.x.index_select(0, rows), self.refs.index_select(0, refs), plan, self.distance, bad)
+        x, y = self.x.index_select(0, rows), self.refs.index_select(0, refs)
+        return Pairs(x, y, plan, self.distance, self.impl, named=self.named, poison=bad)
 
     def restore(self, values: Tensor) -> Tensor:
         """Row values (N,) in the caller's order."""
@@ -126,6 +153,9 @@ def checked_pairs(
     x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, normalize: bool, impl: str
 ) -> Pairs | ReferencePairs:
     """`make_pairs` of arguments that `checks.batch` has returned."""
-    x, y = upcast(x, y)
-    kind = ReferencePairs if choose(impl, x, y) == "reference" else Pairs
-    return kind.from_embeddings(x, labels, y, ref_labels, distance, normalize)
+    chosen = choose(impl, x, y)
+    if not native(chosen, x, y):
+        x, y = upcast(x, y)
+    if chosen == "reference":
+        return ReferencePairs.from_embeddings(x, labels, y, ref_labels, distance, normalize)
+    return Pairs.from_embeddings(x, labels, y, ref_labels, distance, normalize, chosen, impl != "auto")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 OPS = ("logsumexp", "sum", "min", "max", "count")
 SIDES = ("positives", "negatives", "all")
-TRANSFORMS = ("identity", "softplus", "hinge", "lifted")
+BUILT_IN = ("identity", "softplus", "hinge", "lifted")
+TRANSFORMS = list(BUILT_IN)  # register_transform adds to it
 DISTANCES = ("dot", "euclidean")
 
 
@@ -32,7 +33,8 @@ class Reduction:
         op: ``"logsumexp"``, ``"sum"``, ``"min"``, ``"max"`` or ``"count"``. The last three are of ``z`` itself.
         side: ``"positives"`` (same label, not itself), ``"negatives"`` (other label) or ``"all"``.
         transform: phi. ``"identity"``; ``"softplus"``: log(1 + e^t); ``"hinge"``: max(0, t); ``"lifted"``:
-            max(0, scale * z + logaddexp(offset_i, ref_offset_j))^2 (Oh Song et al., 2016, eq. 4).
+            max(0, scale * z + logaddexp(offset_i, ref_offset_j))^2 (Oh Song et al., 2016, eq. 4); or a word given to
+            `register_transform`.
             Other than ``"identity"`` only for ``"sum"``.
         scale: a float or a tensor of no dimensions; differentiable.
         offset: None, a float, or a tensor () or (N,); differentiable.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .reduction import Reduction, bound_places
 from .similarity import dense_pairs, logaddexp, normalize, poison, softplus
+from .transforms import custom
 
 
 def _column(value: Any, dtype: torch.dtype) -> Any:
@@ -48,9 +49,17 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
         empty = ~mask.any(1)
         kept = torch.where(mask, t, torch.where(empty[:, None], 0.0, -torch.inf))
         return torch.logsumexp(kept, 1).masked_fill(empty, -torch.inf)
-    t = torch.where(mask, t, -torch.inf if r.transform != "identity" else 0.0)
-    phi = {"identity": t, "softplus": softplus(t), "hinge": t.relu(), "lifted": t.relu().square()}
-    return phi[r.transform].sum(1)
+    return torch.where(mask, _phi(torch.where(mask, t, 0.0), r.transform), 0.0).sum(1)
+
+
+def _phi(t: Tensor, transform: str) -> Tensor:
+    if transform == "identity":
+        return t
+    if transform == "softplus":
+        return softplus(t)
+    if transform == "hinge":
+        return t.relu()
+    return t.relu().square() if transform == "lifted" else custom(transform).dense(t)
 
 
 class ReferencePairs:

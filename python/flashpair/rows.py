@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .schedule import accumulator
 from .similarity import normalize
 
 
 def plain(x: Tensor) -> bool:
-    """Whether `x` may be handed to C++ by its address: an ordinary CPU tensor, and nobody is tracing."""
-    ordinary = type(x) is Tensor and x.device.type == "cpu"
+    """Whether `x` may be handed to a kernel by its address: an ordinary tensor, and nobody is tracing."""
+    ordinary = type(x) is Tensor and x.device.type in ("cpu", "cuda")
     return ordinary and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
@@ -51,12 +52,38 @@ class _SortedRows(torch.autograd.Function):
         return dx, None, None
 
 
+class _KernelRows(torch.autograd.Function):
+    """The same by Triton's kernels, in the dtype of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, unit: bool) -> Tensor:
+        from . import launch
+
+        y, inverse = launch.gather_rows(x, order, unit)
+        ctx.unit = unit
+        ctx.save_for_backward(x, order, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        from . import launch
+
+        x, order, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            (dx,) = torch.autograd.grad(_composed(x, order, ctx.unit), x, g, create_graph=True)
+            return dx, None, None
+        return launch.scatter_rows(g.contiguous(), x, order, inverse, ctx.unit), None, None
+
+
 def _composed(x: Tensor, order: Tensor, unit: bool) -> Tensor:
-    return (normalize(x) if unit else x).index_select(0, order)
+    y = normalize(x.to(accumulator(x.dtype))).to(x.dtype) if unit else x
+    return y.index_select(0, order)
 
 
-def sorted_rows(x: Tensor, order: Tensor, *, unit: bool) -> Tensor:
-    """Rows x[order] (N, D) of x (N, D), float32 or float64, of unit norm if `unit` (see `normalize`)."""
-    if plain(x.detach()) and not isinstance(extension.load(), str):
+def sorted_rows(x: Tensor, order: Tensor, *, unit: bool, impl: str) -> Tensor:
+    """Rows x[order] (N, D) of x (N, D), of unit norm if `unit` (see `normalize`)."""
+    if not plain(x.detach()):
+        return _composed(x, order, unit)
+    if impl == "tiled" and x.device.type == "cpu":
         return _SortedRows.apply(x.contiguous(), order, unit)
-    return _composed(x, order, unit)
+    return _KernelRows.apply(x.contiguous(), order, unit)

@@ -56,8 +56,9 @@ def poison(x: Tensor, y: Tensor | None) -> Tensor:
 
     A sum that overflows counts as not finite; dot products of such entries overflow too.
     """
-    total = x.detach().sum()
-    return (total if y is None else total + y.detach().sum()) * 0
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = x.detach().sum(dtype=wide)
+    return (total if y is None else total + y.detach().sum(dtype=wide)) * 0
 
 
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)

@@ -1,0 +1,116 @@
+"""Which tiles each chip gets: a plain table, so that every row of it can be compiled and inspected without a GPU.
+
+Both passes use the same tile and the same order along D, so that they see the same bits of every similarity.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Tiles of rows x cols pairs (powers of two, cols at most rows), warps and pipeline stages of each pass.
+
+    depth: columns of D that go through the tensor cores at a time; slab: columns of the gradient that a program
+    accumulates. Where both hold all of D, a tile's embeddings are loaded once for both of its products.
+    """
+
+    rows: int
+    cols: int
+    depth: int
+    slab: int
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+
+AMPERE, HOPPER, BLACKWELL, SMALL, CDNA, INTERPRETER = "ampere", "hopper", "blackwell", "small", "cdna", "interpreter"
+CAPABILITIES = {(8, 0): AMPERE, (8, 7): AMPERE, (9, 0): HOPPER, (10, 0): BLACKWELL, (10, 3): BLACKWELL}
+SHARED_MEMORY = {AMPERE: 163, HOPPER: 227, BLACKWELL: 227, SMALL: 99, CDNA: 64}  # KB that a block can have
+
+
+def family(device: torch.device) -> str:
+    """SMALL: NVIDIA chips with 99 KB of shared memory (sm_86, 89, 120), and every one that is not known here."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return CDNA if torch.version.hip else CAPABILITIES.get(torch.cuda.get_device_capability(device), SMALL)
+
+
+ANY = 2**31
+_HALF, _SINGLE, _DOUBLE = torch.bfloat16, torch.float32, torch.float64
+_TINY = Config(16, 16, 32, 32, (4, 1), (4, 1))
+_SLIM = Config(32, 16, 32, 32, (4, 1), (4, 1))
+_SMALLEST = Config(32, 32, 32, 64, (4, 1), (4, 1))
+_WIDE = Config(128, 32, 32, 64, (8, 2), (8, 2))
+_NARROW = Config(64, 32, 32, 64, (4, 1), (4, 1))
+_DEEP = Config(64, 32, 32, 64, (8, 2), (8, 2))
+_PLAIN = Config(64, 32, 32, 64, (8, 1), (8, 1))
+_TESTED = Config(64, 32, 64, 64, (4, 1), (4, 1))
+
+# (family, dtype): rows of (largest D, Config). These are the largest tiles that need no stack (tests/test_aot.py);
+# which of them, with which warps, stages and splits, are the fastest only a GPU can say.
+TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
+    (AMPERE, _HALF): [
+        (64, Config(128, 64, 64, 64, (8, 3), (8, 3))),
+        (128, Config(128, 32, 128, 128, (8, 3), (8, 3))),
+        (256, Config(64, 32, 64, 256, (8, 2), (8, 2))),
+        (ANY, _SMALLEST),
+    ],
+    (AMPERE, torch.float16): [
+        (64, Config(128, 32, 64, 64, (8, 2), (8, 2))),
+        (256, Config(128, 64, 64, 128, (8, 1), (8, 1))),
+        (ANY, _SMALLEST),
+    ],
+    (AMPERE, _SINGLE): [(256, Config(128, 16, 32, 64, (8, 2), (8, 2))), (ANY, Config(32, 32, 32, 64, (8, 1), (8, 1)))],
+    (AMPERE, _DOUBLE): [(256, _SLIM), (ANY, _TINY)],
+    (HOPPER, _HALF): [
+        (128, Config(128, 64, 128, 128, (8, 3), (8, 3))),
+        (256, Config(128, 32, 256, 256, (8, 2), (8, 2))),
+        (ANY, _DEEP),
+    ],
+    (HOPPER, torch.float16): [
+        (128, Config(128, 64, 128, 128, (8, 1), (8, 1))),
+        (256, Config(128, 64, 64, 128, (8, 1), (8, 1))),
+        (ANY, _DEEP),
+    ],
+    (HOPPER, _SINGLE): [(64, _WIDE), (256, Config(64, 32, 32, 128, (8, 2), (8, 2))), (ANY, _PLAIN)],
+    (HOPPER, _DOUBLE): [(ANY, _TINY)],
+    (BLACKWELL, _HALF): [
+        (128, Config(128, 64, 128, 128, (8, 3), (8, 3))),
+        (256, Config(128, 64, 256, 256, (8, 2), (8, 2))),
+        (ANY, _NARROW),
+    ],
+    (BLACKWELL, torch.float16): [
+        (128, Config(128, 64, 128, 128, (8, 2), (8, 2))),
+        (256, Config(128, 64, 64, 256, (8, 1), (8, 1))),
+        (ANY, _NARROW),
+    ],
+    (BLACKWELL, _SINGLE): [(32, _NARROW), (256, Config(128, 32, 32, 128, (8, 2), (8, 2))), (ANY, _DEEP)],
+    (BLACKWELL, _DOUBLE): [(64, _SLIM._replace(depth=64, slab=64)), (256, _SLIM), (ANY, _TINY)],
+    (SMALL, _HALF): [
+        (128, Config(128, 32, 64, 128, (8, 3), (8, 3))),
+        (256, Config(64, 32, 64, 128, (4, 2), (4, 2))),
+        (ANY, _DEEP),
+    ],
+    (SMALL, torch.float16): [(32, _SMALLEST), (256, Config(64, 32, 64, 64, (4, 1), (4, 1))), (ANY, _DEEP)],
+    (SMALL, _SINGLE): [(32, _NARROW), (256, _WIDE), (ANY, _DEEP)],
+    (SMALL, _DOUBLE): [(ANY, _TINY)],
+    (CDNA, _HALF): [(ANY, Config(64, 32, 64, 64, (4, 1), (4, 1)))],
+    (CDNA, torch.float16): [(ANY, Config(64, 32, 64, 64, (4, 1), (4, 1)))],
+    (CDNA, _SINGLE): [(ANY, Config(32, 32, 32, 64, (4, 1), (4, 1)))],
+    (CDNA, _DOUBLE): [(ANY, _TINY)],
+    **{(INTERPRETER, dtype): [(ANY, _TESTED)] for dtype in (torch.float16, _SINGLE, _DOUBLE)},
+}
+
+
+def power_of_two(d: int) -> int:
+    """The least one that is d or more, and at least 32: the tensor cores take 16, but with more registers."""
+    found = 32
+    while found < d:
+        found *= 2
+    return found
+
+
+def choose(family: str, dtype: torch.dtype, d: int) -> Config:
+    """The row for that D, its depth and slab no larger than D needs."""
+    config = next(c for largest, c in TABLE[family, dtype] if d <= largest)
+    return config._replace(depth=min(config.depth, power_of_two(d)), slab=min(config.slab, power_of_two(d)))

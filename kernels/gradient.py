@@ -1,0 +1,357 @@
+"""Backward: General Pair Weighting. The tile again, the weight of each of its pairs, and the product with the columns.
+
+    dX_i = sum_j w_ij y_j,   w_ij = sum over reductions of dL/dr phi'(t) [softmax factor] * scale
+
+A row block is the anchor of its pairs, the reference of its pairs, or (square problems) both, and then w_ij holds what
+both ends give to S_ij, so that one product serves both. Each program owns its rows: no atomics, same bits every time.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .reduce import reach
+from .tile import (
+    INF,
+    LOG2E,
+    LOGSUMEXP,
+    NOTHING,
+    POSITIVES,
+    inside_window,
+    intervals,
+    leading_bits,
+    load_rows,
+    members,
+    number,
+    row_vector,
+    similarities,
+    span,
+)
+from .transforms import sigmoid
+
+
+class Weighed(NamedTuple):
+    """One reduction's tensors, None where it has none: what it reads, then what it leaves."""
+
+    scale: Any = None  # (1,) if learned
+    offset: Any = None  # (N,)
+    ref_offset: Any = None  # (M,)
+    lower: Any = None  # (N,)
+    upper: Any = None  # (N,)
+    value: Any = None  # (N,), logsumexp only
+    grad: Any = None  # (N,) dL/dr; with `top`, dL/dr e^(top - value)
+    top: Any = None  # () upper bound of all values: one exponential, relative to it, serves both ends of a pair
+    d_scale: Any = None  # (splits, N): each row's part
+    d_offset: Any = None  # (splits, N)
+    d_ref_offset: Any = None  # (splits, M)
+
+
+@triton.jit
+def anchor(slot, index, inside, ACC: tl.constexpr):
+    """Anchors' lower, upper, own offset, value in base 2 and dL/dr; 0 the last two where the set was empty."""
+    lower, upper = row_vector(slot.lower, index, inside, 0.0, ACC), row_vector(slot.upper, index, inside, 0.0, ACC)
+    own, grad = row_vector(slot.offset, index, inside, 0.0, ACC), row_vector(slot.grad, index, inside, 0.0, ACC)
+    value = tl.zeros(index.shape, ACC)
+    if slot.value is not None:
+        value = tl.load(slot.value + index, mask=inside, other=-INF)
+        grad = tl.where(value == -INF, 0.0, grad)
+        value = tl.where(value == -INF, 0.0, value) * LOG2E
+    return lower, upper, own, value, grad
+
+
+@triton.jit
+def slopes(
+    z, keep, slot, scale, lower, upper, own, value, grad, ref, OP: tl.constexpr, SLOPE: tl.constexpr
+):  # fmt: skip
+    """dL/dt of each pair from one of its ends, and the share of it that goes to the anchor's own offset."""
+    keep = inside_window(z, keep, lower, upper, slot.lower is not None, slot.upper is not None)
+    share = 1.0
+    if OP == LOGSUMEXP:
+        g = tl.where(keep, tl.exp2(z * (scale * LOG2E) - value) * grad, 0.0)
+    else:
+        g = tl.where(keep, SLOPE(z * scale + reach(own, ref, slot.ref_offset is not None)) * grad, 0.0)
+        if slot.ref_offset is not None:
+            share = tl.where((own > -INF) | (ref > -INF), sigmoid(own - ref), 0.0)
+    return g, share
+
+
+@triton.jit
+def weigh(
+    z, keep, slot, scale, top, rows_lower, rows_upper, rows_own, rows_value, rows_grad, rows_ref, cols, valid,
+    d_scale, d_offset, d_ref,
+    OP: tl.constexpr, SLOPE: tl.constexpr, ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dL/dz of a tile's pairs through one reduction, and the rows' sums with the tile added."""
+    alike: tl.constexpr = (slot.top is not None) if OP == LOGSUMEXP else (slot.offset is None)
+    if ANCHOR and REFERENCE and alike:  # what depends on the pair alone serves both of its ends
+        lower, upper, _, _, grad = anchor(slot, cols, valid, ACC)
+        one = inside_window(
+            z, keep, rows_lower[:, None], rows_upper[:, None], slot.lower is not None, slot.upper is not None
+        )  # fmt: skip
+        other = inside_window(z, keep, lower[None, :], upper[None, :], slot.lower is not None, slot.upper is not None)
+        if OP == LOGSUMEXP:
+            # Of a pair of either end t <= top; of others it may be anything, and must not become inf * 0.
+            core = tl.exp2(tl.minimum(z * (scale * LOG2E) - top, 1.0))
+        else:
+            core = tl.where(one | other, SLOPE(z * scale), 0.0)
+        mine = tl.where(one, rows_grad[:, None], 0.0)
+        g = core * (mine + tl.where(other, grad[None, :], 0.0))
+        if slot.d_scale is not None:
+            d_scale += tl.sum(core * mine * z, 1)
+    else:
+        g = tl.zeros((z.shape[0], z.shape[1]), ACC)
+        if ANCHOR:
+            ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
+            g, share = slopes(
+                z, keep, slot, scale, rows_lower[:, None], rows_upper[:, None], rows_own[:, None],
+                rows_value[:, None], rows_grad[:, None], ref[None, :], OP, SLOPE,
+            )  # fmt: skip
+            if slot.d_scale is not None:
+                d_scale += tl.sum(g * z, 1)
+            if slot.d_offset is not None:
+                d_offset += tl.sum(g * share, 1)
+        if REFERENCE:
+            lower, upper, own, value, grad = anchor(slot, cols, valid, ACC)
+            other, share = slopes(
+                z, keep, slot, scale, lower[None, :], upper[None, :], own[None, :], value[None, :], grad[None, :],
+                rows_ref[:, None], OP, SLOPE,
+            )  # fmt: skip
+            if slot.d_ref_offset is not None:
+                d_ref += tl.sum(other * (1.0 - share), 1)
+            g += other
+    return g * scale, d_scale, d_offset, d_ref
+
+
+@triton.jit
+def spread(w, y_tile, acc, PRECISION: tl.constexpr):
+    """acc + w y. float16 cannot hold small weights, so its products are tf32's, which holds float16 exactly."""
+    if PRECISION == "split":
+        w1, y1 = leading_bits(w), leading_bits(y_tile)
+        part = tl.dot(w1, y_tile - y1, input_precision="tf32")
+        part = tl.dot(w - w1, y1, part, input_precision="tf32")
+        return acc + tl.dot(w1, y1, part, input_precision="tf32", max_num_imprecise_acc=1)
+    elif y_tile.dtype == tl.float16:
+        return tl.dot(w, y_tile.to(tl.float32), acc, input_precision="tf32")
+    else:
+        return tl.dot(w.to(y_tile.dtype), y_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def weigh_rows(
+    x, y, d, given, given_row, given_col, weights, weights_row, weights_col, row_squares, col_squares,
+    lo, hi, row_end, col_end, listed, counts, near, poison, dx, d_pull,
+    row0, row1, col0, col1, n, m, list_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
+    OP_A: tl.constexpr, SIDE_A: tl.constexpr, SLOPE_A: tl.constexpr,
+    OP_B: tl.constexpr, SIDE_B: tl.constexpr, SLOPE_B: tl.constexpr,
+    ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr,
+    ZERO: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr, EVEN_SLAB: tl.constexpr,
+    WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of rows [row0, row1) through reductions a and b and their pairs with columns [col0, col1).
+
+    Grid: (row blocks, splits of the columns, slabs of D). x: the rows' embeddings, y: the columns'; rows are anchors
+    (N of them, against M references), references, or both. listed (row blocks, tiles) int32, counts (row blocks,):
+    the clean tiles with a pair alive, from `list_live`; without, all are visited. near () int8: nothing is done unless
+    it is WANTED. Leaves dx (splits, rows, D); or, of `given` products, their weights, and in d_pull (rows,) what
+    Euclidean distances pull along the rows themselves.
+    """
+    if near is not None:
+        if tl.load(near) != WANTED:
+            return
+    split, slab = tl.program_id(1), tl.program_id(2)
+    block = tl.program_id(0)
+    rows = row0 + block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = rows < row1
+    low, high, lowest, highest = intervals(lo, hi, rows, inside, col0)
+    limit = col1 - col0
+    if col_end is not None:
+        limit = tl.maximum(tl.minimum(tl.load(col_end).to(tl.int32), col1) - col0, 0)
+    band, in_band, ragged, whole, first, clean = span(
+        lowest, highest, limit, split, tl.num_programs(1), BLOCK_COLS, BAND_ONLY
+    )  # fmt: skip
+    if listed is not None:
+        count = tl.load(counts + block)
+        share = tl.cdiv(count, tl.num_programs(1))
+        first = tl.minimum(split * share, count)
+        clean = tl.minimum(count - first, share)
+    x_tile = 0
+    if (given is None) & ONE_CHUNK:
+        x_tile = load_rows(x, rows, inside, d, 0, BLOCK_K, EVEN_D, False)
+    squares = row_vector(row_squares, rows, inside, 0.0, ACC)
+
+    number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
+    top_a, top_b = number(0.0, a.top, ACC) * LOG2E, number(0.0, b.top, ACC) * LOG2E
+    if ANCHOR:
+        lower_a, upper_a, own_a, value_a, grad_a = anchor(a, rows, inside, ACC)
+        lower_b, upper_b, own_b, value_b, grad_b = anchor(b, rows, inside, ACC)
+    else:
+        none = tl.zeros((BLOCK_ROWS,), ACC)
+        lower_a, upper_a, own_a, value_a, grad_a = none, none, none, none, none
+        lower_b, upper_b, own_b, value_b, grad_b = none, none, none, none, none
+    ref_a, ref_b = tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC)
+    if REFERENCE:
+        ref_a = row_vector(a.ref_offset, rows, inside, 0.0, ACC)
+        ref_b = row_vector(b.ref_offset, rows, inside, 0.0, ACC)
+    d_scale_a, d_offset_a = tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC)
+    d_scale_b, d_offset_b = tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC)
+    d_ref_a, d_ref_b, pull = (
+        tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC),
+    )  # fmt: skip
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_D), ACC)
+
+    for k in tl.range(0, in_band + ragged, num_stages=1):
+        tile = tl.where(k < in_band, band + k, whole)
+        cols = col0 + tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        valid = cols < col0 + limit
+        z, y_tile = similarities(
+            x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
+            ZERO, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
+        )  # fmt: skip
+        keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
+        w, d_scale_a, d_offset_a, d_ref_a = weigh(
+            z, keep, a, number_a, top_a, lower_a, upper_a, own_a, value_a, grad_a, ref_a, cols, valid,
+            d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
+        )  # fmt: skip
+        if OP_B != NOTHING:
+            keep = members(rows, cols, valid, low, high, col0, SIDE_B, SQUARE, True)
+            w_b, d_scale_b, d_offset_b, d_ref_b = weigh(
+                z, keep, b, number_b, top_b, lower_b, upper_b, own_b, value_b, grad_b, ref_b, cols, valid,
+                d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
+            )  # fmt: skip
+            w += w_b
+        acc, pull = put(
+            w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
+            row0, col0, d, slab, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
+        )  # fmt: skip
+    if not BAND_ONLY:
+        for k in range(0, clean):
+            tile = first + k
+            if listed is not None:
+                tile = tl.load(listed + block.to(tl.int64) * list_stride + tile)
+            else:
+                tile += tl.where(tile >= band, in_band, 0)
+            cols = col0 + tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+            valid = cols < col0 + limit
+            z, y_tile = similarities(
+                x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0,
+                d, ZERO, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
+            )  # fmt: skip
+            keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, False)
+            w = tl.zeros((BLOCK_ROWS, BLOCK_COLS), ACC)
+            if SIDE_A != POSITIVES:
+                w, d_scale_a, d_offset_a, d_ref_a = weigh(
+                    z, keep, a, number_a, top_a, lower_a, upper_a, own_a, value_a, grad_a, ref_a, cols, valid,
+                    d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
+                )  # fmt: skip
+            if (OP_B != NOTHING) & (SIDE_B != POSITIVES):
+                w_b, d_scale_b, d_offset_b, d_ref_b = weigh(
+                    z, keep, b, number_b, top_b, lower_b, upper_b, own_b, value_b, grad_b, ref_b, cols, valid,
+                    d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
+                )  # fmt: skip
+                w += w_b
+            acc, pull = put(
+                w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
+                valid, row0, col0, d, slab, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
+            )  # fmt: skip
+
+    spoiled = tl.load(poison)
+    here = inside
+    if row_end is not None:
+        here = inside & (rows < tl.load(row_end))
+    if slab == 0:
+        at = split.to(tl.int64) * n + rows
+        leave_sums(a, at, split.to(tl.int64) * m + rows, inside, here, spoiled, d_scale_a, d_offset_a, d_ref_a, CARRY)
+        if OP_B != NOTHING:
+            leave_sums(
+                b, at, split.to(tl.int64) * m + rows, inside, here, spoiled, d_scale_b, d_offset_b, d_ref_b, CARRY
+            )  # fmt: skip
+    if d_pull is not None:
+        if CARRY:
+            pull += tl.load(d_pull + rows, mask=inside, other=0.0)
+        pull = tl.where(here, pull, 0.0)
+        tl.store(d_pull + rows, pull, mask=inside)
+    if dx is not None:
+        column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+        if col_squares is not None:
+            own = load_rows(x, rows, inside, d, slab * BLOCK_D, BLOCK_D, EVEN_SLAB, False)
+            acc += pull[:, None] * own.to(acc.dtype)
+        at = (split.to(tl.int64) * row1 + rows)[:, None] * d + column[None, :]
+        acc = tl.where(here[:, None], acc, 0.0) + spoiled
+        tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=inside[:, None] & (column[None, :] < d))
+
+
+@triton.jit
+def put(
+    w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
+    row0, col0, d, slab, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, EVEN_SLAB: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile's weights where they go: through the product into acc, or into `weights`. dD/dS of a distance is -1/D."""
+    if col_squares is not None:
+        w = tl.where(z > 0.0, -w / tl.where(z > 0.0, z, 1.0), 0.0)
+        pull -= tl.sum(w, 1)
+    if weights is not None:
+        at = (rows - row0).to(tl.int64)[:, None] * weights_row + (cols - col0).to(tl.int64)[None, :] * weights_col
+        tl.store(weights + at, w.to(weights.dtype.element_ty), mask=inside[:, None] & valid[None, :])
+    elif dx is not None:
+        if not ONE_CHUNK:
+            y_tile = load_rows(y, cols, valid, d, slab * BLOCK_D, BLOCK_D, EVEN_SLAB, WHOLE)
+        acc = spread(w, y_tile, acc, PRECISION)
+    return acc, pull
+
+
+@triton.jit
+def leave_sums(slot, at, ref_at, inside, here, spoiled, d_scale, d_offset, d_ref, CARRY: tl.constexpr):
+    if slot.d_scale is not None:
+        if CARRY:
+            d_scale += tl.load(slot.d_scale + at, mask=inside, other=0.0)
+        tl.store(slot.d_scale + at, d_scale + spoiled, mask=inside)
+    if slot.d_offset is not None:
+        if CARRY:
+            d_offset += tl.load(slot.d_offset + at, mask=inside, other=0.0)
+        tl.store(slot.d_offset + at, d_offset + spoiled, mask=inside)
+    if slot.d_ref_offset is not None:
+        d_ref = tl.where(here, d_ref, 0.0)
+        if CARRY:
+            d_ref += tl.load(slot.d_ref_offset + ref_at, mask=inside, other=0.0)
+        tl.store(slot.d_ref_offset + ref_at, d_ref + spoiled, mask=inside)
+
+
+@triton.jit
+def list_live(
+    live, lo, hi, col_end, listed, counts, rows, cols, live_rows, live_stride, planes, list_stride,
+    DIRECT: tl.constexpr, MIRROR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """For each row block the clean tiles with a pair alive, in order, from the forward pass' bitmap.
+
+    live (planes, anchors' row blocks, references' tiles) int8. DIRECT: the rows are anchors; MIRROR: references.
+    """
+    block = tl.program_id(0)
+    index = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    _, _, lowest, highest = intervals(lo, hi, index, index < rows, 0)
+    limit = cols
+    if col_end is not None:
+        limit = tl.minimum(tl.load(col_end).to(tl.int32), cols)
+    band, in_band, _, whole, _, _ = span(lowest, highest, limit, 0, 1, BLOCK_COLS, False)
+    count = limit * 0
+    for step in range(0, whole, STEP):
+        tile = step + tl.arange(0, STEP)
+        inside = (tile < whole) & ((tile < band) | (tile >= band + in_band))
+        alive = tl.zeros((STEP,), tl.int32)
+        base = live
+        for _ in range(0, planes):
+            if DIRECT:
+                alive |= tl.load(base + block.to(tl.int64) * live_stride + tile, mask=inside, other=0).to(tl.int32)
+            if MIRROR:
+                row = (tile.to(tl.int64) * BLOCK_COLS) // BLOCK_ROWS
+                for part in tl.static_range(BLOCK_ROWS // BLOCK_COLS):
+                    column = tl.full((STEP,), block * (BLOCK_ROWS // BLOCK_COLS) + part, tl.int64)
+                    seen = inside & (column < live_stride)
+                    alive |= tl.load(base + row * live_stride + column, mask=seen, other=0).to(tl.int32)
+            base += live_rows * live_stride
+        at = count + tl.cumsum(alive, 0) - 1
+        tl.store(listed + block.to(tl.int64) * list_stride + at, tile, mask=alive > 0)
+        count += tl.sum(alive, 0)
+    tl.store(counts + block, count)

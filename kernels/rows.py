@@ -1,0 +1,62 @@
+"""Embeddings in label order, normalised if a criterion asks for it: one launch in each direction."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_rows(
+    x, order, out, inverse, n, d, TINY: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """out (N, D) = x[order] (N, D), over its norm if UNIT, whose reciprocal goes to inverse (N,).
+
+    A norm up to TINY is 0, and its row stays zero; one that is not finite makes the row NaN.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    source = tl.load(order + rows, mask=inside, other=0)[:, None] * d
+    target = rows.to(tl.int64)[:, None] * d
+    factor = tl.full((ROWS,), 1.0, ACC)
+    if UNIT:
+        square = tl.zeros((ROWS,), ACC)
+        for start in range(0, d, STEP):
+            column = start + tl.arange(0, STEP)[None, :]
+            part = tl.load(x + source + column, mask=inside[:, None] & (column < d), other=0.0).to(ACC)
+            square += tl.sum(part * part, 1)
+        norm = tl.sqrt(square)
+        factor = tl.where(norm - norm == 0.0, 1.0 / tl.where(norm > TINY, norm, 1.0), float("nan"))
+        factor = tl.where(norm <= TINY, 0.0, factor)
+        tl.store(inverse + rows, factor, mask=inside)
+    for start in range(0, d, STEP):
+        column = start + tl.arange(0, STEP)[None, :]
+        here = inside[:, None] & (column < d)
+        part = tl.load(x + source + column, mask=here, other=0.0).to(ACC) * factor[:, None]
+        tl.store(out + target + column, part.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def scatter_rows(
+    g, x, order, inverse, dx, n, d, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx (N, D) from g (N, D), the gradient of `gather_rows`: (g - y <y, g>) / |x| with y = x / |x|, if UNIT."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    source = tl.load(order + rows, mask=inside, other=0)[:, None] * d
+    sorted_row = rows.to(tl.int64)[:, None] * d
+    factor, along = tl.full((ROWS,), 1.0, ACC), tl.zeros((ROWS,), ACC)
+    if UNIT:
+        factor = tl.load(inverse + rows, mask=inside, other=0.0)
+        for start in range(0, d, STEP):
+            column = start + tl.arange(0, STEP)[None, :]
+            here = inside[:, None] & (column < d)
+            part = tl.load(x + source + column, mask=here, other=0.0).to(ACC) * factor[:, None]
+            along += tl.sum(part * tl.load(g + sorted_row + column, mask=here, other=0.0).to(ACC), 1)
+    for start in range(0, d, STEP):
+        column = start + tl.arange(0, STEP)[None, :]
+        here = inside[:, None] & (column < d)
+        part = tl.load(g + sorted_row + column, mask=here, other=0.0).to(ACC)
+        if UNIT:
+            y = tl.load(x + source + column, mask=here, other=0.0).to(ACC) * factor[:, None]
+            part = (part - y * along[:, None]) * factor[:, None]
+        tl.store(dx + source + column, part.to(dx.dtype.element_ty), mask=here)

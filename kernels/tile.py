@@ -1,0 +1,177 @@
+"""What every kernel does with one tile of pairs: which tiles, their similarities, who belongs to whom.
+
+A program owns BLOCK_ROWS sorted rows and walks over tiles of BLOCK_COLS sorted columns. Rows i and columns j are a
+positive pair where low_i <= j < high_i, so the tiles that need a mask are a band (and the last, ragged one); all others
+hold negatives only, and are visited without one.
+"""
+
+import triton
+import triton.language as tl
+
+LOGSUMEXP: tl.constexpr = tl.constexpr(0)
+SUM: tl.constexpr = tl.constexpr(1)
+MIN: tl.constexpr = tl.constexpr(2)
+MAX: tl.constexpr = tl.constexpr(3)
+COUNT: tl.constexpr = tl.constexpr(4)
+NOTHING: tl.constexpr = tl.constexpr(-1)  # the second slot of a launch of one reduction
+
+POSITIVES: tl.constexpr = tl.constexpr(0)
+NEGATIVES: tl.constexpr = tl.constexpr(1)
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+INF: tl.constexpr = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def number(value, learned, ACC: tl.constexpr):
+    """A scalar that the host knows, or one that lives on the device."""
+    return tl.full([], value, ACC) if learned is None else tl.load(learned)
+
+
+@triton.jit
+def row_vector(pointer, index, inside, default, ACC: tl.constexpr):
+    """Entries `index` of a vector; without one, the default (which the compiler then drops)."""
+    if pointer is None:
+        return tl.full(index.shape, default, ACC)
+    else:
+        return tl.load(pointer + index, mask=inside, other=default)
+
+
+@triton.jit
+def intervals(lo, hi, rows, inside, col0):
+    """Each row's interval of positives, relative to column col0, and the smallest one that holds them all."""
+    low = (tl.load(lo + rows, mask=inside, other=0) - col0).to(tl.int32)
+    high = (tl.load(hi + rows, mask=inside, other=0) - col0).to(tl.int32)
+    return low, high, tl.min(tl.where(inside, low, 2147483647), 0), tl.max(tl.where(inside, high, -2147483648), 0)
+
+
+@triton.jit
+def span(lowest, highest, limit, split, splits, BLOCK_COLS: tl.constexpr, BAND_ONLY: tl.constexpr):
+    """The tiles of one split of a row block over columns [0, limit).
+
+    Masked: band + [0, in_band), then tile `whole` if `ragged` is 1. Clean: first + [0, clean), skipping the band.
+    """
+    whole = limit // BLOCK_COLS
+    from_tile = tl.minimum(tl.maximum(lowest, 0), limit) // BLOCK_COLS
+    to_tile = tl.cdiv(tl.minimum(tl.maximum(highest, 0), limit), BLOCK_COLS)
+    if BAND_ONLY:
+        share = tl.cdiv(tl.maximum(to_tile - from_tile, 0), splits)
+        band = tl.minimum(from_tile + split * share, to_tile)
+        in_band = tl.minimum(to_tile - band, share)
+        return band, in_band, limit * 0, whole, band, limit * 0
+    else:
+        tiles = tl.cdiv(limit, BLOCK_COLS)
+        share = tl.cdiv(tiles, splits)
+        first = tl.minimum(split * share, tiles)
+        last = tl.minimum(first + share, tiles)
+        stop = tl.maximum(tl.minimum(last, whole), first)
+        band = tl.minimum(tl.maximum(from_tile, first), stop)
+        in_band = tl.minimum(tl.maximum(to_tile, band), stop) - band
+        return band, in_band, last - stop, whole, first, stop - first - in_band
+
+
+@triton.jit
+def load_rows(x, index, inside, d, start, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, WHOLE: tl.constexpr):
+    """(R, BLOCK_D): columns start + [0, BLOCK_D) of rows `index` of x (., d); zeros outside of it."""
+    column = start + tl.arange(0, BLOCK_D)
+    at = x + index.to(tl.int64)[:, None] * d + column[None, :]
+    if WHOLE and EVEN_D:
+        return tl.load(at)
+    elif WHOLE:
+        return tl.load(at, mask=column[None, :] < d, other=0.0)
+    elif EVEN_D:
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=inside[:, None] & (column[None, :] < d), other=0.0)
+
+
+@triton.jit
+def leading_bits(x):
+    """float32 rounded to the 11 bits that tf32 holds; the rest, x - leading_bits(x), is exact."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tf32_product(a, b):
+    # Without a limit the compiler moves the sum that this is part of into the tensor cores' accumulator.
+    return tl.dot(a, b, input_precision="tf32", max_num_imprecise_acc=1)
+
+
+@triton.jit
+def add_products(a, b, whole, left, right, PRECISION: tl.constexpr):
+    """a b^T (R, C) added to the sum of three accumulators.
+
+    PRECISION "split": float32 in three tf32 products. The two cross terms are kept apart and added last, so that S_ij
+    and S_ji have the same bits: a window must not open for a pair seen from one end and stay shut from the other.
+    Chunks are added outside of the tensor cores, which do not round their sums to nearest.
+    """
+    if PRECISION == "split":
+        a1, b1 = leading_bits(a), leading_bits(b)
+        whole += tf32_product(a1, tl.trans(b1))
+        left += tf32_product(a - a1, tl.trans(b1))
+        right += tf32_product(a1, tl.trans(b - b1))
+    else:
+        whole = tl.dot(a, tl.trans(b), whole, input_precision=PRECISION, out_dtype=whole.dtype)
+    return whole, left, right
+
+
+@triton.jit
+def similarities(
+    x, x_tile, row_squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
+    ZERO: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(R, C): z of `rows` and `cols`, and the columns' embeddings (C, BLOCK_K) if that holds all of D at once.
+
+    From embeddings, or from `given` products (the block that begins at row0, col0). WHOLE: all columns are valid.
+    """
+    y_tile = 0
+    if given is not None:
+        at = (rows - row0).to(tl.int64)[:, None] * given_row + (cols - col0).to(tl.int64)[None, :] * given_col
+        z = tl.load(given + at, mask=inside[:, None] & valid[None, :], other=0.0)
+    else:
+        z = tl.zeros((rows.shape[0], cols.shape[0]), ACC)
+        left, right = z, z
+        if ONE_CHUNK:
+            y_tile = load_rows(y, cols, valid, d, 0, BLOCK_K, EVEN_D, WHOLE)
+            z, left, right = add_products(x_tile, y_tile, z, left, right, PRECISION)
+        else:
+            for start in range(0, d, BLOCK_K):
+                a = load_rows(x, rows, inside, d, start, BLOCK_K, EVEN_D, False)
+                b = load_rows(y, cols, valid, d, start, BLOCK_K, EVEN_D, WHOLE)
+                z, left, right = add_products(a, b, z, left, right, PRECISION)
+        if PRECISION == "split":
+            z += left + right
+    if col_squares is not None:
+        squares = row_squares[:, None] + row_vector(col_squares, cols, valid, 0.0, ACC)[None, :]
+        d2 = squares - 2.0 * z
+        z = tl.sqrt(tl.where(d2 > ZERO * squares, d2, 0.0))
+    return z, y_tile
+
+
+@triton.jit
+def members(rows, cols, valid, low, high, col0, SIDE: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr):
+    """(R, C): the pairs of that side. Tiles that are not MASKED hold valid negatives only."""
+    if MASKED:
+        at = cols - col0
+        keep = valid[None, :] & (rows[:, None] == rows[:, None])
+        if SQUARE:
+            keep = keep & (cols[None, :] != rows[:, None])
+        positive = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
+        if SIDE == POSITIVES:
+            keep = keep & positive
+        elif SIDE == NEGATIVES:
+            keep = keep & (positive == 0)
+        return keep
+    else:
+        return tl.full((rows.shape[0], cols.shape[0]), 1, tl.int1)
+
+
+@triton.jit
+def inside_window(z, keep, lower, upper, HAS_LOWER: tl.constexpr, HAS_UPPER: tl.constexpr):
+    if HAS_LOWER:
+        keep = keep & (z > lower)
+    if HAS_UPPER:
+        keep = keep & (z < upper)
+    return keep

@@ -1,0 +1,70 @@
+"""A user's own transform phi(t) of `Reduction`, beside the built-in ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .reduction import BUILT_IN, TRANSFORMS
+
+
+class Custom(NamedTuple):
+    dense: Callable[[Tensor], Tensor]
+    value: Any
+    slope: Any
+    name: str
+
+    def kernels(self) -> tuple[Any, Any]:
+        return self.value, self.slope
+
+
+_custom: dict[str, Custom] = {}
+
+
+def custom(name: str) -> Custom:
+    return _custom[name]
+
+
+def is_custom(name: str) -> bool:
+    return name in _custom
+
+
+def register_transform(name: str, dense: Callable[[Tensor], Tensor], *, value: Any = None, slope: Any = None) -> None:
+    """Makes ``Reduction("sum", side, name)`` mean the sum of phi(t) over a row's pairs, t = scale * z + offset.
+
+    Args:
+        name: a word of your own. Registering it again replaces it.
+        dense: phi of a tensor of any shape and dtype, elementwise and differentiable; the reference implementation,
+            and second derivatives, run it.
+        value, slope: phi and phi' as functions of a block t of float32 or float64, both decorated with
+            ``triton.jit``; they are compiled into the kernels of ``impl="fused"`` (and ``"tiled"`` on a GPU), exactly
+            as the built-in ones of ``flashpair.kernels.transforms``. Without them those refuse; the C++ kernels of
+            ``"tiled"`` on the CPU know the built-in transforms only, and ``impl="auto"`` takes the reference there.
+
+    Raises:
+        TypeError, ValueError: a name that is not a word or is built in, or one of `value` and `slope` alone.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TypeError(f"name must be a word, got {name!r}")
+    if name in BUILT_IN:
+        raise ValueError(f"name {name!r} is a built-in transform")
+    if not callable(dense):
+        raise TypeError(f"dense must be callable, got {type(dense).__name__}")
+    if (value is None) != (slope is None):
+        raise ValueError("value and slope go together: give both triton.jit functions, or neither")
+    if name not in TRANSFORMS:
+        TRANSFORMS.append(name)
+    _custom[name] = Custom(dense, value, slope, name)
+
+
+def obstacles(name: str, impl: str, device: str) -> list[str]:
+    """Why `impl` cannot run a transform; empty if it can."""
+    if name in BUILT_IN or impl == "reference":
+        return []
+    if impl == "tiled" and device == "cpu":
+        return [f"transform {name!r} is your own, and the C++ kernels of tiled know {', '.join(BUILT_IN)}"]
+    if _custom[name].value is None:
+        return [f"transform {name!r} was registered without the triton.jit functions `value` and `slope`"]
+    return []
