@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton, which looks once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from flashpair import extension
 
@@ -19,3 +30,51 @@ def fresh_compiler():
 
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+
+
+class Compiling:
+    """tests/aot.py on some chips, in processes that run beside the other tests: two minutes of a core for each chip."""
+
+    WORKERS = 2
+
+    def __init__(self, chips):
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = ["nice", sys.executable, str(Path(__file__).parent / "aot.py")]
+        self.running = []
+        for k in range(self.WORKERS):
+            out = tempfile.TemporaryFile("w+")
+            self.running.append(
+                (subprocess.Popen([*command, *chips[k :: self.WORKERS]], stdout=out, env=environment), out)
+            )
+
+    def report(self):
+        found = []
+        for process, out in self.running:
+            assert process.wait() == 0
+            out.seek(0)
+            found += json.load(out)
+        return found
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name == "test_aot.py")
+
+
+def pytest_collection_finish(session):
+    modules = {item.module for item in session.items if item.path.name == "test_aot.py"}
+    if modules and not session.config.option.collectonly:
+        session.config.stash[COMPILING] = Compiling(modules.pop().CHIPS)
+
+
+def pytest_sessionfinish(session):
+    for process, _ in getattr(session.config.stash.get(COMPILING, None), "running", ()):
+        process.kill()
+
+
+COMPILING = pytest.StashKey[Compiling]()
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig):
+    """What tests/aot.py reports of each chip."""
+    return pytestconfig.stash[COMPILING].report()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashpair import Reduction
 from flashpair.check import CRITERIA, batch
 
-__all__ = ["CRITERIA", "assert_as_good_as", "assert_same", "batch", "gradients", "relative"]
+__all__ = ["CRITERIA", "FORMS", "assert_as_good_as", "assert_same", "batch", "forms", "gradients", "relative"]
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -44,3 +45,31 @@ def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], seed: int = 0) 
     upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in wanted]
     found = torch.autograd.grad(wanted, inputs, upstream, allow_unused=True)
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+
+
+FORMS = [("logsumexp", "identity"), ("sum", "identity"), ("sum", "softplus"), ("sum", "hinge"), ("sum", "lifted")]
+FORMS += [("min", "identity"), ("max", "identity"), ("count", "identity")]
+
+
+def forms(n: int, m: int, seed: int, device: str = "cpu") -> tuple[list[Reduction], list[Tensor]]:
+    """One of every reduction, each with another side and window, and what wants a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def vector(size):
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+
+    sides, windows, found, learn = ("positives", "negatives", "all"), ("open", "lower", "upper", "both"), [], []
+    for k, (op, transform) in enumerate(FORMS):
+        options = {}
+        if op in ("logsumexp", "sum"):
+            options = {"scale": (vector(()) + 3).requires_grad_(), "offset": vector(n).requires_grad_()}
+        if transform == "lifted":
+            options["ref_offset"] = vector(m).requires_grad_()
+        learn += options.values()
+        window = windows[(k + seed) % 4]
+        if window in ("lower", "both"):
+            options["lower"] = vector(n) - 1
+        if window in ("upper", "both"):
+            options["upper"] = vector(n) + 1
+        found.append(Reduction(op, sides[(k + seed) % 3], transform, **options))
+    return found, learn

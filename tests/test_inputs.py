@@ -86,8 +86,8 @@ def test_lifted_structure_is_defined_within_a_batch():
 
 
 def test_an_explicit_implementation_never_falls_back():
-    with pytest.raises(RuntimeError, match=r"'fused' cannot run: fused needs a CUDA device.*; this version"):
-        MultiSimilarityLoss(impl="fused")(X, LABELS)
+    with pytest.raises(RuntimeError, match=r"'onchip' cannot run: onchip needs a CUDA device.*; this version"):
+        MultiSimilarityLoss(impl="onchip")(X, LABELS)
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("tiled", marks=needs_extension)])

@@ -1,0 +1,177 @@
+"""Compiles what the engine launches, for chips that are not there: `python tests/aot.py ARCH ... > report.json`.
+
+The engine runs on CPU tensors over a driver that says it is that chip, compiles as on one, and launches nothing. So
+each kernel is compiled with the arguments, types and options that a GPU would get. Not under TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from flashpair.kernels import configs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from flashpair import blocked, fused, launch
+from flashpair.criteria.mining import _mined
+from flashpair.ops import encode
+from flashpair.plan import make_plan
+from flashpair.reduction import Reduction
+from flashpair.schedule import Given, Problem, decode
+
+FAMILIES = {"80": configs.AMPERE, "90": configs.HOPPER, "100": configs.BLACKWELL, "gfx942": configs.CDNA}
+FAMILIES |= dict.fromkeys(("86", "89", "120"), configs.SMALL)
+TENSOR_CORES = {
+    "80": "mma.sync",
+    "90": "wgmma",
+    "100": "tcgen05",
+    "gfx942": "v_mfma",
+    "86": "mma.sync",
+    "89": "mma.sync",
+}
+TENSOR_CORES["120"] = "mma.sync"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+RAGGED = 300  # a D of several chunks and slabs, the last ones cut
+
+
+FORMS = [
+    ("mined", True, "dot"),
+    ("logsumexps", False, "euclidean"),
+    ("lifted", False, "dot"),
+    ("learned", False, "dot"),
+]
+
+
+class Chip:
+    """A driver for a chip that is not there."""
+
+    def __init__(self, arch: str, index: int) -> None:
+        self.target = GPUTarget("cuda", int(arch), 32) if arch.isdigit() else GPUTarget("hip", arch, 64)
+        self.index = index
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, 1024),
+            get_device_properties=lambda device: {
+                "max_shared_mem": 2**20
+            },  # what a kernel asks for is judged by the test
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *args: None
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers and stack bytes of a cubin, by the cuobjdump that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        words = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", words)
+    assert found, words
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def describe(kernel: Any, arch: str) -> dict[str, Any]:
+    assembly = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
+    record: dict[str, Any] = {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
+    record["tensor_cores"] = TENSOR_CORES[arch] in assembly
+    if "cubin" in kernel.asm:
+        return record | resources(kernel)
+    spilled = re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly)
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
+    assert spilled and registers
+    return record | {"registers": int(registers[1]), "stack": sum(map(int, spilled))}
+
+
+def problem(dtype: torch.dtype, d: int, references: bool, distance: str) -> Problem:
+    labels = torch.arange(64) // 4
+    plan = make_plan(labels, labels if references else None)
+    x = torch.zeros(64, d, dtype=dtype)
+    y = torch.zeros(64, d, dtype=dtype) if references else None
+    return Problem(x, y, plan.lo, plan.hi, plan.end, plan.ref_order, distance)
+
+
+def loss(name: str) -> tuple[Reduction, ...]:
+    if name == "mined":
+        return _mined(2.0, 50.0, 0.1)
+    if name == "learned":
+        scale = torch.ones(())
+        return Reduction("sum", "negatives", "softplus", scale=scale), Reduction("max", "positives")
+    if name == "logsumexps":
+        return Reduction("logsumexp", "positives", scale=-2.0), Reduction("logsumexp", "negatives", scale=50.0)
+    offsets = {"offset": torch.zeros(64), "ref_offset": torch.zeros(64)}
+    return (Reduction("sum", "positives", "lifted", **offsets),)
+
+
+def compile_step(name: str, dtype: torch.dtype, d: int, references: bool, distance: str, schedule: Any = fused) -> None:
+    """One training step of a loss, launched into nothing."""
+    reductions = loss(name)
+    slots = [4 * k + s for k, r in enumerate(reductions) for s in (0, 1) if r.ref_offset is not None]
+    spec = encode(reductions, tuple(slots), distance, "fused")
+    terms = decode(spec.code, spec.shifts, spec.slots)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.ones(len(terms), dtype=wide) if name == "learned" else None
+    given = Given(scale, spec.scales, [torch.zeros(64, dtype=wide) for _ in slots])
+    p = problem(dtype, d, references, distance)
+    launch.scatter_rows(p.x, p.x, p.order, launch.gather_rows(p.x, p.order, True)[1], True)
+    values, kept = schedule.forward(p, terms, given, True)
+    grads = [None if t.detach else values[k] for k, t in enumerate(terms)]
+    need = [True, True, scale is not None, bool(slots), bool(slots)]
+    schedule.backward(p, terms, given, values, kept, grads, need)
+
+
+def main(archs: list[str]) -> None:
+    report: list[dict[str, Any]] = []
+    compiled: set[Any] = set()
+    place: dict[str, Any] = {}
+    run = launch.run
+
+    def recorded(*args: Any, **more: Any) -> Any:
+        kernel = run(*args, **more)
+        if kernel is not None and kernel.hash not in compiled:
+            compiled.add(kernel.hash)
+            report.append(place | describe(kernel, place["arch"]))
+        return kernel
+
+    launch.run = recorded
+    for index, arch in enumerate(archs):
+        driver.set_active(Chip(arch, index))
+        configs.family = lambda device, found=FAMILIES[arch]: found
+        for (of, dtype), rows in configs.TABLE.items():
+            name = str(dtype).removeprefix("torch.")
+            for largest, config in rows if of == FAMILIES[arch] else ():
+                d = min(largest, RAGGED)
+                place = {"arch": arch, "dtype": name, "d": d, "loss": "mined", "config": config}
+                compile_step("mined", dtype, d, False, "dot")
+        for name in {"80": ["bfloat16"], "90": ["bfloat16", "float32"], "100": ["bfloat16"]}.get(arch, []):
+            for which, references, distance in FORMS:
+                config = configs.choose(FAMILIES[arch], DTYPES[name], 128)
+                place = {"arch": arch, "dtype": name, "d": 128, "loss": which, "config": config}
+                compile_step(which, DTYPES[name], 128, references, distance)
+        if FAMILIES[arch] in (configs.AMPERE, configs.HOPPER, configs.BLACKWELL):
+            config = configs.choose(FAMILIES[arch], torch.bfloat16, 768)
+            place = {"arch": arch, "dtype": "bfloat16", "d": 768, "loss": "mined, blocked", "config": config}
+            compile_step("mined", torch.bfloat16, 768, False, "dot", blocked)
+    json.dump(report, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
