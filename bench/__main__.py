@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import machine, plot, report, suite
-from .options import DATA, DTYPES, GB, LOSSES, VARIANTS, Options
+from .options import DATA, DEFAULT, DEVICES, DTYPES, GB, LOSSES, PHASES, VARIANTS, Options
 from .progress import Progress
 
 ALIASES = {"pml": "pytorch-metric-learning"}
@@ -39,8 +39,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--per-class", type=int, default=default.per_class, help="samples of each class")
     p.add_argument("--data", choices=DATA, default=default.data, help="trained: mining leaves few pairs")
     p.add_argument("--dtype", choices=DTYPES, default=default.dtype)
+    p.add_argument("--device", choices=DEVICES, default=default.device)
+    p.add_argument("--phase", choices=PHASES, default=default.phase)
     p.add_argument("--ref", type=int, metavar="M", help="against M references without gradient, not the batch itself")
-    p.add_argument("--variants", type=names, default=VARIANTS, help=f"of {', '.join(VARIANTS)}, or module:function")
+    p.add_argument("--variants", type=names, default=DEFAULT, help=f"of {', '.join(VARIANTS)}, or module:function")
     p.add_argument("--repeats", type=int, default=default.repeats, help="timed rounds")
     p.add_argument("--warmup", type=int, default=default.warmup, help="rounds before them")
     p.add_argument(
@@ -71,7 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     limit = given.pop("memory_limit")
     try:
-        bytes_limit = int(SHARE_OF_MEMORY * machine.memory_bytes() if limit is None else limit * GB)
+        whole = machine.gpu_bytes() if given["device"] == "cuda" else machine.memory_bytes()
+        bytes_limit = int(SHARE_OF_MEMORY * whole if limit is None else limit * GB)
         options = Options.of({**given, "memory_limit": bytes_limit})
     except ValueError as error:
         p.error(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ class Case(NamedTuple):
     d: int
 
     @property
+    def whole_step(self) -> Case:
+        """What is checked, whatever is timed."""
+        return self._replace(options=replace(self.options, phase="step"))
+
+    @property
     def m(self) -> int:
         return self.n if self.options.ref is None else self.options.ref
 
@@ -33,7 +39,9 @@ class Case(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What flashpair accumulates in, and the floor is taken in."""
+        """What flashpair multiplies in, and the floor is taken in."""
+        if self.options.device == "cuda":
+            return self.options.torch_dtype
         return torch.float64 if self.options.dtype == "float64" else torch.float32
 
     @property
@@ -67,7 +75,7 @@ def make_batch(case: Case) -> Batch:
         x = torch.randn(count, d, generator=generator)
         if options.data == "trained":
             x = x.mul_(NOISE).add_(centres[labels])
-        return x.mul_(d**-0.25).to(options.torch_dtype), labels
+        return x.mul_(d**-0.25).to(options.device, options.torch_dtype), labels.to(options.device)
 
     x, labels = rows(case.n)
     y, ref_labels = (None, None) if case.square else rows(case.m)
@@ -76,7 +84,7 @@ def make_batch(case: Case) -> Batch:
 
 def live_share(batch: Batch, epsilon: float = 0.1) -> float:
     """The share of negatives that Multi-Similarity's mining keeps, from the first anchors against all."""
-    rows = torch.arange(min(SAMPLED_ROWS, batch.x.shape[0]))
+    rows = torch.arange(min(SAMPLED_ROWS, batch.x.shape[0]), device=batch.x.device)
     with torch.no_grad():
         x = torch.nn.functional.normalize(batch.x.float())
         y = x if batch.y is None else torch.nn.functional.normalize(batch.y.float())

@@ -101,7 +101,7 @@ def find_truth(case: Case, batch: Batch) -> Truth:
     rounding = torch.finfo(case.options.torch_dtype).eps
     bound = min(FACTOR * (error + rounding), WORST_BOUND)
     quick = 6 * case.n * case.m * case.d <= MOST_FLOP
-    if head != case and quick and not obstacles("tiled", batch.x.device):
+    if head != case and quick and case.options.device == "cpu" and not obstacles("tiled", batch.x.device):
         loss, gradient = _double(case, batch, "tiled")
         return Truth(case, batch, loss, gradient, "flashpair's tiled implementation in float64", bound)
     how = "the dense reference in float64"

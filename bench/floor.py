@@ -15,13 +15,21 @@ from typing import Any
 import torch
 
 from .cases import Batch, Case
+from .options import FLOOR
 
 WHOLE = 2**28  # entries of S up to which it is stored whole
 BLOCK_ROWS = 2048
 SLOWEST = 1e9  # flop per second
 
 
+def floor_products(case: Case, variant: str) -> int:
+    """How many products a floor has: of a forward pass one, of a step three, or the two of one that keeps S."""
+    return 1 if case.options.phase == "forward" else 3 if variant == FLOOR else 2
+
+
 def products(case: Case, count: int = 3) -> list[str]:
+    if count == 1:
+        return ["S = X Y^T"]
     if case.square:
         return ["S = X Y^T", "S Y", "S^T X"]
     return ["S = X Y^T", "S = X Y^T again", "S Y"] if count == 3 else ["S = X Y^T", "S Y"]
@@ -61,8 +69,8 @@ def make_floor(case: Case, batch: Batch, count: int = 3) -> Callable[[], None]:
     y = x if batch.y is None else batch.y[:cols].to(case.compute_dtype)
     block = block_rows(case)
     similarities = x.new_zeros(block, cols)
-    dx = torch.zeros_like(x)
-    dy = torch.zeros_like(y) if case.square else None
+    dx = torch.zeros_like(x) if count > 1 else None
+    dy = torch.zeros_like(y) if case.square and count > 1 else None
     again = "S = X Y^T again" in products(case, count)
 
     def step() -> None:
@@ -72,7 +80,8 @@ def make_floor(case: Case, batch: Batch, count: int = 3) -> Callable[[], None]:
             torch.mm(xb, y.T, out=s)
             if again:
                 torch.mm(xb, y.T, out=s)
-            torch.mm(s, y, out=dx[start : start + block])
+            if dx is not None:
+                torch.mm(s, y, out=dx[start : start + block])
             if dy is not None and start == 0:
                 torch.mm(s.T, xb, out=dy)
             elif dy is not None:

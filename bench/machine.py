@@ -30,6 +30,11 @@ def memory_bytes() -> int:
     return total
 
 
+def gpu_bytes() -> int:
+    """The current GPU's memory, 0 without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
 def cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -97,6 +102,9 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": cores(),
         "memory_bytes": memory_bytes(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -113,9 +121,14 @@ def describe() -> dict[str, Any]:
     }
 
 
-def words(machine: dict[str, Any], threads: int) -> str:
+def words(machine: dict[str, Any], threads: int, on_gpu: bool = False) -> str:
     """One line for under a table or a plot."""
     memory = machine["memory_bytes"] / 1e9
+    if on_gpu:
+        return (
+            f"{machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}, Triton {machine['triton']}, "
+            f"{machine['date'][:10]}"
+        )
     return (
         f"{machine['cpu']}, {threads} of {machine['cores']} cores, {memory:.0f} GB, "
         f"{machine['instruction_set'] or 'no extension'}, torch {machine['torch']}, {machine['date'][:10]}"

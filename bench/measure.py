@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from .options import Options
 from .variants import Step
 
@@ -39,10 +41,18 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def _finish() -> None:
+    """What was launched on a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def _sample(step: Step, count: int) -> float:
+    _finish()
     start = time.perf_counter()
     for _ in range(count):
         step()
+    _finish()
     return (time.perf_counter() - start) / count
 
 

@@ -19,7 +19,10 @@ TITLES = {
 }
 DATA = ("random", "trained")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-VARIANTS = ("flashpair", "reference", "compiled", "pytorch-metric-learning", "floor")
+DEVICES = ("cpu", "cuda")
+PHASES = ("step", "forward")
+VARIANTS = ("flashpair", "reference", "compiled", "pytorch-metric-learning", "floor", "flex-attention", "inf-cl")
+DEFAULT = VARIANTS[:5]
 FLOORS = FLOOR, FLOOR_TWO = "floor", "floor (two products)"
 GB = 10**9
 
@@ -29,12 +32,14 @@ class Options:
     """The arguments of a run.
 
     Args:
-        memory_limit: bytes that a step may add to the memory of its process.
+        memory_limit: bytes that a step may add to the memory of its process, or of the GPU.
         threads: of torch.
         loss: one of LOSSES. sizes: batch sizes N, ascending. dims: embedding widths D.
         per_class: samples of a class.
         data: ``"random"``, or ``"trained"``: tight classes, so that mining leaves few pairs.
-        dtype: of the embeddings. ref: None, or M references without gradient instead of the batch itself.
+        device: ``"cpu"``, or ``"cuda"`` for the current GPU. dtype: of the embeddings.
+        phase: ``"step"``, forward and backward, or ``"forward"``, with all that a backward needs.
+        ref: None, or M references without gradient instead of the batch itself.
         variants: names of VARIANTS, or ``module:function`` of one's own (see variants.py).
         repeats: timed rounds; warmup: rounds before them.
         time_limit: seconds that one step may take, and after which a variant gets no further round.
@@ -49,8 +54,10 @@ class Options:
     per_class: int = 4
     data: str = "random"
     dtype: str = "float32"
+    device: str = "cpu"
+    phase: str = "step"
     ref: int | None = None
-    variants: tuple[str, ...] = VARIANTS
+    variants: tuple[str, ...] = DEFAULT
     repeats: int = 5
     warmup: int = 1
     time_limit: float = 30.0
@@ -63,6 +70,8 @@ class Options:
             raise ValueError("per-class must be at least 2, repeats and threads at least 1, warmup at least 0")
         if self.memory_limit <= 0 or self.time_limit <= 0:
             raise ValueError("memory-limit and time-limit must be above 0")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: torch finds no GPU here")
         if self.ref is not None and (self.ref < 4 or self.loss == "lifted"):
             raise ValueError("ref must be at least 4, and lifted is defined within a batch, without references")
         unknown = [v for v in self.variants if v not in VARIANTS and ":" not in v]
@@ -76,7 +85,9 @@ class Options:
     @property
     def title(self) -> str:
         against = "" if self.ref is None else f" against {self.ref:,} references without gradient"
-        return f"{TITLES[self.loss]}, one training step{against}: {self.data} data, {self.dtype}"
+        what = "one training step" if self.phase == "step" else "forward of a training step"
+        where = "" if self.device == "cpu" else " on the GPU"
+        return f"{TITLES[self.loss]}, {what}{against}{where}: {self.data} data, {self.dtype}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

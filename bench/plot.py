@@ -161,7 +161,7 @@ def _footnote(document: Document, options: Options) -> str:
             absent.append(f"{name}: {records[0]['words']}")
     if any(r["status"].startswith("over_") for c in document["cases"] for r in c["variants"].values()):
         absent.append("A cross: over a limit at that size; drawn at that limit, or where the slope before it leads.")
-    lines = [machine.words(document["machine"], options.threads), *absent]
+    lines = [machine.words(document["machine"], options.threads, options.device == "cuda"), *absent]
     return "\n".join(line if len(line) < 180 else line[:179] + "…" for line in lines)
 
 

@@ -25,7 +25,9 @@ def stem(document: Document) -> str:
     o = document["options"]
     against = "" if o["ref"] is None else f"-ref{o['ref']}"
     when = document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
-    return f"{o['loss']}-{o['data']}-{o['dtype']}{against}-{when}"
+    where = "-cuda" if o.get("device") == "cuda" else ""
+    where += "-forward" if o.get("phase") == "forward" else ""
+    return f"{o['loss']}-{o['data']}-{o['dtype']}{against}{where}-{when}"
 
 
 def write(document: Document, folder: Path) -> Path:
@@ -93,7 +95,7 @@ def print_table(document: Document, console: Console | None = None) -> None:
             )  # fmt: skip
         table.add_section()
     console.print(table)
-    console.print(machine.words(document["machine"], options.threads), highlight=False)
+    console.print(machine.words(document["machine"], options.threads, options.device == "cuda"), highlight=False)
     busy = max((c["cores_used_by_others"] or 0.0 for c in document["cases"]), default=0.0)
     if busy > BUSY:
         console.print(f"[yellow]Times are doubtful: other processes kept up to {busy:.1f} cores busy[/]")
@@ -132,4 +134,6 @@ def markdown(document: Document) -> str:
     width = "" if many else f", D = {options.dims[0]}"
     what = "Median time (share of the floor's speed), peak memory beyond inputs and gradient."
     note = f"{options.title}{width}. {what}"
-    return "\n".join([*lines, "", f"{note} {machine.words(document['machine'], options.threads)}."])
+    return "\n".join(
+        [*lines, "", f"{note} {machine.words(document['machine'], options.threads, options.device == 'cuda')}."]
+    )

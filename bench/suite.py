@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from . import guard, machine
+from . import gpu, guard, machine
 from .cases import Batch, Case, live_share, make_batch
 from .check import Truth, find_truth, judge
-from .floor import describe, is_small
+from .floor import describe, floor_products, is_small
 from .measure import Times, interleave
 from .options import FLOOR, FLOOR_TWO, FLOORS, Options
 from .probe import is_memory, reason
@@ -31,7 +31,7 @@ def _at(case: Case) -> str:
 
 def _names(options: Options) -> list[str]:
     names = list(options.variants)
-    if FLOOR in names and options.ref is not None:
+    if FLOOR in names and options.ref is not None and options.phase == "step":
         names.append(FLOOR_TWO)
     return names
 
@@ -42,8 +42,12 @@ def _probe(case: Case, variant: str, earlier: Record | None, progress: Progress)
         return {"n": case.n, "status": earlier["status"], "words": earlier["words"], "since_n": since}
     if variant in FLOORS and is_small(case):
         return {"n": case.n, "status": "ok", "words": ""}
-    progress.doing(f"{_at(case)}: {variant} in a process of its own")
-    found = guard.probe(case, variant)
+    if case.options.device == "cuda":
+        progress.doing(f"{_at(case)}: {variant}, once")
+        found = gpu.probe(case, variant)
+    else:
+        progress.doing(f"{_at(case)}: {variant} in a process of its own")
+        found = guard.probe(case, variant)
     record: Record = {"n": case.n, "status": found.status, "words": found.words}
     if found.ok:
         record["probe_seconds"] = found.seconds
@@ -79,7 +83,7 @@ def _check(steps: dict[str, Step], records: dict[str, Record], case: Case, batch
     progress.doing(f"{_at(case)}: the truth in float64")
     truth: Truth | Exception
     try:
-        truth = find_truth(case, batch)
+        truth = find_truth(case.whole_step, batch)
     except Exception as error:
         truth = RuntimeError(f"no truth to check against: {reason(error)}")
     for variant in checked:
@@ -112,6 +116,9 @@ def _time(steps: dict[str, Step], records: dict[str, Record], case: Case, progre
         for record in records.values():
             if "seconds" in record:
                 record["fraction_of_floor"] = floor / record["seconds"]["median"]
+                record["tflops_of_floor"] = (
+                    describe(case, floor_products(case, FLOOR))["flop"] / record["seconds"]["median"] / 1e12
+                )
 
 
 def _told(variant: str, record: Record) -> str:
@@ -141,7 +148,7 @@ def run_case(case: Case, earlier: dict[str, Record], progress: Progress) -> Reco
         progress.say(f"{_at(case)}: {_told(variant, record)}")
     return {
         "n": case.n, "m": case.m, "d": case.d, "classes": case.classes,
-        "floor": {v: describe(case, 3 if v == FLOOR else 2) for v in FLOORS if v in names},
+        "floor": {v: describe(case, floor_products(case, v)) for v in FLOORS if v in names},
         "live_share_of_negatives": live_share(batch) if case.options.loss == "ms" else None,
         "cores_used_by_others": busy,
         "variants": records,
@@ -153,7 +160,8 @@ def run(options: Options, progress: Progress, save: Callable[[Record], object] =
     document: Record = {
         "what": "flashpair bench: one training step (forward and backward)",
         "units": "seconds; bytes; peak_extra: beyond inputs and gradient; over_linear: peak_extra in copies "
-        "of the (N + M) D embeddings; fraction_of_floor: the floor's median / this median",
+        "of the (N + M) D embeddings; fraction_of_floor: the floor's median / this median; tflops_of_floor: 10^12 "
+        "of the floor's flop a second",
         "machine": machine.describe(),
         "options": asdict(options),
         "cases": [],

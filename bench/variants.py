@@ -16,8 +16,8 @@ from torch import Tensor
 import flashpair as fp
 
 from .cases import Batch, Case
-from .floor import make_floor
-from .options import FLOOR, FLOORS
+from .floor import floor_products, make_floor
+from .options import FLOORS
 
 Step = Callable[[], Any]
 CRITERIA: dict[str, Callable[..., torch.nn.Module]] = {
@@ -80,22 +80,81 @@ def _pml(case: Case) -> Callable[..., Tensor]:
     return call
 
 
+def _flex(case: Case) -> Callable[..., Tensor]:
+    """FlexAttention's log-sum-exps, where they are all that a loss needs. Its block masks are made once, untimed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    o = case.options
+    if o.loss != "ms_weighting" or not case.square:
+        raise NotThere("its log-sum-exps express Multi-Similarity without mining, of a batch against itself")
+    if o.device != "cuda":
+        raise NotThere("it has no backward on the CPU")
+    compiled, masks, mine = torch.compile(flex_attention, dynamic=False), {}, criterion(case, "reference")
+
+    def logsumexp(x: Tensor, scale: float, mask: Any) -> Tensor:
+        row = x[None, None]
+        return compiled(row, row, row, scale=scale, block_mask=mask, return_lse=True)[1][0, 0]
+
+    def call(x: Tensor, labels: Tensor) -> Tensor:
+        if not masks:
+            n = labels.shape[0]
+
+            def positive(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return (labels[i] == labels[j]) & (i != j)
+
+            def negative(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return labels[i] != labels[j]
+
+            for name, rule in (("positives", positive), ("negatives", negative)):
+                masks[name] = create_block_mask(rule, None, None, n, n, device=labels.device, _compile=True)
+        unit = torch.nn.functional.normalize(x)
+        pos = logsumexp(unit, -mine.alpha, masks["positives"]).float()
+        neg = logsumexp(unit, mine.beta, masks["negatives"]).float()
+        softplus = torch.nn.functional.softplus
+        rows = softplus(pos + mine.alpha * mine.base) / mine.alpha + softplus(neg - mine.beta * mine.base) / mine.beta
+        return rows.mean()
+
+    return call
+
+
+def _inf_cl(case: Case) -> Callable[..., Tensor]:
+    """inf_cl's contrastive loss is the N-pair loss: its rows are one anchor, its columns one positive a class."""
+    if case.options.loss != "n_pairs" or not case.square:
+        raise NotThere("its one loss is N-pair's")
+    if case.options.device != "cuda":
+        raise NotThere("its kernels need a GPU")
+    try:
+        from inf_cl import cal_flash_loss
+    except ImportError as error:
+        raise NotThere(f"inf_cl is not installed: {error}") from error
+
+    def call(x: Tensor, labels: Tensor) -> Tensor:
+        order = torch.sort(labels, stable=True).indices
+        start = torch.searchsorted(labels[order], torch.unique(labels))
+        return cal_flash_loss(x[order[start]], x[order[start + 1]], scale=1.0, head_dim=case.d).mean()
+
+    return call
+
+
 REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
     "flashpair": _fused,
     "reference": _reference,
     "compiled": _compiled,
     "pytorch-metric-learning": _pml,
+    "flex-attention": _flex,
+    "inf-cl": _inf_cl,
 }
 
 
-def training_step(call: Callable[..., Tensor], batch: Batch) -> Step:
-    """Forward and backward; the gradient is left in ``batch.x.grad``, fresh each time."""
+def training_step(call: Callable[..., Tensor], batch: Batch, backward: bool = True) -> Step:
+    """Forward and, if wanted, backward; the gradient is left in ``batch.x.grad``, fresh each time."""
     refs = {} if batch.y is None else {"ref_emb": batch.y, "ref_labels": batch.ref_labels}
 
     def step() -> Tensor:
         batch.x.grad = None
         loss = call(batch.x, batch.labels, **refs)
-        loss.backward()
+        if backward:
+            loss.backward()
         return loss.detach()
 
     return step
@@ -104,8 +163,8 @@ def training_step(call: Callable[..., Tensor], batch: Batch) -> Step:
 def make_step(variant: str, case: Case, batch: Batch) -> Step:
     """Raises NotThere."""
     if variant in FLOORS:
-        return make_floor(case, batch, 3 if variant == FLOOR else 2)
+        return make_floor(case, batch, floor_products(case, variant))
     if variant in REGISTRY:
-        return training_step(REGISTRY[variant](case), batch)
+        return training_step(REGISTRY[variant](case), batch, case.options.phase == "step")
     module, _, name = variant.partition(":")
-    return training_step(getattr(importlib.import_module(module), name)(case), batch)
+    return training_step(getattr(importlib.import_module(module), name)(case), batch, case.options.phase == "step")
