@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import golden
 import pytest
+import torch
+
+from flashpair.dispatch import obstacles
 
 ORACLE = golden.load()
 CASES = [case for case in ORACLE["cases"] if case["loss"] in golden.BUILDERS]
@@ -15,9 +18,11 @@ def _name(case):
     return "-".join([case["loss"], case["batch"], *words])
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "tiled", "fused"])
 @pytest.mark.parametrize("case", CASES, ids=_name)
 def test_value_and_gradient(case, impl):
+    if reasons := obstacles(impl, torch.device("cpu")):
+        pytest.skip("; ".join(reasons))
     criterion = golden.criterion_for(case, ORACLE)
     criterion.impl = impl
     x, labels = golden.batch(case, ORACLE)
