@@ -43,6 +43,7 @@ _SMALLEST = Config(32, 32, 32, 64, (4, 1), (4, 1))
 _WIDE = Config(128, 32, 32, 64, (8, 2), (8, 2))
 _NARROW = Config(64, 32, 32, 64, (4, 1), (4, 1))
 _DEEP = Config(64, 32, 32, 64, (8, 2), (8, 2))
+_EIGHT = Config(32, 32, 32, 64, (8, 1), (8, 1))
 _PLAIN = Config(64, 32, 32, 64, (8, 1), (8, 1))
 _TESTED = Config(64, 32, 64, 64, (4, 1), (4, 1))
 
@@ -60,7 +61,7 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (256, Config(128, 64, 64, 128, (8, 1), (8, 1))),
         (ANY, _SMALLEST),
     ],
-    (AMPERE, _SINGLE): [(256, Config(128, 16, 32, 64, (8, 2), (8, 2))), (ANY, Config(32, 32, 32, 64, (8, 1), (8, 1)))],
+    (AMPERE, _SINGLE): [(256, Config(128, 16, 32, 64, (8, 2), (8, 2))), (ANY, _EIGHT)],
     (AMPERE, _DOUBLE): [(256, _SLIM), (ANY, _TINY)],
     (HOPPER, _HALF): [
         (128, Config(128, 64, 128, 128, (8, 3), (8, 3))),
@@ -92,7 +93,7 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (ANY, _DEEP),
     ],
     (SMALL, torch.float16): [(32, _SMALLEST), (256, Config(64, 32, 64, 64, (4, 1), (4, 1))), (ANY, _DEEP)],
-    (SMALL, _SINGLE): [(32, _NARROW), (256, _WIDE), (ANY, _DEEP)],
+    (SMALL, _SINGLE): [(32, _NARROW), (256, _WIDE), (ANY, _EIGHT)],
     (SMALL, _DOUBLE): [(ANY, _TINY)],
     (CDNA, _HALF): [(ANY, Config(64, 32, 64, 64, (4, 1), (4, 1)))],
     (CDNA, torch.float16): [(ANY, Config(64, 32, 64, 64, (4, 1), (4, 1)))],

@@ -317,7 +317,7 @@ def windowed(terms: Terms) -> list[int]:
 
 def _row_tiles(x: Tensor) -> dict[str, Any]:
     step = min(1024, configs.power_of_two(x.shape[1]))
-    return {"ROWS": 2048 // step, "STEP": step, "ACC": TRITON[accumulator(x.dtype)], "warps": 4, "stages": 1}
+    return {"ROWS": 1024 // step, "STEP": step, "ACC": TRITON[accumulator(x.dtype)], "warps": 4, "stages": 1}
 
 
 def gather_rows(x: Tensor, order: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
