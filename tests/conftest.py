@@ -26,8 +26,6 @@ needs_extension = pytest.mark.skipif(
 def fresh_compiler():
     """torch.compile's caches are per code object, and all criteria share one forward."""
     yield
-    import sys
-
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 

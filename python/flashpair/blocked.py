@@ -111,10 +111,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     for stage in stages(terms):
         rest, band = _split(work, stage)
         for group in band:
-            states = [work.state(k, count, index[k] is not None, values) for k in group]
-            work.reduce(group, states, anchors, Block(0, work.n, 0, work.m), count)
-            for k, state in zip(group, states, strict=True):
-                work.finish(k, state, spoiled, values[k], index[k])
+            work.reduce_all(group, count, spoiled, values, index, {})
         launches = [(group, [work.state(k, 1, index[k] is not None, values) for k in group]) for group in rest]
         for state in (state for _, states in launches for state in states):
             work.clear(state)

@@ -11,8 +11,6 @@ from torch import Tensor
 from . import extension
 
 IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
-
-
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
 
 

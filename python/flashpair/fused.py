@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .collect import Collector
 from .kernels import configs
-from .launch import Block, Work, groups, splits, weighted, windowed
+from .launch import Work, groups, splits, weighted, windowed
 from .schedule import Given, Gradients, Like, Problem, Terms, accumulator, stages
 from .similarity import poison
 
@@ -51,14 +51,10 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     planes = {k: live[place] for place, k in enumerate(windowed(terms) if live_shape[0] else [])}
     spoiled = poison(p.x, p.y).to(work.dtype)
     count = splits(work.blocks(work.n), work.tiles(work.m), work.device)
-    side, block = work.anchors(), Block(0, work.n, 0, work.m)
+    index = {k: ranks[k] if ranks.numel() and t.indexed else None for k, t in enumerate(terms)}
     for stage in stages(terms):
         for group in groups(terms, stage):
-            index = {k: ranks[k] if ranks.numel() and terms[k].indexed else None for k in group}
-            state = [work.state(k, count, index[k] is not None, values, planes.get(k)) for k in group]
-            work.reduce(group, state, side, block, count)
-            for k, s in zip(group, state, strict=True):
-                work.finish(k, s, spoiled, values[k], index[k])
+            work.reduce_all(group, count, spoiled, values, index, planes)
     places = work.places(ranks) if ranks.numel() else ranks
     return values, (places, live, spoiled, torch.empty(0, dtype=torch.int8, device=work.device))
 

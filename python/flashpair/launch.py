@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import configs, gradient, reduce, rows, transforms
+from .kernels import configs, gradient, reduce, rows, tile, transforms
 from .kernels.gradient import Weighed
 from .kernels.reduce import Reduced
 from .reduction import TRANSFORMS
@@ -27,8 +27,7 @@ LIST_STEP = 256
 TILES_PER_SPLIT = 4
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 SPREAD = {torch.float32: 60.0, torch.float64: 600.0}  # of logsumexps, within which 2^(top - value) is a safe factor
-NOTHING = -1
-UNRANKED = 2**31 - 1
+NOTHING, UNRANKED = tile.NOTHING.value, reduce.UNRANKED.value
 
 
 @functools.lru_cache(maxsize=16)
@@ -210,6 +209,16 @@ class Work:
             self.n, count, OP=self.terms[k].op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
         )  # fmt: skip
 
+    def reduce_all(
+        self, group: Sequence[int], count: int, poison: Tensor, values: Tensor, index: dict[int, Tensor | None],
+        live: dict[int, Tensor],
+    ) -> None:  # fmt: skip
+        """Values and indices of one or two terms over all pairs, from the embeddings."""
+        states = [self.state(k, count, index[k] is not None, values, live.get(k)) for k in group]
+        self.reduce(group, states, self.anchors(), Block(0, self.n, 0, self.m), count)
+        for k, state in zip(group, states, strict=True):
+            self.finish(k, state, poison, values[k], index[k])
+
     def state(self, k: int, count: int, indexed: bool, values: Tensor, live: Tensor | None = None) -> Reduced:
         """Empty tensors for the state of a term; `indexed`: with the place of a min's or max's extreme."""
         op, shape = self.terms[k].op, (count, self.n)
@@ -302,7 +311,8 @@ def phi(t: Term | None) -> tuple[Any, Any]:
     name = "identity" if t is None or t.op != SUM else TRANSFORMS[t.transform]
     if name in transforms.table:
         return transforms.table[name]
-    return custom(name).kernels()
+    own = custom(name)
+    return own.value, own.slope
 
 
 def weighted(terms: Terms, grads: Iterable[Tensor | None]) -> list[int]:

@@ -14,10 +14,6 @@ class Custom(NamedTuple):
     dense: Callable[[Tensor], Tensor]
     value: Any
     slope: Any
-    name: str
-
-    def kernels(self) -> tuple[Any, Any]:
-        return self.value, self.slope
 
 
 _custom: dict[str, Custom] = {}
@@ -25,10 +21,6 @@ _custom: dict[str, Custom] = {}
 
 def custom(name: str) -> Custom:
     return _custom[name]
-
-
-def is_custom(name: str) -> bool:
-    return name in _custom
 
 
 def register_transform(name: str, dense: Callable[[Tensor], Tensor], *, value: Any = None, slope: Any = None) -> None:
@@ -56,7 +48,7 @@ def register_transform(name: str, dense: Callable[[Tensor], Tensor], *, value: A
         raise ValueError("value and slope go together: give both triton.jit functions, or neither")
     if name not in TRANSFORMS:
         TRANSFORMS.append(name)
-    _custom[name] = Custom(dense, value, slope, name)
+    _custom[name] = Custom(dense, value, slope)
 
 
 def obstacles(name: str, impl: str, device: str) -> list[str]:
