@@ -9,11 +9,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton, which looks once
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if emulated.compiler():
+        os.environ.setdefault("FLASHPAIR_ONCHIP", str(emulated.module()))
 
 from flashpair import extension
 

@@ -19,7 +19,7 @@ def run(*arguments, **environment):
         [sys.executable, "-m", "flashpair", *arguments],
         capture_output=True,
         text=True,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment,
+        env={k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FLASHPAIR_ONCHIP")} | environment,
     )
 
 

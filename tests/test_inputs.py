@@ -8,7 +8,7 @@ from conftest import needs_extension
 from helpers import CRITERIA, batch
 
 import flashpair
-from flashpair import GeneralizedLiftedStructureLoss, LiftedStructureStarLoss, MultiSimilarityLoss, NPairsLoss
+from flashpair import GeneralizedLiftedStructureLoss, LiftedStructureStarLoss, MultiSimilarityLoss, NPairsLoss, dispatch
 
 X, LABELS = batch(8, 4, 2, torch.float32)
 BAD_CALLS = {
@@ -85,8 +85,12 @@ def test_lifted_structure_is_defined_within_a_batch():
         flashpair.LiftedStructureLoss()(X, LABELS, ref_emb=X, ref_labels=LABELS)
 
 
-def test_an_explicit_implementation_never_falls_back():
-    with pytest.raises(RuntimeError, match=r"'onchip' cannot run: onchip needs a CUDA device.*; this version"):
+def test_an_explicit_implementation_never_falls_back(monkeypatch):
+    monkeypatch.setattr(dispatch.extension, "emulated", lambda: False)
+    monkeypatch.setattr(dispatch, "_onchip", lambda device: "onchip needs flashpair built with CUDA: no nvcc")
+    with pytest.raises(
+        RuntimeError, match=r"'onchip' cannot run: onchip needs a CUDA device.*; onchip needs flashpair"
+    ):
         MultiSimilarityLoss(impl="onchip")(X, LABELS)
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+HAS_NVCC = any(map(shutil.which, ("nvcc", "/usr/local/cuda/bin/nvcc")))
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler on this machine")
 
 
 def python(*args, cwd, check=True, **env):
-    ours = ("FLASHPAIR_", "PYTHONPATH")
+    ours = ("FLASHPAIR_", "PYTHONPATH", "TORCH_CUDA_ARCH_LIST")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    clean["TORCH_CUDA_ARCH_LIST"] = "9.0+PTX"  # for one chip, because nvcc takes its time
     command = [sys.executable, *map(str, args)]
     done = subprocess.run(command, cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -110,6 +112,26 @@ def test_native_wheel(native, tmp_path):
     python("-c", "import flashpair._C", cwd=tmp_path, PYTHONPATH=str(native))
 
 
+@needs_compiler
+@pytest.mark.skipif(not HAS_NVCC, reason="no nvcc on this machine")
+def test_cuda_loads_without_a_driver(native, tmp_path):
+    module = next(native.glob("flashpair/_onchip.*.so"))
+    python("-c", "import flashpair._onchip", cwd=tmp_path, PYTHONPATH=str(native))
+    assert "for 9.0+PTX" in record(native)["cuda"]
+    said = info(native, tmp_path)
+    assert f"onchip: built with {record(native)['cuda']}" in said
+    assert "onchip on cpu: cannot run: onchip needs a CUDA device" in said
+    assert b"libcudart.so" not in module.read_bytes()  # the runtime is inside; the driver is looked for when it runs
+
+
+def test_without_nvcc(source):
+    hidden = "import shutil; which = shutil.which; shutil.which = lambda f: None if 'nvcc' in str(f) else which(f); "
+    script = hidden + "import sys; sys.path.insert(0, 'csrc'); import compilers; print(compilers.cuda({'reason': ''}))"
+    assert "no nvcc on the PATH or in CUDA_HOME" in python("-c", script, cwd=source).stdout
+    done = python("-c", script, cwd=source, check=False, FORCE_CUDA="1")
+    assert done.returncode != 0 and "FORCE_CUDA is set, but CUDA cannot be built" in done.stderr
+
+
 @pytest.mark.parametrize(("site", "why"), [("pure", "FLASHPAIR_PURE_PYTHON"), ("without_compiler", "no C++ compiler")])
 def test_pure_python_wheel(site, why, request, tmp_path):
     folder = request.getfixturevalue(site)
@@ -118,6 +140,7 @@ def test_pure_python_wheel(site, why, request, tmp_path):
     said = info(folder, tmp_path)
     assert "pure Python" in said
     assert why in said
+    assert f"onchip: not built: {record(folder)['cuda_reason']}" in said
     assert record(folder)["extension"] is False
 
 

@@ -12,6 +12,7 @@ from . import extension
 
 IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
+ONCHIP_PAIRS = 1024**2  # N x M up to which `auto` takes onchip: where launches cost more than arithmetic
 
 
 def interpreted() -> bool:
@@ -29,6 +30,22 @@ def _triton() -> str:
     return ""
 
 
+@functools.cache
+def _onchip(device: str) -> str:
+    """Empty, or why the CUDA kernel cannot be used on devices of that type."""
+    module = extension.onchip()
+    if isinstance(module, str):
+        return f"onchip needs flashpair built with CUDA: {module}"
+    if device == "cuda":
+        if module.emulated:
+            return "the module that FLASHPAIR_ONCHIP names is a build for the host"
+        try:
+            module.limits(0)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
 def obstacles(impl: str, device: torch.device) -> list[str]:
     """Every reason why `impl` cannot run on `device` here; empty if it can."""
     return list(_obstacles(impl, device.type))
@@ -41,11 +58,13 @@ def _obstacles(impl: str, device: str) -> tuple[str, ...]:
         module = extension.load()
         return (f"tiled needs the compiled extension: {module}",) if isinstance(module, str) else ()
     found = []
-    if device != "cuda" and not (impl == "fused" and device == "cpu" and interpreted()):
+    emulated = (impl == "fused" and interpreted()) or (impl == "onchip" and extension.emulated())
+    if device != "cuda" and not (emulated and device == "cpu"):
         also = "" if impl != "fused" else " (or TRITON_INTERPRET=1 set before Python starts)"
         found.append(f"{impl} needs a {'CPU or ' if impl == 'tiled' else ''}CUDA device{also}, not {device} tensors")
     if impl == "onchip":
-        found.append("this version of flashpair has no onchip kernels yet")
+        if reason := _onchip(device):
+            found.append(reason)
     elif _triton():
         found.append(f"{impl} on a GPU: {_triton()}")
     return tuple(found)
@@ -64,12 +83,14 @@ def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
     """The implementation for embeddings x (N, D) and y (M, D) or None.
 
     An explicit name never falls back. `auto` takes on the CPU `tiled`, on a GPU `fused` up to D = 256 and `tiled` from
-    there on, and the reference where these cannot run.
+    there on, and the reference where these cannot run. (Of small batches on a GPU, a criterion asks `onchip` first.)
 
     Raises:
         ValueError: an unknown name. RuntimeError: a known one that cannot run here, with every reason.
     """
     check_name(impl)
+    if impl == "onchip":
+        raise RuntimeError("impl='onchip' cannot run: it computes whole criteria, not row reductions")
     if impl == "auto":
         best = "fused" if x.device.type == "cuda" and x.shape[1] <= WIDEST_FUSED else "tiled"
         return best if not obstacles(best, x.device) else "reference"

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, loaded at first use and never at import."""
+"""The compiled kernels, loaded at first use and never at import."""
 
 from __future__ import annotations
 
@@ -13,38 +13,54 @@ from typing import Any
 
 
 def build_record() -> dict[str, Any]:
-    """What the build wrote down: ``extension``, ``reason``, ``compiler`` and ``isas``."""
+    """What the build wrote down: ``extension``, ``reason``, ``compiler``, ``isas``; ``cuda``, ``cuda_reason``."""
     path = Path(__file__).with_name("_build.json")
     if path.is_file():
         return json.loads(path.read_text())
-    return {"extension": False, "reason": "this source tree was never built (pip install .)"}
+    never = "this source tree was never built (pip install .)"
+    return {"extension": False, "reason": never, "cuda": "", "cuda_reason": never}
 
 
-@functools.cache
-def load() -> ModuleType | str:
-    """The extension module, or the reason why there is none.
+def _load(name: str, variable: str, missing: str) -> ModuleType | str:
+    """flashpair.<name>, or the reason why there is none.
 
-    It is the file beside this one, never another installation's; FLASHPAIR_EXTENSION names another file to load instead
-    (the sanitized build, say).
+    It is the file beside this one, never another installation's; the environment variable names another.
     """
-    other = os.environ.get("FLASHPAIR_EXTENSION")
+    other = os.environ.get(variable)
     if other:
-        spec = importlib.util.spec_from_file_location("flashpair._C", other)
+        spec = importlib.util.spec_from_file_location(f"flashpair.{name}", other)
     else:
-        spec = PathFinder.find_spec("flashpair._C", [str(Path(__file__).parent)])
+        spec = PathFinder.find_spec(f"flashpair.{name}", [str(Path(__file__).parent)])
     if spec is None or spec.loader is None:
-        record = build_record()
-        reason = f"FLASHPAIR_EXTENSION={other} is no extension module" if other else record["reason"]
-        return reason or "the build's file is missing"
+        return f"{variable}={other} is no extension module" if other else missing or "the build's file is missing"
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:
         return str(error)
-    from . import runtime
-
-    runtime.connect(module)
     return module
+
+
+@functools.cache
+def load() -> ModuleType | str:
+    """The CPU kernels, or the reason why there are none. FLASHPAIR_EXTENSION: another file (the sanitized one)."""
+    module = _load("_C", "FLASHPAIR_EXTENSION", build_record()["reason"])
+    if not isinstance(module, str):
+        from . import runtime
+
+        runtime.connect(module)
+    return module
+
+
+@functools.cache
+def onchip() -> ModuleType | str:
+    """The CUDA kernel, or the reason why there is none. FLASHPAIR_ONCHIP: another file (an emulated one)."""
+    return _load("_onchip", "FLASHPAIR_ONCHIP", build_record().get("cuda_reason", ""))
+
+
+def emulated() -> bool:
+    """Whether the CUDA kernel is a build for the host, which takes CPU tensors."""
+    return getattr(onchip(), "emulated", False)
 
 
 def require() -> ModuleType:

@@ -43,6 +43,24 @@ def _extension_lines() -> list[str]:
     return lines
 
 
+def _onchip_lines() -> list[str]:
+    """What the CUDA kernel was built for, and how large a batch each device takes."""
+    module = extension.onchip()
+    if isinstance(module, str):
+        return [f"onchip: not built: {module}"]
+    found = [f"onchip: built with {extension.build_record().get('cuda') or 'an unrecorded compiler'}"]
+    if obstacles("onchip", torch.device("cuda")):
+        return found
+    from . import onchip
+
+    for k in range(torch.cuda.device_count()):
+        of = onchip.limits(k)
+        sizes = ", ".join(f"N = {onchip.largest_batch(d, of):,} at D = {d:,}" for d in (128, 1024))
+        shared = f"{of.shared // 1024} KB of shared memory a block"
+        found.append(f"  cuda:{k} takes up to {sizes} ({of.processors} multiprocessors, {shared})")
+    return found
+
+
 def lines() -> list[str]:
     devices = ["cpu"]
     if torch.cuda.is_available():
@@ -52,6 +70,7 @@ def lines() -> list[str]:
         f"python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}",
         f"{platform.platform()}, {torch.get_num_threads()} threads",
         *_extension_lines(),
+        *_onchip_lines(),
         f"devices: {', '.join(devices)}",
         "implementations:",
     ]

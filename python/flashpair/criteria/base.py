@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..dispatch import check_name
+from ..dispatch import ONCHIP_PAIRS, check_name, obstacles
+from ..formula import RowFormula
 from ..pairs import Pairs, checked_pairs
 from ..reference import ReferencePairs
 
@@ -60,6 +61,16 @@ class Criterion(nn.Module):
         """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
         raise NotImplementedError
 
+    def __init_subclass__(cls) -> None:
+        """A subclass with rows of its own does not say its parent's formula."""
+        super().__init_subclass__()
+        if "row_losses" in cls.__dict__ and "row_formula" not in cls.__dict__:
+            cls.row_formula = Criterion.row_formula  # type: ignore[method-assign]
+
+    def row_formula(self) -> RowFormula | None:
+        """The same as `row_losses` in the words that ``impl="onchip"`` knows; None where it has none."""
+        return None
+
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         """Of the embeddings as they came, not normalised: a term added to every valid row's loss; None: none."""
         return None
@@ -89,13 +100,49 @@ class Criterion(nn.Module):
         return batch
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
-        pairs = checked_pairs(x, labels, y, ref_labels, self.distance, self.normalize, self.impl)
-        rows = self.row_losses(pairs)
         extra = self.regularizer(x, labels, y, ref_labels)
+        if self.impl in ("auto", "onchip"):
+            whole = self._in_one_launch(x, labels, y, ref_labels, extra)
+            if isinstance(whole, Tensor):
+                return whole
+            if self.impl == "onchip":
+                raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(whole)}")
+        return self._by_rows(x, labels, y, ref_labels, extra, self.impl)
+
+    def _by_rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
+    ) -> Tensor:
+        pairs = checked_pairs(x, labels, y, ref_labels, self.distance, self.normalize, impl)
+        rows = self.row_losses(pairs)
         if extra is not None:
             extra = extra.to(rows.losses.dtype)
             rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra, 0.0))
         return reduce_losses(rows, self.reduction, pairs)
+
+    def _in_one_launch(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None
+    ) -> Tensor | list[str]:
+        """The loss by `onchip`, or why not (under "auto" nobody reads why)."""
+        if self.impl == "auto":
+            refs = x if y is None else y
+            if x.device.type != "cuda" or x.shape[0] * refs.shape[0] > ONCHIP_PAIRS:
+                return []
+        if reasons := obstacles("onchip", x.device):
+            return reasons
+        from .. import onchip
+
+        spec = onchip.plan(
+            self.row_formula(), x, y, reduction=self.reduction, unit=self.normalize, distance=self.distance,
+            penalty=extra is not None,
+        )  # fmt: skip
+        if isinstance(spec, list):
+            return spec
+
+        def dense(x: Tensor, y: Tensor | None) -> Tensor:
+            return self._by_rows(x, labels, y, ref_labels, None, "reference")
+
+        again = None if torch.compiler.is_compiling() else dense
+        return onchip.loss(spec, x, labels, y, ref_labels, extra, again)
 
     def hyperparameters(self) -> dict[str, Any]:
         """Name and value of what the constructor took, for `repr`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..formula import RowFormula
 from ..reduction import Reduction
 from .base import AnyPairs, Criterion, RowLosses
 from .mining import logsumexps
@@ -86,6 +87,10 @@ class GeneralizedLiftedStructureLoss(Criterion):
         total = torch.where(valid, pos, 0.0) + torch.where(valid, neg, 0.0) + self.margin
         return RowLosses(torch.where(valid, total.relu(), 0.0), valid, valid.shape[0])
 
+    def row_formula(self) -> RowFormula:
+        sign = -1.0 if self.distance == "dot" else 1.0
+        return RowFormula("lifted", (sign, -sign), (self.margin, 0.0))
+
 
 class LiftedStructureStarLoss(Criterion):
     """LiftedStruct* (Wang et al., 2019, eq. 16), with Multi-Similarity's mining if `epsilon` is given.
@@ -121,3 +126,6 @@ class LiftedStructureStarLoss(Criterion):
         valid = torch.minimum(pos.detach(), neg.detach()) != -torch.inf
         losses = torch.where(valid, pos, 0.0) / self.alpha + torch.where(valid, neg, 0.0) / self.beta
         return RowLosses(losses, valid, valid.shape[0])
+
+    def row_formula(self) -> RowFormula:
+        return RowFormula("lifted_star", (-self.alpha, self.beta), epsilon=self.epsilon)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..formula import RowFormula
 from ..similarity import softplus
 from .base import AnyPairs, Criterion, RowLosses
 from .mining import logsumexps
@@ -49,3 +50,7 @@ class MultiSimilarityLoss(Criterion):
         pos, neg = logsumexps(pairs, self.alpha, self.beta, self.epsilon)
         losses = softplus(pos + self.alpha * self.base) / self.alpha + softplus(neg - self.beta * self.base) / self.beta
         return RowLosses(losses, torch.maximum(pos.detach(), neg.detach()) != -torch.inf, losses.shape[0])
+
+    def row_formula(self) -> RowFormula:
+        shifts = self.alpha * self.base, -self.beta * self.base
+        return RowFormula("multi_similarity", (-self.alpha, self.beta), shifts, self.epsilon)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..formula import RowFormula
 from ..reduction import Reduction
 from ..similarity import softplus, upcast
 from .base import AnyPairs, Criterion, RowLosses
@@ -92,6 +93,10 @@ class NPairsLoss(Criterion):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         return self._every_pair(pairs) if self.variant == "all_pairs" else self._one_pair_a_class(pairs)
+
+    def row_formula(self) -> RowFormula:
+        name = {"mc": "n_pair", "ovo": "one_vs_one"}.get(self.variant, "all_pairs")
+        return RowFormula(name, (-1.0, 1.0), one_pair=self.variant != "all_pairs")
 
     def _every_pair(self, pairs: AnyPairs) -> RowLosses:
         (neg,) = pairs.reduce(Reduction("logsumexp", "negatives"))

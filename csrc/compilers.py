@@ -1,0 +1,101 @@
+"""Which compilers there are, and the ninja rules of both extensions; for setup.py. It never looks for a GPU."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+import pybind11
+
+ISA_FLAGS = {"baseline": "", "avx2": "-mavx2 -mfma"}
+ISA_FLAGS["avx512"] = "-mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma"
+COMMON = "-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-psabi"
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
+SHARED = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+NVCC_FLAGS = "-O3 -std=c++17 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
+ARCHITECTURES = ("80", "90", "100")
+
+SOURCES = {
+    "_C": ["csrc/bindings.cpp", "csrc/cpu/kernels.cpp"],
+    "_onchip": ["csrc/cuda/bindings.cpp", "csrc/cuda/onchip.cu"],
+}
+
+
+def env_on(name):
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def env_flags(name):
+    return shlex.join(shlex.split(os.environ.get(name, ""))).replace("$", "$$")
+
+
+def cpp():
+    """The C++ compiler's command (empty for a pure Python install), and the record that `flashpair info` reads."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = [cxx for cxx in candidates if shutil.which(shlex.split(cxx)[0])]
+    if env_on("FLASHPAIR_PURE_PYTHON"):
+        reason = "FLASHPAIR_PURE_PYTHON is set"
+    elif os.name == "nt":
+        reason = "the extension is not supported on Windows"
+    elif not found:
+        reason = f"no C++ compiler: {', '.join(candidates)} not found"
+    else:
+        version = subprocess.getoutput(f"{found[0]} --version").partition("\n")[0]
+        x86 = subprocess.getoutput(f"{found[0]} -dumpmachine").startswith("x86_64")
+        isas = list(ISA_FLAGS) if x86 else ["baseline"]
+        return found[0], {"extension": True, "reason": "", "compiler": version, "isas": isas}
+    return "", {"extension": False, "reason": reason, "compiler": "", "isas": []}
+
+
+def cuda(record):
+    """nvcc's command with its flags (empty to do without), and its part of the record.
+
+    FORCE_CUDA=1 insists on nvcc, =0 does without; TORCH_CUDA_ARCH_LIST as torch takes it ("8.0;9.0+PTX").
+    """
+    forced = os.environ.get("FORCE_CUDA", "")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = ("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
+    nvcc = next(filter(None, map(shutil.which, places)), "")
+    reason = record["reason"] or ("" if nvcc else "no nvcc on the PATH or in CUDA_HOME")
+    if forced == "0":
+        reason = reason or "FORCE_CUDA=0"
+    if reason:
+        if env_on("FORCE_CUDA"):
+            raise RuntimeError(f"FORCE_CUDA is set, but CUDA cannot be built: {reason}")
+        return "", {"cuda": "", "cuda_reason": reason}
+    known = re.findall(r"compute_(\w+)", subprocess.getoutput(f"{nvcc} --list-gpu-arch"))
+    default = ";".join(arch for arch in ARCHITECTURES if arch in known) + "+PTX"
+    words = re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or default)
+    flags = NVCC_FLAGS
+    for word in words:
+        arch = word.removesuffix("+PTX").replace(".", "")
+        for code in (f"sm_{arch}", f"compute_{arch}")[: 2 if word.endswith("+PTX") else 1]:
+            flags += f" -gencode=arch=compute_{arch},code={code}"
+    release = subprocess.getoutput(f"{nvcc} --version").partition("release ")[2].partition(",")[0]
+    return f"{nvcc} {flags}", {"cuda": f"nvcc {release} for {' '.join(words)}", "cuda_reason": ""}
+
+
+def ninja_rules(at, cxx, record, nvcc):
+    """The lines of a build.ninja that makes `at`/_C.so, and `at`/_onchip.so where there is nvcc."""
+    common = f"{COMMON} {SANITIZE if env_on('FLASHPAIR_SANITIZE') else ''} {env_flags('CXXFLAGS')}"
+    include = shlex.join(f"-I{d}" for d in ("csrc", sysconfig.get_path("include"), pybind11.get_include()))
+    yield f"builddir = {at}\nrule cxx\n deps = gcc\n depfile = $out.d"
+    yield f" command = {cxx} {common} {include} $flags -MMD -MF $out.d -c $in -o $out"
+    yield f"rule link\n command = {cxx} {common} {SHARED} $in -o $out {env_flags('LDFLAGS')}"
+    x86 = "-DFLASHPAIR_X86_64=1" if "avx2" in record["isas"] else ""
+    bindings, kernels = SOURCES["_C"]
+    yield f"build {at}/bindings.o: cxx {bindings}\n flags = {x86}"
+    for isa in record["isas"]:
+        yield f"build {at}/{isa}.o: cxx {kernels}\n flags = -DFLASHPAIR_ISA={isa} {ISA_FLAGS[isa]}"
+    yield f"build {at}/_C.so: link {' '.join(f'{at}/{o}.o' for o in ('bindings', *record['isas']))}\n"
+    if not nvcc:
+        return
+    bindings, kernel = SOURCES["_onchip"]
+    yield f"rule nvcc\n deps = gcc\n depfile = $out.d\n command = {nvcc} -MMD -MF $out.d -c $in -o $out"
+    # The runtime is linked statically: the module loads on a machine without a driver.
+    yield f"rule nvlink\n command = {nvcc} -shared -cudart static $in -o $out"
+    yield f"build {at}/onchip.o: nvcc {kernel}\nbuild {at}/onchip_bindings.o: cxx {bindings}"
+    yield f"build {at}/_onchip.so: nvlink {at}/onchip.o {at}/onchip_bindings.o\n"

@@ -1,0 +1,79 @@
+// flashpair._onchip: addresses and sizes in, nothing owned. Imports without a driver; CUDA starts with the first
+// Launch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "onchip.h"
+
+namespace py = pybind11;
+using namespace flashpair::onchip;
+
+namespace {
+
+void check(const std::string& reason) {
+  if (!reason.empty()) throw std::runtime_error("onchip: " + reason);
+}
+
+// A loss of some shape on some device, laid out once and launched many times.
+class Launch {
+ public:
+  Launch(int device, const Job& job) : device_(device), job_(job) { check(lay_out(job_, device_, layout_)); }
+
+  void operator()(uintptr_t x, uintptr_t y, uintptr_t labels, uintptr_t ref_labels, uintptr_t upstream, uintptr_t loss,
+                  uintptr_t share, uintptr_t dx, uintptr_t dy, uintptr_t workspace, uintptr_t stream) const {
+    auto at = [](uintptr_t address) { return reinterpret_cast<void*>(address); };
+    auto ids = [&](uintptr_t address) { return static_cast<const int64_t*>(at(address)); };
+    const Tensors tensors{at(x),    at(y),     ids(labels), ids(ref_labels), at(upstream),
+                          at(loss), at(share), at(dx),      at(dy),          at(workspace)};
+    check(launch(job_, layout_, tensors, device_, at(stream)));
+  }
+
+  const Layout& layout() const { return layout_; }
+
+ private:
+  int device_;
+  Job job_;
+  Layout layout_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_onchip, module) {
+  module.doc() = "flashpair's CUDA C++ kernel: a whole loss in one launch.";
+#ifdef ONCHIP_EMULATED
+  module.attr("emulated") = true;
+#else
+  module.attr("emulated") = false;
+#endif
+  module.def(
+      "limits",
+      [](int device) {
+        Limits found;
+        check(limits(device, found));
+        return std::make_tuple(found.processors, found.shared, found.cooperative != 0);
+      },
+      "Multiprocessors, bytes of shared memory a block may have, and whether there are cooperative launches.");
+  py::class_<Launch>(module, "Launch")
+      .def(py::init([](int device, int n, int m, int d, int number, bool square, int rows, int loss, int averaging,
+                       bool unit, bool euclidean, bool one_pair, bool mined, double scale_positive,
+                       double scale_negative, double shift_positive, double shift_negative, double epsilon,
+                       bool want_dy) {
+        Job job{};
+        job.n = n, job.m = m, job.d = d, job.rows = rows;
+        job.number = number, job.loss = loss, job.averaging = averaging;
+        job.square = square, job.unit = unit, job.euclidean = euclidean, job.one_pair = one_pair, job.mined = mined;
+        job.scale[POSITIVE] = scale_positive, job.scale[NEGATIVE] = scale_negative;
+        job.shift[POSITIVE] = shift_positive, job.shift[NEGATIVE] = shift_negative;
+        job.epsilon = epsilon, job.want_dy = want_dy;
+        return Launch(device, job);
+      }))
+      .def("__call__", &Launch::operator())
+      .def_property_readonly("blocks", [](const Launch& l) { return l.layout().blocks; })
+      .def_property_readonly("threads", [](const Launch& l) { return l.layout().threads; })
+      .def_property_readonly("shared", [](const Launch& l) { return l.layout().shared; })
+      .def_property_readonly("workspace", [](const Launch& l) { return l.layout().workspace; });
+}

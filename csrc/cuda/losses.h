@@ -1,0 +1,110 @@
+// What the losses make of a row: from the log-sum-exps of its two sides to its loss and its pairs' weights.
+#pragma once
+#include <math.h>
+
+#include "onchip.h"
+
+namespace flashpair::onchip {
+
+template <class T>
+__device__ T softplus(T t) {
+  return (t > T(0) ? t : T(0)) + log1p(exp(-fabs(t)));
+}
+
+template <class T>
+__device__ T sigmoid(T t) {
+  return T(1) / (T(1) + exp(-t));
+}
+
+// The side whose pairs each give softplus(scale z + log-sum-exp of the other side) (Sohn 2016, eq. 9, and N x M
+// batches); NO_PAIR for the losses that are a formula of the two log-sum-exps alone.
+__device__ inline int summed_side(int loss) {
+  return loss == ONE_VS_ONE ? NEGATIVE : loss == ALL_PAIRS ? POSITIVE : NO_PAIR;
+}
+
+// two[side] for a side known at run time only: an index would move the array from registers to memory.
+template <class T>
+__device__ T pick(const T (&two)[2], int side) {
+  return side == POSITIVE ? two[POSITIVE] : two[NEGATIVE];
+}
+
+// z in the direction in which a side's pairs become harder.
+template <class T>
+__device__ T harder(const Job& job, int side, T z) {
+  return pick(job.scale, side) > 0 ? z : -z;
+}
+
+// What backward needs of a row, and what the batch's totals do. Arrays of two are indexed by Side.
+template <class T>
+struct Row {
+  T loss;
+  T valid;     // 1 if the row has a loss
+  T divides;   // what it adds to the average's denominator
+  T lse[2];    // log-sum-exp of scale z over the side's kept pairs, -inf for none
+  T slope[2];  // dL/d lse; of a summed side the factor of each of its pairs
+  T bound[2];  // a pair is kept if it is harder than this
+};
+
+// Completes a row whose lse and bound are set. positives: how many pairs; anchor: the row takes part (one_pair);
+// sum, slopes: softplus and its derivative over the summed side, if there is one.
+template <class T>
+__device__ void finish_row(const Job& job, Row<T>& row, T positives, bool anchor, T sum, T slopes) {
+  const T *lse = row.lse, none = -INFINITY;
+  const bool both = lse[POSITIVE] > none && lse[NEGATIVE] > none;
+  bool valid = both;
+  T loss = 0, slope[2] = {0, 0};
+  switch (job.loss) {
+    case MULTI_SIMILARITY:  // Wang et al. 2019, eq. 15
+      valid = lse[POSITIVE] > none || lse[NEGATIVE] > none;
+      for (int side = 0; side < 2; ++side) {
+        const T width = fabs(T(job.scale[side])), t = lse[side] + T(job.shift[side]);
+        loss += softplus(t) / width;
+        slope[side] = sigmoid(t) / width;
+      }
+      break;
+    case LIFTED_STAR:  // Wang et al. 2019, eq. 16
+      for (int side = 0; side < 2 && valid; ++side) {
+        slope[side] = T(1) / fabs(T(job.scale[side]));
+        loss += lse[side] * slope[side];
+      }
+      break;
+    case LIFTED:  // Hermans et al. 2017, eq. 7; Wang et al. 2019, eq. 6
+      if (valid) loss = lse[POSITIVE] + lse[NEGATIVE] + T(job.shift[POSITIVE]);
+      loss = loss > T(0) ? loss : T(0);
+      slope[POSITIVE] = slope[NEGATIVE] = loss > T(0);
+      break;
+    case N_PAIR:  // Sohn 2016, eq. 8; the positives' log-sum-exp is -z of the one positive
+      valid = anchor;
+      if (both) {
+        loss = softplus(lse[POSITIVE] + lse[NEGATIVE]);
+        slope[POSITIVE] = slope[NEGATIVE] = sigmoid(lse[POSITIVE] + lse[NEGATIVE]);
+      }
+      break;
+    case ONE_VS_ONE:  // Sohn 2016, eq. 9
+      valid = anchor;
+      loss = sum, slope[POSITIVE] = slopes, slope[NEGATIVE] = 1;
+      break;
+    case ALL_PAIRS:
+      valid = positives > T(0);
+      loss = sum, slope[POSITIVE] = 1, slope[NEGATIVE] = slopes;
+      break;
+  }
+  if (job.averaging == NONZERO && loss <= T(0)) loss = slope[POSITIVE] = slope[NEGATIVE] = 0;
+  T divides = valid;
+  if (job.averaging == NONZERO) divides = !(loss <= T(0));
+  if (job.averaging == MEAN && job.loss == ALL_PAIRS) divides = positives;
+  if (job.averaging == MEAN && !job.one_pair && job.loss != ALL_PAIRS) divides = 1;
+  row.loss = loss, row.valid = valid, row.divides = divides;
+  row.slope[POSITIVE] = slope[POSITIVE], row.slope[NEGATIVE] = slope[NEGATIVE];
+}
+
+// dL_row/dz of a pair of the row (General Pair Weighting, Wang et al. 2019, eq. 3).
+template <class T>
+__device__ T pair_weight(const Job& job, int side, T z, T slope, T lse, T other_lse, T bound) {
+  const T scale = pick(job.scale, side);
+  if (slope == T(0)) return 0;
+  if (side == summed_side(job.loss)) return slope * scale * sigmoid(scale * z + other_lse);
+  return harder(job, side, z) > bound ? slope * scale * exp(scale * z - lse) : T(0);
+}
+
+}  // namespace flashpair::onchip

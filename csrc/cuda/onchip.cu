@@ -1,0 +1,483 @@
+// `onchip`: a pair-based loss and its gradient in one cooperative launch.
+//
+// Computes: the loss of N anchors against M references (losses.h), and dL/dx, dL/dy.
+// Never leaves the chip: the similarities. A block owns up to 16 rows and keeps their stripe of z, and then of weights,
+// in shared memory from phase 2 to phase 6. Global memory sees O((N + M) D) numbers, which stay in the L2 cache.
+// Arithmetic: T is float, or double for float64; 16-bit embeddings are read once, and are exact in float.
+// Deterministic: every sum has a fixed order; no atomics.
+// Two grid-wide barriers: after the rows (phase 1), and after the rows' log-sum-exps (phase 3).
+//
+// Because z_ij and z_ji have the same bits, the owner of row i computes what anchor j gives to the pair as well, from
+// j's few numbers in Row: no tile of weights is ever exchanged. Of a rectangular problem whose references want a
+// gradient, blocks that own references compute their own stripe of z instead.
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "losses.h"
+#include "onchip.h"
+
+#ifndef DYNAMIC_SHARED  // how a kernel names its block's memory
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+#ifndef ONCHIP_THREADS
+#define ONCHIP_THREADS 256
+#endif
+
+namespace flashpair::onchip {
+namespace {
+
+constexpr int THREADS = ONCHIP_THREADS, LANES = 32, WARPS = THREADS / LANES;
+constexpr int MOST_GROUPS = 16;  // of threads that share a product's inner axis
+constexpr int SCRATCH = 4 * 8;   // numbers of a block, for four sums over up to eight warps
+
+// Four neighbours, moved at once.
+template <class T>
+struct alignas(16) Quad {
+  T v[4];
+};
+
+inline int round_up(int value) { return (value + 3) / 4 * 4; }
+__host__ __device__ inline int blocks_of(int count, int rows) { return (count + rows - 1) / rows; }
+__host__ __device__ inline int anchor_blocks_of(int n, int rows) { return n > rows ? blocks_of(n, rows) : 1; }
+
+// Anchors or references as phase 1 leaves them; padded with zeros to multiples of four rows and columns.
+template <class T>
+struct Set {
+  const void* raw;
+  const int64_t* labels;
+  int count, padded;
+  T *rows, *columns;                    // (padded, width) and its transpose
+  T *square, *inverse, *poison, *role;  // (padded,): |row|^2, 1 / norm, 0 or NaN, and with one_pair who takes part
+};
+enum Role : int { NO_ROLE, ANCHOR, REFERENCE };
+
+// The workspace: the anchors' and the references' Set (the same one in a square problem), and the anchors' Row numbers
+// as vectors (padded,).
+enum RowVector : int { LOSS, VALID, DIVIDES, LSE, SLOPE = LSE + 2, BOUND = SLOPE + 2, ROW_VECTORS = BOUND + 2 };
+
+template <class T>
+struct Work {
+  Set<T> anchors, refs;
+  int width;  // round_up(D)
+  T* row;
+  __device__ T& of(int vector, int i) const { return row[size_t(vector) * anchors.padded + i]; }
+};
+
+// Returns how many numbers of T the workspace holds.
+template <class T>
+int64_t divide_workspace(const Job& job, const Tensors& at, Work<T>& work) {
+  T *const begin = static_cast<T*>(at.workspace), *next = begin;
+  work.width = round_up(job.d);
+  auto take = [&](int64_t numbers) { return next += numbers, next - numbers; };
+  auto place = [&](const void* raw, const int64_t* labels, int count) {
+    const int padded = round_up(count);
+    const int64_t matrix = int64_t(padded) * work.width;
+    T *rows = take(matrix), *columns = take(matrix);
+    T *square = take(padded), *inverse = take(padded), *poison = take(padded), *role = take(padded);
+    return Set<T>{raw, labels, count, padded, rows, columns, square, inverse, poison, role};
+  };
+  work.anchors = place(at.x, at.labels, job.n);
+  work.refs = job.square ? work.anchors : place(at.y, at.ref_labels, job.m);
+  work.row = take(int64_t(ROW_VECTORS) * work.anchors.padded);
+  return next - begin;
+}
+
+template <class T>
+__device__ T warp_sum(T value) {
+  for (int step = LANES / 2; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+template <class T>
+__device__ T warp_max(T value) {
+  for (int step = LANES / 2; step; step /= 2) {
+    const T other = __shfl_xor_sync(0xffffffffu, value, step);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+template <class T>
+__device__ T load(const void* raw, int number, size_t at) {
+  if (number == BFLOAT16) return T(__bfloat162float(static_cast<const __nv_bfloat16*>(raw)[at]));
+  if (number == FLOAT16) return T(__half2float(static_cast<const __half*>(raw)[at]));
+  return static_cast<const T*>(raw)[at];
+}
+
+// Phase 1 of four rows, by one warp: normalised, zero-padded, as they are and transposed.
+template <class T>
+__device__ void prepare_rows(const Job& job, const Set<T>& set, int width, int first, int lane) {
+  T inverse[4] = {1, 1, 1, 1}, square[4] = {}, poison[4] = {};
+  for (int r = 0; r < 4 && job.unit; ++r) {
+    T sum = 0;
+    for (int k = lane; k < job.d && first + r < set.count; k += LANES) {
+      const T v = load<T>(set.raw, job.number, size_t(first + r) * job.d + k);
+      sum += v * v;
+    }
+    const T norm = sqrt(warp_sum(sum)), zero = sizeof(T) == 8 ? T(1.4916681462400413e-154) : T(1.0842021724855044e-19);
+    inverse[r] = norm <= zero ? T(0) : norm < T(INFINITY) ? T(1) / norm : T(NAN);
+  }
+  for (int k = lane; k < width; k += LANES) {
+    Quad<T> column;
+    for (int r = 0; r < 4; ++r) {
+      const bool inside = first + r < set.count && k < job.d;
+      const T v = inside ? load<T>(set.raw, job.number, size_t(first + r) * job.d + k) * inverse[r] : T(0);
+      set.rows[size_t(first + r) * width + k] = column.v[r] = v;
+      square[r] += v * v;
+      poison[r] += v * T(0);
+    }
+    *reinterpret_cast<Quad<T>*>(set.columns + size_t(k) * set.padded + first) = column;
+  }
+  for (int r = 0; r < 4; ++r) {
+    square[r] = warp_sum(square[r]), poison[r] = warp_sum(poison[r]);
+    if (lane) continue;
+    set.square[first + r] = square[r], set.inverse[first + r] = inverse[r], set.poison[first + r] = poison[r];
+  }
+}
+
+// Phase 1 of one label, by one warp: a class's first sample is its anchor; its positive is the second one, or of a
+// rectangular problem the first reference. Classes without both take no part.
+template <class T>
+__device__ void assign_role(const Job& job, const Set<T>& own, const Set<T>& other, bool anchor, int i, int lane) {
+  int before = 0, same = 0;
+  for (int j = lane; j < own.count; j += LANES) before += j < i && own.labels[j] == own.labels[i];
+  for (int j = lane; j < other.count; j += LANES) same += other.labels[j] == own.labels[i];
+  before = warp_sum(before), same = warp_sum(same);
+  int role = before == 0 && same > 0 ? (anchor ? ANCHOR : REFERENCE) : NO_ROLE;
+  if (job.square) role = before == 0 && same > 1 ? ANCHOR : before == 1 ? REFERENCE : NO_ROLE;
+  if (lane == 0) own.role[i] = role;
+}
+
+// The side on which reference b is to anchor a, or NO_PAIR.
+template <class T>
+__device__ int side_of(const Job& job, const Work<T>& work, int a, int b) {
+  if (job.square && a == b) return NO_PAIR;
+  if (job.one_pair && !(work.anchors.role[a] == ANCHOR && work.refs.role[b] == REFERENCE)) return NO_PAIR;
+  return work.anchors.labels[a] == work.refs.labels[b] ? POSITIVE : NEGATIVE;
+}
+
+// Among how many groups of threads a product's inner axis is shared, where its columns leave threads idle.
+__device__ inline int groups_of(int columns, int inner) {
+  return max(1, min(min(THREADS / max(columns / 4, 1), MOST_GROUPS), inner / 4));
+}
+
+// sum (ROWS, 4) += a (ROWS, inner) b (inner, columns) over DEPTH strips of four of the inner axis, one quad of columns.
+// All of b's loads, which come from the L2 cache, are on their way before the first is used.
+template <class T, int ROWS, int DEPTH>
+__device__ void add_strips(T (&sum)[ROWS][4], const T* a, int inner, const Quad<T>* b, int quads, int strip) {
+  Quad<T> right[4 * DEPTH];
+#pragma unroll
+  for (int k = 0; k < 4 * DEPTH; ++k) right[k] = b[size_t(4 * strip + k) * quads];
+#pragma unroll
+  for (int s = 0; s < DEPTH; ++s)
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const Quad<T> left = *reinterpret_cast<const Quad<T>*>(a + r * inner + 4 * (strip + s));
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[r][c] += left.v[k] * right[4 * s + k].v[c];
+    }
+}
+
+// out (ROWS, columns) = a (ROWS, inner) b (inner, columns); a and out in shared memory, inner and columns multiples of
+// four. A thread owns four columns of `out` and a group's share of the inner axis; groups add up in turn. The order of
+// an entry's sum depends on inner and groups alone, so that z_ij and z_ji have the same bits.
+template <class T, int ROWS>
+__device__ void product(const T* a, const T* b, int inner, int columns, int groups, T* out) {
+  constexpr int DEPTH = (ROWS <= 2 ? 4 : 2) * sizeof(float) / sizeof(T);
+  const int quads = columns / 4, strips = inner / 4, span = groups > 1 ? max(quads, 1) : THREADS;
+  const int group = threadIdx.x / span, end = strips * (group + 1) / groups;
+  for (int base = 0; base < quads; base += span) {
+    const int quad = base + threadIdx.x % span;
+    const bool busy = group < groups && quad < quads;
+    T sum[ROWS][4] = {};
+    const Quad<T>* from = reinterpret_cast<const Quad<T>*>(b) + quad;
+    int strip = busy ? strips * group / groups : end;
+    for (; strip + DEPTH <= end; strip += DEPTH) add_strips<T, ROWS, DEPTH>(sum, a, inner, from, quads, strip);
+    for (; strip < end; ++strip) add_strips<T, ROWS, 1>(sum, a, inner, from, quads, strip);
+    for (int turn = 0; turn < groups; ++turn) {
+      if (busy && turn == group) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          Quad<T>* to = reinterpret_cast<Quad<T>*>(out + r * columns) + quad;
+          Quad<T> total;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) total.v[c] = turn ? to->v[c] + sum[r][c] : sum[r][c];
+          *to = total;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Phase 3 of one anchor, by one warp: its hardest pairs, windows, log-sum-exps, loss, and what they weigh.
+template <class T>
+__device__ Row<T> reduce_row(const Job& job, const Work<T>& work, int i, const T* z, int lane) {
+  const int m = work.refs.count;
+  Row<T> row;
+  T hardest[2] = {-INFINITY, -INFINITY}, positives = 0, sum[2] = {0, 0};
+  for (int j = lane; j < m; j += LANES) {
+    const int side = side_of(job, work, i, j);
+    if (side == NO_PAIR) continue;
+    const T hard = harder(job, side, z[j]);
+    if (side == POSITIVE) {
+      hardest[POSITIVE] = hard > hardest[POSITIVE] ? hard : hardest[POSITIVE];
+      ++positives;
+    } else {
+      hardest[NEGATIVE] = hard > hardest[NEGATIVE] ? hard : hardest[NEGATIVE];
+    }
+  }
+  positives = warp_sum(positives);
+  for (int side = 0; side < 2; ++side) hardest[side] = warp_max(hardest[side]), row.bound[side] = -INFINITY;
+  if (job.mined) {  // eq. 11-12; one decision for both sides, so that both are empty or neither is
+    for (int side = 0; side < 2; ++side) row.bound[side] = -(hardest[1 - side] + T(job.epsilon));
+    if (!(hardest[0] > row.bound[0] && hardest[1] > row.bound[1])) hardest[0] = hardest[1] = -INFINITY;
+  }
+  T peak[2];
+  for (int side = 0; side < 2; ++side) peak[side] = fabs(T(job.scale[side])) * hardest[side];
+  for (int j = lane; j < m; j += LANES) {
+    const int side = side_of(job, work, i, j);
+    if (side == NO_PAIR || !(pick(hardest, side) > -INFINITY) || !(harder(job, side, z[j]) > pick(row.bound, side)))
+      continue;
+    const T term = exp(T(pick(job.scale, side)) * z[j] - pick(peak, side));
+    sum[POSITIVE] += side == POSITIVE ? term : T(0), sum[NEGATIVE] += side == POSITIVE ? T(0) : term;
+  }
+  for (int side = 0; side < 2; ++side) {
+    sum[side] = warp_sum(sum[side]);
+    row.lse[side] = sum[side] > 0 ? peak[side] + log(sum[side]) : T(-INFINITY);
+  }
+  const int summed = summed_side(job.loss);
+  T total = 0, slopes = 0;
+  if (summed != NO_PAIR) {
+    for (int j = lane; j < m; j += LANES) {
+      if (side_of(job, work, i, j) != summed) continue;
+      const T t = T(pick(job.scale, summed)) * z[j] + pick(row.lse, 1 - summed);
+      total += softplus(t), slopes += sigmoid(t);
+    }
+    total = warp_sum(total), slopes = warp_sum(slopes);
+  }
+  finish_row(job, row, positives, !job.one_pair || work.anchors.role[i] == ANCHOR, total, slopes);
+  return row;
+}
+
+// The weight that anchor a gives to reference b, on that side, at z.
+template <class T>
+__device__ T weight_of(const Job& job, const Work<T>& work, int a, int side, T z) {
+  return pair_weight(job, side, z, work.of(SLOPE + side, a), work.of(LSE + side, a), work.of(LSE + 1 - side, a),
+                     work.of(BOUND + side, a));
+}
+
+// Sums over a batch, the same bits in every block.
+template <class T>
+struct Totals {
+  T loss = 0, valid = 0, divides = 0, poison = 0;
+};
+
+template <class T>
+__device__ Totals<T> batch_totals(const Job& job, const Work<T>& work, T* scratch) {
+  T sum[4] = {};
+  for (int i = threadIdx.x; i < work.anchors.count; i += THREADS) {
+    sum[0] += work.of(LOSS, i), sum[1] += work.of(VALID, i), sum[2] += work.of(DIVIDES, i);
+    sum[3] += work.anchors.poison[i];
+  }
+  for (int j = threadIdx.x; !job.square && j < work.refs.count; j += THREADS) sum[3] += work.refs.poison[j];
+  for (int k = 0; k < 4; ++k) {
+    sum[k] = warp_sum(sum[k]);
+    if (threadIdx.x % LANES == 0) scratch[k * WARPS + threadIdx.x / LANES] = sum[k];
+  }
+  __syncthreads();
+  for (int k = 0; k < 4; ++k) {
+    sum[k] = 0;
+    for (int w = 0; w < WARPS; ++w) sum[k] += scratch[k * WARPS + w];
+  }
+  return {sum[0], sum[1], sum[2], sum[3]};
+}
+
+template <class T, int ROWS>
+__global__ void __launch_bounds__(THREADS, 1)
+    loss_and_gradient(const __grid_constant__ Job job, const __grid_constant__ Tensors at,
+                      const __grid_constant__ Work<T> work) {
+  DYNAMIC_SHARED(memory);
+  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+  const Set<T>&anchors = work.anchors, &refs = work.refs;
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  const int every_warp = blockIdx.x * WARPS + warp, warps = gridDim.x * WARPS, width = work.width;
+
+  // 1. Rows: normalised, transposed, and who takes part.
+  for (int quad = every_warp; quad < anchors.padded / 4; quad += warps)
+    prepare_rows(job, anchors, width, 4 * quad, lane);
+  for (int quad = every_warp; !job.square && quad < refs.padded / 4; quad += warps)
+    prepare_rows(job, refs, width, 4 * quad, lane);
+  for (int i = every_warp; job.one_pair && i < anchors.count; i += warps)
+    assign_role(job, anchors, refs, true, i, lane);
+  for (int j = every_warp; job.one_pair && !job.square && j < refs.count; j += warps)
+    assign_role(job, refs, anchors, false, j, lane);
+  grid.sync();
+
+  // 2. Similarities: the stripe z (ROWS, others) of the block's own rows.
+  const int anchor_blocks = anchor_blocks_of(anchors.count, ROWS);
+  const bool owns_anchors = int(blockIdx.x) < anchor_blocks;
+  const Set<T>&own = owns_anchors ? anchors : refs, &others = owns_anchors ? refs : anchors;
+  const int first = (owns_anchors ? blockIdx.x : blockIdx.x - anchor_blocks) * ROWS, stride = others.padded;
+  const int count = max(0, min(ROWS, own.count - first));
+  T* z = reinterpret_cast<T*>(memory);
+  T* mine = z + ROWS * max(anchors.padded, refs.padded);  // (ROWS, width): own rows, then their gradients
+  T* scratch = mine + ROWS * width;                       // (4, WARPS), SCRATCH numbers
+  for (int k = threadIdx.x; k < ROWS * width; k += THREADS)
+    mine[k] = k < count * width ? own.rows[size_t(first) * width + k] : T(0);
+  __syncthreads();
+  product<T, ROWS>(mine, others.columns, width, stride, groups_of(max(anchors.padded, refs.padded), width), z);
+  if (job.euclidean) {
+    for (int r = 0; r < count; ++r)
+      for (int j = threadIdx.x; j < stride; j += THREADS) {
+        const T squares = own.square[first + r] + others.square[j], d2 = squares - 2 * z[r * stride + j];
+        const T noise = 8 * (sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920928955078125e-07));
+        z[r * stride + j] = d2 > noise * squares ? sqrt(d2) : T(0);
+      }
+    __syncthreads();
+  }
+
+  // 3. Rows: windows, log-sum-exps, losses and slopes.
+  for (int r = warp; owns_anchors && r < count; r += WARPS) {
+    const int i = first + r;
+    const Row<T> row = reduce_row(job, work, i, z + r * stride, lane);
+    if (lane) continue;
+    const T upstream = at.upstream ? static_cast<const T*>(at.upstream)[i] : T(1);
+    work.of(LOSS, i) = row.loss, work.of(VALID, i) = row.valid, work.of(DIVIDES, i) = row.divides;
+    for (int side = 0; side < 2; ++side) {
+      work.of(LSE + side, i) = row.lse[side], work.of(BOUND + side, i) = row.bound[side];
+      work.of(SLOPE + side, i) = row.slope[side] * upstream;
+    }
+  }
+  grid.sync();
+
+  // 4. The loss. A row's own average comes from upstream, if it has one.
+  const Totals<T> totals = batch_totals(job, work, scratch);
+  const bool averaged = job.averaging != SUM && job.averaging != NONE;
+  const T divisor = averaged && totals.divides > T(1) ? totals.divides : T(1);
+  T* loss = static_cast<T*>(at.loss);
+  if (loss && job.averaging == NONE) {
+    for (int r = threadIdx.x; owns_anchors && r < count; r += THREADS)
+      loss[first + r] = work.of(LOSS, first + r) + totals.poison;
+  } else if (loss && blockIdx.x == 0 && threadIdx.x == 0) {
+    *loss = totals.loss / divisor + totals.poison;
+  }
+  if (at.share && blockIdx.x == 0 && threadIdx.x == 0) *static_cast<T*>(at.share) = totals.valid / divisor;
+  T* out = static_cast<T*>(owns_anchors ? at.dx : at.dy);
+  if (!out) return;
+
+  // 5. Weights, in z's place: what both ends of a pair, being anchors, give to it. Of a distance: over it, negative.
+  for (int j = threadIdx.x; j < stride; j += THREADS)
+    for (int r = 0; r < ROWS; ++r) {
+      const int i = first + r;
+      T& value = z[r * stride + j];
+      T weight = 0;
+      if (r < count && j < others.count) {
+        const int a = owns_anchors ? i : j, b = owns_anchors ? j : i;
+        const int side = side_of(job, work, a, b), reverse = job.square ? side_of(job, work, b, a) : NO_PAIR;
+        if (side != NO_PAIR) weight += weight_of(job, work, a, side, value);
+        if (reverse != NO_PAIR) weight += weight_of(job, work, b, reverse, value);
+        if (job.euclidean) weight = value > T(0) ? -weight / value : T(0);
+      }
+      value = weight;
+    }
+  __syncthreads();
+
+  // 6. Gradient: weights times the others' rows, then through the distance and the norm.
+  product<T, ROWS>(z, others.rows, stride, width, groups_of(width, stride), mine);
+  for (int r = warp; r < count; r += WARPS) {
+    T pull = 0, along = 0;
+    for (int j = lane; job.euclidean && j < stride; j += LANES) pull -= z[r * stride + j];
+    pull = warp_sum(pull);
+    const T* row = own.rows + size_t(first + r) * width;
+    for (int k = lane; k < width; k += LANES) along += (mine[r * width + k] + pull * row[k]) * row[k];
+    along = job.unit ? warp_sum(along) : T(0);
+    const T scale = own.inverse[first + r] / divisor;
+    for (int k = lane; k < job.d; k += LANES)
+      out[size_t(first + r) * job.d + k] =
+          (mine[r * width + k] + pull * row[k] - along * row[k]) * scale + totals.poison;
+  }
+}
+
+template <class T>
+using Kernel = void (*)(Job, Tensors, Work<T>);
+
+template <class T>
+Kernel<T> kernel_of(int rows) {
+  switch (rows) {
+    case 1:
+      return loss_and_gradient<T, 1>;
+    case 2:
+      return loss_and_gradient<T, 2>;
+    case 4:
+      return loss_and_gradient<T, 4>;
+    case 8:
+      return loss_and_gradient<T, 8>;
+    default:
+      return loss_and_gradient<T, 16>;
+  }
+}
+
+// Launches belong to the tensors' device, whichever is current.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    if (cudaGetDevice(&before_) == cudaSuccess && before_ != device) cudaSetDevice(device), changed_ = true;
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+std::string words(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
+
+template <class T>
+std::string lay_out_as(const Job& job, Layout& found) {
+  const int padded = round_up(max(job.n, job.m)), width = round_up(job.d);
+  Work<T> work;
+  found.threads = THREADS;
+  found.blocks = anchor_blocks_of(job.n, job.rows) + (job.want_dy ? blocks_of(job.m, job.rows) : 0);
+  found.shared = sizeof(T) * (int64_t(job.rows) * (padded + width) + SCRATCH);
+  found.workspace = sizeof(T) * divide_workspace(job, Tensors{}, work);
+  return words(cudaFuncSetAttribute(kernel_of<T>(job.rows), cudaFuncAttributeMaxDynamicSharedMemorySize, found.shared));
+}
+
+template <class T>
+std::string launch_as(const Job& job, const Layout& layout, const Tensors& tensors, cudaStream_t stream) {
+  Work<T> work;
+  divide_workspace(job, tensors, work);
+  void* arguments[] = {const_cast<Job*>(&job), const_cast<Tensors*>(&tensors), &work};
+  return words(cudaLaunchCooperativeKernel(kernel_of<T>(job.rows), dim3(layout.blocks), dim3(layout.threads), arguments,
+                                           size_t(layout.shared), stream));
+}
+
+}  // namespace
+
+std::string limits(int device, Limits& found) {
+  cudaError_t error = cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device);
+  if (!error) error = cudaDeviceGetAttribute(&found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaDeviceGetAttribute(&found.cooperative, cudaDevAttrCooperativeLaunch, device);
+  return words(error);
+}
+
+std::string lay_out(const Job& job, int device, Layout& found) {
+  const OnDevice on(device);
+  return job.number == FLOAT64 ? lay_out_as<double>(job, found) : lay_out_as<float>(job, found);
+}
+
+std::string launch(const Job& job, const Layout& layout, const Tensors& tensors, int device, void* stream) {
+  const OnDevice on(device);
+  const cudaStream_t at = static_cast<cudaStream_t>(stream);
+  return job.number == FLOAT64 ? launch_as<double>(job, layout, tensors, at)
+                               : launch_as<float>(job, layout, tensors, at);
+}
+
+}  // namespace flashpair::onchip

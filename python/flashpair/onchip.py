@@ -1,0 +1,245 @@
+"""`onchip`: the loss and the gradient of an everyday batch in one launch of CUDA C++ (csrc/cuda/onchip.cu).
+
+It computes whole criteria, those that say their `RowFormula`, not row reductions. Forward leaves the gradient of the
+one number that the loss is, and backward scales it; with ``reduction="none"`` backward is a second launch.
+Keeps for backward: that gradient, in float32 or float64. Double backward goes through the dense reference.
+Allocates, beside its results, one workspace, O((N + M) D). No host sync; the tensors' device and its current stream.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import extension
+from .formula import FORMULAS, RowFormula
+from .rows import plain
+from .schedule import accumulator
+
+NUMBERS = {dtype: k for k, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16))}
+AVERAGINGS = ("mean", "sum", "none", "mean_valid", "nonzero")
+BLOCK_ROWS = (1, 2, 4, 8, 16)  # that a block may own: csrc/cuda/onchip.cu has a kernel for each
+SCRATCH = 4 * 8  # numbers of a block beside its rows: csrc/cuda/onchip.cu, Launch.shared
+
+
+class Limits(NamedTuple):
+    """A device's multiprocessors, bytes of shared memory a block may have, and whether it has cooperative launches."""
+
+    processors: int
+    shared: int
+    cooperative: bool
+
+
+@functools.lru_cache(maxsize=16)
+def _limits(index: int) -> Limits:
+    module = extension.onchip()
+    assert not isinstance(module, str)
+    return Limits(*module.limits(index))
+
+
+def limits(index: int) -> Limits:
+    """Those of the CUDA device of that index."""
+    return _limits(index)
+
+
+limits._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def block_rows(n: int, m: int, d: int, itemsize: int, want_dy: bool, of: Limits) -> int | str:
+    """How many rows a block owns: as few as the multiprocessors allow, one block each; or why none will do.
+
+    A block's shared memory holds its rows, of width D, and their stripe of similarities with all others.
+    """
+    if not of.cooperative:
+        return "the device has no cooperative launches"
+    others, width = -(-max(n, m) // 4) * 4, -(-d // 4) * 4
+    owned = "N + M" if want_dy else "N"
+    for rows in BLOCK_ROWS:
+        blocks = max(1, -(-n // rows)) + (-(-m // rows) if want_dy else 0)
+        if blocks > of.processors:
+            continue
+        needed = itemsize * (rows * (others + width) + SCRATCH)
+        if needed <= of.shared:
+            return rows
+        return (
+            f"a block's {rows} rows of {others} similarities and of D = {width} take {needed} bytes of shared memory,"
+            f" and a block has {of.shared}"
+        )
+    most = BLOCK_ROWS[-1]
+    return (
+        f"{owned} = {n + m if want_dy else n} is over {most * of.processors}:"
+        f" {of.processors} multiprocessors with {most} rows each"
+    )
+
+
+def largest_batch(d: int, of: Limits) -> int:
+    """The largest N of a float32 batch of width D against itself."""
+    found = 0
+    for n in range(4, BLOCK_ROWS[-1] * of.processors + 1, 4):
+        if isinstance(block_rows(n, n, d, 4, False, of), int):
+            found = n
+    return found
+
+
+class Spec(NamedTuple):
+    """The constants of a call, as the registered op takes them."""
+
+    code: tuple[int, ...]  # rows a block, formula, averaging, unit, euclidean, one_pair, mined
+    numbers: tuple[float, ...]  # scales, shifts, epsilon
+
+
+def plan(
+    formula: RowFormula | None, x: Tensor, y: Tensor | None, *, reduction: str, unit: bool, distance: str, penalty: bool
+) -> Spec | list[str]:
+    """What the kernel is told of a criterion's call, or every reason why it cannot take it."""
+    reasons = []
+    if formula is None:
+        return [f"onchip knows the losses {', '.join(FORMULAS)}, and this criterion says none of them of itself"]
+    if any(isinstance(value, Tensor) for value in (*formula.scales, *formula.shifts)):
+        reasons.append("onchip takes numbers as hyper-parameters, not tensors")
+    if penalty and reduction in ("none", "nonzero"):
+        reasons.append(f"onchip adds a penalty on norms to one number, not to reduction={reduction!r}")
+    dtype = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
+    n, m = x.shape[0], (x if y is None else y).shape[0]
+    want_dy = y is not None and y.requires_grad and torch.is_grad_enabled()
+    device = limits(x.device.index or 0)
+    rows = block_rows(n, m, x.shape[1], dtype.itemsize, want_dy, device)
+    if isinstance(rows, str):
+        reasons.append(rows)
+    if reasons or isinstance(rows, str):
+        return reasons
+    code = (
+        rows, FORMULAS.index(formula.name), AVERAGINGS.index(reduction), int(unit), int(distance == "euclidean"),
+        int(formula.one_pair), int(formula.epsilon is not None),
+    )  # fmt: skip
+    return Spec(code, (*formula.scales, *formula.shifts, formula.epsilon or 0.0))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    device: int, n: int, m: int, d: int, number: int, square: bool, code: tuple[int, ...], numbers: tuple[float, ...],
+    want_dy: bool,
+) -> Any:  # fmt: skip
+    module = extension.onchip()
+    assert not isinstance(module, str)
+    return module.Launch(device, n, m, d, number, square, *code, *numbers, want_dy)
+
+
+Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _run(
+    x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, upstream: Tensor | None,
+    code: tuple[int, ...], numbers: tuple[float, ...], want_loss: bool, want_share: bool, want_dx: bool, want_dy: bool,
+) -> Results:  # fmt: skip
+    """Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None unwanted."""
+    x, labels = x.contiguous(), labels.contiguous()
+    n, d = x.shape
+    device, dtype = x.device, accumulator(x.dtype)
+    if y is None or ref_labels is None:
+        square, m, refs, ref_labels = True, n, x, labels
+    else:
+        square, m, refs, ref_labels = False, y.shape[0], y.contiguous(), ref_labels.contiguous()
+    index = device.index or 0
+    launch = _launch(index, n, m, d, NUMBERS[x.dtype], square, code, numbers, want_dy)
+
+    def room(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=device) if wanted else None
+
+    loss = room(want_loss, *((n,) if code[2] == AVERAGINGS.index("none") else ()))
+    share, dx, dy = room(want_share), room(want_dx, n, d), room(want_dy, m, d)
+    workspace = torch.empty(launch.workspace, dtype=torch.uint8, device=device)
+    launch(
+        x.data_ptr(), refs.data_ptr(), labels.data_ptr(), ref_labels.data_ptr(),
+        0 if upstream is None else upstream.data_ptr(), 0 if loss is None else loss.data_ptr(),
+        0 if share is None else share.data_ptr(), 0 if dx is None else dx.data_ptr(),
+        0 if dy is None else dy.data_ptr(), workspace.data_ptr(),
+        torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0,
+    )  # fmt: skip
+    return loss, share, dx, dy
+
+
+_library = torch.library.Library("flashpair", "FRAGMENT")
+_library.define(
+    "onchip(Tensor x, Tensor labels, Tensor? y, Tensor? ref_labels, Tensor? upstream, int[] code, float[] numbers, "
+    "bool want_loss, bool want_share, bool want_dx, bool want_dy) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _op(x, labels, y, ref_labels, upstream, code, numbers, *want):  # type: ignore[no-untyped-def]
+    found = _run(x, labels, y, ref_labels, upstream, tuple(code), tuple(numbers), *want)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
+def _fake(x, labels, y, ref_labels, upstream, code, numbers, *want):  # type: ignore[no-untyped-def]
+    rows = (x.shape[0],) if code[2] == AVERAGINGS.index("none") else ()
+    shapes = (rows, (), x.shape, (x if y is None else y).shape)
+    dtype = accumulator(x.dtype)
+    return tuple(x.new_empty(s, dtype=dtype) if w else x.new_empty(0) for s, w in zip(shapes, want, strict=True))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("onchip", _op, _key)
+torch.library.register_fake("flashpair::onchip", _fake, lib=_library)
+
+
+def _call(x: Tensor, *arguments: Any) -> Results:
+    return _run(x, *arguments) if plain(x) else torch.ops.flashpair.onchip(x, *arguments)
+
+
+class _Loss(torch.autograd.Function):
+    """The loss, and with `want_share` the share of valid rows. dense(x, y): the same loss, by the reference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Spec, dense: Callable[..., Tensor] | None, want_share: bool, labels: Tensor,
+        ref_labels: Tensor | None, x: Tensor, y: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        rows = spec.code[2] == AVERAGINGS.index("none")
+        need_x, need_y = ctx.needs_input_grad[5:]
+        loss, share, dx, dy = _call(
+            x, labels, y, ref_labels, None, *spec, True, want_share, need_x and not rows, need_y and not rows
+        )
+        assert loss is not None
+        ctx.spec, ctx.dense = spec, dense
+        if need_x or need_y:
+            ctx.save_for_backward(x, y, labels, ref_labels, dx, dy)
+        ctx.set_materialize_grads(False)
+        if not want_share:
+            return loss, None
+        assert share is not None
+        ctx.mark_non_differentiable(share)
+        return loss, share
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 7
+        x, y, labels, ref_labels, dx, dy = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[5:]
+        if ctx.dense is not None and torch.is_grad_enabled():  # to be differentiated again
+            wanted = [t for t, need in ((x, need_x), (y, need_y)) if need]
+            found = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
+            return None, None, None, None, None, found.pop(0) if need_x else None, found[0] if need_y else None
+        if ctx.spec.code[2] == AVERAGINGS.index("none"):
+            _, _, dx, dy = _call(x, labels, y, ref_labels, g.contiguous(), *ctx.spec, False, False, need_x, need_y)
+        else:  # in float32 before it is rounded, so that loss scaling works
+            dx, dy = dx * g if need_x else None, dy * g if need_y else None
+        narrow = (None if t is None else t if t.dtype == x.dtype else t.to(x.dtype) for t in (dx, dy))
+        return None, None, None, None, None, *narrow
+
+
+def loss(
+    spec: Spec, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, penalty: Tensor | None,
+    dense: Callable[..., Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """The loss that `plan` has let through. penalty (): added to every valid row's loss."""
+    if y is not None and y.dtype != x.dtype:
+        wide = accumulator(torch.promote_types(x.dtype, y.dtype))
+        x, y = x.to(wide), y.to(wide)
+    value, share = _Loss.apply(spec, dense, penalty is not None, labels, ref_labels, x, y)
+    return value if penalty is None else value + penalty.to(value.dtype) * share

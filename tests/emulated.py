@@ -1,0 +1,63 @@
+"""Builds csrc/cuda for the host: the kernel's own source, over tests/cuda_on_host, as flashpair._onchip.
+
+`python tests/emulated.py` prints the module's path, for FLASHPAIR_ONCHIP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = 64  # of a block: two warps, so that both kinds of exchange are run
+SOURCES = ("csrc/cuda/onchip.cu", "csrc/cuda/bindings.cpp")
+FLAGS = f"-std=c++17 -O1 -g -pthread -Wall -Wextra -Wno-unknown-pragmas -Werror -DONCHIP_THREADS={THREADS}"
+
+
+def compiler() -> list[str]:
+    """Its command, empty if there is none."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    return command if shutil.which(command[0]) else []
+
+
+def build(name: str, sources: tuple[str, ...], flags: str = "") -> Path:
+    """build/emulated/<name>, compiled unless sources, headers and flags are those it was compiled from."""
+    import pybind11
+
+    include = [ROOT / "tests/cuda_on_host", ROOT / "csrc/cuda", sysconfig.get_path("include"), pybind11.get_include()]
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        *FLAGS.split(),
+        "-DONCHIP_EMULATED",
+        f"-DONCHIP_THREADS={THREADS}",
+        *flags.split(),
+    ]
+    command += [f"-I{folder}" for folder in include]
+    command += ["-x", "c++", *(str(ROOT / source) for source in sources)]
+    files = [ROOT / s for s in sources] + [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("tests/cuda_on_host/*")]
+    digest = hashlib.sha256(b"".join(sorted({f.read_bytes() for f in files})) + repr(command).encode()).hexdigest()
+    out = ROOT / "build/emulated" / f"{digest[:16]}-{name}"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = out.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(new)], check=True)
+        new.rename(out)
+    return out
+
+
+def races() -> Path:
+    """tests/cuda_on_host/races.cpp and the kernel under ThreadSanitizer."""
+    return build("races", ("tests/cuda_on_host/races.cpp", "csrc/cuda/onchip.cu"), "-fsanitize=thread")
+
+
+def module() -> Path:
+    return build("_onchip.so", SOURCES, "-fPIC -shared -DONCHIP_EMULATED")
+
+
+if __name__ == "__main__":
+    print(module())

@@ -1,0 +1,86 @@
+"""The CUDA kernel under ThreadSanitizer: no data race, and without any one of its barriers, one.
+
+tests/cuda_on_host tells ThreadSanitizer what CUDA promises: block and grid barriers order memory, shuffles do not.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import emulated
+import pytest
+import torch
+from helpers import CRITERIA, assert_same, batch
+
+from flashpair import onchip
+from flashpair.criteria.base import REDUCTIONS
+
+SOURCE = emulated.ROOT / "csrc/cuda/onchip.cu"
+BARRIERS = [
+    (k, line.strip())
+    for k, line in enumerate(SOURCE.read_text().splitlines(), 1)
+    if "__syncthreads();" in line or "grid.sync();" in line
+]
+RACE_FOUND = 66  # ThreadSanitizer's exit status
+EUCLIDEAN = "GeneralizedLiftedStructureLoss(distance='euclidean')"
+
+
+@pytest.fixture(scope="module")
+def program():
+    if not emulated.compiler():
+        pytest.skip("no compiler")
+    try:
+        return emulated.races()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no ThreadSanitizer: {error}")
+
+
+def launch(program, criterion, x, labels, y=None, ref_labels=None, *, rows, skip=0):
+    formula = criterion.row_formula()
+    code = [
+        x.shape[0], (x if y is None else y).shape[0], x.shape[1], rows, onchip.FORMULAS.index(formula.name),
+        REDUCTIONS.index(criterion.reduction), y is None, criterion.normalize, criterion.distance == "euclidean",
+        formula.one_pair, formula.epsilon is not None, y is not None,
+    ]  # fmt: skip
+    numbers = [n for t in (labels, ref_labels, x, y) if t is not None for n in t.flatten().tolist()]
+    words = [*map(int, code), *formula.scales, *formula.shifts, formula.epsilon or 0.0, *numbers]
+    return subprocess.run(
+        [program],
+        input=" ".join(map(repr, words)),
+        env={**os.environ, "CUDA_ON_HOST_SKIP": str(skip), "TSAN_OPTIONS": "halt_on_error=1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def problem(references):
+    x, labels = batch(11, 6, 3, torch.float64)
+    y, ref_labels = batch(9, 6, 3, torch.float64, seed=1)
+    return (x, labels, y, ref_labels) if references else (x, labels)
+
+
+@pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
+@pytest.mark.parametrize("name", ["MultiSimilarityLoss", EUCLIDEAN, "NPairsLoss", "NPairsLoss('all_pairs')"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_race(program, rows, name, references):
+    criterion, given = CRITERIA[name](impl="reference"), problem(references)
+    done = launch(program, criterion, *given, rows=rows)
+    assert done.returncode == 0, done.stderr[:4000]
+    leaves = [t.requires_grad_() for t in given if t.is_floating_point()]
+    more = dict(zip(("ref_emb", "ref_labels"), given[2:], strict=False))
+    loss = criterion(*given[:2], **more)
+    truth = [loss.detach().reshape(1), *(g.flatten() for g in torch.autograd.grad(loss, leaves))]
+    assert_same(torch.tensor([float(word) for word in done.stdout.split()], dtype=torch.float64), torch.cat(truth))
+
+
+def test_the_kernel_has_barriers():
+    assert len(BARRIERS) >= 7 and sum("grid.sync" in line for _, line in BARRIERS) == 2
+
+
+@pytest.mark.parametrize("line", [k for k, _ in BARRIERS], ids=[f"{k}-{line}" for k, line in BARRIERS])
+def test_every_barrier_is_missed(program, line):
+    """A problem that needs them all: distances, references with a gradient, two warps, groups that add up in turn."""
+    done = launch(program, CRITERIA[EUCLIDEAN](), *problem(True), rows=4, skip=line)
+    assert done.returncode == RACE_FOUND and "data race" in done.stderr, done.stdout
