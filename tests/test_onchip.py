@@ -24,11 +24,15 @@ def chip(monkeypatch):
     def make(processors, shared=227 * 1024, cooperative=1):
         for name, value in (("PROCESSORS", processors), ("SHARED", shared), ("COOPERATIVE", cooperative)):
             monkeypatch.setenv(f"CUDA_ON_HOST_{name}", str(value))
+        forget()
+
+    def forget():
         onchip._limits.cache_clear()
+        onchip._plan.cache_clear()
 
     yield make
     monkeypatch.undo()
-    onchip._limits.cache_clear()
+    forget()
 
 
 def results(make, impl, x, labels, y=None, ref_labels=None, need=(True, True), **options):

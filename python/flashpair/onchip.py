@@ -94,22 +94,32 @@ class Spec(NamedTuple):
 
 def plan(
     formula: RowFormula | None, x: Tensor, y: Tensor | None, *, reduction: str, unit: bool, distance: str, penalty: bool
-) -> Spec | list[str]:
+) -> Spec | tuple[str, ...]:
     """What the kernel is told of a criterion's call, or every reason why it cannot take it."""
-    reasons = []
     if formula is None:
-        return [f"onchip knows the losses {', '.join(FORMULAS)}, and this criterion says none of them of itself"]
-    if any(isinstance(value, Tensor) for value in (*formula.scales, *formula.shifts)):
-        reasons.append("onchip takes numbers as hyper-parameters, not tensors")
+        names = ", ".join(FORMULAS)
+        return (f"onchip knows the losses {names}, and this criterion says none of them of itself",)
+    for value in formula.scales + formula.shifts:
+        if isinstance(value, Tensor):
+            return ("onchip takes numbers as hyper-parameters, not tensors",)
+    make = _plan_of if torch.compiler.is_compiling() else _plan
+    index = x.device.index or 0
+    if y is None:
+        return make(formula, x.shape, x.shape[0], x.dtype, False, index, reduction, unit, distance, penalty)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    want_dy = y.requires_grad and torch.is_grad_enabled()
+    return make(formula, x.shape, y.shape[0], dtype, want_dy, index, reduction, unit, distance, penalty)
+
+
+def _plan_of(
+    formula: RowFormula, shape: torch.Size, m: int, dtype: torch.dtype, want_dy: bool, device: int, reduction: str,
+    unit: bool, distance: str, penalty: bool,
+) -> Spec | tuple[str, ...]:  # fmt: skip
+    n, d = shape
+    rows = block_rows(n, m, d, accumulator(dtype).itemsize, want_dy, limits(device))
+    reasons: tuple[str, ...] = (rows,) if isinstance(rows, str) else ()
     if penalty and reduction in ("none", "nonzero"):
-        reasons.append(f"onchip adds a penalty on norms to one number, not to reduction={reduction!r}")
-    dtype = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
-    n, m = x.shape[0], (x if y is None else y).shape[0]
-    want_dy = y is not None and y.requires_grad and torch.is_grad_enabled()
-    device = limits(x.device.index or 0)
-    rows = block_rows(n, m, x.shape[1], dtype.itemsize, want_dy, device)
-    if isinstance(rows, str):
-        reasons.append(rows)
+        reasons += (f"onchip adds a penalty on norms to one number, not to reduction={reduction!r}",)
     if reasons or isinstance(rows, str):
         return reasons
     code = (
@@ -117,6 +127,9 @@ def plan(
         int(formula.one_pair), int(formula.epsilon is not None),
     )  # fmt: skip
     return Spec(code, (*formula.scales, *formula.shifts, formula.epsilon or 0.0))  # type: ignore[arg-type]
+
+
+_plan = functools.lru_cache(maxsize=1024)(_plan_of)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,20 +211,18 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, spec: Spec, dense: Callable[..., Tensor] | None, want_share: bool, labels: Tensor,
         ref_labels: Tensor | None, x: Tensor, y: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        rows = spec.code[2] == AVERAGINGS.index("none")
+    ) -> Any:  # fmt: skip
         need_x, need_y = ctx.needs_input_grad[5:]
+        rows = spec.code[2] == AVERAGINGS.index("none")
         loss, share, dx, dy = _call(
             x, labels, y, ref_labels, None, *spec, True, want_share, need_x and not rows, need_y and not rows
         )
-        assert loss is not None
+        ctx.set_materialize_grads(False)
         ctx.spec, ctx.dense = spec, dense
         if need_x or need_y:
             ctx.save_for_backward(x, y, labels, ref_labels, dx, dy)
-        ctx.set_materialize_grads(False)
         if not want_share:
-            return loss, None
-        assert share is not None
+            return loss
         ctx.mark_non_differentiable(share)
         return loss, share
 
@@ -229,8 +240,11 @@ class _Loss(torch.autograd.Function):
             _, _, dx, dy = _call(x, labels, y, ref_labels, g.contiguous(), *ctx.spec, False, False, need_x, need_y)
         else:  # in float32 before it is rounded, so that loss scaling works
             dx, dy = dx * g if need_x else None, dy * g if need_y else None
-        narrow = (None if t is None else t if t.dtype == x.dtype else t.to(x.dtype) for t in (dx, dy))
-        return None, None, None, None, None, *narrow
+        if dx is not None and dx.dtype != x.dtype:
+            dx = dx.to(x.dtype)
+        if dy is not None and dy.dtype != x.dtype:
+            dy = dy.to(x.dtype)
+        return None, None, None, None, None, dx, dy
 
 
 def loss(
@@ -241,5 +255,7 @@ def loss(
     if y is not None and y.dtype != x.dtype:
         wide = accumulator(torch.promote_types(x.dtype, y.dtype))
         x, y = x.to(wide), y.to(wide)
-    value, share = _Loss.apply(spec, dense, penalty is not None, labels, ref_labels, x, y)
-    return value if penalty is None else value + penalty.to(value.dtype) * share
+    if penalty is None:
+        return _Loss.apply(spec, dense, False, labels, ref_labels, x, y)
+    value, share = _Loss.apply(spec, dense, True, labels, ref_labels, x, y)
+    return value + penalty.to(value.dtype) * share

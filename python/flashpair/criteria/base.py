@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, onchip
 from ..dispatch import ONCHIP_PAIRS, check_name, obstacles
 from ..formula import RowFormula
 from ..pairs import Pairs, checked_pairs
@@ -121,28 +123,26 @@ class Criterion(nn.Module):
 
     def _in_one_launch(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None
-    ) -> Tensor | list[str]:
+    ) -> Tensor | Sequence[str]:
         """The loss by `onchip`, or why not (under "auto" nobody reads why)."""
         if self.impl == "auto":
             refs = x if y is None else y
             if x.device.type != "cuda" or x.shape[0] * refs.shape[0] > ONCHIP_PAIRS:
-                return []
+                return ()
         if reasons := obstacles("onchip", x.device):
             return reasons
-        from .. import onchip
-
         spec = onchip.plan(
             self.row_formula(), x, y, reduction=self.reduction, unit=self.normalize, distance=self.distance,
             penalty=extra is not None,
         )  # fmt: skip
-        if isinstance(spec, list):
+        if not isinstance(spec, onchip.Spec):
             return spec
+        dense = None if torch.compiler.is_compiling() else functools.partial(self._dense, labels, ref_labels)
+        return onchip.loss(spec, x, labels, y, ref_labels, extra, dense)
 
-        def dense(x: Tensor, y: Tensor | None) -> Tensor:
-            return self._by_rows(x, labels, y, ref_labels, None, "reference")
-
-        again = None if torch.compiler.is_compiling() else dense
-        return onchip.loss(spec, x, labels, y, ref_labels, extra, again)
+    def _dense(self, labels: Tensor, ref_labels: Tensor | None, x: Tensor, y: Tensor | None) -> Tensor:
+        """The loss without its regularizer, by the reference."""
+        return self._by_rows(x, labels, y, ref_labels, None, "reference")
 
     def hyperparameters(self) -> dict[str, Any]:
         """Name and value of what the constructor took, for `repr`."""
