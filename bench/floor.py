@@ -24,7 +24,7 @@ SLOWEST = 1e9  # flop per second
 
 def floor_products(case: Case, variant: str) -> int:
     """How many products a floor has: of a forward pass one, of a step three, or the two of one that keeps S."""
-    return 1 if case.options.phase == "forward" else 3 if variant == FLOOR else 2
+    return 1 if not case.options.backward else 3 if variant == FLOOR else 2
 
 
 def products(case: Case, count: int = 3) -> list[str]:

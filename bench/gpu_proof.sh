@@ -27,17 +27,20 @@ part() { # name, seconds, command ...
 }
 
 build() {
-    # The Python part is all of Triton's; the C++ part, for the CPU, where its build requirements are there.
+    # The Python part is all of Triton's; C++ and CUDA C++, for this GPU alone, where pybind11 and ninja are there.
     cp -r python/flashpair "$site/" && cp -r kernels "$site/flashpair/kernels" || return 1
+    TORCH_CUDA_ARCH_LIST=$($python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+    export TORCH_CUDA_ARCH_LIST
     timeout 90 $python -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$site" . ||
-        echo "without the C++ extension"
+        echo "without the compiled extensions"
     $python -m flashpair info
 }
 
 tests() {
     local workers=()
     $python -c 'import xdist' 2>/dev/null && workers=(-n 8)
-    $python -m pytest -q -o addopts=--strict-markers -p no:cacheprovider "${workers[@]}" -m gpu tests/test_gpu.py
+    $python -m pytest -q -o addopts=--strict-markers -p no:cacheprovider "${workers[@]}" -m gpu \
+        tests/test_gpu.py tests/test_gpu_onchip.py
 }
 
 sanitize() {
@@ -63,6 +66,10 @@ benchmark() {
     run --sizes 8192 --variants flashpair,reference,pytorch-metric-learning,floor
     run --dtype bfloat16 --sizes 8192,32768 --variants flashpair,compiled,floor
     run --dtype bfloat16 --loss ms_weighting --sizes 32768 --variants flashpair,flex-attention,floor
+    small() { run --sizes 32,64,128,256,512,1024 --time-limit 2 "$@"; }
+    small --variants flashpair-onchip,flashpair-fused,reference,compiled-max-autotune,pytorch-metric-learning
+    small --phase host --variants flashpair-onchip,flashpair-fused,reference
+    small --phase device --variants flashpair-onchip,flashpair-fused,reference,floor
     run --loss n_pairs --sizes 32768 --variants flashpair,inf-cl,floor
     grep -l '"status": "wrong"' "$out"/bench/*.json && rc=1
     return $rc

@@ -1,4 +1,4 @@
-"""Every GPU kernel once, on shapes small enough for a sanitizer: several tiles, ragged edges, both schedules.
+"""Every GPU kernel once, on shapes small enough for a sanitizer: several tiles, ragged edges, every schedule.
 
 python bench/gpu_small.py [CRITERION ...]
 """
@@ -10,6 +10,7 @@ import sys
 import torch
 
 from flashpair.check import CRITERIA, batch
+from flashpair.dispatch import obstacles
 
 NAMES = (
     "MultiSimilarityLoss",
@@ -24,8 +25,10 @@ def main(names: tuple[str, ...]) -> None:
         x, labels = (t.cuda() for t in batch(200, 72, 4, dtype))
         y, ref_labels = (t.cuda() for t in batch(150, 72, 4, dtype, seed=1))
         for name in names:
-            for impl in ("fused", "tiled"):
+            for impl in ("fused", "tiled", "onchip"):
                 criterion = CRITERIA[name](impl=impl)
+                if impl == "onchip" and (criterion.row_formula() is None or obstacles(impl, x.device)):
+                    continue
                 criterion(x.requires_grad_(), labels).backward()
                 if criterion.takes_references:
                     criterion(x, labels, ref_emb=y.requires_grad_(), ref_labels=ref_labels).backward()

@@ -15,6 +15,9 @@ from .variants import Step
 
 SAMPLE_SECONDS = 0.005  # shorter steps are repeated within a sample, up to MOST times
 MOST = 50
+APART = 5  # steps of a sample of host or device time: few enough for a GPU's queue of launches
+CYCLES_A_SECOND = 2e9  # of a GPU, about
+LONGEST_SLEEP = 0.5  # seconds
 
 
 class Times(NamedTuple):
@@ -47,7 +50,34 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _sample(step: Step, count: int) -> float:
+class Waits(Exception):
+    """A step whose host and device times cannot be told apart."""
+
+
+def _apart(step: Step, count: int, before: float) -> tuple[float, float]:
+    """Seconds of a step that launching it takes the host, and that running what was launched takes the GPU.
+
+    The GPU sleeps first, so that the host is done before the GPU begins.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _finish()
+    torch.cuda._sleep(int(CYCLES_A_SECOND * min(LONGEST_SLEEP, 0.02 + 4 * count * before)))
+    start.record()
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    host = time.perf_counter() - began
+    waited = start.query()
+    end.record()
+    end.synchronize()
+    if waited:
+        raise Waits("it waits for the GPU before it is launched as a whole")
+    return host / count, start.elapsed_time(end) / 1e3 / count
+
+
+def _sample(step: Step, count: int, phase: str = "step", before: float = 0.0) -> float:
+    if phase in ("host", "device"):
+        return _apart(step, count, before)[phase == "device"]
     _finish()
     start = time.perf_counter()
     for _ in range(count):
@@ -69,9 +99,12 @@ def interleave(
     failed: dict[str, Exception] = {}
     spent = dict.fromkeys(steps, 0.0)
     names = list(steps)
+    wall: dict[str, float] = {}
     for name in names:  # how many steps make a sample; a warm-up too
         try:
-            counts[name] = min(MOST, max(1, round(SAMPLE_SECONDS / max(_sample(steps[name], 1), 1e-9))))
+            wall[name] = _sample(steps[name], 1)
+            most = MOST if options.phase in ("step", "forward") else APART
+            counts[name] = min(most, max(1, round(SAMPLE_SECONDS / max(wall[name], 1e-9))))
         except Exception as error:
             failed[name] = error
     for turn in range(options.warmup + options.repeats):
@@ -82,7 +115,7 @@ def interleave(
                 continue
             gc.collect()
             try:
-                seconds = _sample(steps[name], counts[name])
+                seconds = _sample(steps[name], counts[name], options.phase, wall[name])
             except Exception as error:
                 failed[name] = error
                 continue

@@ -20,8 +20,9 @@ TITLES = {
 DATA = ("random", "trained")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEVICES = ("cpu", "cuda")
-PHASES = ("step", "forward")
+PHASES = ("step", "forward", "host", "device")
 VARIANTS = ("flashpair", "reference", "compiled", "pytorch-metric-learning", "floor", "flex-attention", "inf-cl")
+VARIANTS += ("flashpair-onchip", "flashpair-fused", "flashpair-tiled", "compiled-max-autotune")
 DEFAULT = VARIANTS[:5]
 FLOORS = FLOOR, FLOOR_TWO = "floor", "floor (two products)"
 GB = 10**9
@@ -38,7 +39,8 @@ class Options:
         per_class: samples of a class.
         data: ``"random"``, or ``"trained"``: tight classes, so that mining leaves few pairs.
         device: ``"cpu"``, or ``"cuda"`` for the current GPU. dtype: of the embeddings.
-        phase: ``"step"``, forward and backward, or ``"forward"``, with all that a backward needs.
+        phase: ``"step"``, forward and backward; ``"forward"``, with all that a backward needs; on a GPU also the step's
+            time ``"host"`` (launching it, while the GPU is busy) and ``"device"`` (running what was launched before).
         ref: None, or M references without gradient instead of the batch itself.
         variants: names of VARIANTS, or ``module:function`` of one's own (see variants.py).
         repeats: timed rounds; warmup: rounds before them.
@@ -72,11 +74,17 @@ class Options:
             raise ValueError("memory-limit and time-limit must be above 0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: torch finds no GPU here")
+        if self.device == "cpu" and self.phase in ("host", "device"):
+            raise ValueError(f"phase {self.phase}: on the CPU host and device are one")
         if self.ref is not None and (self.ref < 4 or self.loss == "lifted"):
             raise ValueError("ref must be at least 4, and lifted is defined within a batch, without references")
         unknown = [v for v in self.variants if v not in VARIANTS and ":" not in v]
         if unknown:
             raise ValueError(f"variants must be of {', '.join(VARIANTS)} or module:function, got {unknown}")
+
+    @property
+    def backward(self) -> bool:
+        return self.phase != "forward"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -85,7 +93,9 @@ class Options:
     @property
     def title(self) -> str:
         against = "" if self.ref is None else f" against {self.ref:,} references without gradient"
-        what = "one training step" if self.phase == "step" else "forward of a training step"
+        what = {"step": "one training step", "forward": "forward of a training step"}.get(
+            self.phase, f"{self.phase} time of one training step"
+        )
         where = "" if self.device == "cpu" else " on the GPU"
         return f"{TITLES[self.loss]}, {what}{against}{where}: {self.data} data, {self.dtype}"
 

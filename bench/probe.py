@@ -42,7 +42,7 @@ def is_memory(error: BaseException) -> bool:
 
 
 def probe(case: Case, variant: str) -> None:
-    compiles = variant == "compiled"
+    compiles = variant.startswith("compiled")
     if not compiles:  # load libraries and start threads before anything is counted
         ref = None if case.square else min(case.m, TINY)
         tiny = Case(replace(case.options, ref=ref), min(case.n, TINY), case.d)

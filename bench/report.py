@@ -26,7 +26,7 @@ def stem(document: Document) -> str:
     against = "" if o["ref"] is None else f"-ref{o['ref']}"
     when = document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
     where = "-cuda" if o.get("device") == "cuda" else ""
-    where += "-forward" if o.get("phase") == "forward" else ""
+    where += "" if o.get("phase", "step") == "step" else f"-{o['phase']}"
     return f"{o['loss']}-{o['data']}-{o['dtype']}{against}{where}-{when}"
 
 

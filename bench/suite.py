@@ -31,7 +31,7 @@ def _at(case: Case) -> str:
 
 def _names(options: Options) -> list[str]:
     names = list(options.variants)
-    if FLOOR in names and options.ref is not None and options.phase == "step":
+    if FLOOR in names and options.ref is not None and options.backward:
         names.append(FLOOR_TWO)
     return names
 

@@ -46,8 +46,8 @@ def _reference(case: Case) -> Callable[..., Tensor]:
     return criterion(case, "reference")
 
 
-def _compiled(case: Case) -> Callable[..., Tensor]:
-    return torch.compile(criterion(case, "reference"), dynamic=False)
+def _compiled(case: Case, mode: str = "default") -> Callable[..., Tensor]:
+    return torch.compile(criterion(case, "reference"), dynamic=False, mode=mode)
 
 
 def _pml(case: Case) -> Callable[..., Tensor]:
@@ -143,6 +143,10 @@ REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
     "pytorch-metric-learning": _pml,
     "flex-attention": _flex,
     "inf-cl": _inf_cl,
+    "flashpair-onchip": partial(criterion, impl="onchip"),
+    "flashpair-fused": partial(criterion, impl="fused"),
+    "flashpair-tiled": partial(criterion, impl="tiled"),
+    "compiled-max-autotune": partial(_compiled, mode="max-autotune"),  # with CUDA graphs
 }
 
 
@@ -165,6 +169,6 @@ def make_step(variant: str, case: Case, batch: Batch) -> Step:
     if variant in FLOORS:
         return make_floor(case, batch, floor_products(case, variant))
     if variant in REGISTRY:
-        return training_step(REGISTRY[variant](case), batch, case.options.phase == "step")
+        return training_step(REGISTRY[variant](case), batch, case.options.backward)
     module, _, name = variant.partition(":")
-    return training_step(getattr(importlib.import_module(module), name)(case), batch, case.options.phase == "step")
+    return training_step(getattr(importlib.import_module(module), name)(case), batch, case.options.backward)

@@ -14,12 +14,14 @@ import pytest
 import torch
 from conftest import needs_extension
 
-from bench import check, floor, guard, measure, memory, report, suite, units
+import flashpair
+from bench import check, floor, guard, host, measure, memory, report, suite, units
 from bench.__main__ import main
 from bench.cases import Case, live_share, make_batch
 from bench.options import LOSSES, Options
 from bench.progress import Progress
 from bench.variants import NotThere, criterion, make_step, training_step
+from flashpair import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = Options(memory_limit=10**9, threads=1, repeats=2)
@@ -284,3 +286,17 @@ def test_units():
     assert units.span(0.0009, 0.0011) == "0.9 to 1.1 ms"
     assert units.size(21_485_026_713) == "21.5 GB"
     assert units.size(999_999) == "1 MB"
+
+
+@pytest.mark.parametrize("phase", ["host", "device"])
+def test_on_the_cpu_host_and_device_are_one(phase):
+    with pytest.raises(ValueError, match=f"phase {phase}: on the CPU"):
+        Options(memory_limit=1, threads=1, phase=phase)
+
+
+def test_host_time_leaves_the_kernel_as_it_was():
+    x, labels = torch.randn(8, 4), torch.arange(8) // 2
+    before = flashpair.MultiSimilarityLoss(impl="reference")(x, labels)
+    assert set(host.measure(calls=10, rounds=2)) == {"onchip", "autograd.Function", "dense eager code"}
+    if extension.emulated():
+        assert torch.allclose(flashpair.MultiSimilarityLoss(impl="onchip")(x, labels), before)

@@ -1,0 +1,201 @@
+"""`onchip` on a GPU: parity, bits, graphs, streams, limits. Part of bench/gpu_proof.sh; skipped without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import CRITERIA, assert_as_good_as, assert_same, batch
+
+from flashpair import MultiSimilarityLoss, dispatch, onchip
+from flashpair.check import value_and_gradient
+from flashpair.dispatch import obstacles
+
+WHY_NOT = obstacles("onchip", torch.device("cuda")) if torch.cuda.is_available() else ["needs a CUDA device"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason="; ".join(WHY_NOT))]
+FORMS = {name: make for name, make in CRITERIA.items() if make().row_formula() is not None}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def _cuda(*tensors):
+    return tuple(t.cuda() for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_every_criterion_against_float64(name, dtype):
+    for n, d in ((1000, 128), (333, 100), (32, 512)):
+        x, labels = _cuda(*batch(n, d, 4, torch.float32))
+        x = (x / d**0.25).to(dtype)
+        truth = value_and_gradient(FORMS[name](impl="reference"), x.double(), labels)
+        found = value_and_gradient(FORMS[name](impl="onchip"), x, labels)
+        eager = value_and_gradient(FORMS[name](impl="reference"), x, labels)
+        for f, e, t in zip(found, eager, truth, strict=True):
+            assert_same(f, t) if dtype == torch.float64 else assert_as_good_as(f, e, t)
+
+
+EDGES = (0, 1, 2, 3, 4, 5, 31, 32, 33, 127, 128, 129, 131, 132, 133, 255, 256, 257, 528, 529, 1023, 1024, 1025, 2048)
+
+
+@pytest.mark.parametrize("n", EDGES)
+def test_edges_of_blocks(n):
+    """Edges of quads, of rows a block (132 multiprocessors: 1, 2, 4, 8, 16), of passes of 1,024 columns."""
+    x, labels = _cuda(*batch(n, 40, 4, torch.float64, seed=n))
+    y, ref_labels = _cuda(*batch(60, 40, 4, torch.float64, seed=1))
+    for name in ("MultiSimilarityLoss", "NPairsLoss", "GeneralizedLiftedStructureLoss(distance='euclidean')"):
+        for refs in ({}, {"ref_emb": y.requires_grad_(), "ref_labels": ref_labels}):
+            results = []
+            for impl in ("onchip", "reference"):
+                a = x.clone().requires_grad_()
+                rows = FORMS[name](impl=impl, reduction="none")(a, labels, **refs)
+                leaves = [a, y] if refs else [a]
+                results.append([rows.detach(), *torch.autograd.grad(rows.sum(), leaves)])
+            for f, t in zip(*results, strict=True):
+                assert_same(f, t)
+
+
+@pytest.mark.parametrize("d", [1, 3, 4, 31, 64, 257, 1024, 2048])
+def test_widths(d):
+    x, labels = _cuda(*batch(200, d, 4, torch.float64))
+    found, truth = (value_and_gradient(MultiSimilarityLoss(impl=impl), x, labels) for impl in ("onchip", "reference"))
+    for f, t in zip(found, truth, strict=True):
+        assert_same(f, t)
+
+
+def test_gradcheck():
+    x, labels = _cuda(*batch(12, 5, 3, torch.float64))
+    for make in FORMS.values():
+        assert torch.autograd.gradcheck(lambda t, m=make: m(impl="onchip")(t, labels), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(256, torch.float32), (1024, torch.bfloat16), (1000, torch.float64)], ids=str)
+def test_same_bits_a_thousand_times(n, dtype):
+    """Into memory that holds NaN, while another stream keeps other multiprocessors busy in between."""
+    x, labels = _cuda(*batch(n, 96, 4, dtype))
+    criterion, noise = MultiSimilarityLoss(impl="onchip"), torch.cuda.Stream()
+    first = value_and_gradient(criterion, x, labels)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    try:
+        for k in range(1000):
+            if k % 10 == 0:
+                with torch.cuda.stream(noise):
+                    torch.randn(2_000_000, device="cuda").sin_()
+            again = value_and_gradient(criterion, x, labels)
+            different += sum((a != b).sum() for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert different.item() == 0
+
+
+def test_cuda_graph_replays_with_new_numbers():
+    x, labels = _cuda(*batch(600, 64, 4, torch.bfloat16))
+    static = x.clone().requires_grad_()
+    criterion, stream = MultiSimilarityLoss(impl="onchip"), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            static.grad = None
+            criterion(static, labels).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    static.grad = None
+    with torch.cuda.graph(graph):
+        loss = criterion(static, labels)
+        loss.backward()
+    for seed in (1, 2):
+        fresh = batch(600, 64, 4, torch.bfloat16, seed=seed)[0].cuda()
+        with torch.no_grad():
+            static.copy_(fresh)
+        graph.replay()
+        torch.cuda.synchronize()
+        eager = value_and_gradient(criterion, fresh, labels)
+        assert torch.equal(loss, eager[0]) and torch.equal(static.grad, eager[1])
+
+
+def test_nothing_is_allocated_after_warm_up_and_no_host_sync():
+    x, labels = _cuda(*batch(600, 64, 4, torch.float32))
+    criterion = MultiSimilarityLoss(impl="onchip")
+    for _ in range(3):
+        value_and_gradient(criterion, x, labels)
+    before = torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            value_and_gradient(criterion, x, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved()) == before
+
+
+def test_one_launch():
+    from torch.profiler import ProfilerActivity, profile
+
+    x, labels = _cuda(*batch(256, 128, 4, torch.float32))
+    x.requires_grad_()
+    criterion = MultiSimilarityLoss(impl="onchip")
+    criterion(x, labels)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        criterion(x, labels)
+        torch.cuda.synchronize()
+    kernels = [event.key for event in seen.key_averages() if "cuda" in str(event.device_type).lower()]
+    if not kernels:
+        pytest.skip("no profiler here")
+    assert [k for k in kernels if "loss_and_gradient" in k] and sum("emcpy" not in k for k in kernels) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_device():
+    x, labels = batch(600, 64, 4, torch.float32)
+    found, truth = (
+        value_and_gradient(MultiSimilarityLoss(impl="onchip"), x.to(device), labels.to(device))
+        for device in ("cuda:1", "cuda:0")
+    )
+    assert all(f.device.index == 1 and torch.equal(f.cpu(), t.cpu()) for f, t in zip(found, truth, strict=True))
+
+
+def test_runs_on_the_current_stream():
+    x, labels = _cuda(*batch(1000, 64, 4, torch.float32))
+    truth = value_and_gradient(MultiSimilarityLoss(impl="onchip"), x, labels)
+    late, stream = torch.zeros_like(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(x)
+        found = value_and_gradient(MultiSimilarityLoss(impl="onchip"), late, labels)
+    torch.cuda.synchronize()
+    assert all(torch.equal(f, t) for f, t in zip(found, truth, strict=True))
+
+
+def test_auto_takes_it_for_small_batches(monkeypatch):
+    x, labels = _cuda(*batch(64, 32, 4, torch.float32))
+    plain = value_and_gradient(MultiSimilarityLoss(impl="onchip"), x, labels)
+    assert all(map(torch.equal, value_and_gradient(MultiSimilarityLoss(), x, labels), plain))
+    monkeypatch.setattr(dispatch, "ONCHIP_PAIRS", 0)
+    learned = torch.nn.Parameter(torch.tensor(2.0, device="cuda"))
+    assert value_and_gradient(MultiSimilarityLoss(alpha=learned), x, labels)[1].isfinite().all()
+
+
+def test_largest_batch_runs_and_one_more_is_refused():
+    n = onchip.largest_batch(64, onchip.limits(0))
+    x, labels = _cuda(*batch(n + 4, 64, 4, torch.float32))
+    assert value_and_gradient(MultiSimilarityLoss(impl="onchip"), x[:n], labels[:n])[1].isfinite().all()
+    with pytest.raises(RuntimeError, match="impl='onchip' cannot run"):
+        MultiSimilarityLoss(impl="onchip")(x, labels)
+
+
+def test_fullgraph_compile():
+    x, labels = _cuda(*batch(256, 64, 4, torch.float32))
+    compiled = torch.compile(MultiSimilarityLoss(impl="onchip"), fullgraph=True)
+    found = value_and_gradient(compiled, x, labels)
+    for f, t in zip(found, value_and_gradient(MultiSimilarityLoss(impl="onchip"), x, labels), strict=True):
+        assert torch.equal(f, t)
+
+
+def test_loss_scaling_in_half_precision():
+    """float16 gradients of 1e-8 vanish; scaled by 2^16 they do not, because they are scaled before they are rounded."""
+    x, labels = _cuda(*batch(512, 64, 4, torch.float16))
+    x.requires_grad_()
+    scale = 2.0**16
+    (small,) = torch.autograd.grad(MultiSimilarityLoss(impl="onchip")(x, labels) * 1e-3 * scale, x)
+    (truth,) = torch.autograd.grad(MultiSimilarityLoss(impl="reference")(x, labels) * 1e-3 * scale, x)
+    assert_as_good_as(small, truth, truth)
