@@ -16,10 +16,10 @@ from helpers import CRITERIA, assert_same, batch
 from flashpair import onchip
 from flashpair.criteria.base import REDUCTIONS
 
-SOURCE = emulated.ROOT / "csrc/cuda/onchip.cu"
 BARRIERS = [
-    (k, line.strip())
-    for k, line in enumerate(SOURCE.read_text().splitlines(), 1)
+    f"{path.name}:{k}"
+    for path in sorted((emulated.ROOT / "csrc/cuda").iterdir())
+    for k, line in enumerate(path.read_text().splitlines(), 1)
     if "__syncthreads();" in line or "grid.sync();" in line
 ]
 RACE_FOUND = 66  # ThreadSanitizer's exit status
@@ -36,7 +36,7 @@ def program():
         pytest.skip(f"no ThreadSanitizer: {error}")
 
 
-def launch(program, criterion, x, labels, y=None, ref_labels=None, *, rows, skip=0):
+def launch(program, criterion, x, labels, y=None, ref_labels=None, *, rows, skip=""):
     formula = criterion.row_formula()
     code = [
         x.shape[0], (x if y is None else y).shape[0], x.shape[1], rows, onchip.FORMULAS.index(formula.name),
@@ -48,7 +48,7 @@ def launch(program, criterion, x, labels, y=None, ref_labels=None, *, rows, skip
     return subprocess.run(
         [program],
         input=" ".join(map(repr, words)),
-        env={**os.environ, "CUDA_ON_HOST_SKIP": str(skip), "TSAN_OPTIONS": "halt_on_error=1"},
+        env={**os.environ, "CUDA_ON_HOST_SKIP": skip, "TSAN_OPTIONS": "halt_on_error=1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -76,11 +76,11 @@ def test_no_race(program, rows, name, references):
 
 
 def test_the_kernel_has_barriers():
-    assert len(BARRIERS) >= 7 and sum("grid.sync" in line for _, line in BARRIERS) == 2
+    assert len(BARRIERS) >= 7
 
 
-@pytest.mark.parametrize("line", [k for k, _ in BARRIERS], ids=[f"{k}-{line}" for k, line in BARRIERS])
-def test_every_barrier_is_missed(program, line):
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_every_barrier_is_missed(program, barrier):
     """A problem that needs them all: distances, references with a gradient, two warps, groups that add up in turn."""
-    done = launch(program, CRITERIA[EUCLIDEAN](), *problem(True), rows=4, skip=line)
+    done = launch(program, CRITERIA[EUCLIDEAN](), *problem(True), rows=4, skip=barrier)
     assert done.returncode == RACE_FOUND and "data race" in done.stderr, done.stdout

@@ -18,10 +18,14 @@ void check(const std::string& reason) {
   if (!reason.empty()) throw std::runtime_error("onchip: " + reason);
 }
 
-// A loss of some shape on some device, laid out once and launched many times.
+// A loss of some shape, laid out once for the current device and launched many times on it.
 class Launch {
  public:
-  Launch(int device, const Job& job) : device_(device), job_(job) { check(lay_out(job_, device_, layout_)); }
+  Launch(int device, const Job& job) : job_(job) {
+    Limits found;
+    check(limits(device, found));
+    check(lay_out(job_, found, layout_));
+  }
 
   void operator()(uintptr_t x, uintptr_t y, uintptr_t labels, uintptr_t ref_labels, uintptr_t upstream, uintptr_t loss,
                   uintptr_t share, uintptr_t dx, uintptr_t dy, uintptr_t workspace, uintptr_t stream) const {
@@ -29,13 +33,12 @@ class Launch {
     auto ids = [&](uintptr_t address) { return static_cast<const int64_t*>(at(address)); };
     const Tensors tensors{at(x),    at(y),     ids(labels), ids(ref_labels), at(upstream),
                           at(loss), at(share), at(dx),      at(dy),          at(workspace)};
-    check(launch(job_, layout_, tensors, device_, at(stream)));
+    check(launch(job_, layout_, tensors, at(stream)));
   }
 
   const Layout& layout() const { return layout_; }
 
  private:
-  int device_;
   Job job_;
   Layout layout_;
 };

@@ -34,22 +34,28 @@ __device__ T harder(const Job& job, int side, T z) {
   return pick(job.scale, side) > 0 ? z : -z;
 }
 
-// What backward needs of a row, and what the batch's totals do. Arrays of two are indexed by Side.
+// What an anchor weighs its pairs by. Arrays of two are indexed by Side.
 template <class T>
-struct Row {
-  T loss;
-  T valid;     // 1 if the row has a loss
-  T divides;   // what it adds to the average's denominator
+struct Anchor {
   T lse[2];    // log-sum-exp of scale z over the side's kept pairs, -inf for none
   T slope[2];  // dL/d lse; of a summed side the factor of each of its pairs
   T bound[2];  // a pair is kept if it is harder than this
+};
+
+// An anchor's row, and what it adds to the batch's totals.
+template <class T>
+struct Row {
+  Anchor<T> gives;
+  T loss;
+  T valid;    // 1 if the row has a loss
+  T divides;  // what it adds to the average's denominator
 };
 
 // Completes a row whose lse and bound are set. positives: how many pairs; anchor: the row takes part (one_pair);
 // sum, slopes: softplus and its derivative over the summed side, if there is one.
 template <class T>
 __device__ void finish_row(const Job& job, Row<T>& row, T positives, bool anchor, T sum, T slopes) {
-  const T *lse = row.lse, none = -INFINITY;
+  const T *lse = row.gives.lse, none = -INFINITY;
   const bool both = lse[POSITIVE] > none && lse[NEGATIVE] > none;
   bool valid = both;
   T loss = 0, slope[2] = {0, 0};
@@ -95,16 +101,17 @@ __device__ void finish_row(const Job& job, Row<T>& row, T positives, bool anchor
   if (job.averaging == MEAN && job.loss == ALL_PAIRS) divides = positives;
   if (job.averaging == MEAN && !job.one_pair && job.loss != ALL_PAIRS) divides = 1;
   row.loss = loss, row.valid = valid, row.divides = divides;
-  row.slope[POSITIVE] = slope[POSITIVE], row.slope[NEGATIVE] = slope[NEGATIVE];
+  row.gives.slope[POSITIVE] = slope[POSITIVE], row.gives.slope[NEGATIVE] = slope[NEGATIVE];
 }
 
-// dL_row/dz of a pair of the row (General Pair Weighting, Wang et al. 2019, eq. 3).
+// dL_row/dz of a pair of the anchor's (General Pair Weighting, Wang et al. 2019, eq. 3).
 template <class T>
-__device__ T pair_weight(const Job& job, int side, T z, T slope, T lse, T other_lse, T bound) {
-  const T scale = pick(job.scale, side);
-  if (slope == T(0)) return 0;
-  if (side == summed_side(job.loss)) return slope * scale * sigmoid(scale * z + other_lse);
-  return harder(job, side, z) > bound ? slope * scale * exp(scale * z - lse) : T(0);
+__device__ T pair_weight(const Job& job, const Anchor<T>& anchor, int side, T z) {
+  const T scale = pick(job.scale, side), slope = pick(anchor.slope, side);
+  if (side == NO_PAIR || slope == T(0)) return 0;
+  if (side == summed_side(job.loss)) return slope * scale * sigmoid(scale * z + pick(anchor.lse, 1 - side));
+  return harder(job, side, z) > pick(anchor.bound, side) ? slope * scale * exp(scale * z - pick(anchor.lse, side))
+                                                         : T(0);
 }
 
 }  // namespace flashpair::onchip

@@ -17,26 +17,16 @@
 
 #include "losses.h"
 #include "onchip.h"
+#include "product.h"
 
 #ifndef DYNAMIC_SHARED  // how a kernel names its block's memory
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
-#ifndef ONCHIP_THREADS
-#define ONCHIP_THREADS 256
 #endif
 
 namespace flashpair::onchip {
 namespace {
 
-constexpr int THREADS = ONCHIP_THREADS, LANES = 32, WARPS = THREADS / LANES;
-constexpr int MOST_GROUPS = 16;  // of threads that share a product's inner axis
-constexpr int SCRATCH = 4 * 8;   // numbers of a block, for four sums over up to eight warps
-
-// Four neighbours, moved at once.
-template <class T>
-struct alignas(16) Quad {
-  T v[4];
-};
+constexpr int SCRATCH = 4 * 8;  // numbers of a block, for four sums over up to eight warps
 
 inline int round_up(int value) { return (value + 3) / 4 * 4; }
 __host__ __device__ inline int blocks_of(int count, int rows) { return (count + rows - 1) / rows; }
@@ -53,9 +43,9 @@ struct Set {
 };
 enum Role : int { NO_ROLE, ANCHOR, REFERENCE };
 
-// The workspace: the anchors' and the references' Set (the same one in a square problem), and the anchors' Row numbers
-// as vectors (padded,).
-enum RowVector : int { LOSS, VALID, DIVIDES, LSE, SLOPE = LSE + 2, BOUND = SLOPE + 2, ROW_VECTORS = BOUND + 2 };
+// The workspace: the anchors' and the references' Set (the same one in a square problem), and the numbers of the
+// anchors' Row as vectors (padded,).
+enum Vector : int { LOSS, VALID, DIVIDES, LSE, SLOPE = LSE + 2, BOUND = SLOPE + 2, VECTORS = BOUND + 2 };
 
 template <class T>
 struct Work {
@@ -63,6 +53,9 @@ struct Work {
   int width;  // round_up(D)
   T* row;
   __device__ T& of(int vector, int i) const { return row[size_t(vector) * anchors.padded + i]; }
+  __device__ Anchor<T> anchor(int i) const {
+    return {{of(LSE, i), of(LSE + 1, i)}, {of(SLOPE, i), of(SLOPE + 1, i)}, {of(BOUND, i), of(BOUND + 1, i)}};
+  }
 };
 
 // Returns how many numbers of T the workspace holds.
@@ -80,7 +73,7 @@ int64_t divide_workspace(const Job& job, const Tensors& at, Work<T>& work) {
   };
   work.anchors = place(at.x, at.labels, job.n);
   work.refs = job.square ? work.anchors : place(at.y, at.ref_labels, job.m);
-  work.row = take(int64_t(ROW_VECTORS) * work.anchors.padded);
+  work.row = take(int64_t(VECTORS) * work.anchors.padded);
   return next - begin;
 }
 
@@ -110,20 +103,24 @@ __device__ T load(const void* raw, int number, size_t at) {
 template <class T>
 __device__ void prepare_rows(const Job& job, const Set<T>& set, int width, int first, int lane) {
   T inverse[4] = {1, 1, 1, 1}, square[4] = {}, poison[4] = {};
-  for (int r = 0; r < 4 && job.unit; ++r) {
-    T sum = 0;
-    for (int k = lane; k < job.d && first + r < set.count; k += LANES) {
-      const T v = load<T>(set.raw, job.number, size_t(first + r) * job.d + k);
-      sum += v * v;
+  auto at = [&](int r, int k) {
+    const bool inside = first + r < set.count && k < job.d;
+    return inside ? load<T>(set.raw, job.number, size_t(first + r) * job.d + k) : T(0);
+  };
+  if (job.unit) {
+    T sum[4] = {};
+    for (int k = lane; k < job.d; k += LANES)
+      for (int r = 0; r < 4; ++r) sum[r] += at(r, k) * at(r, k);
+    const T zero = sizeof(T) == 8 ? T(1.4916681462400413e-154) : T(1.0842021724855044e-19);  // whose square underflows
+    for (int r = 0; r < 4; ++r) {
+      const T norm = sqrt(warp_sum(sum[r]));
+      inverse[r] = norm <= zero ? T(0) : norm < T(INFINITY) ? T(1) / norm : T(NAN);
     }
-    const T norm = sqrt(warp_sum(sum)), zero = sizeof(T) == 8 ? T(1.4916681462400413e-154) : T(1.0842021724855044e-19);
-    inverse[r] = norm <= zero ? T(0) : norm < T(INFINITY) ? T(1) / norm : T(NAN);
   }
   for (int k = lane; k < width; k += LANES) {
     Quad<T> column;
     for (int r = 0; r < 4; ++r) {
-      const bool inside = first + r < set.count && k < job.d;
-      const T v = inside ? load<T>(set.raw, job.number, size_t(first + r) * job.d + k) * inverse[r] : T(0);
+      const T v = at(r, k) * inverse[r];
       set.rows[size_t(first + r) * width + k] = column.v[r] = v;
       square[r] += v * v;
       poison[r] += v * T(0);
@@ -153,122 +150,78 @@ __device__ void assign_role(const Job& job, const Set<T>& own, const Set<T>& oth
 // The side on which reference b is to anchor a, or NO_PAIR.
 template <class T>
 __device__ int side_of(const Job& job, const Work<T>& work, int a, int b) {
-  if (job.square && a == b) return NO_PAIR;
+  if (a >= job.n || b >= job.m || (job.square && a == b)) return NO_PAIR;
   if (job.one_pair && !(work.anchors.role[a] == ANCHOR && work.refs.role[b] == REFERENCE)) return NO_PAIR;
   return work.anchors.labels[a] == work.refs.labels[b] ? POSITIVE : NEGATIVE;
 }
 
-// Among how many groups of threads a product's inner axis is shared, where its columns leave threads idle.
-__device__ inline int groups_of(int columns, int inner) {
-  return max(1, min(min(THREADS / max(columns / 4, 1), MOST_GROUPS), inner / 4));
-}
+// Both sides of a pair in a byte: of the own row as the anchor, and of the other one.
+__device__ inline unsigned char pack(int own, int other) { return (own + 1) | (other + 1) << 2; }
+__device__ inline int own_side(unsigned char sides) { return (sides & 3) - 1; }
+__device__ inline int other_side(unsigned char sides) { return (sides >> 2) - 1; }
 
-// sum (ROWS, 4) += a (ROWS, inner) b (inner, columns) over DEPTH strips of four of the inner axis, one quad of columns.
-// All of b's loads, which come from the L2 cache, are on their way before the first is used.
-template <class T, int ROWS, int DEPTH>
-__device__ void add_strips(T (&sum)[ROWS][4], const T* a, int inner, const Quad<T>* b, int quads, int strip) {
-  Quad<T> right[4 * DEPTH];
-#pragma unroll
-  for (int k = 0; k < 4 * DEPTH; ++k) right[k] = b[size_t(4 * strip + k) * quads];
-#pragma unroll
-  for (int s = 0; s < DEPTH; ++s)
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const Quad<T> left = *reinterpret_cast<const Quad<T>*>(a + r * inner + 4 * (strip + s));
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][c] += left.v[k] * right[4 * s + k].v[c];
-    }
-}
-
-// out (ROWS, columns) = a (ROWS, inner) b (inner, columns); a and out in shared memory, inner and columns multiples of
-// four. A thread owns four columns of `out` and a group's share of the inner axis; groups add up in turn. The order of
-// an entry's sum depends on inner and groups alone, so that z_ij and z_ji have the same bits.
+// Phase 2 behind the product: z, where it is a distance, and who is what to whom. (ROWS, stride), padding is no pair.
 template <class T, int ROWS>
-__device__ void product(const T* a, const T* b, int inner, int columns, int groups, T* out) {
-  constexpr int DEPTH = (ROWS <= 2 ? 4 : 2) * sizeof(float) / sizeof(T);
-  const int quads = columns / 4, strips = inner / 4, span = groups > 1 ? max(quads, 1) : THREADS;
-  const int group = threadIdx.x / span, end = strips * (group + 1) / groups;
-  for (int base = 0; base < quads; base += span) {
-    const int quad = base + threadIdx.x % span;
-    const bool busy = group < groups && quad < quads;
-    T sum[ROWS][4] = {};
-    const Quad<T>* from = reinterpret_cast<const Quad<T>*>(b) + quad;
-    int strip = busy ? strips * group / groups : end;
-    for (; strip + DEPTH <= end; strip += DEPTH) add_strips<T, ROWS, DEPTH>(sum, a, inner, from, quads, strip);
-    for (; strip < end; ++strip) add_strips<T, ROWS, 1>(sum, a, inner, from, quads, strip);
-    for (int turn = 0; turn < groups; ++turn) {
-      if (busy && turn == group) {
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          Quad<T>* to = reinterpret_cast<Quad<T>*>(out + r * columns) + quad;
-          Quad<T> total;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) total.v[c] = turn ? to->v[c] + sum[r][c] : sum[r][c];
-          *to = total;
-        }
-      }
-      __syncthreads();
+__device__ void relate(const Job& job, const Work<T>& work, bool owns_anchors, int first, int stride, T* z,
+                       unsigned char* sides) {
+  const Set<T>&own = owns_anchors ? work.anchors : work.refs, &others = owns_anchors ? work.refs : work.anchors;
+  const T noise = 8 * (sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920928955078125e-07));
+  for (int j = threadIdx.x; j < stride; j += THREADS)
+    for (int r = 0; r < ROWS; ++r) {
+      const int i = first + r, at = r * stride + j;
+      const int mine = owns_anchors ? side_of(job, work, i, j) : NO_PAIR;
+      const int theirs = job.square || !owns_anchors ? side_of(job, work, j, i) : NO_PAIR;
+      sides[at] = pack(mine, theirs);
+      if (!job.euclidean || i >= own.count) continue;
+      const T squares = own.square[i] + others.square[j], d2 = squares - 2 * z[at];
+      z[at] = d2 > noise * squares ? sqrt(d2) : T(0);
     }
-  }
+  __syncthreads();
 }
 
-// Phase 3 of one anchor, by one warp: its hardest pairs, windows, log-sum-exps, loss, and what they weigh.
+// Phase 3 of one anchor, by one warp: its hardest pairs, windows, log-sum-exps, loss, and what it weighs pairs by.
 template <class T>
-__device__ Row<T> reduce_row(const Job& job, const Work<T>& work, int i, const T* z, int lane) {
-  const int m = work.refs.count;
+__device__ Row<T> reduce_row(const Job& job, const T* z, const unsigned char* sides, int stride, bool anchor,
+                             int lane) {
   Row<T> row;
-  T hardest[2] = {-INFINITY, -INFINITY}, positives = 0, sum[2] = {0, 0};
-  for (int j = lane; j < m; j += LANES) {
-    const int side = side_of(job, work, i, j);
-    if (side == NO_PAIR) continue;
+  Anchor<T>& gives = row.gives;
+  T hardest[2] = {-INFINITY, -INFINITY}, peak[2], sum[2] = {0, 0}, positives = 0;
+  for (int j = lane; j < stride; j += LANES) {
+    const int side = own_side(sides[j]);
     const T hard = harder(job, side, z[j]);
-    if (side == POSITIVE) {
-      hardest[POSITIVE] = hard > hardest[POSITIVE] ? hard : hardest[POSITIVE];
-      ++positives;
-    } else {
-      hardest[NEGATIVE] = hard > hardest[NEGATIVE] ? hard : hardest[NEGATIVE];
-    }
+    if (side == POSITIVE && hard > hardest[POSITIVE]) hardest[POSITIVE] = hard;
+    if (side == NEGATIVE && hard > hardest[NEGATIVE]) hardest[NEGATIVE] = hard;
+    positives += side == POSITIVE;
   }
   positives = warp_sum(positives);
-  for (int side = 0; side < 2; ++side) hardest[side] = warp_max(hardest[side]), row.bound[side] = -INFINITY;
+  for (int side = 0; side < 2; ++side) hardest[side] = warp_max(hardest[side]), gives.bound[side] = -INFINITY;
   if (job.mined) {  // eq. 11-12; one decision for both sides, so that both are empty or neither is
-    for (int side = 0; side < 2; ++side) row.bound[side] = -(hardest[1 - side] + T(job.epsilon));
-    if (!(hardest[0] > row.bound[0] && hardest[1] > row.bound[1])) hardest[0] = hardest[1] = -INFINITY;
+    for (int side = 0; side < 2; ++side) gives.bound[side] = -(hardest[1 - side] + T(job.epsilon));
+    if (!(hardest[0] > gives.bound[0] && hardest[1] > gives.bound[1])) gives.bound[0] = gives.bound[1] = INFINITY;
   }
-  T peak[2];
   for (int side = 0; side < 2; ++side) peak[side] = fabs(T(job.scale[side])) * hardest[side];
-  for (int j = lane; j < m; j += LANES) {
-    const int side = side_of(job, work, i, j);
-    if (side == NO_PAIR || !(pick(hardest, side) > -INFINITY) || !(harder(job, side, z[j]) > pick(row.bound, side)))
-      continue;
+  for (int j = lane; j < stride; j += LANES) {
+    const int side = own_side(sides[j]);
+    if (side == NO_PAIR || !(harder(job, side, z[j]) > pick(gives.bound, side))) continue;
     const T term = exp(T(pick(job.scale, side)) * z[j] - pick(peak, side));
     sum[POSITIVE] += side == POSITIVE ? term : T(0), sum[NEGATIVE] += side == POSITIVE ? T(0) : term;
   }
   for (int side = 0; side < 2; ++side) {
     sum[side] = warp_sum(sum[side]);
-    row.lse[side] = sum[side] > 0 ? peak[side] + log(sum[side]) : T(-INFINITY);
+    gives.lse[side] = sum[side] > 0 ? peak[side] + log(sum[side]) : T(-INFINITY);
   }
   const int summed = summed_side(job.loss);
   T total = 0, slopes = 0;
   if (summed != NO_PAIR) {
-    for (int j = lane; j < m; j += LANES) {
-      if (side_of(job, work, i, j) != summed) continue;
-      const T t = T(pick(job.scale, summed)) * z[j] + pick(row.lse, 1 - summed);
+    for (int j = lane; j < stride; j += LANES) {
+      if (own_side(sides[j]) != summed) continue;
+      const T t = T(pick(job.scale, summed)) * z[j] + pick(gives.lse, 1 - summed);
       total += softplus(t), slopes += sigmoid(t);
     }
     total = warp_sum(total), slopes = warp_sum(slopes);
   }
-  finish_row(job, row, positives, !job.one_pair || work.anchors.role[i] == ANCHOR, total, slopes);
+  finish_row(job, row, positives, anchor, total, slopes);
   return row;
-}
-
-// The weight that anchor a gives to reference b, on that side, at z.
-template <class T>
-__device__ T weight_of(const Job& job, const Work<T>& work, int a, int side, T z) {
-  return pair_weight(job, side, z, work.of(SLOPE + side, a), work.of(LSE + side, a), work.of(LSE + 1 - side, a),
-                     work.of(BOUND + side, a));
 }
 
 // Sums over a batch, the same bits in every block.
@@ -318,40 +271,38 @@ __global__ void __launch_bounds__(THREADS, 1)
     assign_role(job, refs, anchors, false, j, lane);
   grid.sync();
 
-  // 2. Similarities: the stripe z (ROWS, others) of the block's own rows.
+  // 2. Pairs: the stripe (ROWS, others) of the block's own rows, their similarities and sides.
   const int anchor_blocks = anchor_blocks_of(anchors.count, ROWS);
   const bool owns_anchors = int(blockIdx.x) < anchor_blocks;
   const Set<T>&own = owns_anchors ? anchors : refs, &others = owns_anchors ? refs : anchors;
-  const int first = (owns_anchors ? blockIdx.x : blockIdx.x - anchor_blocks) * ROWS, stride = others.padded;
-  const int count = max(0, min(ROWS, own.count - first));
-  T* z = reinterpret_cast<T*>(memory);
-  T* mine = z + ROWS * max(anchors.padded, refs.padded);  // (ROWS, width): own rows, then their gradients
-  T* scratch = mine + ROWS * width;                       // (4, WARPS), SCRATCH numbers
+  const int first = (owns_anchors ? blockIdx.x : blockIdx.x - anchor_blocks) * ROWS;
+  const int count = max(0, min(ROWS, own.count - first)), stride = others.padded;
+  const int widest = max(anchors.padded, refs.padded);
+  T* z = reinterpret_cast<T*>(memory);                                 // (ROWS, stride)
+  T* mine = z + ROWS * widest;                                         // (ROWS, width): own rows, then their gradients
+  T* scratch = mine + ROWS * width;                                    // (4, WARPS), SCRATCH numbers
+  Anchor<T>* gives = reinterpret_cast<Anchor<T>*>(scratch + SCRATCH);  // (ROWS,)
+  unsigned char* sides = reinterpret_cast<unsigned char*>(gives + ROWS);  // (ROWS, stride)
   for (int k = threadIdx.x; k < ROWS * width; k += THREADS)
     mine[k] = k < count * width ? own.rows[size_t(first) * width + k] : T(0);
   __syncthreads();
-  product<T, ROWS>(mine, others.columns, width, stride, groups_of(max(anchors.padded, refs.padded), width), z);
-  if (job.euclidean) {
-    for (int r = 0; r < count; ++r)
-      for (int j = threadIdx.x; j < stride; j += THREADS) {
-        const T squares = own.square[first + r] + others.square[j], d2 = squares - 2 * z[r * stride + j];
-        const T noise = 8 * (sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920928955078125e-07));
-        z[r * stride + j] = d2 > noise * squares ? sqrt(d2) : T(0);
-      }
-    __syncthreads();
-  }
+  product<T, ROWS>(mine, others.columns, width, stride, groups_of(widest, width), z);
+  relate<T, ROWS>(job, work, owns_anchors, first, stride, z, sides);
 
   // 3. Rows: windows, log-sum-exps, losses and slopes.
   for (int r = warp; owns_anchors && r < count; r += WARPS) {
     const int i = first + r;
-    const Row<T> row = reduce_row(job, work, i, z + r * stride, lane);
+    const bool anchor = !job.one_pair || anchors.role[i] == ANCHOR;
+    Row<T> row = reduce_row(job, z + r * stride, sides + r * stride, stride, anchor, lane);
     if (lane) continue;
     const T upstream = at.upstream ? static_cast<const T*>(at.upstream)[i] : T(1);
     work.of(LOSS, i) = row.loss, work.of(VALID, i) = row.valid, work.of(DIVIDES, i) = row.divides;
     for (int side = 0; side < 2; ++side) {
-      work.of(LSE + side, i) = row.lse[side], work.of(BOUND + side, i) = row.bound[side];
-      work.of(SLOPE + side, i) = row.slope[side] * upstream;
+      row.gives.slope[side] *= upstream;
+      work.of(LSE + side, i) = row.gives.lse[side], work.of(SLOPE + side, i) = row.gives.slope[side];
+      work.of(BOUND + side, i) = row.gives.bound[side];
     }
+    gives[r] = row.gives;
   }
   grid.sync();
 
@@ -371,20 +322,18 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (!out) return;
 
   // 5. Weights, in z's place: what both ends of a pair, being anchors, give to it. Of a distance: over it, negative.
-  for (int j = threadIdx.x; j < stride; j += THREADS)
+  for (int j = threadIdx.x; j < stride; j += THREADS) {
+    Anchor<T> other = {};
+    if (job.square || !owns_anchors) other = work.anchor(j);
     for (int r = 0; r < ROWS; ++r) {
-      const int i = first + r;
-      T& value = z[r * stride + j];
-      T weight = 0;
-      if (r < count && j < others.count) {
-        const int a = owns_anchors ? i : j, b = owns_anchors ? j : i;
-        const int side = side_of(job, work, a, b), reverse = job.square ? side_of(job, work, b, a) : NO_PAIR;
-        if (side != NO_PAIR) weight += weight_of(job, work, a, side, value);
-        if (reverse != NO_PAIR) weight += weight_of(job, work, b, reverse, value);
-        if (job.euclidean) weight = value > T(0) ? -weight / value : T(0);
-      }
-      value = weight;
+      const int at = r * stride + j;
+      const T value = z[at];
+      T weight = pair_weight(job, gives[r], own_side(sides[at]), value);
+      weight += pair_weight(job, other, other_side(sides[at]), value);
+      if (job.euclidean) weight = value > T(0) ? -weight / value : T(0);
+      z[at] = weight;
     }
+  }
   __syncthreads();
 
   // 6. Gradient: weights times the others' rows, then through the distance and the norm.
@@ -422,32 +371,19 @@ Kernel<T> kernel_of(int rows) {
   }
 }
 
-// Launches belong to the tensors' device, whichever is current.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    if (cudaGetDevice(&before_) == cudaSuccess && before_ != device) cudaSetDevice(device), changed_ = true;
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
 std::string words(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
 
 template <class T>
-std::string lay_out_as(const Job& job, Layout& found) {
-  const int padded = round_up(max(job.n, job.m)), width = round_up(job.d);
+std::string lay_out_as(const Job& job, const Limits& device, Layout& found) {
+  const int64_t others = round_up(max(job.n, job.m)), width = round_up(job.d), vectors = sizeof(Anchor<T>) / sizeof(T);
   Work<T> work;
   found.threads = THREADS;
   found.blocks = anchor_blocks_of(job.n, job.rows) + (job.want_dy ? blocks_of(job.m, job.rows) : 0);
-  found.shared = sizeof(T) * (int64_t(job.rows) * (padded + width) + SCRATCH);
+  found.shared = sizeof(T) * (job.rows * (others + width + vectors) + SCRATCH) + job.rows * others;
   found.workspace = sizeof(T) * divide_workspace(job, Tensors{}, work);
-  return words(cudaFuncSetAttribute(kernel_of<T>(job.rows), cudaFuncAttributeMaxDynamicSharedMemorySize, found.shared));
+  // All that there is: another shape's launch of the same kernel may need more.
+  return words(
+      cudaFuncSetAttribute(kernel_of<T>(job.rows), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared));
 }
 
 template <class T>
@@ -468,13 +404,11 @@ std::string limits(int device, Limits& found) {
   return words(error);
 }
 
-std::string lay_out(const Job& job, int device, Layout& found) {
-  const OnDevice on(device);
-  return job.number == FLOAT64 ? lay_out_as<double>(job, found) : lay_out_as<float>(job, found);
+std::string lay_out(const Job& job, const Limits& device, Layout& found) {
+  return job.number == FLOAT64 ? lay_out_as<double>(job, device, found) : lay_out_as<float>(job, device, found);
 }
 
-std::string launch(const Job& job, const Layout& layout, const Tensors& tensors, int device, void* stream) {
-  const OnDevice on(device);
+std::string launch(const Job& job, const Layout& layout, const Tensors& tensors, void* stream) {
   const cudaStream_t at = static_cast<cudaStream_t>(stream);
   return job.number == FLOAT64 ? launch_as<double>(job, layout, tensors, at)
                                : launch_as<float>(job, layout, tensors, at);

@@ -44,9 +44,9 @@ struct Limits {
   int processors, shared, cooperative;
 };
 
-// These return what went wrong, empty if nothing did.
+// These return what went wrong, empty if nothing did. The last two are for the current device.
 std::string limits(int device, Limits& found);
-std::string lay_out(const Job& job, int device, Layout& found);  // and makes the device ready for its launches
-std::string launch(const Job& job, const Layout& layout, const Tensors& tensors, int device, void* stream);
+std::string lay_out(const Job& job, const Limits& device, Layout& found);  // and makes the kernel ready
+std::string launch(const Job& job, const Layout& layout, const Tensors& tensors, void* stream);
 
 }  // namespace flashpair::onchip

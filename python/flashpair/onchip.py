@@ -23,7 +23,7 @@ from .schedule import accumulator
 NUMBERS = {dtype: k for k, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16))}
 AVERAGINGS = ("mean", "sum", "none", "mean_valid", "nonzero")
 BLOCK_ROWS = (1, 2, 4, 8, 16)  # that a block may own: csrc/cuda/onchip.cu has a kernel for each
-SCRATCH = 4 * 8  # numbers of a block beside its rows: csrc/cuda/onchip.cu, Launch.shared
+SCRATCH, ROW_NUMBERS = 4 * 8, 6  # of a block, and of each of its rows, beside embeddings and similarities: onchip.cu
 
 
 class Limits(NamedTuple):
@@ -62,7 +62,7 @@ def block_rows(n: int, m: int, d: int, itemsize: int, want_dy: bool, of: Limits)
         blocks = max(1, -(-n // rows)) + (-(-m // rows) if want_dy else 0)
         if blocks > of.processors:
             continue
-        needed = itemsize * (rows * (others + width) + SCRATCH)
+        needed = itemsize * (rows * (others + width + ROW_NUMBERS) + SCRATCH) + rows * others  # and a byte a pair
         if needed <= of.shared:
             return rows
         return (
@@ -150,14 +150,17 @@ def _run(
     code: tuple[int, ...], numbers: tuple[float, ...], want_loss: bool, want_share: bool, want_dx: bool, want_dy: bool,
 ) -> Results:  # fmt: skip
     """Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None unwanted."""
+    device, dtype = x.device, accumulator(x.dtype)
+    index = device.index or 0
+    if device.type == "cuda" and torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return _run(x, labels, y, ref_labels, upstream, code, numbers, want_loss, want_share, want_dx, want_dy)
     x, labels = x.contiguous(), labels.contiguous()
     n, d = x.shape
-    device, dtype = x.device, accumulator(x.dtype)
     if y is None or ref_labels is None:
         square, m, refs, ref_labels = True, n, x, labels
     else:
         square, m, refs, ref_labels = False, y.shape[0], y.contiguous(), ref_labels.contiguous()
-    index = device.index or 0
     launch = _launch(index, n, m, d, NUMBERS[x.dtype], square, code, numbers, want_dy)
 
     def room(wanted: bool, *shape: int) -> Tensor | None:

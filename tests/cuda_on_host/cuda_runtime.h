@@ -1,8 +1,8 @@
 // CUDA's words on the host, for csrc/cuda: a std::thread for each thread, barriers for warp, block and grid.
 //
 // Made to find mistakes, not to be fast. Shared memory starts as NaN. Barriers of a block and of the grid order memory,
-// as ThreadSanitizer sees it, and a shuffle orders none, as in CUDA. CUDA_ON_HOST_SKIP=<line> leaves out the barrier on
-// that line of the source: a test that passes without it does not test it.
+// as ThreadSanitizer sees it, and a shuffle orders none, as in CUDA. CUDA_ON_HOST_SKIP=<file>:<line> leaves out the
+// barrier on that line: a test that passes without it does not test it.
 #pragma once
 #include <linux/futex.h>
 #include <math.h>
@@ -15,7 +15,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
+#include <string>
 #include <thread>
 #include <tuple>
 #include <utility>
@@ -87,13 +89,14 @@ struct Thread {
 };
 inline thread_local Thread self;
 
-inline bool skipped(int line) {
-  static const int skip = setting("CUDA_ON_HOST_SKIP", 0);
-  return line == skip;
+inline bool skipped(const char* file, int line) {
+  static const char* skip = std::getenv("CUDA_ON_HOST_SKIP");
+  const char* name = std::strrchr(file, '/');
+  return skip && std::string(name ? name + 1 : file) + ":" + std::to_string(line) == skip;
 }
 
-inline void sync_block(int line) {
-  if (!skipped(line)) self.block->barrier.wait(self.block->threads, true);
+inline void sync_block(const char* file, int line) {
+  if (!skipped(file, line)) self.block->barrier.wait(self.block->threads, true);
 }
 
 template <class... A, size_t... K>
@@ -106,7 +109,7 @@ void call(void (*kernel)(A...), void** args, std::index_sequence<K...>) {
 #define threadIdx cuda_on_host::self.thread
 #define blockIdx cuda_on_host::self.block_place
 #define gridDim cuda_on_host::self.grid_size
-#define __syncthreads() cuda_on_host::sync_block(__LINE__)
+#define __syncthreads() cuda_on_host::sync_block(__FILE__, __LINE__)
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -126,7 +129,7 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -135,10 +138,7 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
-inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   using cuda_on_host::setting;
@@ -148,20 +148,23 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   return cudaSuccess;
 }
 
+// A kernel's dynamic shared memory, at most; 48 KB unless it was told otherwise.
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+size_t& shared_limit(Kernel kernel) {
+  static std::map<Kernel, size_t> limits;
+  return limits.emplace(kernel, 48 * 1024).first->second;
 }
 
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  return *blocks = 1, cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int value) {
+  return shared_limit(kernel) = value, cudaSuccess;
 }
 
 template <class... A>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(A...), dim3 blocks, dim3 threads, void** args, size_t shared,
                                         cudaStream_t) {
   using namespace cuda_on_host;
+  if (shared > shared_limit(kernel)) return cudaErrorInvalidValue;
   Grid grid{blocks.x * threads.x, {}};
   std::vector<std::unique_ptr<uint64_t[]>> memory;
   std::vector<std::unique_ptr<Block>> all;

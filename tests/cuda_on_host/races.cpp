@@ -29,8 +29,10 @@ int main() {
   job.epsilon = numbers[4];
   const auto labels = read<int64_t>(job.n), ref_labels = read<int64_t>(job.square ? 0 : job.m);
   const auto x = read<double>(job.n * job.d), y = read<double>(job.square ? 0 : job.m * job.d);
+  Limits device;
   Layout layout;
-  std::string wrong = lay_out(job, 0, layout);
+  std::string wrong = limits(0, device);
+  if (wrong.empty()) wrong = lay_out(job, device, layout);
   std::vector<double> loss(1), dx(x.size()), dy(y.size());
   std::vector<double> workspace(layout.workspace / sizeof(double), 0.0 / 0.0);
   const Tensors tensors{x.data(),
@@ -43,7 +45,7 @@ int main() {
                         dx.data(),
                         job.want_dy ? dy.data() : nullptr,
                         workspace.data()};
-  if (wrong.empty()) wrong = launch(job, layout, tensors, 0, nullptr);
+  if (wrong.empty()) wrong = launch(job, layout, tensors, nullptr);
   if (!wrong.empty()) return std::fprintf(stderr, "%s\n", wrong.c_str()), 1;
   for (const auto* results : {&loss, &dx, &dy})
     for (double value : *results) std::printf("%.17g\n", value);

@@ -1,0 +1,76 @@
+// The one product of `onchip`: a block's few rows, in shared memory, times a matrix that comes from the L2 cache.
+#pragma once
+#include <cstddef>
+
+namespace flashpair::onchip {
+
+#ifndef ONCHIP_THREADS
+#define ONCHIP_THREADS 256
+#endif
+constexpr int THREADS = ONCHIP_THREADS, LANES = 32, WARPS = THREADS / LANES;
+constexpr int MOST_GROUPS = 16;  // of threads that share a product's inner axis
+
+// Four neighbours, moved at once.
+template <class T>
+struct alignas(16) Quad {
+  T v[4];
+};
+
+// Among how many groups of threads the inner axis is shared, where the columns leave threads idle.
+__device__ inline int groups_of(int columns, int inner) {
+  return max(1, min(min(THREADS / max(columns / 4, 1), MOST_GROUPS), inner / 4));
+}
+
+// sum (ROWS, 4) += a (ROWS, inner) b (inner, columns) over DEPTH strips of four of the inner axis, one quad of columns.
+// All of b's loads are on their way before the first is used.
+template <class T, int ROWS, int DEPTH>
+__device__ void add_strips(T (&sum)[ROWS][4], const T* a, int inner, const Quad<T>* b, int quads, int strip) {
+  Quad<T> right[4 * DEPTH];
+#pragma unroll
+  for (int k = 0; k < 4 * DEPTH; ++k) right[k] = b[size_t(4 * strip + k) * quads];
+#pragma unroll
+  for (int s = 0; s < DEPTH; ++s)
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const Quad<T> left = *reinterpret_cast<const Quad<T>*>(a + r * inner + 4 * (strip + s));
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[r][c] += left.v[k] * right[4 * s + k].v[c];
+    }
+}
+
+// out (ROWS, columns) = a (ROWS, inner) b (inner, columns), by all threads of a block; a and out in shared memory,
+// inner and columns multiples of four. A thread owns four columns and a group's share of the inner axis; groups add up
+// in turn. The order of an entry's sum depends on inner and groups alone, so that z_ij and z_ji have the same bits.
+// Ends with a barrier, if there are columns.
+template <class T, int ROWS>
+__device__ void product(const T* a, const T* b, int inner, int columns, int groups, T* out) {
+  constexpr int DEPTH = (ROWS <= 2 ? 4 : 2) * sizeof(float) / sizeof(T);
+  const int quads = columns / 4, strips = inner / 4, span = groups > 1 ? max(quads, 1) : THREADS;
+  const int group = threadIdx.x / span, end = strips * (group + 1) / groups;
+  for (int base = 0; base < quads; base += span) {
+    const int quad = base + threadIdx.x % span;
+    const bool busy = group < groups && quad < quads;
+    T sum[ROWS][4] = {};
+    const Quad<T>* from = reinterpret_cast<const Quad<T>*>(b) + quad;
+    int strip = busy ? strips * group / groups : end;
+    for (; strip + DEPTH <= end; strip += DEPTH) add_strips<T, ROWS, DEPTH>(sum, a, inner, from, quads, strip);
+    for (; strip < end; ++strip) add_strips<T, ROWS, 1>(sum, a, inner, from, quads, strip);
+    for (int turn = 0; turn < groups; ++turn) {
+      if (busy && turn == group) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          Quad<T>* to = reinterpret_cast<Quad<T>*>(out + r * columns) + quad;
+          Quad<T> total;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) total.v[c] = turn ? to->v[c] + sum[r][c] : sum[r][c];
+          *to = total;
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace flashpair::onchip
