@@ -1,8 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CSRC := $(shell find csrc -type f)
-FORMATTED := $(filter %.cpp %.h %.hpp %.cu %.cuh,$(CSRC))
+CSRC := $(shell find csrc -type f -not -path '*/__pycache__/*')
+FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
 
 .PHONY: demo test lint bench sanitize clean
 

@@ -50,9 +50,10 @@ def build(name: str, sources: tuple[str, ...], flags: str = "") -> Path:
     return out
 
 
-def races() -> Path:
-    """tests/cuda_on_host/races.cpp and the kernel under ThreadSanitizer."""
-    return build("races", ("tests/cuda_on_host/races.cpp", "csrc/cuda/onchip.cu"), "-fsanitize=thread")
+def sanitized(sanitizer: str) -> Path:
+    """The kernel and tests/cuda_on_host/launch.cpp as a program, under "thread" or "address,undefined"."""
+    sources = ("tests/cuda_on_host/launch.cpp", "csrc/cuda/onchip.cu")
+    return build(f"launch-{sanitizer}", sources, f"-fsanitize={sanitizer} -fno-sanitize-recover=all")
 
 
 def module() -> Path:

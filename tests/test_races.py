@@ -1,4 +1,4 @@
-"""The CUDA kernel under ThreadSanitizer: no data race, and without any one of its barriers, one.
+"""The CUDA kernel under sanitizers: no data race, and without any one of its barriers, one; no access out of bounds.
 
 tests/cuda_on_host tells ThreadSanitizer what CUDA promises: block and grid barriers order memory, shuffles do not.
 """
@@ -26,17 +26,16 @@ RACE_FOUND = 66  # ThreadSanitizer's exit status
 EUCLIDEAN = "GeneralizedLiftedStructureLoss(distance='euclidean')"
 
 
-@pytest.fixture(scope="module")
-def program():
+def program(sanitizer):
     if not emulated.compiler():
         pytest.skip("no compiler")
     try:
-        return emulated.races()
+        return emulated.sanitized(sanitizer)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no ThreadSanitizer: {error}")
+        pytest.skip(f"the compiler has no -fsanitize={sanitizer}: {error}")
 
 
-def launch(program, criterion, x, labels, y=None, ref_labels=None, *, rows, skip=""):
+def launch(sanitizer, criterion, x, labels, y=None, ref_labels=None, *, rows, skip=""):
     formula = criterion.row_formula()
     code = [
         x.shape[0], (x if y is None else y).shape[0], x.shape[1], rows, onchip.FORMULAS.index(formula.name),
@@ -46,7 +45,7 @@ def launch(program, criterion, x, labels, y=None, ref_labels=None, *, rows, skip
     numbers = [n for t in (labels, ref_labels, x, y) if t is not None for n in t.flatten().tolist()]
     words = [*map(int, code), *formula.scales, *formula.shifts, formula.epsilon or 0.0, *numbers]
     return subprocess.run(
-        [program],
+        [program(sanitizer)],
         input=" ".join(map(repr, words)),
         env={**os.environ, "CUDA_ON_HOST_SKIP": skip, "TSAN_OPTIONS": "halt_on_error=1"},
         capture_output=True,
@@ -61,12 +60,13 @@ def problem(references):
     return (x, labels, y, ref_labels) if references else (x, labels)
 
 
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 @pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
 @pytest.mark.parametrize("name", ["MultiSimilarityLoss", EUCLIDEAN, "NPairsLoss", "NPairsLoss('all_pairs')"])
-@pytest.mark.parametrize("rows", [1, 4])
-def test_no_race(program, rows, name, references):
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_right_and_clean(rows, name, references, sanitizer):
     criterion, given = CRITERIA[name](impl="reference"), problem(references)
-    done = launch(program, criterion, *given, rows=rows)
+    done = launch(sanitizer, criterion, *given, rows=rows)
     assert done.returncode == 0, done.stderr[:4000]
     leaves = [t.requires_grad_() for t in given if t.is_floating_point()]
     more = dict(zip(("ref_emb", "ref_labels"), given[2:], strict=False))
@@ -80,7 +80,7 @@ def test_the_kernel_has_barriers():
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)
-def test_every_barrier_is_missed(program, barrier):
+def test_every_barrier_is_missed(barrier):
     """A problem that needs them all: distances, references with a gradient, two warps, groups that add up in turn."""
-    done = launch(program, CRITERIA[EUCLIDEAN](), *problem(True), rows=4, skip=barrier)
+    done = launch("thread", CRITERIA[EUCLIDEAN](), *problem(True), rows=4, skip=barrier)
     assert done.returncode == RACE_FOUND and "data race" in done.stderr, done.stdout

@@ -377,10 +377,12 @@ template <class T>
 std::string lay_out_as(const Job& job, const Limits& device, Layout& found) {
   const int64_t others = round_up(max(job.n, job.m)), width = round_up(job.d), vectors = sizeof(Anchor<T>) / sizeof(T);
   Work<T> work;
+  Tensors anywhere{};
+  anywhere.workspace = &work;  // to count from
   found.threads = THREADS;
   found.blocks = anchor_blocks_of(job.n, job.rows) + (job.want_dy ? blocks_of(job.m, job.rows) : 0);
   found.shared = sizeof(T) * (job.rows * (others + width + vectors) + SCRATCH) + job.rows * others;
-  found.workspace = sizeof(T) * divide_workspace(job, Tensors{}, work);
+  found.workspace = sizeof(T) * divide_workspace(job, anywhere, work);
   // All that there is: another shape's launch of the same kernel may need more.
   return words(
       cudaFuncSetAttribute(kernel_of<T>(job.rows), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared));

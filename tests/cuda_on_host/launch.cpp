@@ -1,7 +1,7 @@
-// One launch of csrc/cuda/onchip.cu for ThreadSanitizer: a problem in numbers on standard input, its results on output.
+// One launch of csrc/cuda/onchip.cu for a sanitizer: a problem in numbers on standard input, its results on output.
 //
 // In: n m d rows loss averaging square unit euclidean one_pair mined want_dy, scales, shifts, epsilon, labels,
-// ref_labels, x, y. A rectangular problem repeats neither; of a square one y and ref_labels are left out.
+// ref_labels, x, y; of a square problem without ref_labels and y.
 // Out: the loss, dL/dx and, of a rectangular problem, dL/dy.
 #include <cstdio>
 #include <iostream>
