@@ -255,12 +255,15 @@ def test_registered_op(chip):
     torch.library.opcheck(torch.ops.flashpair.onchip, (x, labels, None, None, None, *spec, True, True, True, False))
 
 
-def test_fullgraph_compile(chip):
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fullgraph_compile(reduction, dynamic, chip):
     chip(6)
-    x, labels = batch(12, 5, 3, torch.float64)
-    for reduction in ("mean", "none"):
-        compiled = torch.compile(MultiSimilarityLoss(impl="onchip", reduction=reduction), fullgraph=True)
-        found = results(lambda impl, c=compiled: c, "onchip", x, labels)
+    criterion = MultiSimilarityLoss(impl="onchip", reduction=reduction)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=dynamic)
+    for n in (12, 13, 30):
+        x, labels = batch(n, 5, 3, torch.float64)
+        found = results(lambda impl: compiled, "onchip", x, labels)
         for f, t in zip(found, results(MultiSimilarityLoss, "reference", x, labels, reduction=reduction), strict=True):
             assert_same(f, t)
 
