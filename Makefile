@@ -24,7 +24,7 @@ lint: $(VENV)/.requirements
 # The runtimes are preloaded because python itself is not instrumented; libstdc++ goes with them, or the
 # sanitizer cannot intercept C++ exceptions. pytest's default capture would swallow the report of a crash.
 sanitize: $(VENV)/.installed
-	FLASHPAIR_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
+	FLASHPAIR_SANITIZE=1 FORCE_CUDA=0 $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
 	extension=$$(echo $(CURDIR)/build/sanitize/flashpair/_C.*.so) && \
 	runtimes=$$(ldd "$$extension" | awk '/lib(asan|ubsan|stdc)/ { print $$3 }' | xargs) && \
 	FLASHPAIR_EXTENSION="$$extension" LD_PRELOAD="$$runtimes" ASAN_OPTIONS=detect_leaks=0 \
@@ -32,7 +32,7 @@ sanitize: $(VENV)/.installed
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache .mypy_cache
-	rm -f python/flashpair/_C.*.so python/flashpair/_build.json $(VENV)/.installed
+	rm -f python/flashpair/_C.*.so python/flashpair/_onchip.*.so python/flashpair/_build.json $(VENV)/.installed
 	find bench csrc kernels python tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.requirements: requirements-dev.txt

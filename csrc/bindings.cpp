@@ -10,6 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/pass.h"
 #include "cpu/rows.h"
+#include "cpu/whole.h"
 
 namespace py = pybind11;
 using namespace flashpair;
@@ -124,6 +125,28 @@ void bind_pass(py::module_& m, const char* name) {
           Release());
 }
 
+// A loss (n to epsilon), its tensors (x to dy; addresses), and how it is cut into tiles and threads.
+void whole_loss(const std::string& isa, int n, int m, int d, bool wide, bool square, int loss, int averaging, bool unit,
+                bool euclidean, bool one_pair, bool mined, double scale_positive, double scale_negative,
+                double shift_positive, double shift_negative, double epsilon, Address x, Address y, Address labels,
+                Address ref_labels, Address upstream, Address out, Address share, Address dx, Address dy, int64_t size,
+                int64_t lanes, int64_t slots, int64_t capacity, int threads) {
+  whole::Job job{};
+  job.n = n, job.m = m, job.d = d, job.number = wide ? whole::FLOAT64 : whole::FLOAT32;
+  job.loss = loss, job.averaging = averaging;
+  job.square = square, job.unit = unit, job.euclidean = euclidean, job.one_pair = one_pair, job.mined = mined;
+  job.scale[whole::POSITIVE] = scale_positive, job.scale[whole::NEGATIVE] = scale_negative;
+  job.shift[whole::POSITIVE] = shift_positive, job.shift[whole::NEGATIVE] = shift_negative, job.epsilon = epsilon;
+  const whole::Tensors tensors{at<void>(x),        at<void>(y),   at<int64_t>(labels), at<int64_t>(ref_labels),
+                               at<void>(upstream), at<void>(out), at<void>(share),     at<void>(dx),
+                               at<void>(dy),       nullptr};
+  const Cut cut{size, lanes, slots, capacity};
+  if (wide)
+    WholeLoss<double>(kernels<double>(isa), job, tensors, cut, threads).run();
+  else
+    WholeLoss<float>(kernels<float>(isa), job, tensors, cut, threads).run();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -157,6 +180,7 @@ PYBIND11_MODULE(_C, m) {
              : sorted_rows_backward(at<float>(g), at<float>(y), at<float>(inverse), by, n, d, at<float>(dx));
       },
       Release());
+  m.def("whole_loss", &whole_loss, Release(), "tiled.py's run_whole");
   bind_pass<float>(m, "PassFloat");
   bind_pass<double>(m, "PassDouble");
 }

@@ -50,32 +50,42 @@ def cpp():
     return "", {"extension": False, "reason": reason, "compiler": "", "isas": []}
 
 
+def architectures(text, known):
+    """nvcc's flags for a TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX", "80 90"), or for ARCHITECTURES that it knows, and PTX."""
+    words = [word for word in re.split(r"[;, ]+", text) if word]
+    words = words or [f"{arch}{'+PTX' * (arch == known[-1])}" for arch in known]
+    for word in words:
+        found = re.fullmatch(r"(\d+)\.?(\d[af]?)(\+PTX)?", word)
+        if not found:
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: {word!r} is none of the form 9.0 or 9.0+PTX")
+        arch = found[1] + found[2]
+        yield (
+            word,
+            [f"-gencode=arch=compute_{arch},code={kind}_{arch}" for kind in ("sm", "compute")][: 2 if found[3] else 1],
+        )
+
+
 def cuda(record):
     """nvcc's command with its flags (empty to do without), and its part of the record.
 
-    FORCE_CUDA=1 insists on nvcc, =0 does without; TORCH_CUDA_ARCH_LIST as torch takes it ("8.0;9.0+PTX").
+    FORCE_CUDA=1 insists on nvcc, =0 does without.
     """
-    forced = os.environ.get("FORCE_CUDA", "")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = ("nvcc", *(f"{home}/bin/nvcc" for home in homes if home))
-    nvcc = next(filter(None, map(shutil.which, places)), "")
-    reason = record["reason"] or ("" if nvcc else "no nvcc on the PATH or in CUDA_HOME")
-    if forced == "0":
+    places = (*(f"{home}/bin/nvcc" for home in homes[:2] if home), "nvcc", f"{homes[2]}/bin/nvcc")
+    nvcc = shlex.quote(next(filter(None, map(shutil.which, places)), ""))
+    known = re.findall(r"compute_(\w+)", subprocess.getoutput(f"{nvcc} --list-gpu-arch"))
+    known = [arch for arch in ARCHITECTURES if arch in known]
+    reason = record["reason"] or ("" if known else "no nvcc in CUDA_HOME or on the PATH, or none for these GPUs")
+    if os.environ.get("FORCE_CUDA", "") == "0":
         reason = reason or "FORCE_CUDA=0"
     if reason:
         if env_on("FORCE_CUDA"):
             raise RuntimeError(f"FORCE_CUDA is set, but CUDA cannot be built: {reason}")
         return "", {"cuda": "", "cuda_reason": reason}
-    known = re.findall(r"compute_(\w+)", subprocess.getoutput(f"{nvcc} --list-gpu-arch"))
-    default = ";".join(arch for arch in ARCHITECTURES if arch in known) + "+PTX"
-    words = re.split(r"[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or default)
-    flags = NVCC_FLAGS
-    for word in words:
-        arch = word.removesuffix("+PTX").replace(".", "")
-        for code in (f"sm_{arch}", f"compute_{arch}")[: 2 if word.endswith("+PTX") else 1]:
-            flags += f" -gencode=arch=compute_{arch},code={code}"
+    chosen = dict(architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), known))
+    command = " ".join([nvcc.replace("$", "$$"), NVCC_FLAGS, *(flag for flags in chosen.values() for flag in flags)])
     release = subprocess.getoutput(f"{nvcc} --version").partition("release ")[2].partition(",")[0]
-    return f"{nvcc} {flags}", {"cuda": f"nvcc {release} for {' '.join(words)}", "cuda_reason": ""}
+    return command, {"cuda": f"nvcc {release} for {' '.join(chosen)}", "cuda_reason": ""}
 
 
 def ninja_rules(at, cxx, record, nvcc):

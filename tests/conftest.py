@@ -15,8 +15,8 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton, which looks once
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if emulated.compiler():
-        os.environ.setdefault("FLASHPAIR_ONCHIP", str(emulated.module()))
+    if "FLASHPAIR_ONCHIP" not in os.environ and (module := emulated.module()):
+        os.environ["FLASHPAIR_ONCHIP"] = str(module)
 
 from flashpair import extension
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -30,16 +31,11 @@ def build(name: str, sources: tuple[str, ...], flags: str = "") -> Path:
     import pybind11
 
     include = [ROOT / "tests/cuda_on_host", ROOT / "csrc/cuda", sysconfig.get_path("include"), pybind11.get_include()]
-    command = [
-        *shlex.split(os.environ.get("CXX", "c++")),
-        *FLAGS.split(),
-        "-DONCHIP_EMULATED",
-        f"-DONCHIP_THREADS={THREADS}",
-        *flags.split(),
-    ]
+    command = [*compiler(), *FLAGS.split(), *flags.split()]
     command += [f"-I{folder}" for folder in include]
     command += ["-x", "c++", *(str(ROOT / source) for source in sources)]
-    files = [ROOT / s for s in sources] + [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("tests/cuda_on_host/*")]
+    headers = (f for folder in ("csrc/cuda", "csrc/whole", "tests/cuda_on_host") for f in ROOT.glob(f"{folder}/*"))
+    files = [*(ROOT / source for source in sources), *headers]
     digest = hashlib.sha256(b"".join(sorted({f.read_bytes() for f in files})) + repr(command).encode()).hexdigest()
     out = ROOT / "build/emulated" / f"{digest[:16]}-{name}"
     if not out.exists():
@@ -56,7 +52,10 @@ def sanitized(sanitizer: str) -> Path:
     return build(f"launch-{sanitizer}", sources, f"-fsanitize={sanitizer} -fno-sanitize-recover=all")
 
 
-def module() -> Path:
+def module() -> Path | None:
+    """flashpair._onchip for CPU tensors; None where it cannot be compiled: no compiler, or no Linux."""
+    if not compiler() or sys.platform != "linux":
+        return None
     return build("_onchip.so", SOURCES, "-fPIC -shared -DONCHIP_EMULATED")
 
 

@@ -8,7 +8,20 @@ from torch import Tensor
 from flashpair import Reduction
 from flashpair.check import CRITERIA, batch
 
-__all__ = ["CRITERIA", "FORMS", "assert_as_good_as", "assert_same", "batch", "forms", "gradients", "relative"]
+__all__ = [
+    "CRITERIA",
+    "FORMS",
+    "FORMULAS",
+    "assert_as_good_as",
+    "assert_parity",
+    "assert_same",
+    "batch",
+    "forms",
+    "gradients",
+    "loss_and_gradients",
+    "relative",
+]
+FORMULAS = {name: make for name, make in CRITERIA.items() if make().row_formula() is not None}
 
 
 def relative(found: Tensor, truth: Tensor) -> float:
@@ -73,3 +86,22 @@ def forms(n: int, m: int, seed: int, device: str = "cpu") -> tuple[list[Reductio
             options["upper"] = vector(n) + 1
         found.append(Reduction(op, sides[(k + seed) % 3], transform, **options))
     return found, learn
+
+
+def loss_and_gradients(make, impl, x, labels, y=None, ref_labels=None, need=(True, True), **options):
+    """Loss and the wanted gradients, under an upstream gradient that is not 1."""
+    a = x.clone().requires_grad_(need[0])
+    more, wanted = {}, [a] * need[0]
+    if y is not None:
+        b = y.clone().requires_grad_(need[1])
+        more, wanted = {"ref_emb": b, "ref_labels": ref_labels}, wanted + [b] * need[1]
+    loss = make(impl=impl, **options)(a, labels, **more)
+    upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return [loss.detach(), *torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))]
+
+
+def assert_parity(make, impl, *batch, **options) -> None:
+    """`loss_and_gradients` of `impl` and of the reference, in float64."""
+    found, truth = (loss_and_gradients(make, which, *batch, **options) for which in (impl, "reference"))
+    for f, t in zip(found, truth, strict=True):
+        assert_same(f, t)

@@ -6,6 +6,7 @@ import golden
 import pytest
 import torch
 
+from flashpair import dispatch
 from flashpair.dispatch import obstacles
 
 ORACLE = golden.load()
@@ -18,9 +19,12 @@ def _name(case):
     return "-".join([case["loss"], case["batch"], *words])
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled", "fused", "onchip"])
+@pytest.mark.parametrize("impl", ["reference", "tiled", "tiled by rows", "fused", "onchip"])
 @pytest.mark.parametrize("case", CASES, ids=_name)
-def test_value_and_gradient(case, impl):
+def test_value_and_gradient(case, impl, monkeypatch):
+    if impl == "tiled by rows":
+        monkeypatch.setattr(dispatch, "WHOLE_PAIRS", -1)
+        impl = "tiled"
     if reasons := obstacles(impl, torch.device("cpu")):
         pytest.skip("; ".join(reasons))
     criterion = golden.criterion_for(case, ORACLE)

@@ -127,7 +127,7 @@ def test_cuda_loads_without_a_driver(native, tmp_path):
 def test_without_nvcc(source):
     hidden = "import shutil; which = shutil.which; shutil.which = lambda f: None if 'nvcc' in str(f) else which(f); "
     script = hidden + "import sys; sys.path.insert(0, 'csrc'); import compilers; print(compilers.cuda({'reason': ''}))"
-    assert "no nvcc on the PATH or in CUDA_HOME" in python("-c", script, cwd=source).stdout
+    assert "no nvcc in CUDA_HOME or on the PATH" in python("-c", script, cwd=source).stdout
     done = python("-c", script, cwd=source, check=False, FORCE_CUDA="1")
     assert done.returncode != 0 and "FORCE_CUDA is set, but CUDA cannot be built" in done.stderr
 

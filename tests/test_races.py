@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import CRITERIA, assert_same, batch
 
-from flashpair import onchip
-from flashpair.criteria.base import REDUCTIONS
+from flashpair.formula import FORMULAS
+from flashpair.schedule import AVERAGINGS
 
 BARRIERS = [
     f"{path.name}:{k}"
@@ -22,6 +22,7 @@ BARRIERS = [
     for k, line in enumerate(path.read_text().splitlines(), 1)
     if "__syncthreads();" in line or "grid.sync();" in line
 ]
+SETTINGS = {"CUDA_ON_HOST_PROCESSORS": "32", "TSAN_OPTIONS": "halt_on_error=1"}
 RACE_FOUND = 66  # ThreadSanitizer's exit status
 EUCLIDEAN = "GeneralizedLiftedStructureLoss(distance='euclidean')"
 
@@ -38,8 +39,8 @@ def program(sanitizer):
 def launch(sanitizer, criterion, x, labels, y=None, ref_labels=None, *, rows, skip=""):
     formula = criterion.row_formula()
     code = [
-        x.shape[0], (x if y is None else y).shape[0], x.shape[1], rows, onchip.FORMULAS.index(formula.name),
-        REDUCTIONS.index(criterion.reduction), y is None, criterion.normalize, criterion.distance == "euclidean",
+        x.shape[0], (x if y is None else y).shape[0], x.shape[1], rows, FORMULAS.index(formula.name),
+        AVERAGINGS.index(criterion.reduction), y is None, criterion.normalize, criterion.distance == "euclidean",
         formula.one_pair, formula.epsilon is not None, y is not None,
     ]  # fmt: skip
     numbers = [n for t in (labels, ref_labels, x, y) if t is not None for n in t.flatten().tolist()]
@@ -47,7 +48,12 @@ def launch(sanitizer, criterion, x, labels, y=None, ref_labels=None, *, rows, sk
     return subprocess.run(
         [program(sanitizer)],
         input=" ".join(map(repr, words)),
-        env={**os.environ, "CUDA_ON_HOST_SKIP": skip, "TSAN_OPTIONS": "halt_on_error=1"},
+        env={
+            **os.environ,
+            "CUDA_ON_HOST_SKIP": skip,
+            "CUDA_ON_HOST_PROCESSORS": "32",
+            "TSAN_OPTIONS": "halt_on_error=1",
+        },
         capture_output=True,
         text=True,
         timeout=300,

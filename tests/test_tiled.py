@@ -10,7 +10,7 @@ import torch
 from conftest import needs_extension
 from helpers import CRITERIA, assert_as_good_as, assert_same, batch
 
-from flashpair import MultiSimilarityLoss, Reduction, extension, row_reduce, tiled
+from flashpair import MultiSimilarityLoss, Reduction, dispatch, extension, row_reduce, tiled
 from flashpair.check import value_and_gradient
 
 pytestmark = needs_extension
@@ -87,8 +87,18 @@ def test_mining_that_leaves_many_and_few_pairs(noise):
             assert_same(found, truth)
 
 
-def test_live_lists_are_used_and_bounded(monkeypatch):
+@pytest.fixture(autouse=True, params=["whole", "by rows"])
+def way(request, monkeypatch):
+    """Small batches in one call where they can be, and by row reductions."""
+    if request.param == "by rows":
+        monkeypatch.setattr(dispatch, "WHOLE_PAIRS", -1)
+    return request.param
+
+
+def test_live_lists_are_used_and_bounded(monkeypatch, way):
     """The sparse backward really runs where few pairs live, and a tile over its capacity is dense instead."""
+    if way == "whole":
+        pytest.skip("keeps its lists to itself")
     counts = []
     forward = tiled.forward
 
@@ -245,7 +255,9 @@ def test_only_the_gradients_that_are_asked_for(want):
         assert_same(found, truth)
 
 
-def test_no_gradient_keeps_nothing_for_backward(monkeypatch):
+def test_no_gradient_keeps_nothing_for_backward(monkeypatch, way):
+    if way == "whole":
+        pytest.skip("keeps a gradient or nothing")
     kept = []
     forward = tiled.forward
     monkeypatch.setattr("flashpair.tiled.forward", lambda *a: kept.append(forward(*a)) or kept[-1])

@@ -74,7 +74,7 @@ PYBIND11_MODULE(_onchip, module) {
         job.epsilon = epsilon, job.want_dy = want_dy;
         return Launch(device, job);
       }))
-      .def("__call__", &Launch::operator())
+      .def("__call__", &Launch::operator(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("blocks", [](const Launch& l) { return l.layout().blocks; })
       .def_property_readonly("threads", [](const Launch& l) { return l.layout().threads; })
       .def_property_readonly("shared", [](const Launch& l) { return l.layout().shared; })

@@ -1,6 +1,6 @@
 // `onchip`: a pair-based loss and its gradient in one cooperative launch.
 //
-// Computes: the loss of N anchors against M references (losses.h), and dL/dx, dL/dy.
+// Computes: the loss of N anchors against M references (whole/losses.h), and dL/dx, dL/dy.
 // Never leaves the chip: the similarities. A block owns up to 16 rows and keeps their stripe of z, and then of weights,
 // in shared memory from phase 2 to phase 6. Global memory sees O((N + M) D) numbers, which stay in the L2 cache.
 // Arithmetic: T is float, or double for float64; 16-bit embeddings are read once, and are exact in float.
@@ -15,7 +15,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "losses.h"
+#include "../whole/losses.h"
 #include "onchip.h"
 #include "product.h"
 
@@ -50,6 +50,7 @@ enum Vector : int { LOSS, VALID, DIVIDES, LSE, SLOPE = LSE + 2, BOUND = SLOPE + 
 template <class T>
 struct Work {
   Set<T> anchors, refs;
+  Formula<T> formula;
   int width;  // round_up(D)
   T* row;
   __device__ T& of(int vector, int i) const { return row[size_t(vector) * anchors.padded + i]; }
@@ -62,6 +63,7 @@ struct Work {
 template <class T>
 int64_t divide_workspace(const Job& job, const Tensors& at, Work<T>& work) {
   T *const begin = static_cast<T*>(at.workspace), *next = begin;
+  work.formula = formula_of<T>(job);
   work.width = round_up(job.d);
   auto take = [&](int64_t numbers) { return next += numbers, next - numbers; };
   auto place = [&](const void* raw, const int64_t* labels, int count) {
@@ -92,36 +94,40 @@ __device__ T warp_max(T value) {
   return value;
 }
 
-template <class T>
-__device__ T load(const void* raw, int number, size_t at) {
-  if (number == BFLOAT16) return T(__bfloat162float(static_cast<const __nv_bfloat16*>(raw)[at]));
-  if (number == FLOAT16) return T(__half2float(static_cast<const __half*>(raw)[at]));
-  return static_cast<const T*>(raw)[at];
-}
+__device__ inline double widen(double value) { return value; }
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float widen(__half value) { return __half2float(value); }
 
-// Phase 1 of four rows, by one warp: normalised, zero-padded, as they are and transposed.
-template <class T>
+// Phase 1 of four rows, by one warp: normalised, zero-padded, as they are and transposed. E: what embeddings come in.
+template <class T, class E>
 __device__ void prepare_rows(const Job& job, const Set<T>& set, int width, int first, int lane) {
-  T inverse[4] = {1, 1, 1, 1}, square[4] = {}, poison[4] = {};
-  auto at = [&](int r, int k) {
-    const bool inside = first + r < set.count && k < job.d;
-    return inside ? load<T>(set.raw, job.number, size_t(first + r) * job.d + k) : T(0);
+  const E* raw = static_cast<const E*>(set.raw);
+  auto read = [&](int k, T(&v)[4]) {  // four loads on their way at once
+    for (int r = 0; r < 4; ++r) v[r] = widen(raw[size_t(min(first + r, set.count - 1)) * job.d + k]);
+    for (int r = 0; r < 4; ++r) v[r] = first + r < set.count ? v[r] : T(0);
   };
+  T inverse[4] = {1, 1, 1, 1}, square[4] = {}, poison[4] = {};
   if (job.unit) {
-    T sum[4] = {};
-    for (int k = lane; k < job.d; k += LANES)
-      for (int r = 0; r < 4; ++r) sum[r] += at(r, k) * at(r, k);
+    T sum[4] = {}, v[4];
+#pragma unroll 2
+    for (int k = lane; k < job.d; k += LANES) {
+      read(k, v);
+      for (int r = 0; r < 4; ++r) sum[r] += v[r] * v[r];
+    }
     const T zero = sizeof(T) == 8 ? T(1.4916681462400413e-154) : T(1.0842021724855044e-19);  // whose square underflows
     for (int r = 0; r < 4; ++r) {
       const T norm = sqrt(warp_sum(sum[r]));
       inverse[r] = norm <= zero ? T(0) : norm < T(INFINITY) ? T(1) / norm : T(NAN);
     }
   }
+#pragma unroll 2
   for (int k = lane; k < width; k += LANES) {
-    Quad<T> column;
+    Quad<T> column = {};
+    if (k < job.d) read(k, column.v);
     for (int r = 0; r < 4; ++r) {
-      const T v = at(r, k) * inverse[r];
-      set.rows[size_t(first + r) * width + k] = column.v[r] = v;
+      const T v = column.v[r] *= inverse[r];
+      set.rows[size_t(first + r) * width + k] = v;
       square[r] += v * v;
       poison[r] += v * T(0);
     }
@@ -131,6 +137,17 @@ __device__ void prepare_rows(const Job& job, const Set<T>& set, int width, int f
     square[r] = warp_sum(square[r]), poison[r] = warp_sum(poison[r]);
     if (lane) continue;
     set.square[first + r] = square[r], set.inverse[first + r] = inverse[r], set.poison[first + r] = poison[r];
+  }
+}
+
+template <class T>
+__device__ void prepare(const Job& job, const Set<T>& set, int width, int first, int lane) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    prepare_rows<T, double>(job, set, width, first, lane);
+  } else {
+    if (job.number == FLOAT32) prepare_rows<T, float>(job, set, width, first, lane);
+    if (job.number == BFLOAT16) prepare_rows<T, __nv_bfloat16>(job, set, width, first, lane);
+    if (job.number == FLOAT16) prepare_rows<T, __half>(job, set, width, first, lane);
   }
 }
 
@@ -147,12 +164,23 @@ __device__ void assign_role(const Job& job, const Set<T>& own, const Set<T>& oth
   if (lane == 0) own.role[i] = role;
 }
 
-// The side on which reference b is to anchor a, or NO_PAIR.
+// What decides how two samples are paired.
+struct Member {
+  int64_t label;
+  int role;
+  bool real;  // not padding
+};
+
 template <class T>
-__device__ int side_of(const Job& job, const Work<T>& work, int a, int b) {
-  if (a >= job.n || b >= job.m || (job.square && a == b)) return NO_PAIR;
-  if (job.one_pair && !(work.anchors.role[a] == ANCHOR && work.refs.role[b] == REFERENCE)) return NO_PAIR;
-  return work.anchors.labels[a] == work.refs.labels[b] ? POSITIVE : NEGATIVE;
+__device__ Member member(const Job& job, const Set<T>& set, int i) {
+  if (i >= set.count) return {0, NO_ROLE, false};
+  return {set.labels[i], job.one_pair ? int(set.role[i]) : int(NO_ROLE), true};
+}
+
+// The side on which reference b is to anchor a, or NO_PAIR.
+__device__ inline int side_of(const Job& job, const Member& a, const Member& b) {
+  if (!a.real || !b.real || (job.one_pair && !(a.role == ANCHOR && b.role == REFERENCE))) return NO_PAIR;
+  return a.label == b.label ? POSITIVE : NEGATIVE;
 }
 
 // Both sides of a pair in a byte: of the own row as the anchor, and of the other one.
@@ -166,61 +194,67 @@ __device__ void relate(const Job& job, const Work<T>& work, bool owns_anchors, i
                        unsigned char* sides) {
   const Set<T>&own = owns_anchors ? work.anchors : work.refs, &others = owns_anchors ? work.refs : work.anchors;
   const T noise = 8 * (sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920928955078125e-07));
-  for (int j = threadIdx.x; j < stride; j += THREADS)
+  for (int j = threadIdx.x; j < stride; j += THREADS) {
+    const Member other = member(job, others, j);
+    const T other_square = others.square[j];
     for (int r = 0; r < ROWS; ++r) {
       const int i = first + r, at = r * stride + j;
-      const int mine = owns_anchors ? side_of(job, work, i, j) : NO_PAIR;
-      const int theirs = job.square || !owns_anchors ? side_of(job, work, j, i) : NO_PAIR;
-      sides[at] = pack(mine, theirs);
-      if (!job.euclidean || i >= own.count) continue;
-      const T squares = own.square[i] + others.square[j], d2 = squares - 2 * z[at];
+      const Member mine = member(job, own, i);
+      const bool self = job.square && i == j;
+      sides[at] = pack(owns_anchors && !self ? side_of(job, mine, other) : NO_PAIR,
+                       (job.square || !owns_anchors) && !self ? side_of(job, other, mine) : NO_PAIR);
+      if (!job.euclidean || !mine.real) continue;
+      const T squares = own.square[i] + other_square, d2 = squares - 2 * z[at];
       z[at] = d2 > noise * squares ? sqrt(d2) : T(0);
     }
+  }
   __syncthreads();
 }
 
 // Phase 3 of one anchor, by one warp: its hardest pairs, windows, log-sum-exps, loss, and what it weighs pairs by.
 template <class T>
-__device__ Row<T> reduce_row(const Job& job, const T* z, const unsigned char* sides, int stride, bool anchor,
+__device__ Row<T> reduce_row(const Formula<T>& formula, const T* z, const unsigned char* sides, int stride, bool anchor,
                              int lane) {
   Row<T> row;
   Anchor<T>& gives = row.gives;
-  T hardest[2] = {-INFINITY, -INFINITY}, peak[2], sum[2] = {0, 0}, positives = 0;
+  T hardest[2] = {-INFINITY, -INFINITY}, peak[2], sum[2] = {0, 0}, positives = 0, poison = 0;
   for (int j = lane; j < stride; j += LANES) {
     const int side = own_side(sides[j]);
-    const T hard = harder(job, side, z[j]);
+    const T hard = harder(formula, side, z[j]);
     if (side == POSITIVE && hard > hardest[POSITIVE]) hardest[POSITIVE] = hard;
     if (side == NEGATIVE && hard > hardest[NEGATIVE]) hardest[NEGATIVE] = hard;
     positives += side == POSITIVE;
+    poison += side == NO_PAIR ? T(0) : z[j] * T(0);  // a product of finite numbers may overflow
   }
-  positives = warp_sum(positives);
+  positives = warp_sum(positives), poison = warp_sum(poison);
   for (int side = 0; side < 2; ++side) hardest[side] = warp_max(hardest[side]), gives.bound[side] = -INFINITY;
-  if (job.mined) {  // eq. 11-12; one decision for both sides, so that both are empty or neither is
-    for (int side = 0; side < 2; ++side) gives.bound[side] = -(hardest[1 - side] + T(job.epsilon));
+  if (formula.mined) {  // eq. 11-12; one decision for both sides, so that both are empty or neither is
+    for (int side = 0; side < 2; ++side) gives.bound[side] = -(hardest[1 - side] + formula.epsilon);
     if (!(hardest[0] > gives.bound[0] && hardest[1] > gives.bound[1])) gives.bound[0] = gives.bound[1] = INFINITY;
   }
-  for (int side = 0; side < 2; ++side) peak[side] = fabs(T(job.scale[side])) * hardest[side];
+  for (int side = 0; side < 2; ++side) peak[side] = fabs(formula.scale[side]) * hardest[side];
   for (int j = lane; j < stride; j += LANES) {
     const int side = own_side(sides[j]);
-    if (side == NO_PAIR || !(harder(job, side, z[j]) > pick(gives.bound, side))) continue;
-    const T term = exp(T(pick(job.scale, side)) * z[j] - pick(peak, side));
+    if (side == NO_PAIR || !(harder(formula, side, z[j]) > pick(gives.bound, side))) continue;
+    const T term = exp(pick(formula.scale, side) * z[j] - pick(peak, side));
     sum[POSITIVE] += side == POSITIVE ? term : T(0), sum[NEGATIVE] += side == POSITIVE ? T(0) : term;
   }
   for (int side = 0; side < 2; ++side) {
     sum[side] = warp_sum(sum[side]);
     gives.lse[side] = sum[side] > 0 ? peak[side] + log(sum[side]) : T(-INFINITY);
   }
-  const int summed = summed_side(job.loss);
+  const int summed = summed_side(formula.loss);
   T total = 0, slopes = 0;
   if (summed != NO_PAIR) {
     for (int j = lane; j < stride; j += LANES) {
       if (own_side(sides[j]) != summed) continue;
-      const T t = T(pick(job.scale, summed)) * z[j] + pick(gives.lse, 1 - summed);
+      const T t = pick(formula.scale, summed) * z[j] + pick(gives.lse, 1 - summed);
       total += softplus(t), slopes += sigmoid(t);
     }
     total = warp_sum(total), slopes = warp_sum(slopes);
   }
-  finish_row(job, row, positives, anchor, total, slopes);
+  finish_row(formula, row, positives, anchor, total, slopes);
+  row.loss += poison, gives.slope[POSITIVE] += poison, gives.slope[NEGATIVE] += poison;
   return row;
 }
 
@@ -260,15 +294,17 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int every_warp = blockIdx.x * WARPS + warp, warps = gridDim.x * WARPS, width = work.width;
 
-  // 1. Rows: normalised, transposed, and who takes part.
-  for (int quad = every_warp; quad < anchors.padded / 4; quad += warps)
-    prepare_rows(job, anchors, width, 4 * quad, lane);
-  for (int quad = every_warp; !job.square && quad < refs.padded / 4; quad += warps)
-    prepare_rows(job, refs, width, 4 * quad, lane);
-  for (int i = every_warp; job.one_pair && i < anchors.count; i += warps)
-    assign_role(job, anchors, refs, true, i, lane);
-  for (int j = every_warp; job.one_pair && !job.square && j < refs.count; j += warps)
-    assign_role(job, refs, anchors, false, j, lane);
+  // 1. Rows: normalised, transposed, and who takes part. The anchors' first, then the references'.
+  const int anchor_quads = anchors.padded / 4, quads = anchor_quads + (job.square ? 0 : refs.padded / 4);
+  for (int quad = every_warp; quad < quads; quad += warps) {
+    const bool of_anchors = quad < anchor_quads;
+    prepare(job, of_anchors ? anchors : refs, width, 4 * (of_anchors ? quad : quad - anchor_quads), lane);
+  }
+  for (int i = every_warp; job.one_pair && i < anchors.count + (job.square ? 0 : refs.count); i += warps) {
+    const bool of_anchors = i < anchors.count;
+    const Set<T>&own = of_anchors ? anchors : refs, &other = of_anchors ? refs : anchors;
+    assign_role(job, own, other, of_anchors, of_anchors ? i : i - anchors.count, lane);
+  }
   grid.sync();
 
   // 2. Pairs: the stripe (ROWS, others) of the block's own rows, their similarities and sides.
@@ -293,7 +329,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   for (int r = warp; owns_anchors && r < count; r += WARPS) {
     const int i = first + r;
     const bool anchor = !job.one_pair || anchors.role[i] == ANCHOR;
-    Row<T> row = reduce_row(job, z + r * stride, sides + r * stride, stride, anchor, lane);
+    Row<T> row = reduce_row(work.formula, z + r * stride, sides + r * stride, stride, anchor, lane);
     if (lane) continue;
     const T upstream = at.upstream ? static_cast<const T*>(at.upstream)[i] : T(1);
     work.of(LOSS, i) = row.loss, work.of(VALID, i) = row.valid, work.of(DIVIDES, i) = row.divides;
@@ -328,8 +364,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int r = 0; r < ROWS; ++r) {
       const int at = r * stride + j;
       const T value = z[at];
-      T weight = pair_weight(job, gives[r], own_side(sides[at]), value);
-      weight += pair_weight(job, other, other_side(sides[at]), value);
+      T weight = pair_weight(work.formula, gives[r], own_side(sides[at]), value);
+      weight += pair_weight(work.formula, other, other_side(sides[at]), value);
       if (job.euclidean) weight = value > T(0) ? -weight / value : T(0);
       z[at] = weight;
     }
@@ -382,6 +418,7 @@ std::string lay_out_as(const Job& job, const Limits& device, Layout& found) {
   found.threads = THREADS;
   found.blocks = anchor_blocks_of(job.n, job.rows) + (job.want_dy ? blocks_of(job.m, job.rows) : 0);
   found.shared = sizeof(T) * (job.rows * (others + width + vectors) + SCRATCH) + job.rows * others;
+  if (found.blocks > device.processors) return "more blocks than multiprocessors";
   found.workspace = sizeof(T) * divide_workspace(job, anywhere, work);
   // All that there is: another shape's launch of the same kernel may need more.
   return words(
@@ -403,6 +440,8 @@ std::string limits(int device, Limits& found) {
   cudaError_t error = cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device);
   if (!error) error = cudaDeviceGetAttribute(&found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (!error) error = cudaDeviceGetAttribute(&found.cooperative, cudaDevAttrCooperativeLaunch, device);
+  cudaFuncAttributes machine_code;  // for the current device: none where this file was not compiled for it
+  if (!error) error = cudaFuncGetAttributes(&machine_code, kernel_of<float>(1));
   return words(error);
 }
 

@@ -21,13 +21,17 @@ __device__ inline int groups_of(int columns, int inner) {
   return max(1, min(min(THREADS / max(columns / 4, 1), MOST_GROUPS), inner / 4));
 }
 
-// sum (ROWS, 4) += a (ROWS, inner) b (inner, columns) over DEPTH strips of four of the inner axis, one quad of columns.
-// All of b's loads are on their way before the first is used.
-template <class T, int ROWS, int DEPTH>
-__device__ void add_strips(T (&sum)[ROWS][4], const T* a, int inner, const Quad<T>* b, int quads, int strip) {
-  Quad<T> right[4 * DEPTH];
+// A quad of columns of b (inner, columns) in DEPTH strips of four of the inner axis: loads that are on their way at
+// once.
+template <class T, int DEPTH>
+__device__ void load_strips(Quad<T> (&right)[4 * DEPTH], const Quad<T>* b, int quads, int strip) {
 #pragma unroll
   for (int k = 0; k < 4 * DEPTH; ++k) right[k] = b[size_t(4 * strip + k) * quads];
+}
+
+// sum (ROWS, 4) += a (ROWS, inner) b, over those strips.
+template <class T, int ROWS, int DEPTH>
+__device__ void add_strips(T (&sum)[ROWS][4], const T* a, int inner, const Quad<T> (&right)[4 * DEPTH], int strip) {
 #pragma unroll
   for (int s = 0; s < DEPTH; ++s)
 #pragma unroll
@@ -47,6 +51,7 @@ __device__ void add_strips(T (&sum)[ROWS][4], const T* a, int inner, const Quad<
 template <class T, int ROWS>
 __device__ void product(const T* a, const T* b, int inner, int columns, int groups, T* out) {
   constexpr int DEPTH = (ROWS <= 2 ? 4 : 2) * sizeof(float) / sizeof(T);
+  constexpr bool AHEAD = ROWS * sizeof(T) <= 64;  // as far as registers go, load the next strips before these are used
   const int quads = columns / 4, strips = inner / 4, span = groups > 1 ? max(quads, 1) : THREADS;
   const int group = threadIdx.x / span, end = strips * (group + 1) / groups;
   for (int base = 0; base < quads; base += span) {
@@ -55,8 +60,21 @@ __device__ void product(const T* a, const T* b, int inner, int columns, int grou
     T sum[ROWS][4] = {};
     const Quad<T>* from = reinterpret_cast<const Quad<T>*>(b) + quad;
     int strip = busy ? strips * group / groups : end;
-    for (; strip + DEPTH <= end; strip += DEPTH) add_strips<T, ROWS, DEPTH>(sum, a, inner, from, quads, strip);
-    for (; strip < end; ++strip) add_strips<T, ROWS, 1>(sum, a, inner, from, quads, strip);
+    Quad<T> right[4 * DEPTH];
+    if (AHEAD && strip + DEPTH <= end) load_strips<T, DEPTH>(right, from, quads, strip);
+    for (; strip + DEPTH <= end; strip += DEPTH) {
+      Quad<T> ahead[4 * DEPTH];
+      if (!AHEAD) load_strips<T, DEPTH>(right, from, quads, strip);
+      if (AHEAD && strip + 2 * DEPTH <= end) load_strips<T, DEPTH>(ahead, from, quads, strip + DEPTH);
+      add_strips<T, ROWS, DEPTH>(sum, a, inner, right, strip);
+#pragma unroll
+      for (int k = 0; AHEAD && k < 4 * DEPTH; ++k) right[k] = ahead[k];
+    }
+    for (; strip < end; ++strip) {
+      Quad<T> last[4];
+      load_strips<T, 1>(last, from, quads, strip);
+      add_strips<T, ROWS, 1>(sum, a, inner, last, strip);
+    }
     for (int turn = 0; turn < groups; ++turn) {
       if (busy && turn == group) {
 #pragma unroll

@@ -12,7 +12,9 @@ from . import extension
 
 IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
-ONCHIP_PAIRS = 1024**2  # N x M up to which `auto` takes onchip: where launches cost more than arithmetic
+# Up to where `auto` takes onchip: N, M, and multiply-adds of a product. Launches cost more than arithmetic there.
+ONCHIP_SIDE, ONCHIP_WORK = 2048, 2**28
+WHOLE_PAIRS = 1024**2  # N x M up to which `tiled` on the CPU takes a loss whole: beyond, its steps cost nothing beside
 
 
 def interpreted() -> bool:
@@ -30,19 +32,13 @@ def _triton() -> str:
     return ""
 
 
-@functools.cache
 def _onchip(device: str) -> str:
-    """Empty, or why the CUDA kernel cannot be used on devices of that type."""
+    """Empty, or why the CUDA kernel cannot be used on devices of that type. onchip.limits looks at each device."""
     module = extension.onchip()
     if isinstance(module, str):
         return f"onchip needs flashpair built with CUDA: {module}"
-    if device == "cuda":
-        if module.emulated:
-            return "the module that FLASHPAIR_ONCHIP names is a build for the host"
-        try:
-            module.limits(0)
-        except RuntimeError as error:
-            return str(error)
+    if device == "cuda" and module.emulated:
+        return "the module that FLASHPAIR_ONCHIP names is a build for the host"
     return ""
 
 
@@ -98,6 +94,25 @@ def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
     if reasons:
         raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
     return impl
+
+
+def choose_whole(impl: str, x: Tensor, y: Tensor | None) -> str:
+    """The implementation that is to compute a whole loss of x (N, D) and y (M, D) or None; empty for none.
+
+    Raises:
+        RuntimeError: ``impl="onchip"`` that cannot run here, with every reason.
+    """
+    (n, d), m = x.shape, (x if y is None else y).shape[0]
+    if impl == "onchip":
+        if reasons := obstacles(impl, x.device):
+            raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
+        return impl
+    if x.device.type == "cpu":
+        small = impl in ("auto", "tiled") and n * m <= WHOLE_PAIRS
+        return "tiled" if small and not obstacles("tiled", x.device) else ""
+    if impl != "auto" or x.device.type != "cuda" or max(n, m) > ONCHIP_SIDE or n * m * d > ONCHIP_WORK:
+        return ""
+    return "" if obstacles("onchip", x.device) else "onchip"
 
 
 def native(impl: str, x: Tensor, y: Tensor | None) -> bool:

@@ -55,6 +55,9 @@ def _onchip_lines() -> list[str]:
 
     for k in range(torch.cuda.device_count()):
         of = onchip.limits(k)
+        if isinstance(of, str):
+            found.append(f"  cuda:{k}: {of}")
+            continue
         sizes = ", ".join(f"N = {onchip.largest_batch(d, of):,} at D = {d:,}" for d in (128, 1024))
         shared = f"{of.shared // 1024} KB of shared memory a block"
         found.append(f"  cuda:{k} takes up to {sizes} ({of.processors} multiprocessors, {shared})")

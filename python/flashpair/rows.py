@@ -14,7 +14,7 @@ from .similarity import normalize
 
 def plain(x: Tensor) -> bool:
     """Whether `x` may be handed to a kernel by its address: an ordinary tensor, and nobody is tracing."""
-    ordinary = type(x) is Tensor and x.device.type in ("cpu", "cuda")
+    ordinary = type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
     return ordinary and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 

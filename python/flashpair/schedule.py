@@ -2,6 +2,7 @@
 
 A schedule is a module with `forward(problem, terms, given, keep) -> (values, kept)`, `backward(problem, terms, given,
 values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
+One that can compute a whole loss at once has `run_whole(call) -> Results` (whole.py).
 """
 
 from __future__ import annotations
@@ -127,3 +128,48 @@ def stages(terms: Terms) -> list[list[int]]:
     for t in terms:
         depth.append(1 + max((depth[of] for of in (t.lower_of, t.upper_of) if of >= 0), default=-1))
     return [[k for k in range(len(terms)) if depth[k] == stage] for stage in range(max(depth, default=-1) + 1)]
+
+
+AVERAGINGS = ("mean", "sum", "none", "mean_valid", "nonzero")
+Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None not wanted."""
+
+
+class Whole(NamedTuple):
+    """A whole loss to compute: x (N, D) and y (M, D) of one dtype or None for x itself, with labels, as they came;
+    upstream (N,): dL/d(row's loss), None where the loss is one number; the constants of whole.py's `Spec`."""
+
+    x: Tensor
+    labels: Tensor
+    y: Tensor | None
+    ref_labels: Tensor | None
+    upstream: Tensor | None
+    code: tuple[int, ...]
+    numbers: tuple[float, ...]
+    want_loss: bool
+    want_share: bool
+    want_dx: bool
+    want_dy: bool
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, labels, and references with theirs (x's own in a square problem), contiguous."""
+        x, labels = self.x.contiguous(), self.labels.contiguous()
+        if self.y is None or self.ref_labels is None:
+            return x, labels, x, labels
+        return x, labels, self.y.contiguous(), self.ref_labels.contiguous()
+
+    def room(self, dtype: torch.dtype) -> Results:
+        """Memory for what is wanted."""
+        x, y = self.x, self.x if self.y is None else self.y
+        rows = x.shape[:1] if self.code[2] == AVERAGINGS.index("none") else ()
+        return (
+            torch.empty(rows, dtype=dtype, device=x.device) if self.want_loss else None,
+            torch.empty((), dtype=dtype, device=x.device) if self.want_share else None,
+            torch.empty(x.shape, dtype=dtype, device=x.device) if self.want_dx else None,
+            torch.empty(y.shape, dtype=dtype, device=x.device) if self.want_dy else None,
+        )
+
+
+def address(t: Tensor | None) -> int:
+    """Of its first entry, 0 for None; the caller holds the memory."""
+    return 0 if t is None else t.data_ptr()

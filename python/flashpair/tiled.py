@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .schedule import POSITIVES, Given, Gradients, Like, Problem, Terms
+from .schedule import POSITIVES, Given, Gradients, Like, Problem, Results, Terms, Whole, address
 
 LIVE_PAIRS_PER_ROW = 32
 INLINE_WORK = 2**25  # multiply-adds of a product under which waking threads costs more than it saves
@@ -46,7 +46,7 @@ def _operands(terms: Terms, given: Given) -> list[tuple[Any, ...]]:
     values = given.scales if given.scale is None else given.scale.tolist()
     found = []
     for t, value in zip(terms, values, strict=True):
-        offset, ref_offset, lower, upper = (_address(given.vector(slot)) for slot in t.slots)
+        offset, ref_offset, lower, upper = (address(given.vector(slot)) for slot in t.slots)
         found.append((t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:8]))
     return found
 
@@ -90,10 +90,6 @@ def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Lik
     return list(zip(sizes, (torch.int64, torch.int32, torch.int32, x.dtype), strict=True))
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
     """The C++ pass over these tensors, whose memory the caller holds."""
     (n, d), refs = p.x.shape, p.x if p.y is None else p.y
@@ -101,14 +97,12 @@ def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
     module = extension.require()
     return (module.PassDouble if p.x.dtype == torch.float64 else module.PassFloat)(
         extension.instruction_set(), n, m, m if p.end is None else int(p.end), p.y is None,
-        _address(p.lo), _address(p.hi), _address(p.order), _address(squares[0]), _address(squares[1]),
-        _address(p.x), _address(refs), d, g.size, g.lanes,
+        address(p.lo), address(p.hi), address(p.order), address(squares[0]), address(squares[1]),
+        address(p.x), address(refs), d, g.size, g.lanes,
     )  # fmt: skip
 
 
-def _threads(p: Problem) -> int:
-    n, d = p.x.shape
-    m = n if p.y is None else p.y.shape[0]
+def _threads(n: int, m: int, d: int) -> int:
     return 1 if n * m * d < INLINE_WORK else torch.get_num_threads()
 
 
@@ -125,9 +119,15 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     work, operands = _pass(p, squares), _operands(terms, given)
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
-        work.add(operands[k], _address(index), 0, 0, 0, 0, 0)
+        work.add(operands[k], address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
-    work.forward(_threads(p), values.data_ptr(), _address(kept.extreme) if sizes[0][0] else 0, kept.lists(), listed)
+    work.forward(
+        _threads(n, m, p.x.shape[1]),
+        values.data_ptr(),
+        address(kept.extreme) if sizes[0][0] else 0,
+        kept.lists(),
+        listed,
+    )
     return values, kept
 
 
@@ -146,10 +146,26 @@ def backward(
     work, operands = _pass(p, squares), _operands(terms, given)
     for i, t in enumerate(terms):
         work.add(
-            operands[i], _address(kept.extreme[i] if t.indexed else None),
-            _address(values[i]), _address(None if t.detach else grads[i]),
-            _address(None if dscale is None else dscale[i]), _address(None if doffset is None else doffset[i]),
-            _address(None if dref_offset is None else dref_offset[i]),
+            operands[i], address(kept.extreme[i] if t.indexed else None),
+            address(values[i]), address(None if t.detach else grads[i]),
+            address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),
+            address(None if dref_offset is None else dref_offset[i]),
         )  # fmt: skip
-    work.backward(_threads(p), values.data_ptr(), _address(dx), _address(dy), kept.lists())
+    work.backward(_threads(n, m, p.x.shape[1]), values.data_ptr(), address(dx), address(dy), kept.lists())
     return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)
+
+
+def whole_obstacle(formula: str) -> int | str:
+    """0, or why csrc/cpu/whole.h cannot compute that formula, which tiled then takes by its row reductions."""
+    return f"tiled computes {formula!r} by row reductions" if formula in ("one_vs_one", "all_pairs") else 0
+
+
+def run_whole(call: Whole) -> Results:
+    x, labels, refs, ref_labels = call.operands()
+    (n, d), m, square = x.shape, refs.shape[0], call.y is None
+    results = call.room(x.dtype)
+    extension.require().whole_loss(
+        extension.instruction_set(), n, m, d, x.dtype == torch.float64, square, *call.code[1:], *call.numbers,
+        *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), _threads(n, m, d),
+    )  # fmt: skip
+    return results

@@ -129,12 +129,13 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrCooperativeLaunch
 };
+struct cudaFuncAttributes {};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 
@@ -160,11 +161,17 @@ cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int value) {
   return shared_limit(kernel) = value, cudaSuccess;
 }
 
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
+
 template <class... A>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(A...), dim3 blocks, dim3 threads, void** args, size_t shared,
                                         cudaStream_t) {
   using namespace cuda_on_host;
   if (shared > shared_limit(kernel)) return cudaErrorInvalidValue;
+  if (blocks.x > unsigned(setting("CUDA_ON_HOST_PROCESSORS", 8))) return cudaErrorCooperativeLaunchTooLarge;
   Grid grid{blocks.x * threads.x, {}};
   std::vector<std::unique_ptr<uint64_t[]>> memory;
   std::vector<std::unique_ptr<Block>> all;

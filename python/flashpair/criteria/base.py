@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks, onchip
-from ..dispatch import ONCHIP_PAIRS, check_name, obstacles
+from .. import checks, whole
+from ..dispatch import check_name, choose_whole
 from ..formula import RowFormula
 from ..pairs import Pairs, checked_pairs
 from ..reference import ReferencePairs
+from ..schedule import AVERAGINGS
 
-REDUCTIONS = ("mean", "sum", "none", "mean_valid", "nonzero")
 AnyPairs = Pairs | ReferencePairs
 
 
@@ -56,7 +55,7 @@ class Criterion(nn.Module):
             raise TypeError(f"normalize must be a bool, got {type(normalize).__name__} {normalize!r}")
         check_name(impl)
         self.normalize = normalize
-        self.reduction = checks.word(reduction, REDUCTIONS, "reduction")
+        self.reduction = checks.word(reduction, AVERAGINGS, "reduction")
         self.impl = impl
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
@@ -70,7 +69,7 @@ class Criterion(nn.Module):
             cls.row_formula = Criterion.row_formula  # type: ignore[method-assign]
 
     def row_formula(self) -> RowFormula | None:
-        """The same as `row_losses` in the words that ``impl="onchip"`` knows; None where it has none."""
+        """The same as `row_losses` in words that a schedule of whole losses knows; None where they have none."""
         return None
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
@@ -103,12 +102,16 @@ class Criterion(nn.Module):
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         extra = self.regularizer(x, labels, y, ref_labels)
-        if self.impl in ("auto", "onchip"):
-            whole = self._in_one_launch(x, labels, y, ref_labels, extra)
-            if isinstance(whole, Tensor):
-                return whole
+        if chosen := choose_whole(self.impl, x, y):
+            spec = whole.plan(
+                chosen, self.row_formula(), x, y, reduction=self.reduction, unit=self.normalize,
+                distance=self.distance, penalty=extra is not None,
+            )  # fmt: skip
+            if isinstance(spec, whole.Spec):
+                dense = None if torch.compiler.is_compiling() else functools.partial(self._dense, labels, ref_labels)
+                return whole.loss(spec, x, labels, y, ref_labels, extra, dense)
             if self.impl == "onchip":
-                raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(whole)}")
+                raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(spec)}")
         return self._by_rows(x, labels, y, ref_labels, extra, self.impl)
 
     def _by_rows(
@@ -121,27 +124,8 @@ class Criterion(nn.Module):
             rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra, 0.0))
         return reduce_losses(rows, self.reduction, pairs)
 
-    def _in_one_launch(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None
-    ) -> Tensor | Sequence[str]:
-        """The loss by `onchip`, or why not (under "auto" nobody reads why)."""
-        if self.impl == "auto":
-            refs = x if y is None else y
-            if x.device.type != "cuda" or x.shape[0] * refs.shape[0] > ONCHIP_PAIRS:
-                return ()
-        if reasons := obstacles("onchip", x.device):
-            return reasons
-        spec = onchip.plan(
-            self.row_formula(), x, y, reduction=self.reduction, unit=self.normalize, distance=self.distance,
-            penalty=extra is not None,
-        )  # fmt: skip
-        if not isinstance(spec, onchip.Spec):
-            return spec
-        dense = None if torch.compiler.is_compiling() else functools.partial(self._dense, labels, ref_labels)
-        return onchip.loss(spec, x, labels, y, ref_labels, extra, dense)
-
     def _dense(self, labels: Tensor, ref_labels: Tensor | None, x: Tensor, y: Tensor | None) -> Tensor:
-        """The loss without its regularizer, by the reference."""
+        """The loss without its regularizer, by the reference: for second derivatives."""
         return self._by_rows(x, labels, y, ref_labels, None, "reference")
 
     def hyperparameters(self) -> dict[str, Any]:

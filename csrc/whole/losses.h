@@ -2,9 +2,15 @@
 #pragma once
 #include <math.h>
 
-#include "onchip.h"
+#include "job.h"
 
-namespace flashpair::onchip {
+#ifndef __CUDACC__
+#ifndef __device__
+#define __device__  // the same code on the host
+#endif
+#endif
+
+namespace flashpair::whole {
 
 template <class T>
 __device__ T softplus(T t) {
@@ -28,10 +34,25 @@ __device__ T pick(const T (&two)[2], int side) {
   return side == POSITIVE ? two[POSITIVE] : two[NEGATIVE];
 }
 
+// A job's constants in the numbers that it is computed in: float64 is slow on most GPUs.
+template <class T>
+struct Formula {
+  int loss, averaging;
+  bool one_pair, mined;
+  T scale[2], shift[2], epsilon;
+};
+
+template <class T>
+Formula<T> formula_of(const Job& job) {
+  const double *scale = job.scale, *shift = job.shift;
+  return {job.loss,      job.averaging, job.one_pair, job.mined, {T(scale[0]), T(scale[1])}, {T(shift[0]), T(shift[1])},
+          T(job.epsilon)};
+}
+
 // z in the direction in which a side's pairs become harder.
 template <class T>
-__device__ T harder(const Job& job, int side, T z) {
-  return pick(job.scale, side) > 0 ? z : -z;
+__device__ T harder(const Formula<T>& formula, int side, T z) {
+  return pick(formula.scale, side) > T(0) ? z : -z;
 }
 
 // What an anchor weighs its pairs by. Arrays of two are indexed by Side.
@@ -54,34 +75,34 @@ struct Row {
 // Completes a row whose lse and bound are set. positives: how many pairs; anchor: the row takes part (one_pair);
 // sum, slopes: softplus and its derivative over the summed side, if there is one.
 template <class T>
-__device__ void finish_row(const Job& job, Row<T>& row, T positives, bool anchor, T sum, T slopes) {
+__device__ void finish_row(const Formula<T>& formula, Row<T>& row, T positives, bool anchor, T sum, T slopes) {
   const T *lse = row.gives.lse, none = -INFINITY;
   const bool both = lse[POSITIVE] > none && lse[NEGATIVE] > none;
   bool valid = both;
   T loss = 0, slope[2] = {0, 0};
-  switch (job.loss) {
+  switch (formula.loss) {
     case MULTI_SIMILARITY:  // Wang et al. 2019, eq. 15
       valid = lse[POSITIVE] > none || lse[NEGATIVE] > none;
       for (int side = 0; side < 2; ++side) {
-        const T width = fabs(T(job.scale[side])), t = lse[side] + T(job.shift[side]);
+        const T width = fabs(formula.scale[side]), t = lse[side] + formula.shift[side];
         loss += softplus(t) / width;
         slope[side] = sigmoid(t) / width;
       }
       break;
     case LIFTED_STAR:  // Wang et al. 2019, eq. 16
       for (int side = 0; side < 2 && valid; ++side) {
-        slope[side] = T(1) / fabs(T(job.scale[side]));
+        slope[side] = T(1) / fabs(formula.scale[side]);
         loss += lse[side] * slope[side];
       }
       break;
     case LIFTED:  // Hermans et al. 2017, eq. 7; Wang et al. 2019, eq. 6
-      if (valid) loss = lse[POSITIVE] + lse[NEGATIVE] + T(job.shift[POSITIVE]);
+      if (valid) loss = lse[POSITIVE] + lse[NEGATIVE] + formula.shift[POSITIVE];
       loss = loss > T(0) ? loss : T(0);
       slope[POSITIVE] = slope[NEGATIVE] = loss > T(0);
       break;
     case N_PAIR:  // Sohn 2016, eq. 8; the positives' log-sum-exp is -z of the one positive
       valid = anchor;
-      if (both) {
+      if (anchor) {
         loss = softplus(lse[POSITIVE] + lse[NEGATIVE]);
         slope[POSITIVE] = slope[NEGATIVE] = sigmoid(lse[POSITIVE] + lse[NEGATIVE]);
       }
@@ -95,23 +116,23 @@ __device__ void finish_row(const Job& job, Row<T>& row, T positives, bool anchor
       loss = sum, slope[POSITIVE] = 1, slope[NEGATIVE] = slopes;
       break;
   }
-  if (job.averaging == NONZERO && loss <= T(0)) loss = slope[POSITIVE] = slope[NEGATIVE] = 0;
+  if (formula.averaging == NONZERO && loss <= T(0)) loss = slope[POSITIVE] = slope[NEGATIVE] = 0;
   T divides = valid;
-  if (job.averaging == NONZERO) divides = !(loss <= T(0));
-  if (job.averaging == MEAN && job.loss == ALL_PAIRS) divides = positives;
-  if (job.averaging == MEAN && !job.one_pair && job.loss != ALL_PAIRS) divides = 1;
+  if (formula.averaging == NONZERO) divides = !(loss <= T(0));
+  if (formula.averaging == MEAN && formula.loss == ALL_PAIRS) divides = positives;
+  if (formula.averaging == MEAN && !formula.one_pair && formula.loss != ALL_PAIRS) divides = 1;
   row.loss = loss, row.valid = valid, row.divides = divides;
   row.gives.slope[POSITIVE] = slope[POSITIVE], row.gives.slope[NEGATIVE] = slope[NEGATIVE];
 }
 
 // dL_row/dz of a pair of the anchor's (General Pair Weighting, Wang et al. 2019, eq. 3).
 template <class T>
-__device__ T pair_weight(const Job& job, const Anchor<T>& anchor, int side, T z) {
-  const T scale = pick(job.scale, side), slope = pick(anchor.slope, side);
+__device__ T pair_weight(const Formula<T>& formula, const Anchor<T>& anchor, int side, T z) {
+  const T scale = pick(formula.scale, side), slope = pick(anchor.slope, side);
   if (side == NO_PAIR || slope == T(0)) return 0;
-  if (side == summed_side(job.loss)) return slope * scale * sigmoid(scale * z + pick(anchor.lse, 1 - side));
-  return harder(job, side, z) > pick(anchor.bound, side) ? slope * scale * exp(scale * z - pick(anchor.lse, side))
-                                                         : T(0);
+  if (side == summed_side(formula.loss)) return slope * scale * sigmoid(scale * z + pick(anchor.lse, 1 - side));
+  return harder(formula, side, z) > pick(anchor.bound, side) ? slope * scale * exp(scale * z - pick(anchor.lse, side))
+                                                             : T(0);
 }
 
-}  // namespace flashpair::onchip
+}  // namespace flashpair::whole
