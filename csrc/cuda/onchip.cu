@@ -3,7 +3,7 @@
 // Computes: the loss of N anchors against M references (whole/losses.h), and dL/dx, dL/dy.
 // Never leaves the chip: the similarities. A block owns up to 16 rows and keeps their stripe of z, and then of weights,
 // in shared memory from phase 2 to phase 6. Global memory sees O((N + M) D) numbers, which stay in the L2 cache.
-// Arithmetic: T is float, or double for float64; 16-bit embeddings are read once, and are exact in float.
+// Arithmetic: T is float, or double for float64; 16-bit embeddings are exact in float.
 // Deterministic: every sum has a fixed order; no atomics.
 // Two grid-wide barriers: after the rows (phase 1), and after the rows' log-sum-exps (phase 3).
 //
@@ -11,13 +11,11 @@
 // j's few numbers in Row: no tile of weights is ever exchanged. Of a rectangular problem whose references want a
 // gradient, blocks that own references compute their own stripe of z instead.
 #include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "../whole/losses.h"
-#include "onchip.h"
 #include "product.h"
+#include "rows.h"
+#include "workspace.h"
 
 #ifndef DYNAMIC_SHARED  // how a kernel names its block's memory
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -27,142 +25,6 @@ namespace flashpair::onchip {
 namespace {
 
 constexpr int SCRATCH = 4 * 8;  // numbers of a block, for four sums over up to eight warps
-
-inline int round_up(int value) { return (value + 3) / 4 * 4; }
-__host__ __device__ inline int blocks_of(int count, int rows) { return (count + rows - 1) / rows; }
-__host__ __device__ inline int anchor_blocks_of(int n, int rows) { return n > rows ? blocks_of(n, rows) : 1; }
-
-// Anchors or references as phase 1 leaves them; padded with zeros to multiples of four rows and columns.
-template <class T>
-struct Set {
-  const void* raw;
-  const int64_t* labels;
-  int count, padded;
-  T *rows, *columns;                    // (padded, width) and its transpose
-  T *square, *inverse, *poison, *role;  // (padded,): |row|^2, 1 / norm, 0 or NaN, and with one_pair who takes part
-};
-enum Role : int { NO_ROLE, ANCHOR, REFERENCE };
-
-// The workspace: the anchors' and the references' Set (the same one in a square problem), and the numbers of the
-// anchors' Row as vectors (padded,).
-enum Vector : int { LOSS, VALID, DIVIDES, LSE, SLOPE = LSE + 2, BOUND = SLOPE + 2, VECTORS = BOUND + 2 };
-
-template <class T>
-struct Work {
-  Set<T> anchors, refs;
-  Formula<T> formula;
-  int width;  // round_up(D)
-  T* row;
-  __device__ T& of(int vector, int i) const { return row[size_t(vector) * anchors.padded + i]; }
-  __device__ Anchor<T> anchor(int i) const {
-    return {{of(LSE, i), of(LSE + 1, i)}, {of(SLOPE, i), of(SLOPE + 1, i)}, {of(BOUND, i), of(BOUND + 1, i)}};
-  }
-};
-
-// Returns how many numbers of T the workspace holds.
-template <class T>
-int64_t divide_workspace(const Job& job, const Tensors& at, Work<T>& work) {
-  T *const begin = static_cast<T*>(at.workspace), *next = begin;
-  work.formula = formula_of<T>(job);
-  work.width = round_up(job.d);
-  auto take = [&](int64_t numbers) { return next += numbers, next - numbers; };
-  auto place = [&](const void* raw, const int64_t* labels, int count) {
-    const int padded = round_up(count);
-    const int64_t matrix = int64_t(padded) * work.width;
-    T *rows = take(matrix), *columns = take(matrix);
-    T *square = take(padded), *inverse = take(padded), *poison = take(padded), *role = take(padded);
-    return Set<T>{raw, labels, count, padded, rows, columns, square, inverse, poison, role};
-  };
-  work.anchors = place(at.x, at.labels, job.n);
-  work.refs = job.square ? work.anchors : place(at.y, at.ref_labels, job.m);
-  work.row = take(int64_t(VECTORS) * work.anchors.padded);
-  return next - begin;
-}
-
-template <class T>
-__device__ T warp_sum(T value) {
-  for (int step = LANES / 2; step; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
-}
-
-template <class T>
-__device__ T warp_max(T value) {
-  for (int step = LANES / 2; step; step /= 2) {
-    const T other = __shfl_xor_sync(0xffffffffu, value, step);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-__device__ inline double widen(double value) { return value; }
-__device__ inline float widen(float value) { return value; }
-__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ inline float widen(__half value) { return __half2float(value); }
-
-// Phase 1 of four rows, by one warp: normalised, zero-padded, as they are and transposed. E: what embeddings come in.
-template <class T, class E>
-__device__ void prepare_rows(const Job& job, const Set<T>& set, int width, int first, int lane) {
-  const E* raw = static_cast<const E*>(set.raw);
-  auto read = [&](int k, T(&v)[4]) {  // four loads on their way at once
-    for (int r = 0; r < 4; ++r) v[r] = widen(raw[size_t(min(first + r, set.count - 1)) * job.d + k]);
-    for (int r = 0; r < 4; ++r) v[r] = first + r < set.count ? v[r] : T(0);
-  };
-  T inverse[4] = {1, 1, 1, 1}, square[4] = {}, poison[4] = {};
-  if (job.unit) {
-    T sum[4] = {}, v[4];
-#pragma unroll 2
-    for (int k = lane; k < job.d; k += LANES) {
-      read(k, v);
-      for (int r = 0; r < 4; ++r) sum[r] += v[r] * v[r];
-    }
-    const T zero = sizeof(T) == 8 ? T(1.4916681462400413e-154) : T(1.0842021724855044e-19);  // whose square underflows
-    for (int r = 0; r < 4; ++r) {
-      const T norm = sqrt(warp_sum(sum[r]));
-      inverse[r] = norm <= zero ? T(0) : norm < T(INFINITY) ? T(1) / norm : T(NAN);
-    }
-  }
-#pragma unroll 2
-  for (int k = lane; k < width; k += LANES) {
-    Quad<T> column = {};
-    if (k < job.d) read(k, column.v);
-    for (int r = 0; r < 4; ++r) {
-      const T v = column.v[r] *= inverse[r];
-      set.rows[size_t(first + r) * width + k] = v;
-      square[r] += v * v;
-      poison[r] += v * T(0);
-    }
-    *reinterpret_cast<Quad<T>*>(set.columns + size_t(k) * set.padded + first) = column;
-  }
-  for (int r = 0; r < 4; ++r) {
-    square[r] = warp_sum(square[r]), poison[r] = warp_sum(poison[r]);
-    if (lane) continue;
-    set.square[first + r] = square[r], set.inverse[first + r] = inverse[r], set.poison[first + r] = poison[r];
-  }
-}
-
-template <class T>
-__device__ void prepare(const Job& job, const Set<T>& set, int width, int first, int lane) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    prepare_rows<T, double>(job, set, width, first, lane);
-  } else {
-    if (job.number == FLOAT32) prepare_rows<T, float>(job, set, width, first, lane);
-    if (job.number == BFLOAT16) prepare_rows<T, __nv_bfloat16>(job, set, width, first, lane);
-    if (job.number == FLOAT16) prepare_rows<T, __half>(job, set, width, first, lane);
-  }
-}
-
-// Phase 1 of one label, by one warp: a class's first sample is its anchor; its positive is the second one, or of a
-// rectangular problem the first reference. Classes without both take no part.
-template <class T>
-__device__ void assign_role(const Job& job, const Set<T>& own, const Set<T>& other, bool anchor, int i, int lane) {
-  int before = 0, same = 0;
-  for (int j = lane; j < own.count; j += LANES) before += j < i && own.labels[j] == own.labels[i];
-  for (int j = lane; j < other.count; j += LANES) same += other.labels[j] == own.labels[i];
-  before = warp_sum(before), same = warp_sum(same);
-  int role = before == 0 && same > 0 ? (anchor ? ANCHOR : REFERENCE) : NO_ROLE;
-  if (job.square) role = before == 0 && same > 1 ? ANCHOR : before == 1 ? REFERENCE : NO_ROLE;
-  if (lane == 0) own.role[i] = role;
-}
 
 // What decides how two samples are paired.
 struct Member {
