@@ -11,6 +11,7 @@ from helpers import CRITERIA, assert_as_good_as, assert_same, batch, forms
 
 from flashpair import Bound, MultiSimilarityLoss, Reduction, row_reduce
 from flashpair.check import value_and_gradient
+from flashpair.dispatch import obstacles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -19,6 +20,8 @@ if torch.cuda.is_available():
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = ["fused", "tiled"]
+ONCHIP = obstacles("onchip", torch.device("cuda")) if torch.cuda.is_available() else []
+EVERY = [*SCHEDULES, pytest.param("onchip", marks=pytest.mark.skipif(bool(ONCHIP), reason="; ".join(ONCHIP)))]
 
 
 def _cuda(*tensors):
@@ -193,7 +196,7 @@ def test_peak_memory_at_131072(impl, d, dtype):
     assert torch.cuda.max_memory_allocated() - before <= copies * x.nbytes + 256 * 2**20
 
 
-@pytest.mark.parametrize("impl", SCHEDULES)
+@pytest.mark.parametrize("impl", EVERY)
 def test_cuda_graph_replays_with_new_numbers(impl):
     x, labels = _cuda(*batch(600, 64, 4, torch.bfloat16))
     static = x.clone().requires_grad_()
@@ -220,7 +223,7 @@ def test_cuda_graph_replays_with_new_numbers(impl):
         assert torch.equal(loss, eager[0]) and torch.equal(static.grad, eager[1])
 
 
-@pytest.mark.parametrize("impl", SCHEDULES)
+@pytest.mark.parametrize("impl", EVERY)
 def test_fullgraph_compile(impl):
     x, labels = _cuda(*batch(600, 64, 4, torch.float32))
     criterion = MultiSimilarityLoss(impl=impl)
@@ -251,7 +254,7 @@ def test_no_host_sync(impl, learned):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("impl", SCHEDULES)
+@pytest.mark.parametrize("impl", EVERY)
 def test_runs_on_the_current_stream(impl):
     """What a side stream is still writing is read after it, without the host waiting."""
     x, labels = _cuda(*batch(2000, 64, 4, torch.float32))
@@ -267,7 +270,7 @@ def test_runs_on_the_current_stream(impl):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("impl", SCHEDULES)
+@pytest.mark.parametrize("impl", EVERY)
 def test_runs_on_the_tensors_device(impl):
     x, labels = batch(600, 64, 4, torch.float32)
     found, truth = (
