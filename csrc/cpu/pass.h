@@ -24,6 +24,18 @@ struct LiveLists {
 };
 
 template <class T>
+bool all_finite(const T* x, int64_t size) {
+  constexpr int64_t L = 16;
+  T zero[L] = {}, rest = 0;
+  int64_t k = 0;
+  for (; k + L <= size; k += L)
+    for (int64_t l = 0; l < L; ++l) zero[l] += x[k + l] * 0;
+  for (; k < size; ++k) rest += x[k] * 0;
+  for (T z : zero) rest += z;
+  return rest == 0;
+}
+
+template <class T>
 class Pass {
  public:
   Pass(Kernels<T> kernels, Problem<T> problem, const T* x, const T* y, int64_t d, int64_t size, int64_t lanes)
@@ -86,7 +98,7 @@ class Pass {
           finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
     }
     // An entry that is not finite makes every value NaN: no mining comparison may swallow it.
-    if (!all_finite()) std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
+    if (!finite()) std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
   }
 
   // Adds to the gradients, which come zeroed: dx (N, D), dy (M, D) (null: not wanted; never for a square problem), and
@@ -152,7 +164,7 @@ class Pass {
     for (size_t i = 0; i < lane_dx.size(); ++i) dx[i % (n * d_)] += lane_dx[i];
     if (dx) add_pull(pull, x_, n, dx);
     if (dy) add_pull(ref_pull, y_, p_.m, dy);
-    if (all_finite()) return;
+    if (finite()) return;
     const T nan = std::numeric_limits<T>::quiet_NaN();
     if (dx) std::fill_n(dx, n * d_, nan);
     if (dy) std::fill_n(dy, p_.m * d_, nan);
@@ -169,17 +181,7 @@ class Pass {
 
   bool over_band(const Reduction<T>& r) const { return r.side == POSITIVES && !wide_; }
 
-  static bool finite(const T* x, int64_t size) {
-    constexpr int64_t L = 16;
-    T zero[L] = {}, rest = 0;
-    int64_t k = 0;
-    for (; k + L <= size; k += L)
-      for (int64_t l = 0; l < L; ++l) zero[l] += x[k + l] * 0;
-    for (; k < size; ++k) rest += x[k] * 0;
-    for (T z : zero) rest += z;
-    return rest == 0;
-  }
-  bool all_finite() const { return finite(x_, p_.n * d_) && (p_.square || finite(y_, p_.m * d_)); }
+  bool finite() const { return all_finite(x_, p_.n * d_) && (p_.square || all_finite(y_, p_.m * d_)); }
   bool weighs_positives() const {
     for (const Reduction<T>& r : given_)
       if (r.side == POSITIVES && (r.op == LOGSUMEXP || r.op == SUM)) return true;

@@ -183,15 +183,9 @@ class WholeLoss {
   // What is not finite in the embeddings, of samples that take no part as well, makes every result NaN.
   void spoil() const {
     const T nan = std::numeric_limits<T>::quiet_NaN();
-    auto finite = [](const std::vector<T>& rows) {
-      return std::all_of(rows.begin(), rows.end(), [](T v) { return v * 0 == 0; });
-    };
-    auto raw = [&](const void* x, int64_t rows) {
-      const T* from = static_cast<const T*>(x);
-      return std::all_of(from, from + rows * job_.d, [](T v) { return v * 0 == 0; });
-    };
-    if (finite(x_) && finite(y_) && (!job_.one_pair || (raw(at_.x, job_.n) && (job_.square || raw(at_.y, job_.m)))))
-      return;
+    auto raw = [&](const void* x, int64_t rows) { return all_finite(static_cast<const T*>(x), rows * job_.d); };
+    const bool rest = !job_.one_pair || (raw(at_.x, job_.n) && (job_.square || raw(at_.y, job_.m)));
+    if (all_finite(x_.data(), x_.size()) && all_finite(y_.data(), y_.size()) && rest) return;
     if (at_.loss) std::fill_n(static_cast<T*>(at_.loss), job_.averaging == whole::NONE ? job_.n : 1, nan);
     if (at_.dx) std::fill_n(static_cast<T*>(at_.dx), int64_t(job_.n) * job_.d, nan);
     if (at_.dy) std::fill_n(static_cast<T*>(at_.dy), int64_t(job_.m) * job_.d, nan);

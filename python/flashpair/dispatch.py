@@ -14,7 +14,8 @@ IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
 # Up to where `auto` takes onchip: N, M, and multiply-adds of a product. Launches cost more than arithmetic there.
 ONCHIP_SIDE, ONCHIP_WORK = 2048, 2**28
-WHOLE_PAIRS = 1024**2  # N x M up to which `tiled` on the CPU takes a loss whole: beyond, its steps cost nothing beside
+# Up to where `tiled` on the CPU takes a loss whole: N x M, and N, M. Beyond, its steps cost nothing beside the pairs.
+WHOLE_PAIRS, WHOLE_SIDE = 1024**2, 8192
 
 
 def interpreted() -> bool:
@@ -108,7 +109,7 @@ def choose_whole(impl: str, x: Tensor, y: Tensor | None) -> str:
             raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
         return impl
     if x.device.type == "cpu":
-        small = impl in ("auto", "tiled") and n * m <= WHOLE_PAIRS
+        small = impl in ("auto", "tiled") and n * m <= WHOLE_PAIRS and max(n, m) <= WHOLE_SIDE
         return "tiled" if small and not obstacles("tiled", x.device) else ""
     if impl != "auto" or x.device.type != "cuda" or max(n, m) > ONCHIP_SIDE or n * m * d > ONCHIP_WORK:
         return ""
