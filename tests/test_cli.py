@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import flashpair
-from flashpair import check, criteria
+from flashpair import check, criteria, extension
 from flashpair.dispatch import IMPLEMENTATIONS
 
 
@@ -63,6 +64,13 @@ def test_check_catches_a_wrong_gradient(monkeypatch):
     monkeypatch.setitem(check.CRITERIA, "Wrong", Wrong)
     good, words = check.check("Wrong", "reference")
     assert not good and "gradcheck FAILS" in words
+
+
+@pytest.mark.skipif(not extension.emulated(), reason="no emulated kernel")
+def test_check_leaves_out_what_an_implementation_does_not_take():
+    refused = [name for name in check.CRITERIA if check.refusal(name, "onchip")]
+    assert refused == ["LiftedStructureLoss"]
+    assert not any(check.refusal(name, impl) for name in check.CRITERIA for impl in ("reference", "tiled"))
 
 
 def test_every_criterion_of_the_package_is_checked():
