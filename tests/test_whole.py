@@ -38,7 +38,6 @@ def test_tiled_takes_small_batches_whole(monkeypatch):
     learned = torch.nn.Parameter(torch.tensor(2.0))
     called.clear()
     MultiSimilarityLoss(alpha=learned)(x[:8], labels[:8])
-    NPairsLoss("ovo")(x[:8], labels[:8])
     assert not called
 
 

@@ -1,7 +1,7 @@
 // A whole loss and its gradient by the tile engine, in one call: for a small batch the steps between the passes, taken
 // one by one from Python, cost more than the pairs.
 //
-// Computes whole/losses.h's formulas of two log-sum-exps. The same passes over the same tiles as the reductions that a
+// Computes whole/losses.h's formulas. The same passes over the same tiles as the reductions that a
 // criterion asks for one by one, so the same memory, and the same bits with any number of threads.
 #pragma once
 #include <algorithm>
@@ -23,7 +23,7 @@ template <class T>
 class WholeLoss {
  public:
   WholeLoss(Kernels<T> kernels, const whole::Job& job, const whole::Tensors& at, const Cut& cut, int threads)
-      : kernels_(kernels), job_(job), at_(at), cut_(cut), threads_(threads) {}
+      : kernels_(kernels), job_(job), at_(at), cut_(cut), threads_(threads), summed_(whole::summed_side(job.loss)) {}
 
   void run() {
     choose_rows();
@@ -95,7 +95,7 @@ class WholeLoss {
   Pass<T> pass() const { return Pass<T>(kernels_, problem_, x_.data(), y(), job_.d, cut_.size, cut_.lanes); }
   const T* y() const { return square_ ? x_.data() : y_.data(); }
 
-  // The reductions of the loss, in the order of values_ (K, rows), and where the log-sum-exps stand among them.
+  // The reductions of the first pass, in the order of values_ (K, rows), and where the log-sum-exps stand among them.
   std::vector<Reduction<T>> reductions() const {
     auto of = [](int op, int side, double scale, int lower_of, int upper_of, double shift) {
       Reduction<T> r{};
@@ -104,6 +104,8 @@ class WholeLoss {
       return r;
     };
     const double positive = job_.scale[whole::POSITIVE], negative = job_.scale[whole::NEGATIVE], e = job_.epsilon;
+    if (summed_ == whole::POSITIVE) return {of(LOGSUMEXP, NEGATIVES, negative, -1, -1, 0)};
+    if (summed_ == whole::NEGATIVE) return {of(LOGSUMEXP, POSITIVES, positive, -1, -1, 0)};
     if (!job_.mined)
       return {of(LOGSUMEXP, NEGATIVES, negative, -1, -1, 0), of(LOGSUMEXP, POSITIVES, positive, -1, -1, 0)};
     return {of(MIN, POSITIVES, 1, -1, -1, 0), of(LOGSUMEXP, NEGATIVES, negative, 0, -1, e),
@@ -111,6 +113,14 @@ class WholeLoss {
   }
   int sum_of(int side) const { return side == whole::POSITIVE ? (job_.mined ? 3 : 1) : (job_.mined ? 1 : 0); }
   T* values(int k) { return values_.data() + k * problem_.n; }
+
+  // The second pass, of a loss that has one: softplus(scale z + the first pass' log-sum-exp) over the summed side.
+  Reduction<T> sum() {
+    Reduction<T> r{};
+    r.op = SUM, r.side = summed_ == whole::POSITIVE ? POSITIVES : NEGATIVES, r.transform = SOFTPLUS;
+    r.scale = static_cast<T>(job_.scale[summed_]), r.offset = values(0), r.lower_of = r.upper_of = -1;
+    return r;
+  }
 
   void reduce() {
     const bool list = job_.mined && (at_.dx || at_.dy) && cut_.slots;
@@ -123,6 +133,11 @@ class WholeLoss {
     for (const Reduction<T>& r : all) forward.add(r);
     values_.resize(all.size() * problem_.n);
     forward.forward(threads_, values_.data(), nullptr, live(), list ? sum_of(whole::NEGATIVE) : -1);
+    sums_.resize(problem_.n);
+    if (summed_ == whole::NO_PAIR) return;
+    Pass<T> second = pass();
+    second.add(sum());
+    second.forward(threads_, sums_.data(), nullptr, {}, -1);
   }
 
   LiveLists<T> live() {
@@ -144,9 +159,10 @@ class WholeLoss {
     for (int64_t i = 0; i < n; ++i) {
       whole::Row<T> row{};
       T* lse = row.gives.lse;
-      for (int side : {whole::POSITIVE, whole::NEGATIVE}) lse[side] = values(sum_of(side))[i];
+      for (int side : {whole::POSITIVE, whole::NEGATIVE})
+        if (side != summed_) lse[side] = values(summed_ == whole::NO_PAIR ? sum_of(side) : 0)[i];
       if (job_.mined && lse[whole::POSITIVE] == none) lse[whole::NEGATIVE] = none;  // one decision for both sides
-      whole::finish_row(formula, row, static_cast<T>(hi_[i] - lo_[i] - square_), true, T(0), T(0));
+      whole::finish_row(formula, row, static_cast<T>(hi_[i] - lo_[i] - square_), true, sums_[i], T(0));
       loss += row.loss, valid += row.valid, divides += row.divides;
       if (losses && each) losses[rows_[i]] = row.loss;
       for (int side : {whole::POSITIVE, whole::NEGATIVE})
@@ -163,12 +179,23 @@ class WholeLoss {
     const int64_t d = job_.d, n = problem_.n, m = problem_.m;
     T *dx = static_cast<T*>(at_.dx), *dy = static_cast<T*>(job_.square ? at_.dx : at_.dy);
     std::vector<T> own(dx ? n * d : 0), other(dy && !square_ ? m * d : 0);
+    T *to_own = dx ? own.data() : nullptr, *to_other = other.empty() ? nullptr : other.data();
     Pass<T> backward = pass();
     auto all = reductions();
-    for (int side : {whole::POSITIVE, whole::NEGATIVE}) all[sum_of(side)].grad = slope_[side].data();
+    if (summed_ == whole::NO_PAIR) {
+      for (int side : {whole::POSITIVE, whole::NEGATIVE}) all[sum_of(side)].grad = slope_[side].data();
+    } else {  // what the second pass gives to the log-sum-exp is the first one's gradient
+      std::vector<T>& offset = slope_[1 - summed_];
+      std::fill(offset.begin(), offset.end(), T(0));
+      Reduction<T> r = sum();
+      r.value = sums_.data(), r.grad = slope_[summed_].data(), r.grad_offset = offset.data();
+      Pass<T> second = pass();
+      second.add(r);
+      second.backward(threads_, sums_.data(), to_own, to_other, {});
+      all[0].grad = offset.data();
+    }
     for (size_t k = 0; k < all.size(); ++k) all[k].value = values(k), backward.add(all[k]);
-    backward.backward(threads_, values_.data(), dx ? own.data() : nullptr, other.empty() ? nullptr : other.data(),
-                      live());
+    backward.backward(threads_, values_.data(), to_own, to_other, live());
     auto scatter = [&](const std::vector<T>& g, const std::vector<T>& rows, const std::vector<T>& inverse,
                        const std::vector<int64_t>& order, T* to) {
       sorted_rows_backward(g.data(), rows.data(), job_.unit ? inverse.data() : nullptr, order.data(), order.size(), d,
@@ -196,9 +223,10 @@ class WholeLoss {
   whole::Tensors at_;
   Cut cut_;
   int threads_;
+  int summed_;  // whole::summed_side
   bool square_ = false;
   std::vector<int64_t> rows_, refs_, lo_, hi_;  // who takes part, as the caller counts
-  std::vector<T> x_, x_inverse_, x_square_, y_, y_inverse_, y_square_, values_, slope_[2];
+  std::vector<T> x_, x_inverse_, x_square_, y_, y_inverse_, y_square_, values_, sums_, slope_[2];
   std::vector<int32_t> live_count_, live_entry_;
   std::vector<T> live_z_;
   Problem<T> problem_{};

@@ -155,11 +155,6 @@ def backward(
     return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)
 
 
-def whole_obstacle(formula: str) -> int | str:
-    """0, or why csrc/cpu/whole.h cannot compute that formula, which tiled then takes by its row reductions."""
-    return f"tiled computes {formula!r} by row reductions" if formula in ("one_vs_one", "all_pairs") else 0
-
-
 def run_whole(call: Whole) -> Results:
     x, labels, refs, ref_labels = call.operands()
     (n, d), m, square = x.shape, refs.shape[0], call.y is None

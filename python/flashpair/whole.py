@@ -57,11 +57,11 @@ def _plan_of(
     reduction: str, unit: bool, distance: str, penalty: bool,
 ) -> Spec | tuple[str, ...]:  # fmt: skip
     n, d = shape
-    itemsize = accumulator(dtype).itemsize
+    chosen: int | str
     if impl == "onchip":
-        chosen = onchip.block_rows(n, m, d, itemsize, want_dy, onchip.limits(device))
+        chosen = onchip.block_rows(n, m, d, accumulator(dtype).itemsize, want_dy, onchip.limits(device))
     else:
-        chosen = tiled.whole_obstacle(formula.name)
+        chosen = 0  # csrc/cpu/whole.h takes them all
     reasons: tuple[str, ...] = (chosen,) if isinstance(chosen, str) else ()
     if penalty and reduction in ("none", "nonzero"):
         reasons += (f"{impl} adds a penalty on norms to one number, not to reduction={reduction!r}",)
