@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -125,23 +126,17 @@ void bind_pass(py::module_& m, const char* name) {
           Release());
 }
 
-// A loss (n to epsilon), its tensors (x to dy; addresses), and how it is cut into tiles and threads.
-void whole_loss(const std::string& isa, int n, int m, int d, bool wide, bool square, int loss, int averaging, bool unit,
-                bool euclidean, bool one_pair, bool mined, double scale_positive, double scale_negative,
-                double shift_positive, double shift_negative, double epsilon, Address x, Address y, Address labels,
-                Address ref_labels, Address upstream, Address out, Address share, Address dx, Address dy, int64_t size,
-                int64_t lanes, int64_t slots, int64_t capacity, int threads) {
-  whole::Job job{};
-  job.n = n, job.m = m, job.d = d, job.number = wide ? whole::FLOAT64 : whole::FLOAT32;
-  job.loss = loss, job.averaging = averaging;
-  job.square = square, job.unit = unit, job.euclidean = euclidean, job.one_pair = one_pair, job.mined = mined;
-  job.scale[whole::POSITIVE] = scale_positive, job.scale[whole::NEGATIVE] = scale_negative;
-  job.shift[whole::POSITIVE] = shift_positive, job.shift[whole::NEGATIVE] = shift_negative, job.epsilon = epsilon;
+// What whole::job_of takes, the loss' tensors (x to dy; addresses), and how it is cut into tiles and threads.
+void whole_loss(const std::string& isa, const std::array<int, 5>& shape, const std::array<int, 7>& code,
+                const std::array<double, 5>& numbers, Address x, Address y, Address labels, Address ref_labels,
+                Address upstream, Address out, Address share, Address dx, Address dy, int64_t size, int64_t lanes,
+                int64_t slots, int64_t capacity, int threads) {
+  const whole::Job job = whole::job_of(shape, code, numbers, dy != 0);
   const whole::Tensors tensors{at<void>(x),        at<void>(y),   at<int64_t>(labels), at<int64_t>(ref_labels),
                                at<void>(upstream), at<void>(out), at<void>(share),     at<void>(dx),
                                at<void>(dy),       nullptr};
   const Cut cut{size, lanes, slots, capacity};
-  if (wide)
+  if (job.number == whole::FLOAT64)
     WholeLoss<double>(kernels<double>(isa), job, tensors, cut, threads).run();
   else
     WholeLoss<float>(kernels<float>(isa), job, tensors, cut, threads).run();

@@ -59,10 +59,8 @@ def architectures(text, known):
         if not found:
             raise RuntimeError(f"TORCH_CUDA_ARCH_LIST: {word!r} is none of the form 9.0 or 9.0+PTX")
         arch = found[1] + found[2]
-        yield (
-            word,
-            [f"-gencode=arch=compute_{arch},code={kind}_{arch}" for kind in ("sm", "compute")][: 2 if found[3] else 1],
-        )
+        kinds = ("sm", "compute") if found[3] else ("sm",)
+        yield word, [f"-gencode=arch=compute_{arch},code={kind}_{arch}" for kind in kinds]
 
 
 def cuda(record):

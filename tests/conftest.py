@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which looks
     if "FLASHPAIR_ONCHIP" not in os.environ and (module := emulated.module()):
         os.environ["FLASHPAIR_ONCHIP"] = str(module)
 
-from flashpair import extension
+from flashpair import extension, onchip, whole
 
 needs_extension = pytest.mark.skipif(
     isinstance(extension.load(), str), reason=f"no compiled extension: {extension.load()}"
@@ -31,6 +31,24 @@ def fresh_compiler():
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture
+def chip(monkeypatch):
+    """Makes the emulated device one of so many multiprocessors, with so much shared memory a block."""
+
+    def make(processors, shared=227 * 1024, cooperative=1):
+        for name, value in (("PROCESSORS", processors), ("SHARED", shared), ("COOPERATIVE", cooperative)):
+            monkeypatch.setenv(f"CUDA_ON_HOST_{name}", str(value))
+        forget()
+
+    def forget():
+        onchip._limits.cache_clear()
+        whole._plan.cache_clear()
+
+    yield make
+    monkeypatch.undo()
+    forget()
 
 
 class Compiling:

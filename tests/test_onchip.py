@@ -18,28 +18,9 @@ from flashpair import (
     extension,
     onchip,
     row_reduce,
-    whole,
 )
 
 pytestmark = pytest.mark.skipif(not extension.emulated(), reason="no compiler to build the emulated kernel with")
-
-
-@pytest.fixture
-def chip(monkeypatch):
-    """Makes the emulated device one of so many multiprocessors, with so much shared memory a block."""
-
-    def make(processors, shared=227 * 1024, cooperative=1):
-        for name, value in (("PROCESSORS", processors), ("SHARED", shared), ("COOPERATIVE", cooperative)):
-            monkeypatch.setenv(f"CUDA_ON_HOST_{name}", str(value))
-        forget()
-
-    def forget():
-        onchip._limits.cache_clear()
-        whole._plan.cache_clear()
-
-    yield make
-    monkeypatch.undo()
-    forget()
 
 
 # Every count of rows at its edges; quads of rows and columns; passes of 256 columns in either product (N, or D);
@@ -135,7 +116,7 @@ def test_python_and_cpp_agree_on_a_blocks_memory(rows, chip):
     chip(-(-50 // rows))
     for number, itemsize in ((0, 8), (1, 4)):
         launch = extension.onchip().Launch(
-            0, 50, 50, 37, number, True, rows, 0, 0, True, False, False, False, -2.0, 50.0, 0.0, 0.0, 0.0, False
+            0, (50, 50, 37, number, True), (rows, 0, 0, 1, 0, 0, 0), (-2.0, 50.0, 0.0, 0.0, 0.0), False
         )
         exact = onchip.Limits(-(-50 // rows), launch.shared, True)
         assert onchip.block_rows(50, 50, 37, itemsize, False, exact) == rows

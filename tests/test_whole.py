@@ -7,22 +7,17 @@ import torch
 from conftest import needs_extension
 from helpers import FORMULAS, assert_as_good_as, assert_parity, assert_same, batch, loss_and_gradients, relative
 
-from flashpair import MultiSimilarityLoss, NPairsLoss, extension, onchip, tiled, whole
+from flashpair import MultiSimilarityLoss, NPairsLoss, extension, tiled, whole
 from flashpair.schedule import AVERAGINGS
 
 emulated = pytest.mark.skipif(not extension.emulated(), reason="no compiler to build the emulated kernel with")
 
 
 @pytest.fixture(params=[pytest.param("onchip", marks=emulated), pytest.param("tiled", marks=needs_extension)])
-def impl(request, monkeypatch):
+def impl(request, chip):
     """A schedule; `onchip` on eight multiprocessors, so that blocks own several rows."""
-    monkeypatch.setenv("CUDA_ON_HOST_PROCESSORS", "8")
-    onchip._limits.cache_clear()
-    whole._plan.cache_clear()
-    yield request.param
-    monkeypatch.undo()
-    onchip._limits.cache_clear()
-    whole._plan.cache_clear()
+    chip(8)
+    return request.param
 
 
 @needs_extension

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -61,19 +62,9 @@ PYBIND11_MODULE(_onchip, module) {
       },
       "Multiprocessors, bytes of shared memory a block may have, and whether there are cooperative launches.");
   py::class_<Launch>(module, "Launch")
-      .def(py::init([](int device, int n, int m, int d, int number, bool square, int rows, int loss, int averaging,
-                       bool unit, bool euclidean, bool one_pair, bool mined, double scale_positive,
-                       double scale_negative, double shift_positive, double shift_negative, double epsilon,
-                       bool want_dy) {
-        Job job{};
-        job.n = n, job.m = m, job.d = d, job.rows = rows;
-        job.number = number, job.loss = loss, job.averaging = averaging;
-        job.square = square, job.unit = unit, job.euclidean = euclidean, job.one_pair = one_pair, job.mined = mined;
-        job.scale[POSITIVE] = scale_positive, job.scale[NEGATIVE] = scale_negative;
-        job.shift[POSITIVE] = shift_positive, job.shift[NEGATIVE] = shift_negative;
-        job.epsilon = epsilon, job.want_dy = want_dy;
-        return Launch(device, job);
-      }))
+      .def(py::init([](int device, const std::array<int, 5>& shape, const std::array<int, 7>& code,
+                       const std::array<double, 5>& numbers,
+                       bool want_dy) { return Launch(device, job_of(shape, code, numbers, want_dy)); }))
       .def("__call__", &Launch::operator(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("blocks", [](const Launch& l) { return l.layout().blocks; })
       .def_property_readonly("threads", [](const Launch& l) { return l.layout().threads; })

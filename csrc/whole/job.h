@@ -1,5 +1,6 @@
 // A whole loss as the schedules that compute it at once are told of it: `onchip`, and `tiled` on the CPU.
 #pragma once
+#include <array>
 #include <cstdint>
 
 namespace flashpair::whole {
@@ -22,6 +23,18 @@ struct Job {
   double scale[2], shift[2], epsilon;
   bool want_dy;  // references have blocks of their own, for their gradient
 };
+
+// From what Python passes: shape (n, m, d, number, square), whole.py's Spec (code, numbers), and want_dy.
+inline Job job_of(const std::array<int, 5>& shape, const std::array<int, 7>& code, const std::array<double, 5>& numbers,
+                  bool want_dy) {
+  Job job{};
+  job.n = shape[0], job.m = shape[1], job.d = shape[2], job.number = shape[3], job.square = shape[4];
+  job.rows = code[0], job.loss = code[1], job.averaging = code[2];
+  job.unit = code[3], job.euclidean = code[4], job.one_pair = code[5], job.mined = code[6];
+  for (int side : {POSITIVE, NEGATIVE}) job.scale[side] = numbers[side], job.shift[side] = numbers[2 + side];
+  job.epsilon = numbers[4], job.want_dy = want_dy;
+  return job;
+}
 
 // Addresses, on the device that computes. T is double for FLOAT64, else float. Results that are not wanted are null.
 struct Tensors {

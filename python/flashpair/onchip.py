@@ -14,7 +14,6 @@ import torch
 from . import extension
 from .schedule import Results, Whole, accumulator, address
 
-NUMBERS = {dtype: k for k, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16))}
 BLOCK_ROWS = (1, 2, 4, 8, 16)  # that a block may own: csrc/cuda/onchip.cu has a kernel for each
 SCRATCH, ROW_NUMBERS = 4 * 8, 6  # of a block, and of each of its rows, beside embeddings and similarities: onchip.cu
 
@@ -30,8 +29,7 @@ class Limits(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def _limits(index: int) -> Limits | str:
     module = extension.onchip()
-    if isinstance(module, str):
-        return f"onchip needs flashpair built with CUDA: {module}"
+    assert not isinstance(module, str)  # dispatch.obstacles comes first
     try:
         if module.emulated:
             return Limits(*module.limits(index))
@@ -89,12 +87,11 @@ def largest_batch(d: int, of: Limits) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _launch(
-    device: int, n: int, m: int, d: int, number: int, square: bool, code: tuple[int, ...], numbers: tuple[float, ...],
-    want_dy: bool,
-) -> Any:  # fmt: skip
+    device: int, shape: tuple[int, ...], code: tuple[int, ...], numbers: tuple[float, ...], want_dy: bool
+) -> Any:
     module = extension.onchip()
     assert not isinstance(module, str)
-    return module.Launch(device, n, m, d, number, square, *code, *numbers, want_dy)
+    return module.Launch(device, shape, code, numbers, want_dy)
 
 
 def run_whole(call: Whole) -> Results:
@@ -104,8 +101,7 @@ def run_whole(call: Whole) -> Results:
         with torch.cuda.device(index):
             return run_whole(call)
     x, labels, refs, ref_labels = call.operands()
-    (n, d), m, square = x.shape, refs.shape[0], call.y is None
-    launch = _launch(index, n, m, d, NUMBERS[x.dtype], square, call.code, call.numbers, call.want_dy)
+    launch = _launch(index, call.shape, call.code, call.numbers, call.want_dy)
     results = call.room(dtype)
     workspace = torch.empty(launch.workspace, dtype=torch.uint8, device=device)
     stream = torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0

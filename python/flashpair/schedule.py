@@ -130,6 +130,7 @@ def stages(terms: Terms) -> list[list[int]]:
     return [[k for k in range(len(terms)) if depth[k] == stage] for stage in range(max(depth, default=-1) + 1)]
 
 
+NUMBERS = {dtype: k for k, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16))}
 AVERAGINGS = ("mean", "sum", "none", "mean_valid", "nonzero")
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None not wanted."""
@@ -150,6 +151,12 @@ class Whole(NamedTuple):
     want_share: bool
     want_dx: bool
     want_dy: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, bool]:
+        """N, M, D, the dtype's number in csrc/whole/job.h, and whether the problem is square."""
+        (n, d), m = self.x.shape, (self.x if self.y is None else self.y).shape[0]
+        return n, m, d, NUMBERS[self.x.dtype], self.y is None
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, labels, and references with theirs (x's own in a square problem), contiguous."""

@@ -157,10 +157,10 @@ def backward(
 
 def run_whole(call: Whole) -> Results:
     x, labels, refs, ref_labels = call.operands()
-    (n, d), m, square = x.shape, refs.shape[0], call.y is None
+    n, m, d, _, square = call.shape
     results = call.room(x.dtype)
     extension.require().whole_loss(
-        extension.instruction_set(), n, m, d, x.dtype == torch.float64, square, *call.code[1:], *call.numbers,
+        extension.instruction_set(), call.shape, call.code, call.numbers,
         *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), _threads(n, m, d),
     )  # fmt: skip
     return results
