@@ -23,33 +23,49 @@ std::vector<std::string> instruction_sets() {  // best first
 #ifdef FLASHPAIR_X86_64
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma"))
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx512vnni")) found.push_back("avx512vnni");
     found.push_back("avx512");
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
 #endif
   found.push_back("baseline");
   return found;
 }
 
+void check(const std::string& isa) {
+  for (const std::string& name : instruction_sets())
+    if (name == isa) return;
+  throw std::invalid_argument("this processor does not run the instruction set " + isa);
+}
+
 template <class T>
 Kernels<T> kernels(const std::string& isa) {
-  for (const std::string& name : instruction_sets()) {
-    if (name != isa) continue;
+  check(isa);
 #ifdef FLASHPAIR_X86_64
-    if constexpr (sizeof(T) == 4) {
-      if (isa == "avx512") return avx512::kernels_float();
-      if (isa == "avx2") return avx2::kernels_float();
-    } else {
-      if (isa == "avx512") return avx512::kernels_double();
-      if (isa == "avx2") return avx2::kernels_double();
-    }
-#endif
-    if constexpr (sizeof(T) == 4)
-      return baseline::kernels_float();
-    else
-      return baseline::kernels_double();
+  const bool wide = isa == "avx512" || isa == "avx512vnni";
+  if constexpr (sizeof(T) == 4) {
+    if (wide) return avx512::kernels_float();
+    if (isa == "avx2") return avx2::kernels_float();
+  } else {
+    if (wide) return avx512::kernels_double();
+    if (isa == "avx2") return avx2::kernels_double();
   }
-  throw std::invalid_argument("this processor does not run the instruction set " + isa);
+#endif
+  if constexpr (sizeof(T) == 4)
+    return baseline::kernels_float();
+  else
+    return baseline::kernels_double();
+}
+
+Int8Kernels int8_kernels(const std::string& isa) {
+  check(isa);
+#ifdef FLASHPAIR_X86_64
+  if (isa == "avx512vnni") return avx512vnni::int8_kernels();
+  if (isa == "avx512") return avx512::int8_kernels();
+  if (isa == "avx2") return avx2::int8_kernels();
+#endif
+  return baseline::int8_kernels();
 }
 
 using Address = uintptr_t;
@@ -114,8 +130,13 @@ void bind_pass(py::module_& m, const char* name) {
            })
       .def(
           "forward",
-          [lists](P& pass, int threads, Address values, Address index, const Lists& live, int listed) {
-            pass.forward(threads, at<T>(values), at<int64_t>(index), lists(live), listed);
+          [lists](P& pass, int threads, Address values, Address index, const Lists& live, int listed,
+                  const std::string& screen) {  // the instruction set of its products, or empty
+            Tally tally;
+            const Int8Kernels int8 = screen.empty() ? Int8Kernels{} : int8_kernels(screen);
+            pass.forward(threads, at<T>(values), at<int64_t>(index), lists(live), listed,
+                         screen.empty() ? nullptr : &int8, &tally);
+            return std::array<int64_t, 4>{tally.tiles, tally.whole, tally.candidates, tally.live};
           },
           Release())
       .def(

@@ -12,6 +12,7 @@ import pybind11
 
 ISA_FLAGS = {"baseline": "", "avx2": "-mavx2 -mfma"}
 ISA_FLAGS["avx512"] = "-mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma"
+INT8_FLAGS = {**ISA_FLAGS, "avx512vnni": f"{ISA_FLAGS['avx512']} -mavx512vnni"}
 COMMON = "-O3 -std=c++17 -fPIC -pthread -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-psabi"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
 SHARED = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
@@ -19,7 +20,7 @@ NVCC_FLAGS = "-O3 -std=c++17 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
 ARCHITECTURES = ("80", "90", "100")
 
 SOURCES = {
-    "_C": ["csrc/bindings.cpp", "csrc/cpu/kernels.cpp"],
+    "_C": ["csrc/bindings.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/int8.cpp"],
     "_onchip": ["csrc/cuda/bindings.cpp", "csrc/cuda/onchip.cu"],
 }
 
@@ -45,7 +46,7 @@ def cpp():
     else:
         version = subprocess.getoutput(f"{found[0]} --version").partition("\n")[0]
         x86 = subprocess.getoutput(f"{found[0]} -dumpmachine").startswith("x86_64")
-        isas = list(ISA_FLAGS) if x86 else ["baseline"]
+        isas = list(INT8_FLAGS) if x86 else ["baseline"]
         return found[0], {"extension": True, "reason": "", "compiler": version, "isas": isas}
     return "", {"extension": False, "reason": reason, "compiler": "", "isas": []}
 
@@ -94,11 +95,14 @@ def ninja_rules(at, cxx, record, nvcc):
     yield f" command = {cxx} {common} {include} $flags -MMD -MF $out.d -c $in -o $out"
     yield f"rule link\n command = {cxx} {common} {SHARED} $in -o $out {env_flags('LDFLAGS')}"
     x86 = "-DFLASHPAIR_X86_64=1" if "avx2" in record["isas"] else ""
-    bindings, kernels = SOURCES["_C"]
+    bindings, kernels, int8 = SOURCES["_C"]
     yield f"build {at}/bindings.o: cxx {bindings}\n flags = {x86}"
-    for isa in record["isas"]:
-        yield f"build {at}/{isa}.o: cxx {kernels}\n flags = -DFLASHPAIR_ISA={isa} {ISA_FLAGS[isa]}"
-    yield f"build {at}/_C.so: link {' '.join(f'{at}/{o}.o' for o in ('bindings', *record['isas']))}\n"
+    objects = [f"{at}/bindings.o"]
+    for name, source, isas in (("kernels", kernels, ISA_FLAGS), ("int8", int8, INT8_FLAGS)):
+        for isa in isas.keys() & record["isas"]:
+            objects.append(f"{at}/{name}_{isa}.o")
+            yield f"build {objects[-1]}: cxx {source}\n flags = -DFLASHPAIR_ISA={isa} {isas[isa]}"
+    yield f"build {at}/_C.so: link {' '.join(sorted(objects))}\n"
     if not nvcc:
         return
     bindings, kernel = SOURCES["_onchip"]

@@ -13,16 +13,19 @@ INLINE float root(float x) { return __builtin_sqrtf(x); }
 INLINE double root(double x) { return __builtin_sqrt(x); }
 
 template <class T>
+INLINE T distance(T product, T squares) {
+  const T d2 = squares - 2 * product;
+  return d2 <= ZERO_DISTANCE<T> * squares ? T(0) : root(d2);
+}
+
+template <class T>
 void distances(const Problem<T>& p, const Tile<T>& t) {
   if (!p.row_square) return;
   for (int64_t i = 0; i < t.rows; ++i) {
     T* z = t.z + i * t.ld;
     const T xx = p.row_square[t.r0 + i];
     const T* yy = p.ref_square + t.c0;
-    for (int64_t j = 0; j < t.cols; ++j) {
-      const T squares = xx + yy[j], d2 = squares - 2 * z[j];
-      z[j] = d2 <= ZERO_DISTANCE<T> * squares ? T(0) : root(d2);
-    }
+    for (int64_t j = 0; j < t.cols; ++j) z[j] = distance(z[j], xx + yy[j]);
   }
 }
 

@@ -46,16 +46,27 @@ int64_t list_live(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
   return found;
 }
 
-// What a reduction needs of the anchor of each of a vector's pairs.
+// What a reduction needs of the anchor of each of a vector's pairs: forward, and in backward.
 template <class T>
-struct AnchorLanes {
-  Vec<T> lower, upper, own, grad, value;
-  AnchorLanes(const Reduction<T>& r, const int64_t* of, int64_t count) {
-    lower = splat(-INF<T>), upper = splat(INF<T>), own = grad = value = Vec<T>{};
+struct EndLanes {
+  Vec<T> lower, upper, own;
+  EndLanes(const Reduction<T>& r, const int64_t* of, int64_t count) {
+    lower = splat(-INF<T>), upper = splat(INF<T>), own = Vec<T>{};
     for (int64_t k = 0; k < count; ++k) {
       if (r.lower) lower[k] = r.lower[of[k]];
       if (r.upper) upper[k] = r.upper[of[k]];
       if (r.offset) own[k] = r.offset[of[k]];
+    }
+  }
+  Mask<T> inside(Vec<T> z) const { return (z > lower) & (z < upper); }
+};
+
+template <class T>
+struct AnchorLanes : EndLanes<T> {
+  Vec<T> grad, value;
+  AnchorLanes(const Reduction<T>& r, const int64_t* of, int64_t count) : EndLanes<T>(r, of, count) {
+    grad = value = Vec<T>{};
+    for (int64_t k = 0; k < count; ++k) {
       if (r.op == LOGSUMEXP) value[k] = r.value[of[k]];
       grad[k] = value[k] == -INF<T> ? T(0) : r.grad[of[k]];
     }
@@ -64,9 +75,9 @@ struct AnchorLanes {
   template <class Phi>
   Vec<T> weight(const Reduction<T>& r, Vec<T> z, Vec<T> ref, Vec<T>& own_share, Vec<T>& ref_share) const {
     const Vec<T> s = z * r.scale;
-    const Mask<T> in = (z > lower) & (z < upper) & (grad != T(0));
+    const Mask<T> in = this->inside(z) & (grad != T(0));
     if (r.op == LOGSUMEXP) return select<T>(in, exp(s - value) * grad, Vec<T>{});
-    return select<T>(in, Phi::template slope<T>(s, own, ref, own_share, ref_share) * grad, Vec<T>{});
+    return select<T>(in, Phi::template slope<T>(s, this->own, ref, own_share, ref_share) * grad, Vec<T>{});
   }
 };
 

@@ -4,12 +4,15 @@
 // order of the tiles, runtime.h keeps it for tiles that touch the same rows, so any number of threads gives the same
 // bits.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "runtime.h"
+#include "screen.h"
 #include "tiles.h"
 
 namespace flashpair {
@@ -21,6 +24,12 @@ struct LiveLists {
   T* z;
   int64_t capacity;
   Live<T> at(int64_t slot) const { return {entry + slot * capacity, z + slot * capacity, capacity}; }
+};
+
+// What a screen did: tiles looked at, those computed whole after all, and of the others the pairs not proved dead and
+// those that some reduction let through.
+struct Tally {
+  std::atomic<int64_t> tiles{0}, whole{0}, candidates{0}, live{0};
 };
 
 template <class T>
@@ -49,8 +58,9 @@ class Pass {
   void add(const Reduction<T>& r) { given_.push_back(r); }
 
   // Values (K, N) and, where not null, the extremes' references (K, N). `listed`: the reduction whose live pairs go to
-  // `live`, or -1.
-  void forward(int threads, T* values, int64_t* index, const LiveLists<T>& live, int listed) {
+  // `live`, or -1. int8: where not null, pairs off the band are screened, and `live` lists all reductions' pairs.
+  void forward(int threads, T* values, int64_t* index, const LiveLists<T>& live, int listed,
+               const Int8Kernels* int8 = nullptr, Tally* tally = nullptr) {
     const int64_t count = static_cast<int64_t>(given_.size()), n = p_.n, lanes = grid_.lanes;
     const T inf = std::numeric_limits<T>::infinity();
     std::vector<T> peak(lanes * count * n);
@@ -60,6 +70,9 @@ class Pass {
       for (int64_t k = 0; k < count; ++k)
         std::fill_n(peak.data() + (lane * count + k) * n, n, given_[k].op == MIN ? inf : -inf);
     std::vector<std::vector<T>> bounds;
+    const bool is_finite = finite();
+    std::optional<Screen<T>> screen;
+    if (int8 && is_finite && !wide_) screen.emplace(*int8, p_, x_, y_, d_);
     for (int stage = 0, last = 0; stage <= last; ++stage) {
       auto with_state = [&](bool band) {
         std::vector<std::vector<Reduction<T>>> by_lane(lanes);
@@ -84,21 +97,35 @@ class Pass {
         for (const Reduction<T>& r : reductions) kernels_.reduce(p_, r, t);
       };
       if (!band[0].empty()) each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
+      if (screen && !grid[0].empty()) screen->want(grid);
+      const bool screened = screen && !grid[0].empty() && worth(*screen);
+      std::vector<Reduction<T>> weighing;
+      for (const Reduction<T>& r : grid[0])
+        if (r.op == LOGSUMEXP || r.op == SUM) weighing.push_back(r);
       if (!grid[0].empty())
         each_grid_tile(
             threads, grid[0], false, [](int64_t) { return true; },
-            [&](const Tile<T>& t, const Place& place, T*) {
-              reduce(grid[place.lane], t);
-              if (!list) return;
+            [&](const Tile<T>& t, const Place& place, T* scratch) {
+              const std::vector<Reduction<T>>& reductions = grid[place.lane];
               const int64_t slot = grid_.slot(place);
-              live.count[slot] = static_cast<int32_t>(kernels_.list_live(p_, to_list, t, live.at(slot)));
+              const bool sifted =
+                  screened && sift(*screen, reductions, weighing, t, place.lane, scratch, live, slot, *tally);
+              if (!sifted) reduce(reductions, t);
+              if (screened && screen->running()) {
+                screen->renew(place.lane, t.r0, t.rows);
+                if (t.mirror) screen->renew(place.lane, t.c0, t.cols);
+              }
+              if (!list || sifted) return;
+              Live<T> few = live.at(slot);
+              few.capacity = std::min(few.capacity, grid_.size * grid_.size / MOST_LISTED);
+              live.count[slot] = static_cast<int32_t>(kernels_.list_live(p_, to_list, t, few));
             });
       for (int64_t k = 0; k < count; ++k)
         if (stage_of(k) == stage)
           finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
     }
     // An entry that is not finite makes every value NaN: no mining comparison may swallow it.
-    if (!finite()) std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
+    if (!is_finite) std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
   }
 
   // Adds to the gradients, which come zeroed: dx (N, D), dy (M, D) (null: not wanted; never for a square problem), and
@@ -153,8 +180,9 @@ class Pass {
             const int64_t slot = grid_.slot(place);
             if (!live.count || live.count[slot] < 0) return spread(grid[place.lane], t, place.row_block, place.lane, w);
             T *mine = pull_of(place.lane), *to = dx_of(place.lane);
-            kernels_.scatter(p_, grid[place.lane][0], t, live.at(slot), live.count[slot], place.row_block, x_, y_, d_,
-                             to, t.mirror ? to : dy, mine, t.mirror ? mine : other_pull);
+            for (const Reduction<T>& r : grid[place.lane])
+              kernels_.scatter(p_, r, t, live.at(slot), live.count[slot], place.row_block, x_, y_, d_, to,
+                               t.mirror ? to : dy, mine, t.mirror ? mine : other_pull);
           });
     for (size_t k = 0; k < given_.size(); ++k) {
       for (double part : block_scale[k]) *given_[k].grad_scale += part;
@@ -178,6 +206,49 @@ class Pass {
  private:
   static constexpr int64_t NARROW_BAND_WORK = int64_t{1} << 27;  // multiply-adds
   static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
+
+  static constexpr int64_t SAMPLES = 8;
+  static constexpr int64_t MOST_LISTED = 64;      // of a tile computed whole, one in so many pairs at most
+  static constexpr int64_t MOST_CANDIDATES = 12;  // one in so many pairs of a tile: more cost as much as all
+
+  // Whether few enough pairs live for a screen to pay: a look at some tiles off the diagonal, spread over the grid.
+  bool worth(const Screen<T>& screen) const {
+    if (screen.running()) return true;  // which has nothing to go by yet
+    const int64_t first = p_.square ? grid_.row_blocks() : 0, tiles = grid_.count() - first;
+    const int64_t capacity = grid_.size * grid_.size / MOST_CANDIDATES;
+    const int64_t samples = std::min(SAMPLES, tiles / 16);
+    std::vector<int32_t> entry(samples ? capacity : 0);
+    int64_t found = 0, seen = 0;
+    for (int64_t k = 0; k < samples; ++k) {
+      Place place;
+      if (!grid_.at(first + k * tiles / samples, place)) continue;
+      const int64_t count = screen.candidates(grid_.tile<T>(place, nullptr), place.lane, entry.data(), capacity);
+      found += count < 0 ? 2 * capacity : count;
+      ++seen;
+    }
+    return found <= seen * capacity;
+  }
+
+  // The tile by the pairs that a screen leaves; false, with nothing done, when they are too many. scratch: a tile's.
+  bool sift(const Screen<T>& screen, const std::vector<Reduction<T>>& reductions,
+            const std::vector<Reduction<T>>& weighing, const Tile<T>& t, int64_t lane, T* scratch,
+            const LiveLists<T>& live, int64_t slot, Tally& tally) const {
+    int32_t* entry = reinterpret_cast<int32_t*>(scratch);
+    const int64_t most = grid_.size * grid_.size / MOST_CANDIDATES, found = screen.candidates(t, lane, entry, most);
+    ++tally.tiles, ++tally.whole;
+    if (found < 0) return false;
+    kernels_.similar(p_, t, entry, found, x_, y_, d_, t.z);
+    const Listed<T> pairs{entry, t.z, found};
+    int64_t kept = 0;
+    if (live.count && !weighing.empty()) {
+      kept = kernels_.keep_live(weighing.data(), static_cast<int>(weighing.size()), t, pairs, live.at(slot));
+      if (kept < 0) return false;
+      live.count[slot] = static_cast<int32_t>(kept);
+    }
+    for (const Reduction<T>& r : reductions) kernels_.reduce_listed(p_, r, t, pairs);
+    --tally.whole, tally.candidates += found, tally.live += kept;
+    return true;
+  }
 
   bool over_band(const Reduction<T>& r) const { return r.side == POSITIVES && !wide_; }
 

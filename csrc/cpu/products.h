@@ -13,14 +13,21 @@ INLINE void add_scaled(T* to, const T* from, T by, int64_t d) {
   for (; k < d; ++k) to[k] += from[k] * by;
 }
 
+// The sum of a product of a and b, in an order that D alone decides.
 template <class T>
 INLINE T dot(const T* a, const T* b, int64_t d) {
-  Vec<T> total{};
+  constexpr int64_t L = WIDTH<T>, CHAINS = 4;
+  Vec<T> sum[CHAINS] = {};
   int64_t k = 0;
-  for (; k + WIDTH<T> <= d; k += WIDTH<T>) total += load(a + k) * load(b + k);
-  T rest = hsum<T>(total);
-  for (; k < d; ++k) rest += a[k] * b[k];
-  return rest;
+  for (; k + CHAINS * L <= d; k += CHAINS * L)
+    for (int64_t c = 0; c < CHAINS; ++c) sum[c] += load(a + k + c * L) * load(b + k + c * L);
+  for (; k + L <= d; k += L) sum[0] += load(a + k) * load(b + k);
+  T lanes[L];
+  store<T>(lanes, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (int64_t half = L / 2; half; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  for (; k < d; ++k) lanes[0] += a[k] * b[k];
+  return lanes[0];
 }
 
 // z (rows, cols) = x y^T, both with rows of d.

@@ -59,6 +59,14 @@ struct Live {
   int64_t capacity;
 };
 
+// Pairs of a tile listed with their z, in the order of their rows.
+template <class T>
+struct Listed {
+  const int32_t* entry;
+  const T* z;
+  int64_t count;
+};
+
 template <class T>
 struct Kernels {
   // z: dot products in, Euclidean distances out (nothing to do for dot products).
@@ -66,6 +74,13 @@ struct Kernels {
   void (*reduce)(const Problem<T>&, const Reduction<T>&, const Tile<T>&);
   // The number of live pairs, listed; -1 when they are more than the list's capacity.
   int64_t (*list_live)(const Problem<T>&, const Reduction<T>&, const Tile<T>&, const Live<T>&);
+  // z of listed pairs, by a sum of each pair's own: the same bits from both ends, and wherever they are listed.
+  void (*similar)(const Problem<T>&, const Tile<T>&, const int32_t* entry, int64_t count, const T* x, const T* y,
+                  int64_t d, T* z);
+  // `reduce` of listed pairs alone.
+  void (*reduce_listed)(const Problem<T>&, const Reduction<T>&, const Tile<T>&, const Listed<T>&);
+  // Lists those of the pairs that a window of some reduction lets through; returns as `list_live`.
+  int64_t (*keep_live)(const Reduction<T>*, int count, const Tile<T>&, const Listed<T>&, const Live<T>&);
   // w: dL/dS of each pair, times z's derivative in S. What a Euclidean distance pulls along a row's own x is added to
   // row_pull (N,) and ref_pull (M,), null where not wanted. False when every weight is zero.
   bool (*weigh)(const Problem<T>&, const Reduction<T>*, int count, const Tile<T>&, int64_t block, T* w, T* row_pull,

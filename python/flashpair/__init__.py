@@ -17,6 +17,7 @@ from .criteria import (
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
 from .reduction import Bound, Reduction
+from .screened import Screening, screening
 from .transforms import register_transform
 from .weights import pair_weights
 
@@ -33,9 +34,11 @@ __all__ = [
     "Pairs",
     "Reduction",
     "RowLosses",
+    "Screening",
     "functional",
     "make_pairs",
     "pair_weights",
     "register_transform",
     "row_reduce",
+    "screening",
 ]

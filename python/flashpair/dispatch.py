@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import extension
 
-IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
+IMPLEMENTATIONS = ("reference", "tiled", "screened", "fused", "onchip")
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
 # Up to where `auto` takes onchip: N, M, and multiply-adds of a product. Launches cost more than arithmetic there.
 ONCHIP_SIDE, ONCHIP_WORK = 2048, 2**28
@@ -51,14 +51,15 @@ def obstacles(impl: str, device: torch.device) -> list[str]:
 def _obstacles(impl: str, device: str) -> tuple[str, ...]:
     if impl == "reference":
         return ()
-    if impl == "tiled" and device == "cpu":
+    if impl in ("tiled", "screened") and device == "cpu":
         module = extension.load()
-        return (f"tiled needs the compiled extension: {module}",) if isinstance(module, str) else ()
+        return (f"{impl} needs the compiled extension: {module}",) if isinstance(module, str) else ()
     found = []
     emulated = (impl == "fused" and interpreted()) or (impl == "onchip" and extension.emulated())
     if device != "cuda" and not (emulated and device == "cpu"):
         also = "" if impl != "fused" else " (or TRITON_INTERPRET=1 set before Python starts)"
-        found.append(f"{impl} needs a {'CPU or ' if impl == 'tiled' else ''}CUDA device{also}, not {device} tensors")
+        where = "CPU or CUDA" if impl in ("tiled", "screened") else "CUDA"
+        found.append(f"{impl} needs a {where} device{also}, not {device} tensors")
     if impl == "onchip":
         if reason := _onchip(device):
             found.append(reason)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import schedule, tiled
+from . import schedule, screened, tiled
 from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from .reference import reduce_rows
 from .rows import plain
@@ -34,8 +34,8 @@ _library.define(
 
 def _schedule(impl: str, device: torch.device) -> Any:
     """The module that runs `impl` there, imported when first needed: Triton's JIT reads its settings on import."""
-    if impl == "tiled" and device.type == "cpu":
-        return tiled
+    if impl in ("tiled", "screened") and device.type == "cpu":
+        return tiled if impl == "tiled" else screened
     return importlib.import_module(".blocked" if impl == "tiled" else ".fused", __package__)
 
 

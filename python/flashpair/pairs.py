@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, transforms
+from . import checks, screened, transforms
 from .dispatch import choose, native
 from .ops import RowReduce, encode
 from .plan import Plan, make_plan, one_to_one
@@ -56,6 +56,7 @@ class Pairs:
                 raise RuntimeError(f"impl={self.impl!r} cannot run: {'; '.join(refused)}")
             if refused:
                 return self.dense().reduce(*reductions)
+        impl = self._schedule_of(reductions)
         n, dtype = self.x.shape[0], accumulator(self.x.dtype)
 
         def tensor(value: float | Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class Pairs:
         if any(isinstance(r.scale, Tensor) for r in reductions):
             scale = torch.stack([tensor(r.scale) for r in reductions])
         p = self.plan
-        spec = encode(reductions, tuple(slots), self.distance, self.impl)
+        spec = encode(reductions, tuple(slots), self.distance, impl)
         rows = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors)
         found = []
         for row, r in zip(rows, reductions, strict=True):
@@ -88,6 +89,15 @@ class Pairs:
             row = row if self.poison is None else row + self.poison
             found.append(row.detach() if r.detach else row)
         return tuple(found)
+
+    def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
+        """`impl`, or `screened` in place of `tiled` for a call that it speeds up and that nobody named `tiled` for."""
+        if self.impl == "screened":
+            if reasons := screened.refusals(reductions):
+                raise RuntimeError(f"impl='screened' cannot run: {'; '.join(reasons)}")
+        elif not self.named and screened.worthwhile(self.impl, self.x, self.refs) and not screened.refusals(reductions):
+            return "screened"
+        return self.impl
 
     def dense(self) -> ReferencePairs:
         """The same pairs, in the same order of rows, over the dense matrix."""

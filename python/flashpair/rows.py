@@ -84,6 +84,6 @@ def sorted_rows(x: Tensor, order: Tensor, *, unit: bool, impl: str) -> Tensor:
     """Rows x[order] (N, D) of x (N, D), of unit norm if `unit` (see `normalize`)."""
     if not plain(x.detach()):
         return _composed(x, order, unit)
-    if impl == "tiled" and x.device.type == "cpu":
+    if impl in ("tiled", "screened") and x.device.type == "cpu":
         return _SortedRows.apply(x.contiguous(), order, unit)
     return _KernelRows.apply(x.contiguous(), order, unit)

@@ -19,6 +19,7 @@ from . import extension
 from .schedule import POSITIVES, Given, Gradients, Like, Problem, Results, Terms, Whole, address
 
 LIVE_PAIRS_PER_ROW = 32
+SCREENED_PAIRS_PER_ROW = 512  # 4 KB of float32 a row at most, of which only what is listed is ever touched
 INLINE_WORK = 2**25  # multiply-adds of a product under which waking threads costs more than it saves
 
 
@@ -31,13 +32,13 @@ class Grid(NamedTuple):
     live_capacity: int
 
 
-def grid(n: int, m: int, square: bool) -> Grid:
+def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW) -> Grid:
     """How N x M pairs are cut: into tiles that stay in a core's second-level cache."""
     size = 512 if n * m > 16384**2 else 256 if n * m > 1024**2 else 128
     rows, cols = -(-n // size), -(-m // size)
     lanes = 1 if square else max(1, min(16 // max(rows, 1), cols // 4))
     slots = rows * (rows + 1) // 2 if square else rows * cols
-    capacity = LIVE_PAIRS_PER_ROW * (n if square else n + m) // max(slots, 1)
+    capacity = live_per_row * (n if square else n + m) // max(slots, 1)
     return Grid(size, lanes, slots, min(capacity, size * size // 8))
 
 
@@ -70,23 +71,28 @@ class Kept(NamedTuple):
         )
 
 
+def _weighted(terms: Terms) -> list[int]:
+    """The reductions that give weights to pairs off the positives' band."""
+    return [k for k, t in enumerate(terms) if t.weighted and t.side != POSITIVES]
+
+
 def _listed(terms: Terms) -> int:
-    """The reduction whose live pairs are listed: alone in needing weights off the positives' band, and windowed."""
-    weighted = [k for k, t in enumerate(terms) if t.weighted and t.side != POSITIVES]
+    """The reduction whose live pairs are listed of tiles computed whole: alone in `_weighted`, and windowed."""
+    weighted = _weighted(terms)
     return weighted[0] if len(weighted) == 1 and terms[weighted[0]].window else -1
 
 
-def _kept_sizes(n: int, m: int, square: bool, terms: Terms, keep: bool) -> list[tuple[int, ...]]:
-    """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction."""
-    g = grid(n, m, square)
-    listing = keep and _listed(terms) >= 0
+def _kept_sizes(n: int, m: int, square: bool, terms: Terms, keep: bool, screen: bool) -> list[tuple[int, ...]]:
+    """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction, and of every screened tile."""
+    g = grid(n, m, square, SCREENED_PAIRS_PER_ROW if screen else LIVE_PAIRS_PER_ROW)
+    listing = keep and (bool(_weighted(terms)) if screen else _listed(terms) >= 0)
     slots, capacity = (g.slots, g.live_capacity) if listing else (0, 0)
     extremes = len(terms) if keep and any(t.indexed for t in terms) else 0
     return [(extremes, n), (slots,), (slots, capacity), (slots, capacity)]
 
 
-def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
-    sizes = _kept_sizes(x.shape[0], (x if y is None else y).shape[0], y is None, terms, keep)
+def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool, *, screen: bool = False) -> list[Like]:
+    sizes = _kept_sizes(x.shape[0], (x if y is None else y).shape[0], y is None, terms, keep, screen)
     return list(zip(sizes, (torch.int64, torch.int32, torch.int32, x.dtype), strict=True))
 
 
@@ -108,8 +114,14 @@ def _threads(n: int, m: int, d: int) -> int:
 
 def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, Kept]:
     """Values (K, N), sorted, without logsumexp's offset; `keep`: for backward too."""
+    values, kept, _ = run(p, terms, given, keep, "")
+    return values, kept
+
+
+def run(p: Problem, terms: Terms, given: Given, keep: bool, screen: str) -> tuple[Tensor, Kept, tuple[int, ...]]:
+    """`forward`, and the counts of csrc/cpu/pass.h's Tally. screen: the instruction set of its products, or none."""
     n, m = p.x.shape[0], (p.x if p.y is None else p.y).shape[0]
-    sizes = _kept_sizes(n, m, p.y is None, terms, keep)
+    sizes = _kept_sizes(n, m, p.y is None, terms, keep, bool(screen))
     values = p.x.new_empty(len(terms), n)
     kept = Kept(
         torch.empty(sizes[0], dtype=torch.int64), torch.full(sizes[1], -1, dtype=torch.int32),
@@ -121,14 +133,9 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
         work.add(operands[k], address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
-    work.forward(
-        _threads(n, m, p.x.shape[1]),
-        values.data_ptr(),
-        address(kept.extreme) if sizes[0][0] else 0,
-        kept.lists(),
-        listed,
-    )
-    return values, kept
+    places = address(kept.extreme) if sizes[0][0] else 0
+    tally = work.forward(_threads(n, m, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen)
+    return values, kept, tuple(tally)
 
 
 def backward(

@@ -55,8 +55,8 @@ def obstacles(name: str, impl: str, device: str) -> list[str]:
     """Why `impl` cannot run a transform; empty if it can."""
     if name in BUILT_IN or impl == "reference":
         return []
-    if impl == "tiled" and device == "cpu":
-        return [f"transform {name!r} is your own, and the C++ kernels of tiled know {', '.join(BUILT_IN)}"]
+    if impl in ("tiled", "screened") and device == "cpu":
+        return [f"transform {name!r} is your own, and the C++ kernels of {impl} know {', '.join(BUILT_IN)}"]
     if _custom[name].value is None:
         return [f"transform {name!r} was registered without the triton.jit functions `value` and `slope`"]
     return []

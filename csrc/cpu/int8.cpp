@@ -1,0 +1,218 @@
+// Compiled once for each instruction set, which FLASHPAIR_ISA names and the compiler's flags choose.
+//
+// Products of 32 bits at a time: four int8 where the processor multiplies and adds those (VNNI), else two int16. A
+// block of the tile's products stays in registers, is compared there, and leaves nothing but the pairs that pass.
+#include "int8.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "simd.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace flashpair {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int64_t DEPTH = 4;  // coordinates in 32 bits
+using Coordinate = int8_t;
+#else
+constexpr int64_t DEPTH = 2;
+using Coordinate = int16_t;
+#endif
+#if defined(__AVX512F__)
+constexpr int64_t ROWS = 8, PANELS = 2;  // of a block in registers
+#elif defined(__AVX2__)
+constexpr int64_t ROWS = 4, PANELS = 1;
+#else
+constexpr int64_t ROWS = 2, PANELS = 1;
+#endif
+constexpr int64_t LANES = WIDTH<float>, VECTORS = PANEL / LANES;
+using Float = Vec<float>;
+using Int = Mask<float>;
+constexpr float UNIT = 0x1p-24f;
+
+INLINE Int load_ints(const int32_t* p) {
+  Int v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Columns as the unsigned factor of VNNI: 128 more than they are, for which `shift` makes up.
+INLINE Int columns(const int32_t* p) {
+#if defined(__AVX512VNNI__)
+  return load_ints(p) ^ static_cast<int32_t>(0x80808080);
+#else
+  return load_ints(p);
+#endif
+}
+
+// Each lane's coordinates of `a` times those of `b`, added to `sum`.
+INLINE Int multiply(Int sum, Int a, Int b) {
+#if defined(__AVX512VNNI__)
+  return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512F__)
+  return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sum + (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return sum + (Int)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const Int even = ((a << 16) >> 16) * ((b << 16) >> 16), odd = (a >> 16) * (b >> 16);
+  return sum + even + odd;
+#endif
+}
+
+INLINE uint32_t bits(Int mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__x86_64__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t found = 0;
+  for (int64_t k = 0; k < LANES; ++k) found |= static_cast<uint32_t>(mask[k] != 0) << k;
+  return found;
+#endif
+}
+
+INLINE float up(double x) { return std::nextafter(static_cast<float>(x), INF<float>); }
+
+template <class T>
+void round_rows(const T* x, int64_t n, int64_t d, const T* square, Int8Rows& to) {
+  const int64_t padded = (n + PANEL - 1) / PANEL * PANEL;
+  to.groups = (d + DEPTH - 1) / DEPTH;
+  to.panels.assign(padded * to.groups, 0);
+  to.shift.assign(padded, 0);
+  for (auto* of : {&to.step, &to.lost, &to.norm, &to.half}) of->assign(padded, 0.0f);
+  std::vector<int32_t> q(to.groups * DEPTH);
+  for (int64_t i = 0; i < n; ++i) {
+    const T* row = x + i * d;
+    T most = 0;
+    for (int64_t k = 0; k < d; ++k) most = std::max(most, std::abs(row[k]));
+    // A step that float cannot hold: the row is its own rounding error, or nothing is proved of it.
+    const bool plain = most > T(1e-30) && most < T(1e38);
+    const float step = plain ? static_cast<float>(most) / 127.0f : 0.0f;
+    const T inverse = plain ? T(1) / static_cast<T>(step) : T(0);
+    double whole = 0, lost = 0;
+    int32_t sum = 0, squares = 0;
+    for (int64_t k = 0; k < d; ++k) {
+      const T scaled = row[k] * inverse;
+      const int32_t nearest = static_cast<int32_t>(scaled + (scaled < 0 ? T(-0.5) : T(0.5)));
+      q[k] = std::min(127, std::max(-127, nearest));
+      const double r = static_cast<double>(row[k]) - static_cast<double>(step) * q[k];
+      whole += static_cast<double>(row[k]) * row[k];
+      lost += r * r;
+      sum += q[k];
+      squares += q[k] * q[k];
+    }
+    const double rounded = static_cast<double>(step) * std::sqrt(static_cast<double>(squares));
+    const double norm = std::max(std::sqrt(whole), rounded) * (1 + 1e-9);
+    to.step[i] = step;
+    to.norm[i] = up(norm);
+    to.lost[i] = up(std::sqrt(lost) * (1 + 0x1p-10) + static_cast<double>(d + 64) * 0x1p-23 * norm);
+    to.half[i] = square ? static_cast<float>(square[i] / 2) : 0.0f;
+    if (DEPTH == 4) to.shift[i] = -128 * sum;
+    Coordinate* panel = reinterpret_cast<Coordinate*>(to.panels.data() + i / PANEL * PANEL * to.groups);
+    for (int64_t k = 0; k < d; ++k)
+      panel[(k / DEPTH * PANEL + i % PANEL) * DEPTH + k % DEPTH] = static_cast<Coordinate>(q[k]);
+  }
+}
+
+// One tile's sides, from its first row and column on.
+struct Sides {
+  const Int8Rows &x, &y;
+  const Thresholds& window;
+};
+
+// Which pairs of row i and of the columns from j on are alive, given the products of their whole numbers.
+template <bool BOTH, bool HIGH>
+INLINE Int alive(const Sides& s, Int products, int64_t i, int64_t j) {
+  const Float estimate = __builtin_convertvector(products, Float) * load(s.y.step.data() + j) * s.x.step[i];
+  const Float bound = load(s.y.lost.data() + j) * s.x.norm[i] + load(s.y.norm.data() + j) * s.x.lost[i];
+  const Float halves = load(s.y.half.data() + j) + s.x.half[i];
+  const Float most = estimate + bound - halves * (1 - 64 * UNIT);
+  Int dead = most <= s.window.low[i];
+  if constexpr (BOTH) dead &= most <= load(s.window.low + j);
+  if constexpr (HIGH) {
+    const Float least = estimate - bound - halves * (1 + 64 * UNIT);
+    Int above = least >= s.window.high[i];
+    if constexpr (BOTH) {
+      // Each anchor by itself: one may have no use for what is above, the other for what is below.
+      dead = (most <= s.window.low[i]) | above;
+      dead &= (most <= load(s.window.low + j)) | (least >= load(s.window.high + j));
+    } else {
+      dead |= above;
+    }
+  }
+  return ~dead;
+}
+
+template <int64_t R, int64_t P, bool BOTH, bool HIGH, class Found>
+INLINE void block(const Sides& s, int64_t i, int64_t j, Found&& found) {
+  Int sum[R][P * VECTORS];
+  const int32_t* row = s.x.panels.data() + i / PANEL * PANEL * s.x.groups + i % PANEL;
+  const int32_t* column[P];
+  for (int64_t p = 0; p < P; ++p) column[p] = s.y.panels.data() + (j / PANEL + p) * PANEL * s.y.groups;
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t v = 0; v < P * VECTORS; ++v) sum[r][v] = Int{} + s.x.shift[i + r];
+  for (int64_t g = 0; g < s.x.groups; ++g) {
+    Int y[P * VECTORS];
+    for (int64_t v = 0; v < P * VECTORS; ++v) y[v] = columns(column[v / VECTORS] + g * PANEL + v % VECTORS * LANES);
+    for (int64_t r = 0; r < R; ++r) {
+      const Int x = Int{} + row[g * PANEL + r];
+      for (int64_t v = 0; v < P * VECTORS; ++v) sum[r][v] = multiply(sum[r][v], y[v], x);
+    }
+  }
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t v = 0; v < P * VECTORS; ++v) {
+      const uint32_t hits = bits(alive<BOTH, HIGH>(s, sum[r][v], i + r, j + v * LANES));
+      if (__builtin_expect(hits != 0, 0)) found(i + r, j + v * LANES, hits);
+    }
+}
+
+template <bool BOTH, bool HIGH>
+int64_t candidates_of(const Sides& s, const Excluded& none, const Int8Tile& t, int32_t* entry, int64_t capacity) {
+  int64_t count = 0;
+  auto list = [&](int64_t i, int64_t j, uint32_t hits) {
+    if (i >= t.r0 + t.rows || count < 0) return;
+    while (hits) {
+      const int64_t column = j + __builtin_ctz(hits);
+      hits &= hits - 1;
+      if (column >= t.c0 + t.cols || (none.self && column == i)) continue;
+      if (none.lo && column >= none.lo[i] && column < none.hi[i]) continue;
+      if (count == capacity) {
+        count = -1;
+        return;
+      }
+      entry[count++] = static_cast<int32_t>((i - t.r0) << 16 | (column - t.c0));
+    }
+  };
+  const int64_t end = t.c0 + t.cols;
+  for (int64_t i = t.r0; i < t.r0 + t.rows && count >= 0; i += ROWS) {
+    int64_t j = t.c0;
+    for (; j + PANEL * (PANELS - 1) < end; j += PANEL * PANELS) block<ROWS, PANELS, BOTH, HIGH>(s, i, j, list);
+    for (; j < end; j += PANEL) block<ROWS, 1, BOTH, HIGH>(s, i, j, list);
+  }
+  return count;
+}
+
+int64_t candidates(const Int8Rows& x, const Int8Rows& y, const Thresholds& w, const Excluded& none, const Int8Tile& t,
+                   int32_t* entry, int64_t capacity) {
+  const Sides s{x, y, w};
+  if (w.high)
+    return t.both_ends ? candidates_of<true, true>(s, none, t, entry, capacity)
+                       : candidates_of<false, true>(s, none, t, entry, capacity);
+  return t.both_ends ? candidates_of<true, false>(s, none, t, entry, capacity)
+                     : candidates_of<false, false>(s, none, t, entry, capacity);
+}
+
+}  // namespace
+
+namespace FLASHPAIR_ISA {
+Int8Kernels int8_kernels() { return {round_rows<float>, round_rows<double>, candidates}; }
+}  // namespace FLASHPAIR_ISA
+}  // namespace flashpair

@@ -1,0 +1,102 @@
+"""`screened` on the CPU: int8 products prove nearly all pairs dead; the survivors alone are computed. SCREENED.md.
+
+Computes: what `tiled` does, of calls all of whose reductions off the positives' band have no use for most pairs (mining
+windows, hinges, extremes). csrc/cpu/int8.h has the bound and its products, csrc/cpu/screen.h what each anchor wants.
+Never materialises: similarities, beside the survivors'.
+Keeps for backward: what `tiled` keeps, with the live pairs of every tile that has few; the others go on as in `tiled`.
+Deterministic: same inputs, same bits, with any number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import extension, tiled
+from .reduction import Reduction, bound_places
+from .schedule import Given, Like, Problem, Terms
+
+backward = tiled.backward
+# From where on `auto` screens: fewer pairs, or coordinates of a pair, and the products are not what costs.
+WORTH_PAIRS, WORTH_DEPTH = 1024**2, 32
+
+
+@dataclass
+class Screening:
+    """What the screens of some calls did.
+
+    Attributes:
+        tiles: blocks of pairs that were screened.
+        whole: of these, blocks in which too many pairs lived, so that they were computed whole after all.
+        candidates: pairs of the other blocks that were not proved dead, and
+        live: of these, what the windows of the calls that need gradients let through.
+    """
+
+    tiles: int = 0
+    whole: int = 0
+    candidates: int = 0
+    live: int = 0
+
+
+_watching: contextvars.ContextVar[Screening | None] = contextvars.ContextVar("flashpair_screening", default=None)
+
+
+@contextlib.contextmanager
+def screening() -> Iterator[Screening]:
+    """Counts what is screened on the CPU within the block: ``with screening() as seen: criterion(x, labels)``."""
+    seen = Screening()
+    token = _watching.set(seen)
+    try:
+        yield seen
+    finally:
+        _watching.reset(token)
+
+
+def worthwhile(impl: str, x: Tensor, refs: Tensor) -> bool:
+    """Whether `auto`, which has chosen `impl`, is to screen pairs of x (N, D) and refs (M, D) where it can."""
+    if (
+        impl != "tiled"
+        or x.device.type != "cpu"
+        or x.shape[0] * refs.shape[0] < WORTH_PAIRS
+        or x.shape[1] < WORTH_DEPTH
+    ):
+        return False
+    return extension.instruction_set() != "baseline"
+
+
+def refusals(reductions: tuple[Reduction, ...]) -> list[str]:
+    """Why pairs of such a call cannot be screened; empty if they can."""
+    off_band = [(k, r) for k, r in enumerate(reductions) if r.side != "positives"]
+    found = []
+    if not off_band:
+        return ["screened needs a reduction over the negatives or all pairs"]
+    if len({r.side for _, r in off_band}) > 1:
+        found.append("screened takes reductions over the negatives or over all pairs, not both in one call")
+    if {"min", "max"} <= {r.op for _, r in off_band}:
+        found.append("screened takes minima or maxima, not both in one call")
+    for k, r in off_band:
+        if r.lower is None and r.upper is None and r.transform != "hinge" and r.op not in ("min", "max"):
+            found.append(f"screened needs a mining window or a hinge, and reductions[{k}] ({r.op}) has none")
+    depth: list[int] = []
+    for places in bound_places(reductions):
+        depth.append(1 + max(depth[of] if of >= 0 else -1 for of in places))
+    if len({depth[k] for k, r in off_band if r.op in ("logsumexp", "sum")}) > 1:
+        found.append("screened needs all windows' bounds off the positives at the same stage")
+    return found
+
+
+def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
+    return tiled.kept_like(x, y, terms, keep, screen=True)
+
+
+def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tiled.Kept]:
+    values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set())
+    if (seen := _watching.get()) is not None:
+        tiles, whole, candidates, live = tally
+        seen.tiles, seen.whole = seen.tiles + tiles, seen.whole + whole
+        seen.candidates, seen.live = seen.candidates + candidates, seen.live + live
+    return values, kept

@@ -1,0 +1,426 @@
+"""Screening: no pair that counts is lost, adversarial thresholds included, and it knows when to stop.
+
+`make sanitize` runs this file on a build with address and undefined-behaviour checks.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import golden
+import numpy as np
+import pytest
+import torch
+from conftest import needs_extension
+from helpers import CRITERIA, assert_as_good_as, assert_same, batch, gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashpair
+from flashpair import MultiSimilarityLoss, Reduction, dispatch, extension, make_pairs, row_reduce, screened, tiled
+from flashpair.check import value_and_gradient
+
+pytestmark = needs_extension
+
+FORMS = [("logsumexp", "identity"), ("sum", "identity"), ("sum", "softplus"), ("sum", "hinge"), ("count", "identity")]
+FORMS += [("min", "identity"), ("max", "identity")]
+MINED = ["MultiSimilarityLoss", "LiftedStructureStarLoss(epsilon=0.1)"]
+
+
+@pytest.fixture(autouse=True)
+def by_rows(monkeypatch):
+    monkeypatch.setattr(dispatch, "WHOLE_PAIRS", -1)
+
+
+def _reduction(op, transform, side, window, z, sign, generator):
+    """A reduction whose window or hinge lets a few of the pairs `z` (N, M) through, and what wants a gradient."""
+    n = z.shape[0]
+
+    def quantile(of):
+        return (z.detach().quantile(of, dim=1) + 1e-3 * torch.randn(n, generator=generator, dtype=z.dtype)).clone()
+
+    options = {}
+    if transform == "hinge":
+        corner = quantile({"lower": 0.985, "upper": 0.015, "both": 0.5}.get(window, 0.5 + 0.48 * sign))
+        options = {"scale": torch.tensor(0.7 * sign, dtype=z.dtype), "offset": -0.7 * sign * corner}
+    elif op in ("logsumexp", "sum"):
+        options = {"scale": torch.tensor(0.3, dtype=z.dtype), "offset": torch.randn(n, generator=generator).to(z.dtype)}
+    learn = [t.requires_grad_() for t in options.values()]
+    if window in ("lower", "both"):
+        options["lower"] = quantile(0.98 if window == "lower" else 0.49)
+    if window in ("upper", "both"):
+        options["upper"] = quantile(0.02 if window == "upper" else 0.51)
+    return Reduction(op, side, transform, **options), learn
+
+
+def _similarities(x, y, distance):
+    refs = x if y is None else y
+    return (x @ refs.T if distance == "dot" else torch.cdist(x, refs)).detach()
+
+
+def _compare(x, labels, y, ref_labels, reductions, learn, distance):
+    """Values and gradients of a screened call and of the reference, in float64; and what the screen did."""
+    inputs = [x.requires_grad_(), *([] if y is None else [y.requires_grad_()]), *learn]
+    with flashpair.screening() as seen:
+        found = row_reduce(x, labels, *reductions, ref_emb=y, ref_labels=ref_labels, distance=distance, impl="screened")
+    truth = row_reduce(x, labels, *reductions, ref_emb=y, ref_labels=ref_labels, distance=distance, impl="reference")
+    for f, t in zip(found, truth, strict=True):
+        assert_same(f.detach(), t.detach())
+    found, truth = (tuple(torch.where(r.isfinite(), r, 0.0) for r in rows) for rows in (found, truth))
+    for f, t in zip(gradients(found, inputs), gradients(truth, inputs), strict=True):
+        assert_same(f, t)
+    return seen
+
+
+@pytest.mark.parametrize("distance", ["dot", "euclidean"])
+@pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
+@pytest.mark.parametrize("side", ["negatives", "all"])
+@pytest.mark.parametrize("window", ["lower", "upper", "both"])
+@pytest.mark.parametrize(("op", "transform"), FORMS, ids=lambda word: word)
+def test_equals_the_reference(op, transform, window, side, references, distance):
+    generator = torch.Generator().manual_seed(FORMS.index((op, transform)))
+    x, labels = batch(300, 5, 4, torch.float64)
+    y, ref_labels = batch(410, 5, 3, torch.float64, seed=1) if references else (None, None)
+    for sign in (1, -1) if transform == "hinge" else (1,):
+        r, learn = _reduction(op, transform, side, window, _similarities(x, y, distance), sign, generator)
+        seen = _compare(x, labels, y, ref_labels, [r], learn, distance)
+        assert seen.candidates > 0
+
+
+@pytest.mark.parametrize("distance", ["dot", "euclidean"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_hinges_and_extremes_without_a_window(sign, distance):
+    generator = torch.Generator().manual_seed(0)
+    x, labels = batch(700, 5, 4, torch.float64)
+    y, ref_labels = batch(900, 5, 3, torch.float64, seed=1)
+    for more in ((None, None), (y, ref_labels)):
+        z = _similarities(x, more[0], distance)
+        hinge, learn = _reduction("sum", "hinge", "negatives", "", z, sign, generator)
+        assert _compare(x, labels, *more, [hinge], learn, distance).candidates > 0
+        extreme = Reduction("max" if sign > 0 else "min", "negatives")
+        seen = _compare(x, labels, *more, [extreme], [], distance)
+        assert seen.whole < seen.tiles, "later tiles have few pairs that reach the extreme of the earlier ones"
+
+
+def test_several_reductions_share_one_list():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = batch(500, 5, 4, torch.float64)
+    forms = [
+        ("sum", "hinge", ""),
+        ("logsumexp", "identity", "lower"),
+        ("sum", "softplus", "lower"),
+        ("max", "identity", ""),
+    ]
+    z = _similarities(x, None, "dot")
+    made = [_reduction(op, transform, "negatives", w, z, 1, generator) for op, transform, w in forms]
+    seen = _compare(x, labels, None, None, [r for r, _ in made], [t for _, learn in made for t in learn], "dot")
+    assert seen.live > 0
+
+
+@pytest.mark.parametrize("per_row", [1, 20, 512])
+def test_tiles_that_are_listed_and_tiles_that_are_not(per_row, monkeypatch):
+    """A list that is too small: such a tile is computed whole, forward and backward, beside others."""
+    monkeypatch.setattr(tiled, "SCREENED_PAIRS_PER_ROW", per_row)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    labels = torch.arange(900) // 4
+    x = centres[labels % 200] * (labels[:, None] < 60) + 0.5 * torch.randn(900, 5, generator=generator).double()
+    lower = torch.tensor(1.5, dtype=torch.float64)
+    reductions = [Reduction("logsumexp", "negatives", lower=lower), Reduction("max", "negatives", lower=lower)]
+    seen = _compare(x, labels, None, None, reductions, [], "dot")
+    assert 0 < seen.whole < seen.tiles
+
+
+def test_it_stops_where_too_many_pairs_live():
+    x, labels = batch(2400, 8, 4, torch.float32)
+    sparse, dense = torch.tensor(9.0), torch.tensor(0.0)
+    for lower, screens in ((sparse, True), (dense, False)):
+        with flashpair.screening() as seen:
+            row_reduce(x, labels, Reduction("sum", "negatives", lower=lower), impl="screened")
+        assert (seen.tiles > 0) == screens
+
+
+# Whole numbers over powers of two, whose products and sums are exact in every order and precision: a window's strict
+# comparison then has one answer, and no pair may be lost or won by it.
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.sampled_from([2, 17, 130, 300]),
+    m=st.sampled_from([None, 1, 140, 300]),
+    d=st.sampled_from([1, 2, 3, 4, 5, 31, 64, 130]),
+    levels=st.sampled_from([1, 3, 40]),
+    outlier=st.booleans(),
+    spread=st.sampled_from([0, 3, 40]),
+    distance=st.sampled_from(["dot", "euclidean"]),
+    side=st.sampled_from(["negatives", "all"]),
+    low=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 10**6),
+)
+def test_no_pair_is_lost_or_won_at_a_threshold(n, m, d, levels, outlier, spread, distance, side, low, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def whole(rows):
+        x = torch.randint(-levels, levels + 1, (rows, d), generator=generator).to(dtype)
+        if outlier:
+            x[torch.rand(rows, generator=generator) < 0.1, 0] = 250.0
+        x[torch.rand(rows, generator=generator) < 0.05] = 0
+        x[rows // 2 :: 7] = x[0].clone()  # duplicates
+        if distance == "dot":  # powers of two, row by row; of distances they would not add up exactly
+            x *= 2.0 ** torch.randint(-spread, spread + 1, (rows, 1), generator=generator).to(dtype)
+        return x, torch.randint(5, (rows,), generator=generator)
+
+    x, labels = whole(n)
+    y, ref_labels = (None, None) if m is None else whole(m)
+    refs = x if y is None else y
+    z = (x.double() @ refs.double().T).numpy()
+    if distance == "euclidean":
+        z = np.sqrt(((x.double()[:, None] - refs.double()[None]) ** 2).sum(2).numpy())  # torch's rounds otherwise
+    z = torch.from_numpy(z).to(dtype)
+    # each row's threshold is one of its own similarities, or one rounding beside it
+    at = z.gather(1, torch.randint(z.shape[1], (n, 1), generator=generator))[:, 0]
+    beside = torch.nextafter(at, torch.tensor(torch.inf if seed % 2 else -torch.inf, dtype=dtype))
+    threshold = torch.where(torch.rand(n, generator=generator) < 0.5, at, beside)
+    window = {"lower" if low else "upper": threshold}
+    extreme = "max" if low else "min"
+    reductions = [Reduction("count", side, **window), Reduction(extreme, side, **window)]
+    count, value = row_reduce(
+        x, labels, *reductions, ref_emb=y, ref_labels=ref_labels, distance=distance, impl="screened"
+    )
+    (alone,) = row_reduce(
+        x, labels, reductions[1], ref_emb=y, ref_labels=ref_labels, distance=distance, impl="screened"
+    )
+    chosen = (z > threshold[:, None]) if low else (z < threshold[:, None])
+    chosen &= (labels[:, None] != (labels if y is None else ref_labels)[None]) | (side == "all")
+    if y is None:
+        chosen.fill_diagonal_(False)
+    none = -torch.inf if low else torch.inf
+    truth = getattr(torch.where(chosen, z, none), extreme)(1).values
+    assert torch.equal(count, chosen.sum(1).to(dtype))
+    assert torch.equal(value, truth) and torch.equal(alone, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_estimates_own_rounding_is_in_the_bound(dtype):
+    """One coordinate leaves nothing to quantise: what is lost are roundings alone, and one product has one result."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 1, generator=generator).to(dtype).exp()
+    labels, z = torch.arange(600), x @ x.T
+    assert torch.equal(z, x * x.T)
+    for rank, (side, towards) in itertools.product(range(10), (("lower", -torch.inf), ("upper", torch.inf))):
+        at = z.sort(1, descending=side == "lower").values[:, rank]
+        beside = torch.nextafter(at, torch.tensor(towards, dtype=dtype))
+        r = Reduction("count", "negatives", **{side: beside})
+        with flashpair.screening() as seen:
+            (found,) = row_reduce(x, labels, r, impl="screened")
+        assert seen.whole < seen.tiles
+        chosen = (z > beside[:, None]) if side == "lower" else (z < beside[:, None])
+        assert torch.equal(found, chosen.fill_diagonal_(False).sum(1).to(dtype))
+
+
+@pytest.mark.parametrize("d", [1, 8])
+def test_distances_that_are_rounding_noise_count_as_zero(d):
+    x = torch.cat([batch(300, d, 1, torch.float32)[0]] * 2)
+    r = Reduction("count", "negatives", upper=torch.tensor(1e-12))
+    (found,) = row_reduce(x, torch.arange(600), r, distance="euclidean", impl="screened")
+    assert (found >= 1).all()
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e-22, 1e-17, 1e15, 1e18])
+def test_norms_near_the_ends_of_the_range(norm):
+    """Squares that underflow or come near overflow: a row is its own rounding error, or nothing is proved of it."""
+    x, labels = batch(300, 8, 4, torch.float32)
+    x[::2] *= norm
+    highest = (x @ x.T).sort(1, descending=True).values
+    r = Reduction("count", "negatives", lower=highest[:, 8] / 2 + highest[:, 9] / 2)  # between two: none at the edge
+    found, truth = (row_reduce(x, labels, r, impl=impl)[0] for impl in ("screened", "reference"))
+    assert torch.equal(found, truth)
+
+
+def test_a_zero_threshold_and_tiny_rows():
+    """Products that underflow to zero or to the least number above it: `z > 0` must not lose one."""
+    x, labels = batch(260, 3, 1, torch.float32)
+    x = x.abs() * 2.0**-76
+    r = Reduction("count", "negatives", lower=torch.tensor(0.0))
+    found, truth = (row_reduce(x, labels, r, impl=impl)[0] for impl in ("screened", "reference"))
+    assert 0 < truth.sum() < 260 * 259
+    assert (found - truth).abs().max() <= 2  # a sum of three products that each round to nought or to the least
+
+
+@pytest.mark.parametrize("name", MINED)
+@pytest.mark.parametrize("n", [0, 1, 2, 127, 128, 129, 255, 257, 700])
+def test_tile_edges_of_the_batch(name, n):
+    x, labels = batch(n, 24, 4, torch.float64, seed=n)
+    y, ref_labels = batch(2 * n + 3, 24, 4, torch.float64, seed=1)
+    for more in ({}, {"ref_emb": y, "ref_labels": ref_labels}):
+        rows = []
+        for impl in ("screened", "reference"):
+            a = x.clone().requires_grad_()
+            loss = CRITERIA[name](impl=impl, reduction="none")(a, labels, **more)
+            upstream = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            rows.append((loss.detach(), *torch.autograd.grad(loss, a, upstream)))
+        for found, truth in zip(*rows, strict=True):
+            assert_same(found, truth)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 15, 16, 17, 63, 65, 257])
+def test_edges_of_the_width(d):
+    generator = torch.Generator().manual_seed(d)
+    x, labels = batch(300, d, 4, torch.float64)
+    lower = (x @ x.T).quantile(0.97, dim=1).detach() + 1e-3 * torch.rand(300, generator=generator, dtype=torch.float64)
+    _compare(x, labels, None, None, [Reduction("logsumexp", "negatives", lower=lower)], [], "dot")
+
+
+@pytest.mark.parametrize("per_class", [1, 5, 100, 600])
+def test_classes_from_single_samples_to_one_class(per_class):
+    x, labels = batch(600, 16, per_class, torch.float64)
+    for name in MINED:
+        truth = value_and_gradient(CRITERIA[name](impl="reference"), x, labels)
+        for f, t in zip(value_and_gradient(CRITERIA[name](impl="screened"), x, labels), truth, strict=True):
+            assert_same(f, t)
+
+
+@pytest.mark.parametrize("end", [0, 5, 128, 200, 300])
+def test_references_past_the_end_take_no_part(end):
+    x, labels = batch(150, 8, 4, torch.float64)
+    y, ref_labels = batch(300, 8, 4, torch.float64, seed=1)
+    pairs = make_pairs(x, labels, ref_emb=y, ref_labels=ref_labels, impl="screened")
+    pairs.plan = pairs.plan._replace(end=torch.tensor(end))
+    r = Reduction("sum", "all", lower=torch.tensor(1.0, dtype=torch.float64))
+    (found,), (truth,) = pairs.reduce(r), pairs.dense().reduce(r)
+    assert_same(found, truth)
+
+
+@pytest.mark.parametrize("name", MINED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_as_accurate_as_dense_code_of_the_same_precision(name, dtype):
+    centres = torch.randn(175, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(700) // 4
+    x = (centres[labels] + torch.randn(700, 64, generator=torch.Generator().manual_seed(1))).to(dtype)
+    truth = value_and_gradient(CRITERIA[name](impl="reference"), x.double(), labels)
+    eager = value_and_gradient(CRITERIA[name](impl="reference"), x, labels)
+    for f, e, t in zip(value_and_gradient(CRITERIA[name](impl="screened"), x, labels), eager, truth, strict=True):
+        assert_as_good_as(f, e, t)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("d", [20, 129])
+def test_every_instruction_set(isa, d, monkeypatch):
+    if isa not in extension.require().instruction_sets():
+        pytest.skip(f"this processor or build has no {isa}")
+    monkeypatch.setattr(extension, "instruction_set", lambda: isa)
+    x, labels = batch(500, d, 4, torch.float64)
+    for sign, distance in itertools.product((1, -1), ("dot", "euclidean")):
+        z = torch.cdist(x, x) if distance == "euclidean" else x @ x.T
+        lower = z.detach().quantile(0.98 if sign > 0 else 0.02, dim=1)
+        r = Reduction("logsumexp", "negatives", **{"lower" if sign > 0 else "upper": lower + sign * 1e-6})
+        assert _compare(x, labels, None, None, [r], [], distance).candidates > 0
+
+
+@pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
+def test_same_bits_whatever_the_threads_and_every_time(references, monkeypatch):
+    monkeypatch.setattr(tiled, "INLINE_WORK", 0)
+    x, labels = batch(900, 32, 4, torch.float32)
+    y, ref_labels = batch(2100, 32, 8, torch.float32, seed=1)
+    more = {"ref_emb": y.requires_grad_(), "ref_labels": ref_labels} if references else {}
+    threads, first = torch.get_num_threads(), None
+    x.requires_grad_()
+    try:
+        for count in [1, 2, 3, 7] + [2] * 10:
+            torch.set_num_threads(count)
+            x.grad = y.grad = None
+            (hardest,) = row_reduce(x, labels, Reduction("max", "negatives"), impl="screened", **more)
+            loss = MultiSimilarityLoss(impl="screened", epsilon=0.0)(x, labels, **more) + hardest.sum()
+            loss.backward()
+            now = [loss.detach(), x.grad.clone(), *([y.grad.clone()] if references else [])]
+            first = first or now
+            assert all(torch.equal(a, b) for a, b in zip(first, now, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_reaches_every_row(value):
+    x, labels = batch(300, 8, 4, torch.float32)
+    x[7, 3] = value
+    for impl in ("screened", "reference"):
+        rows = row_reduce(x, labels, Reduction("max", "negatives"), Reduction("sum", "negatives", "hinge"), impl=impl)
+        assert all(row.isnan().all() for row in rows)
+        loss, gradient = value_and_gradient(MultiSimilarityLoss(impl=impl), x, labels)
+        assert loss.isnan() and gradient.isnan().any()
+
+
+def test_equal_extremes_send_their_gradient_to_the_lowest_index():
+    x, labels = batch(400, 8, 1, torch.float32)
+    x[350:] = x[100:150]  # in other tiles than their twins
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    x, found = x[order], []
+    for impl in ("screened", "reference"):
+        a = x.clone().requires_grad_()
+        (rows,) = row_reduce(a, labels, Reduction("max", "negatives"), impl=impl)
+        found.append(torch.autograd.grad(rows[37], a)[0])
+    assert torch.allclose(*found, atol=1e-6)
+
+
+def test_gradcheck():
+    x, labels = batch(9, 3, 2, torch.float64)
+    offset = torch.full((9,), -0.1, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def rows(x, scale, offset):
+        r = Reduction("sum", "negatives", "hinge", scale=scale, offset=offset)
+        return row_reduce(x, labels, r, impl="screened")[0]
+
+    assert torch.autograd.gradcheck(rows, (x.requires_grad_(), scale, offset))
+    assert torch.autograd.gradgradcheck(rows, (x, scale, offset))
+
+
+ORACLE = golden.load()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in ORACLE["cases"] if c["loss"] in ("ms", "lifted_star_m") and c["params"]["eps"] is not None],
+    ids=lambda c: f"{c['loss']}-{c['batch']}",
+)
+def test_the_oracle(case):
+    criterion = golden.criterion_for(case, ORACLE)
+    criterion.impl = "screened"
+    x, labels = golden.batch(case, ORACLE)
+    loss = criterion(x.requires_grad_(), labels)
+    loss.backward()
+    assert abs(loss.item() - case["value"]) <= 1e-10
+    assert (x.grad - golden.gradient(case)).abs().max().item() <= 1e-10
+
+
+def test_one_graph_and_opcheck():
+    x, labels = batch(300, 16, 4, torch.float32)
+    criterion = MultiSimilarityLoss(impl="screened")
+    truth = value_and_gradient(criterion, x, labels)
+    compiled = torch.compile(criterion, fullgraph=True, dynamic=False)
+    for f, t in zip(value_and_gradient(compiled, x, labels), truth, strict=True):
+        assert torch.allclose(f, t, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("reductions", "words"),
+    [
+        ([Reduction("logsumexp", "negatives")], r"reductions\[0\] \(logsumexp\) has none"),
+        ([Reduction("min", "positives")], "over the negatives or all pairs"),
+        ([Reduction("min", "negatives"), Reduction("max", "negatives")], "minima or maxima, not both"),
+        ([Reduction("max", "all"), Reduction("max", "negatives")], "not both in one call"),
+    ],
+)
+def test_a_call_that_cannot_be_screened_is_refused_with_its_reasons(reductions, words):
+    x, labels = batch(40, 4, 4, torch.float32)
+    with pytest.raises(RuntimeError, match=f"impl='screened' cannot run: .*{words}"):
+        row_reduce(x, labels, *reductions, impl="screened")
+    row_reduce(x, labels, *reductions, impl="auto")
+
+
+def test_auto_screens_what_it_can_and_a_named_schedule_is_not_replaced(monkeypatch):
+    x, labels = batch(600, 32, 4, torch.float32)
+    monkeypatch.setattr(screened, "WORTH_PAIRS", 1)
+    for impl, epsilon, screens in (("auto", 0.1, True), ("tiled", 0.1, False), ("auto", None, False)):
+        with flashpair.screening() as seen:
+            MultiSimilarityLoss(impl=impl, epsilon=epsilon)(x, labels)
+        assert (seen.tiles > 0) == screens
