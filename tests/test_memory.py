@@ -44,6 +44,7 @@ for phase in ("forward", "backward"):
 
 LOSSES = [
     "MultiSimilarityLoss(impl='tiled')",
+    "MultiSimilarityLoss(impl='screened')",
     "LiftedStructureLoss(impl='tiled')",
     "NPairsLoss('all_pairs', impl='tiled')",
 ]

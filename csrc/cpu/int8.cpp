@@ -79,7 +79,53 @@ INLINE uint32_t bits(Int mask) {
 #endif
 }
 
-INLINE float up(double x) { return std::nextafter(static_cast<float>(x), INF<float>); }
+INLINE float up(double x) {
+  constexpr double most = 3.4028234663852886e38;
+  return std::nextafter(static_cast<float>(x < most ? x : most), INF<float>);
+}
+
+// One row in whole numbers q (D, and zeros up to a vector), and how far from them it is. The norms are in double: of
+// the row, of step q, and of what rounding loses; each to D roundings of T relative to `norm`.
+template <class T>
+struct Rounded {
+  float step;
+  double norm, lost;
+  int32_t sum = 0;
+
+  Rounded(const T* row, int64_t d, Coordinate* q) {
+    constexpr int64_t L = WIDTH<T>;
+    Vec<T> tail{}, most{};
+    memcpy(&tail, row + d / L * L, d % L * sizeof(T));
+    auto each = [&](auto&& f) ALWAYS {
+      for (int64_t k = 0; k + L <= d; k += L) f(k, load(row + k));
+      if (d % L) f(d / L * L, tail);
+    };
+    each([&](int64_t, Vec<T> x) ALWAYS { most = maximum<T>(most, absolute<T>(x)); });
+    const T highest = hmax<T>(most);
+    // Where float cannot hold a step: the row is its own rounding error.
+    const bool plain = highest > T(1e-30) && highest < T(1e38);
+    step = plain ? static_cast<float>(highest) / 127.0f : 0.0f;
+    const T per_step = plain ? T(1) / static_cast<T>(step) : T(0);
+    Vec<T> wholes{}, losts{};
+    Mask<T> sums{}, squares{};
+    each([&](int64_t k, Vec<T> x) ALWAYS {
+      const Vec<T> scaled = x * per_step;  // in steps, so that no square under- or overflows
+      const Vec<T> away = scaled + (scaled < T(0) ? splat(T(-0.5)) : splat(T(0.5)));
+      const Mask<T> n = __builtin_convertvector(minimum<T>(maximum<T>(away, splat(T(-127))), splat(T(127))), Mask<T>);
+      const Vec<T> r = scaled - __builtin_convertvector(n, Vec<T>);
+      wholes += scaled * scaled;
+      losts += r * r;
+      sums += n;
+      squares += n * n;
+      for (int64_t l = 0; l < L; ++l) q[k + l] = static_cast<Coordinate>(n[l]);
+    });
+    double square = 0;
+    for (int64_t l = 0; l < L; ++l) sum += static_cast<int32_t>(sums[l]), square += static_cast<double>(squares[l]);
+    norm = step * std::sqrt(std::max(square, static_cast<double>(hsum<T>(wholes))));
+    lost = step * std::sqrt(static_cast<double>(hsum<T>(losts)));
+    if (!plain) norm = lost = highest * std::sqrt(static_cast<double>(d));
+  }
+};
 
 template <class T>
 void round_rows(const T* x, int64_t n, int64_t d, const T* square, Int8Rows& to) {
@@ -88,37 +134,18 @@ void round_rows(const T* x, int64_t n, int64_t d, const T* square, Int8Rows& to)
   to.panels.assign(padded * to.groups, 0);
   to.shift.assign(padded, 0);
   for (auto* of : {&to.step, &to.lost, &to.norm, &to.half}) of->assign(padded, 0.0f);
-  std::vector<int32_t> q(to.groups * DEPTH);
+  std::vector<Coordinate> q(d + WIDTH<T> + DEPTH);
+  const double rounding = static_cast<double>(d + 64) * UNIT;
   for (int64_t i = 0; i < n; ++i) {
-    const T* row = x + i * d;
-    T most = 0;
-    for (int64_t k = 0; k < d; ++k) most = std::max(most, std::abs(row[k]));
-    // A step that float cannot hold: the row is its own rounding error, or nothing is proved of it.
-    const bool plain = most > T(1e-30) && most < T(1e38);
-    const float step = plain ? static_cast<float>(most) / 127.0f : 0.0f;
-    const T inverse = plain ? T(1) / static_cast<T>(step) : T(0);
-    double whole = 0, lost = 0;
-    int32_t sum = 0, squares = 0;
-    for (int64_t k = 0; k < d; ++k) {
-      const T scaled = row[k] * inverse;
-      const int32_t nearest = static_cast<int32_t>(scaled + (scaled < 0 ? T(-0.5) : T(0.5)));
-      q[k] = std::min(127, std::max(-127, nearest));
-      const double r = static_cast<double>(row[k]) - static_cast<double>(step) * q[k];
-      whole += static_cast<double>(row[k]) * row[k];
-      lost += r * r;
-      sum += q[k];
-      squares += q[k] * q[k];
-    }
-    const double rounded = static_cast<double>(step) * std::sqrt(static_cast<double>(squares));
-    const double norm = std::max(std::sqrt(whole), rounded) * (1 + 1e-9);
-    to.step[i] = step;
+    const Rounded<T> row(x + i * d, d, q.data());
+    const double norm = row.norm * (1 + rounding);
+    to.step[i] = row.step;
     to.norm[i] = up(norm);
-    to.lost[i] = up(std::sqrt(lost) * (1 + 0x1p-10) + static_cast<double>(d + 64) * 0x1p-23 * norm);
+    to.lost[i] = up(row.lost * (1 + 0x1p-10) + 2 * rounding * norm);
     to.half[i] = square ? static_cast<float>(square[i] / 2) : 0.0f;
-    if (DEPTH == 4) to.shift[i] = -128 * sum;
-    Coordinate* panel = reinterpret_cast<Coordinate*>(to.panels.data() + i / PANEL * PANEL * to.groups);
-    for (int64_t k = 0; k < d; ++k)
-      panel[(k / DEPTH * PANEL + i % PANEL) * DEPTH + k % DEPTH] = static_cast<Coordinate>(q[k]);
+    if (DEPTH == 4) to.shift[i] = -128 * row.sum;
+    int32_t* panel = to.panels.data() + i / PANEL * PANEL * to.groups + i % PANEL;
+    for (int64_t g = 0; g < to.groups; ++g) memcpy(panel + g * PANEL, q.data() + g * DEPTH, sizeof *panel);
   }
 }
 

@@ -72,7 +72,7 @@ class Pass {
     std::vector<std::vector<T>> bounds;
     const bool is_finite = finite();
     std::optional<Screen<T>> screen;
-    if (int8 && is_finite && !wide_) screen.emplace(*int8, p_, x_, y_, d_);
+    if (int8 && is_finite && !wide_ && d_ <= MOST_DEPTH) screen.emplace(*int8, p_, x_, y_, d_);
     for (int stage = 0, last = 0; stage <= last; ++stage) {
       auto with_state = [&](bool band) {
         std::vector<std::vector<Reduction<T>>> by_lane(lanes);
@@ -207,26 +207,25 @@ class Pass {
   static constexpr int64_t NARROW_BAND_WORK = int64_t{1} << 27;  // multiply-adds
   static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
 
-  static constexpr int64_t SAMPLES = 8;
-  static constexpr int64_t MOST_LISTED = 64;      // of a tile computed whole, one in so many pairs at most
+  static constexpr int64_t SAMPLES = 8, WORTH_SCREENING = 4;  // where few pairs live in one tile of four
+  static constexpr int64_t MOST_LISTED = 64;                  // of a tile computed whole, one in so many pairs at most
   static constexpr int64_t MOST_CANDIDATES = 12;  // one in so many pairs of a tile: more cost as much as all
 
-  // Whether few enough pairs live for a screen to pay: a look at some tiles off the diagonal, spread over the grid.
+  // Whether a screen pays, which it does if few pairs live in only a part of the tiles: of the others it leaves off
+  // early. A look at some tiles off the diagonal, spread over the grid.
   bool worth(const Screen<T>& screen) const {
     if (screen.running()) return true;  // which has nothing to go by yet
     const int64_t first = p_.square ? grid_.row_blocks() : 0, tiles = grid_.count() - first;
-    const int64_t capacity = grid_.size * grid_.size / MOST_CANDIDATES;
-    const int64_t samples = std::min(SAMPLES, tiles / 16);
+    const int64_t capacity = grid_.size * grid_.size / MOST_CANDIDATES, samples = std::min(SAMPLES, (tiles + 15) / 16);
     std::vector<int32_t> entry(samples ? capacity : 0);
-    int64_t found = 0, seen = 0;
+    int64_t seen = 0, few = 0;
     for (int64_t k = 0; k < samples; ++k) {
       Place place;
       if (!grid_.at(first + k * tiles / samples, place)) continue;
-      const int64_t count = screen.candidates(grid_.tile<T>(place, nullptr), place.lane, entry.data(), capacity);
-      found += count < 0 ? 2 * capacity : count;
+      few += screen.candidates(grid_.tile<T>(place, nullptr), place.lane, entry.data(), capacity) >= 0;
       ++seen;
     }
-    return found <= seen * capacity;
+    return few * WORTH_SCREENING >= seen;
   }
 
   // The tile by the pairs that a screen leaves; false, with nothing done, when they are too many. scratch: a tile's.
