@@ -131,11 +131,12 @@ void bind_pass(py::module_& m, const char* name) {
       .def(
           "forward",
           [lists](P& pass, int threads, Address values, Address index, const Lists& live, int listed,
-                  const std::string& screen) {  // the instruction set of its products, or empty
+                  const std::string& screen, std::shared_ptr<Int8Rows> refs) {
+            // screen: the instruction set of its products, or empty; refs: round_rows' of the references, or null
             Tally tally;
             const Int8Kernels int8 = screen.empty() ? Int8Kernels{} : int8_kernels(screen);
             pass.forward(threads, at<T>(values), at<int64_t>(index), lists(live), listed,
-                         screen.empty() ? nullptr : &int8, &tally);
+                         screen.empty() ? nullptr : &int8, std::move(refs), &tally);
             return std::array<int64_t, 4>{tally.tiles, tally.whole, tally.candidates, tally.live};
           },
           Release())
@@ -182,18 +183,29 @@ PYBIND11_MODULE(_C, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def(
       "sorted_rows",
-      [](bool wide, Address x, Address order, int64_t n, int64_t d, Address y, Address inverse) {
+      [](bool wide, Address x, Address order, int64_t n, int64_t d, Address y, Address inverse, int threads) {
         const int64_t* by = at<int64_t>(order);
-        wide ? sorted_rows(at<double>(x), by, n, d, at<double>(y), at<double>(inverse))
-             : sorted_rows(at<float>(x), by, n, d, at<float>(y), at<float>(inverse));
+        wide ? sorted_rows(at<double>(x), by, n, d, at<double>(y), at<double>(inverse), threads)
+             : sorted_rows(at<float>(x), by, n, d, at<float>(y), at<float>(inverse), threads);
       },
       Release());
   m.def(
       "sorted_rows_backward",
-      [](bool wide, Address g, Address y, Address inverse, Address order, int64_t n, int64_t d, Address dx) {
+      [](bool wide, Address g, Address y, Address inverse, Address order, int64_t n, int64_t d, Address dx,
+         int threads) {
         const int64_t* by = at<int64_t>(order);
-        wide ? sorted_rows_backward(at<double>(g), at<double>(y), at<double>(inverse), by, n, d, at<double>(dx))
-             : sorted_rows_backward(at<float>(g), at<float>(y), at<float>(inverse), by, n, d, at<float>(dx));
+        wide
+            ? sorted_rows_backward(at<double>(g), at<double>(y), at<double>(inverse), by, n, d, at<double>(dx), threads)
+            : sorted_rows_backward(at<float>(g), at<float>(y), at<float>(inverse), by, n, d, at<float>(dx), threads);
+      },
+      Release());
+  py::class_<Int8Rows, std::shared_ptr<Int8Rows>>(m, "Int8Rows");
+  m.def(
+      "round_rows",
+      [](const std::string& isa, bool wide, Address x, int64_t n, int64_t d, Address square, int threads) {
+        const Int8Kernels int8 = int8_kernels(isa);
+        return wide ? rounded_rows(int8, at<double>(x), n, d, at<double>(square), threads)
+                    : rounded_rows(int8, at<float>(x), n, d, at<float>(square), threads);
       },
       Release());
   m.def("whole_loss", &whole_loss, Release(), "tiled.py's run_whole");

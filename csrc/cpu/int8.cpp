@@ -128,15 +128,10 @@ struct Rounded {
 };
 
 template <class T>
-void round_rows(const T* x, int64_t n, int64_t d, const T* square, Int8Rows& to) {
-  const int64_t padded = (n + PANEL - 1) / PANEL * PANEL;
-  to.groups = (d + DEPTH - 1) / DEPTH;
-  to.panels.assign(padded * to.groups, 0);
-  to.shift.assign(padded, 0);
-  for (auto* of : {&to.step, &to.lost, &to.norm, &to.half}) of->assign(padded, 0.0f);
+void round_rows(const T* x, int64_t first, int64_t last, int64_t d, const T* square, Int8Rows& to) {
   std::vector<Coordinate> q(d + WIDTH<T> + DEPTH);
   const double rounding = static_cast<double>(d + 64) * UNIT;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = first; i < last; ++i) {
     const Rounded<T> row(x + i * d, d, q.data());
     const double norm = row.norm * (1 + rounding);
     to.step[i] = row.step;
@@ -240,6 +235,6 @@ int64_t candidates(const Int8Rows& x, const Int8Rows& y, const Thresholds& w, co
 }  // namespace
 
 namespace FLASHPAIR_ISA {
-Int8Kernels int8_kernels() { return {round_rows<float>, round_rows<double>, candidates}; }
+Int8Kernels int8_kernels() { return {DEPTH, round_rows<float>, round_rows<double>, candidates}; }
 }  // namespace FLASHPAIR_ISA
 }  // namespace flashpair

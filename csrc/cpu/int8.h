@@ -17,11 +17,17 @@ constexpr int64_t MOST_DEPTH = 1 << 17;  // coordinates, whose products fit 32 b
 
 // One side's rows, padded with zeros to whole panels.
 struct Int8Rows {
-  int64_t groups = 0;           // of coordinates that fill 32 bits
+  int64_t groups;               // of coordinates that fill 32 bits
   std::vector<int32_t> panels;  // (panels, groups, PANEL)
   std::vector<int32_t> shift;   // what products with this row as the signed factor start from
   std::vector<float> step, lost, norm;
   std::vector<float> half;  // half the squared norm for Euclidean distances, else 0
+
+  Int8Rows(int64_t n, int64_t d, int64_t depth) : groups((d + depth - 1) / depth) {
+    const int64_t padded = (n + PANEL - 1) / PANEL * PANEL;
+    panels.resize(padded * groups), shift.resize(padded);
+    for (auto* of : {&step, &lost, &norm, &half}) of->resize(padded);
+  }
 };
 
 // Where an anchor has no use for a pair: similarities of at most `low` (N,), and, where not null, of at least `high`.
@@ -43,8 +49,10 @@ struct Excluded {
 };
 
 struct Int8Kernels {
-  void (*round_floats)(const float* x, int64_t n, int64_t d, const float* square, Int8Rows& to);
-  void (*round_doubles)(const double* x, int64_t n, int64_t d, const double* square, Int8Rows& to);
+  int64_t depth;  // coordinates in 32 bits
+  // Rows [first, last), `first` on a panel's edge; square (N,): squared norms, null for dot products.
+  void (*round_floats)(const float* x, int64_t first, int64_t last, int64_t d, const float* square, Int8Rows& to);
+  void (*round_doubles)(const double* x, int64_t first, int64_t last, int64_t d, const double* square, Int8Rows& to);
   // Lists row << 16 | column of each pair that is not proved dead; -1 when they are more than `capacity`.
   int64_t (*candidates)(const Int8Rows& x, const Int8Rows& y, const Thresholds&, const Excluded&, const Int8Tile&,
                         int32_t* entry, int64_t capacity);

@@ -58,9 +58,11 @@ class Pass {
   void add(const Reduction<T>& r) { given_.push_back(r); }
 
   // Values (K, N) and, where not null, the extremes' references (K, N). `listed`: the reduction whose live pairs go to
-  // `live`, or -1. int8: where not null, pairs off the band are screened, and `live` lists all reductions' pairs.
+  // `live`, or -1. int8: where not null, pairs off the band are screened, and `live` lists all reductions' pairs; refs:
+  // the references' rows where they were rounded before.
   void forward(int threads, T* values, int64_t* index, const LiveLists<T>& live, int listed,
-               const Int8Kernels* int8 = nullptr, Tally* tally = nullptr) {
+               const Int8Kernels* int8 = nullptr, std::shared_ptr<const Int8Rows> refs = nullptr,
+               Tally* tally = nullptr) {
     const int64_t count = static_cast<int64_t>(given_.size()), n = p_.n, lanes = grid_.lanes;
     const T inf = std::numeric_limits<T>::infinity();
     std::vector<T> peak(lanes * count * n);
@@ -72,7 +74,8 @@ class Pass {
     std::vector<std::vector<T>> bounds;
     const bool is_finite = finite();
     std::optional<Screen<T>> screen;
-    if (int8 && is_finite && !wide_ && d_ <= MOST_DEPTH) screen.emplace(*int8, p_, x_, y_, d_);
+    if (int8 && is_finite && !wide_ && d_ <= MOST_DEPTH)
+      screen.emplace(*int8, p_, x_, y_, d_, threads, std::move(refs));
     for (int stage = 0, last = 0; stage <= last; ++stage) {
       auto with_state = [&](bool band) {
         std::vector<std::vector<Reduction<T>>> by_lane(lanes);

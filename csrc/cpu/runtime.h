@@ -3,6 +3,7 @@
 // Both are addresses found at run time, so the build needs neither. Without them: the kernels' own products, and
 // ordinary threads. A second OpenMP runtime is what has to be avoided: its threads would spin beside torch's.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
@@ -56,6 +57,17 @@ void run_together(int threads, Job&& job) {
   for (int k = 1; k < threads; ++k) others.emplace_back(alone);
   alone();
   for (std::thread& t : others) t.join();
+}
+
+// Calls work(first, last) for the rows [0, n) in chunks, each on some thread.
+template <class Work>
+void in_chunks(int64_t n, int threads, Work&& work) {
+  constexpr int64_t CHUNK = 512;
+  if (n <= CHUNK) return work(0, n);
+  std::atomic<int64_t> next{0};
+  run_together(threads, [&] {
+    for (int64_t first; (first = next.fetch_add(CHUNK)) < n;) work(first, std::min(first + CHUNK, n));
+  });
 }
 
 // Hands out items 0, 1, ..., count - 1. Items that touch the same thing are worked on in that order, so that results

@@ -6,20 +6,37 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "int8.h"
-#include "types.h"
+#include "runtime.h"
 
 namespace flashpair {
+
+// x (N, D) in whole numbers; square (N,): squared norms, null for dot products.
+template <class T>
+std::shared_ptr<Int8Rows> rounded_rows(const Int8Kernels& kernels, const T* x, int64_t n, int64_t d, const T* square,
+                                       int threads) {
+  auto rows = std::make_shared<Int8Rows>(n, d, kernels.depth);
+  in_chunks(n, threads, [&](int64_t first, int64_t last) {
+    if constexpr (sizeof(T) == 4)
+      kernels.round_floats(x, first, last, d, square, *rows);
+    else
+      kernels.round_doubles(x, first, last, d, square, *rows);
+  });
+  return rows;
+}
 
 template <class T>
 class Screen {
  public:
-  Screen(const Int8Kernels& kernels, const Problem<T>& p, const T* x, const T* y, int64_t d)
-      : kernels_(kernels), p_(p) {
-    round(x, p.n, d, p.row_square, x_);
-    if (!p.square) round(y, p.m, d, p.ref_square, y_);
+  // refs: the references' rows where they were rounded before, else null.
+  Screen(const Int8Kernels& kernels, const Problem<T>& p, const T* x, const T* y, int64_t d, int threads,
+         std::shared_ptr<const Int8Rows> refs)
+      : kernels_(kernels), p_(p), x_(rounded_rows(kernels, x, p.n, d, p.row_square, threads)), y_(std::move(refs)) {
+    if (p.square) y_ = x_;
+    if (!y_) y_ = rounded_rows(kernels, y, p.m, d, p.ref_square, threads);
   }
 
   // The reductions from now on, with the state of each lane; all of one side.
@@ -67,7 +84,7 @@ class Screen {
     const Thresholds window{low_.data() + lane * stride_, high_wanted_ ? high_.data() + lane * stride_ : nullptr};
     const Excluded none{all ? nullptr : p_.lo, p_.hi, p_.square};
     const Int8Tile tile{t.r0, t.rows, t.c0, std::max<int64_t>(0, std::min(t.cols, p_.end - t.c0)), t.symmetric};
-    return kernels_.candidates(x_, p_.square ? x_ : y_, window, none, tile, entry, capacity);
+    return kernels_.candidates(*x_, *y_, window, none, tile, entry, capacity);
   }
 
  private:
@@ -75,13 +92,6 @@ class Screen {
   static constexpr T SLACK = 16 * std::numeric_limits<T>::epsilon();  // of a few roundings of a threshold
 
   static int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
-
-  void round(const T* x, int64_t n, int64_t d, const T* square, Int8Rows& to) const {
-    if constexpr (sizeof(T) == 4)
-      kernels_.round_floats(x, n, d, square, to);
-    else
-      kernels_.round_doubles(x, n, d, square, to);
-  }
 
   // Every z that counts for anchor i lies strictly between these.
   std::pair<T, T> interval(const Reduction<T>& r, int64_t i) const {
@@ -109,7 +119,7 @@ class Screen {
 
   Int8Kernels kernels_;
   const Problem<T>& p_;
-  Int8Rows x_, y_;
+  std::shared_ptr<const Int8Rows> x_, y_;
   const std::vector<std::vector<Reduction<T>>>* wanted_ = nullptr;
   bool running_ = false, high_wanted_ = false;
   int64_t stride_ = 0;

@@ -72,7 +72,8 @@ class WholeLoss {
                     std::vector<T>& squares) {
       const int64_t count = rows.size(), d = job_.d;
       to.resize(count * d), inverse.resize(job_.unit ? count : 0);
-      sorted_rows(static_cast<const T*>(from), rows.data(), count, d, to.data(), job_.unit ? inverse.data() : nullptr);
+      sorted_rows(static_cast<const T*>(from), rows.data(), count, d, to.data(), job_.unit ? inverse.data() : nullptr,
+                  threads_);
       for (int64_t i = 0; i < count && job_.euclidean; ++i)
         squares.push_back(std::inner_product(&to[i * d], &to[i * d] + d, &to[i * d], T(0)));
     };
@@ -199,7 +200,7 @@ class WholeLoss {
     auto scatter = [&](const std::vector<T>& g, const std::vector<T>& rows, const std::vector<T>& inverse,
                        const std::vector<int64_t>& order, T* to) {
       sorted_rows_backward(g.data(), rows.data(), job_.unit ? inverse.data() : nullptr, order.data(), order.size(), d,
-                           to);
+                           to, threads_);
     };
     if (job_.one_pair && dx) std::fill_n(dx, job_.n * d, T(0));
     if (job_.one_pair && dy && !job_.square) std::fill_n(dy, job_.m * d, T(0));

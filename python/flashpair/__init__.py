@@ -17,6 +17,7 @@ from .criteria import (
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
 from .reduction import Bound, Reduction
+from .references import References
 from .screened import Screening, screening
 from .transforms import register_transform
 from .weights import pair_weights
@@ -33,6 +34,7 @@ __all__ = [
     "NPairsLoss",
     "Pairs",
     "Reduction",
+    "References",
     "RowLosses",
     "Screening",
     "functional",

@@ -12,6 +12,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+class Labelled:
+    """Embeddings that bring their labels with them (References)."""
+
+    embeddings: Tensor
+    labels: Tensor
+
+
 def _what(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
@@ -44,6 +51,10 @@ def batch(x: Any, x_labels: Any, y: Any, y_labels: Any) -> tuple[Tensor, Tensor,
     """The four arguments of every criterion's call: embeddings, labels, ref_emb, ref_labels."""
     x = embeddings(x)
     x_labels = labels(x_labels, x)
+    if isinstance(y, Labelled):
+        if y_labels is not None:
+            raise ValueError("ref_labels must be None with References as ref_emb, which have labels")
+        y, y_labels = y.embeddings, y.labels
     if (y is None) != (y_labels is None):
         given, missing = ("ref_emb", "ref_labels") if y_labels is None else ("ref_labels", "ref_emb")
         raise ValueError(f"{missing} must be given with {given}, got None")

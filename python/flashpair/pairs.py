@@ -16,6 +16,7 @@ from .ops import RowReduce, encode
 from .plan import Plan, make_plan, one_to_one
 from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
 from .reference import ReferencePairs
+from .references import Ordered, owner
 from .rows import sorted_rows
 from .schedule import accumulator
 from .similarity import dense_pairs, poison, upcast
@@ -42,10 +43,14 @@ class Pairs:
     @classmethod
     def from_embeddings(
         cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, unit: bool,
-        impl: str, named: bool,
+        impl: str, named: bool, ordered: Ordered | None = None,
     ) -> Pairs:  # fmt: skip
-        plan = make_plan(labels, ref_labels)
-        y = None if y is None else sorted_rows(y, plan.ref_order, unit=unit, impl=impl)
+        """`ordered`: the references, where they are sorted already."""
+        if ordered is not None:
+            plan, y = make_plan(labels, ordered.labels, ordered.order), ordered.rows
+        else:
+            plan = make_plan(labels, ref_labels)
+            y = None if y is None else sorted_rows(y, plan.ref_order, unit=unit, impl=impl)
         return cls(sorted_rows(x, plan.order, unit=unit, impl=impl), y, plan, distance, impl, named=named)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
@@ -164,6 +169,13 @@ def checked_pairs(
 ) -> Pairs | ReferencePairs:
     """`make_pairs` of arguments that `checks.batch` has returned."""
     chosen = choose(impl, x, y)
+    kept = owner(y) if chosen != "reference" else None
+    if kept is not None and y is not None:
+        dtype = x.dtype if native(chosen, x, y) else accumulator(torch.promote_types(x.dtype, y.dtype))
+        ordered = kept.ordered(dtype, normalize, chosen)
+        return Pairs.from_embeddings(
+            x.to(dtype), labels, None, None, distance, normalize, chosen, impl != "auto", ordered
+        )
     if not native(chosen, x, y):
         x, y = upcast(x, y)
     if chosen == "reference":

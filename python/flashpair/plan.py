@@ -29,10 +29,18 @@ class Plan(NamedTuple):
     square: bool
 
 
-def make_plan(labels: Tensor, ref_labels: Tensor | None = None) -> Plan:
-    """The plan of labels (N,) against `ref_labels` (M,), or against themselves. int64."""
+def make_plan(labels: Tensor, ref_labels: Tensor | None = None, ref_order: Tensor | None = None) -> Plan:
+    """The plan of labels (N,) against `ref_labels` (M,), or against themselves. int64.
+
+    ref_order: given where `ref_labels` are sorted already, and these are their indices for the caller.
+    """
     ordered, order = torch.sort(labels, stable=True)
-    refs, ref_order = (ordered, order) if ref_labels is None else torch.sort(ref_labels, stable=True)
+    if ref_labels is None:
+        refs, ref_order = ordered, order
+    elif ref_order is None:
+        refs, ref_order = torch.sort(ref_labels, stable=True)
+    else:
+        refs = ref_labels
     lo = torch.searchsorted(refs, ordered)
     hi = torch.searchsorted(refs, ordered, right=True)
     return Plan(order, ref_order, ordered, refs, lo, hi, None, ref_labels is None)

@@ -11,11 +11,17 @@ from . import extension
 from .schedule import accumulator
 from .similarity import normalize
 
+INLINE_NUMBERS = 2**18  # of embeddings that are gathered sooner than threads wake
+
 
 def plain(x: Tensor) -> bool:
     """Whether `x` may be handed to a kernel by its address: an ordinary tensor, and nobody is tracing."""
     ordinary = type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
     return ordinary and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _threads(x: Tensor) -> int:
+    return 1 if x.numel() < INLINE_NUMBERS else torch.get_num_threads()
 
 
 class _SortedRows(torch.autograd.Function):
@@ -32,6 +38,7 @@ class _SortedRows(torch.autograd.Function):
             d,
             y.data_ptr(),
             inverse.data_ptr() if unit else 0,
+            _threads(x),
         )
         ctx.unit = unit
         ctx.save_for_backward(x, order, y, inverse)
@@ -47,7 +54,7 @@ class _SortedRows(torch.autograd.Function):
         dx = torch.empty_like(x)
         extension.require().sorted_rows_backward(
             x.dtype == torch.float64, g.data_ptr(), y.data_ptr(), inverse.data_ptr() if ctx.unit else 0,
-            order.data_ptr(), n, d, dx.data_ptr(),
+            order.data_ptr(), n, d, dx.data_ptr(), _threads(x),
         )  # fmt: skip
         return dx, None, None
 

@@ -13,12 +13,15 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import extension, tiled
 from .reduction import Reduction, bound_places
-from .schedule import Given, Like, Problem, Terms
+from .references import rounded
+from .schedule import Given, Like, Problem, Terms, address
 
 backward = tiled.backward
 # From where on `auto` screens: fewer pairs, or coordinates of a pair, and the products are not what costs.
@@ -93,8 +96,22 @@ def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Lik
     return tiled.kept_like(x, y, terms, keep, screen=True)
 
 
+def _rounded(p: Problem) -> Any:
+    """The references in int8, where they are `References`, which keep them; else None."""
+    kept = rounded(p.y)
+    if kept is None or p.y is None:
+        return None
+    key = extension.instruction_set(), p.distance
+    if key not in kept:
+        (m, d), square = p.y.shape, p.row_and_ref_squares()[1]
+        kept[key] = extension.require().round_rows(
+            key[0], p.y.dtype == torch.float64, address(p.y), m, d, address(square), torch.get_num_threads()
+        )
+    return kept[key]
+
+
 def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tiled.Kept]:
-    values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set())
+    values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set(), _rounded(p))
     if (seen := _watching.get()) is not None:
         tiles, whole, candidates, live = tally
         seen.tiles, seen.whole = seen.tiles + tiles, seen.whole + whole

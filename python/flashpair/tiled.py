@@ -118,8 +118,13 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     return values, kept
 
 
-def run(p: Problem, terms: Terms, given: Given, keep: bool, screen: str) -> tuple[Tensor, Kept, tuple[int, ...]]:
-    """`forward`, and the counts of csrc/cpu/pass.h's Tally. screen: the instruction set of its products, or none."""
+def run(
+    p: Problem, terms: Terms, given: Given, keep: bool, screen: str, refs: Any = None
+) -> tuple[Tensor, Kept, tuple[int, ...]]:
+    """`forward`, and the counts of csrc/cpu/pass.h's Tally.
+
+    screen: the instruction set of its products, or none; refs: the references' Int8Rows where they are at hand.
+    """
     n, m = p.x.shape[0], (p.x if p.y is None else p.y).shape[0]
     sizes = _kept_sizes(n, m, p.y is None, terms, keep, bool(screen))
     values = p.x.new_empty(len(terms), n)
@@ -134,7 +139,7 @@ def run(p: Problem, terms: Terms, given: Given, keep: bool, screen: str) -> tupl
         work.add(operands[k], address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     places = address(kept.extreme) if sizes[0][0] else 0
-    tally = work.forward(_threads(n, m, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen)
+    tally = work.forward(_threads(n, m, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
     return values, kept, tuple(tally)
 
 
