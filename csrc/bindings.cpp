@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/nearest.h"
 #include "cpu/pass.h"
 #include "cpu/rows.h"
 #include "cpu/whole.h"
@@ -138,6 +139,12 @@ void bind_pass(py::module_& m, const char* name) {
             pass.forward(threads, at<T>(values), at<int64_t>(index), lists(live), listed,
                          screen.empty() ? nullptr : &int8, std::move(refs), &tally);
             return std::array<int64_t, 4>{tally.tiles, tally.whole, tally.candidates, tally.live};
+          },
+          Release())
+      .def(
+          "nearest",
+          [](const P& pass, int threads, const std::string& isa, int64_t k, Address values, Address index) {
+            Nearest<T>(pass).run(threads, int8_kernels(isa), k, at<T>(values), at<int64_t>(index));
           },
           Release())
       .def(

@@ -206,7 +206,7 @@ class Pass {
     }
   }
 
- private:
+ protected:
   static constexpr int64_t NARROW_BAND_WORK = int64_t{1} << 27;  // multiply-adds
   static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
 

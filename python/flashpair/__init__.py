@@ -14,6 +14,7 @@ from .criteria import (
     NPairsLoss,
     RowLosses,
 )
+from .neighbours import Nearest, nearest
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
 from .reduction import Bound, Reduction
@@ -32,6 +33,7 @@ __all__ = [
     "LiftedStructureStarLoss",
     "MultiSimilarityLoss",
     "NPairsLoss",
+    "Nearest",
     "Pairs",
     "Reduction",
     "References",
@@ -39,6 +41,7 @@ __all__ = [
     "Screening",
     "functional",
     "make_pairs",
+    "nearest",
     "pair_weights",
     "register_transform",
     "row_reduce",

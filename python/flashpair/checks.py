@@ -60,12 +60,18 @@ def batch(x: Any, x_labels: Any, y: Any, y_labels: Any) -> tuple[Tensor, Tensor,
         raise ValueError(f"{missing} must be given with {given}, got None")
     if y is None:
         return x, x_labels, None, None
+    y = references(y, x)
+    return x, x_labels, y, labels(y_labels, y, "ref_labels", "M", "ref_emb")
+
+
+def references(y: Any, x: Tensor) -> Tensor:
+    """Embeddings (M, D) of the width of `x` (N, D), and on its device."""
     y = embeddings(y, "ref_emb", "M, D")
     if y.shape[1] != x.shape[1]:
         raise ValueError(f"ref_emb must have the width of embeddings, D = {x.shape[1]}, got {_what(y)}")
     if y.device != x.device:
         raise ValueError(f"ref_emb must be on the device of embeddings, {x.device}, got {_what(y)}")
-    return x, x_labels, y, labels(y_labels, y, "ref_labels", "M", "ref_emb")
+    return y
 
 
 def word(value: Any, words: Iterable[str], name: str) -> str:

@@ -20,7 +20,7 @@ class Ordered(NamedTuple):
 
 
 class References(checks.Labelled):
-    """Embeddings (M, D) with labels (M,) for many calls: ``criterion(x, labels, ref_emb=References(bank, bank_labels))``.
+    """Embeddings (M, D) with labels (M,), for many calls: ``criterion(x, labels, ref_emb=References(y, y_labels))``.
 
     They stand where `ref_emb` does, and bring their own labels. What a call does to references alone (sorting them by
     label, normalising them, rounding them to int8 for `screened`) is done at the first call and kept, in one more copy

@@ -96,7 +96,7 @@ def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool, *, screen: 
     return list(zip(sizes, (torch.int64, torch.int32, torch.int32, x.dtype), strict=True))
 
 
-def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
+def cpu_pass(p: Problem, squares: tuple[Tensor | None, Tensor | None], lanes: int | None = None) -> Any:
     """The C++ pass over these tensors, whose memory the caller holds."""
     (n, d), refs = p.x.shape, p.x if p.y is None else p.y
     m, g = refs.shape[0], grid(n, refs.shape[0], p.y is None)
@@ -104,11 +104,11 @@ def _pass(p: Problem, squares: tuple[Tensor | None, Tensor | None]) -> Any:
     return (module.PassDouble if p.x.dtype == torch.float64 else module.PassFloat)(
         extension.instruction_set(), n, m, m if p.end is None else int(p.end), p.y is None,
         address(p.lo), address(p.hi), address(p.order), address(squares[0]), address(squares[1]),
-        address(p.x), address(refs), d, g.size, g.lanes,
+        address(p.x), address(refs), d, g.size, lanes or g.lanes,
     )  # fmt: skip
 
 
-def _threads(n: int, m: int, d: int) -> int:
+def threads(n: int, m: int, d: int) -> int:
     return 1 if n * m * d < INLINE_WORK else torch.get_num_threads()
 
 
@@ -133,13 +133,13 @@ def run(
         torch.empty(sizes[2], dtype=torch.int32), p.x.new_empty(sizes[3]),
     )  # fmt: skip
     squares = p.row_and_ref_squares()
-    work, operands = _pass(p, squares), _operands(terms, given)
+    work, operands = cpu_pass(p, squares), _operands(terms, given)
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
         work.add(operands[k], address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     places = address(kept.extreme) if sizes[0][0] else 0
-    tally = work.forward(_threads(n, m, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
+    tally = work.forward(threads(n, m, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
     return values, kept, tuple(tally)
 
 
@@ -155,7 +155,7 @@ def backward(
     doffset = p.x.new_zeros(k, n) if need[3] else None
     dref_offset = p.x.new_zeros(k, m) if need[4] else None
     kept, squares = Kept(*kept), p.row_and_ref_squares()
-    work, operands = _pass(p, squares), _operands(terms, given)
+    work, operands = cpu_pass(p, squares), _operands(terms, given)
     for i, t in enumerate(terms):
         work.add(
             operands[i], address(kept.extreme[i] if t.indexed else None),
@@ -163,7 +163,7 @@ def backward(
             address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),
             address(None if dref_offset is None else dref_offset[i]),
         )  # fmt: skip
-    work.backward(_threads(n, m, p.x.shape[1]), values.data_ptr(), address(dx), address(dy), kept.lists())
+    work.backward(threads(n, m, p.x.shape[1]), values.data_ptr(), address(dx), address(dy), kept.lists())
     return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)
 
 
@@ -173,6 +173,6 @@ def run_whole(call: Whole) -> Results:
     results = call.room(x.dtype)
     extension.require().whole_loss(
         extension.instruction_set(), call.shape, call.code, call.numbers,
-        *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), _threads(n, m, d),
+        *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), threads(n, m, d),
     )  # fmt: skip
     return results

@@ -1,0 +1,81 @@
+"""The nearest neighbours, exactly: screened against the sorted dense matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import needs_extension
+from helpers import batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashpair import nearest
+
+pytestmark = needs_extension
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.sampled_from([1, 2, 3, 129, 300, 700]),
+    m=st.sampled_from([None, 1, 5, 140, 600]),
+    d=st.sampled_from([1, 3, 32, 65]),
+    k=st.sampled_from([0, 1, 2, 7, 130]),
+    levels=st.sampled_from([1, 5, 100]),
+    distance=st.sampled_from(["dot", "euclidean"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_very_neighbours_of_the_reference(n, m, d, k, levels, distance, dtype, seed):
+    """Whole numbers: similarities exact in every order, many of them equal, which go by index."""
+    generator = torch.Generator().manual_seed(seed)
+    if distance == "euclidean":
+        levels = min(levels, 5)  # torch's square roots are off by a rounding: no two that differ may be that close
+    x = torch.randint(-levels, levels + 1, (n, d), generator=generator).to(dtype)
+    y = None if m is None else torch.randint(-levels, levels + 1, (m, d), generator=generator).to(dtype)
+    k = min(k, n - 1 if m is None else m)
+    found, truth = (nearest(x, k, ref_emb=y, distance=distance, impl=impl) for impl in ("screened", "reference"))
+    assert torch.equal(found.indices, truth.indices)
+    assert torch.allclose(found.values, truth.values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("distance", ["dot", "euclidean"])
+def test_of_clustered_embeddings_in_many_tiles(unit, distance):
+    x, _ = batch(2100, 24, 4, torch.float64)
+    found, truth = (nearest(x, 5, distance=distance, unit=unit, impl=impl) for impl in ("screened", "reference"))
+    assert torch.equal(found.indices, truth.indices)
+    assert torch.allclose(found.values, truth.values, rtol=1e-12)
+
+
+def test_same_bits_whatever_the_threads():
+    x, _ = batch(3000, 64, 4, torch.float32)
+    threads, first = torch.get_num_threads(), None
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found = nearest(x, 9)
+            first = first or found
+            assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("impl", ["screened", "reference"])
+def test_what_is_not_finite_has_no_neighbours(impl):
+    x, _ = batch(40, 4, 4, torch.float32)
+    x[3, 1] = torch.nan
+    values, indices = nearest(x, 3, impl=impl)
+    assert values.isnan().all() and (indices == -1).all()
+
+
+def test_what_cannot_be():
+    x, _ = batch(10, 4, 2, torch.float32)
+    for k in (10, -1, 2.0, True):
+        with pytest.raises(ValueError, match="k must be an integer from 0 to 9"):
+            nearest(x, k)
+    with pytest.raises(ValueError, match="ref_emb must have the width of embeddings"):
+        nearest(x, 1, ref_emb=x[:, :2])
+    with pytest.raises(ValueError, match="impl must be one of auto, screened, reference"):
+        nearest(x, 1, impl="tiled")
+    with pytest.raises(RuntimeError, match="screened neighbours need a CPU"):
+        nearest(x.to("meta"), 1, impl="screened")
