@@ -137,8 +137,8 @@ void bind_pass(py::module_& m, const char* name) {
             Tally tally;
             const Int8Kernels int8 = screen.empty() ? Int8Kernels{} : int8_kernels(screen);
             pass.forward(threads, at<T>(values), at<int64_t>(index), lists(live), listed,
-                         screen.empty() ? nullptr : &int8, std::move(refs), &tally);
-            return std::array<int64_t, 4>{tally.tiles, tally.whole, tally.candidates, tally.live};
+                         {screen.empty() ? nullptr : &int8, std::move(refs), &tally});
+            return std::array<int64_t, 5>{tally.tiles, tally.whole, tally.pairs, tally.candidates, tally.live};
           },
           Release())
       .def(

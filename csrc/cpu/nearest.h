@@ -49,7 +49,7 @@ class Nearest : Pass<T> {
   using Pass<T>::p_;
 
   void look(const Screen<T>& screen, const Tile<T>& t, int32_t* entry) {
-    const int64_t most = this->grid_.size * this->grid_.size / Pass<T>::MOST_CANDIDATES;
+    const int64_t most = this->grid_.size * this->grid_.size / MOST_CANDIDATES;
     const int64_t found = screen.candidates(t, 0, entry, most);
     auto meet = [&](int64_t row, int64_t column, T z) {
       enter(row, column, z);

@@ -4,7 +4,6 @@
 // order of the tiles, runtime.h keeps it for tiles that touch the same rows, so any number of threads gives the same
 // bits.
 #pragma once
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -12,25 +11,10 @@
 #include <vector>
 
 #include "runtime.h"
-#include "screen.h"
+#include "sieve.h"
 #include "tiles.h"
 
 namespace flashpair {
-
-// The lists of live pairs: (slots,), (slots, capacity), (slots, capacity). A count of -1: the tile is not listed.
-template <class T>
-struct LiveLists {
-  int32_t *count, *entry;
-  T* z;
-  int64_t capacity;
-  Live<T> at(int64_t slot) const { return {entry + slot * capacity, z + slot * capacity, capacity}; }
-};
-
-// What a screen did: tiles looked at, those computed whole after all, and of the others the pairs not proved dead and
-// those that some reduction let through.
-struct Tally {
-  std::atomic<int64_t> tiles{0}, whole{0}, candidates{0}, live{0};
-};
 
 template <class T>
 bool all_finite(const T* x, int64_t size) {
@@ -58,11 +42,9 @@ class Pass {
   void add(const Reduction<T>& r) { given_.push_back(r); }
 
   // Values (K, N) and, where not null, the extremes' references (K, N). `listed`: the reduction whose live pairs go to
-  // `live`, or -1. int8: where not null, pairs off the band are screened, and `live` lists all reductions' pairs; refs:
-  // the references' rows where they were rounded before.
+  // `live`, or -1. Screened, pairs of all reductions off the band are listed.
   void forward(int threads, T* values, int64_t* index, const LiveLists<T>& live, int listed,
-               const Int8Kernels* int8 = nullptr, std::shared_ptr<const Int8Rows> refs = nullptr,
-               Tally* tally = nullptr) {
+               const Screening& screening = {}) {
     const int64_t count = static_cast<int64_t>(given_.size()), n = p_.n, lanes = grid_.lanes;
     const T inf = std::numeric_limits<T>::infinity();
     std::vector<T> peak(lanes * count * n);
@@ -73,9 +55,9 @@ class Pass {
         std::fill_n(peak.data() + (lane * count + k) * n, n, given_[k].op == MIN ? inf : -inf);
     std::vector<std::vector<T>> bounds;
     const bool is_finite = finite();
-    std::optional<Screen<T>> screen;
-    if (int8 && is_finite && !wide_ && d_ <= MOST_DEPTH)
-      screen.emplace(*int8, p_, x_, y_, d_, threads, std::move(refs));
+    std::optional<Sieve<T>> sieve;
+    if (screening.int8 && is_finite && !wide_ && d_ <= MOST_DEPTH)
+      sieve.emplace(screening, kernels_, p_, x_, y_, d_, grid_, threads);
     for (int stage = 0, last = 0; stage <= last; ++stage) {
       auto with_state = [&](bool band) {
         std::vector<std::vector<Reduction<T>>> by_lane(lanes);
@@ -100,25 +82,16 @@ class Pass {
         for (const Reduction<T>& r : reductions) kernels_.reduce(p_, r, t);
       };
       if (!band[0].empty()) each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
-      if (screen && !grid[0].empty()) screen->want(grid);
-      const bool screened = screen && !grid[0].empty() && worth(*screen);
-      std::vector<Reduction<T>> weighing;
-      for (const Reduction<T>& r : grid[0])
-        if (r.op == LOGSUMEXP || r.op == SUM) weighing.push_back(r);
+      const bool sift = sieve && !grid[0].empty() && sieve->begin(grid);
       if (!grid[0].empty())
         each_grid_tile(
             threads, grid[0], false, [](int64_t) { return true; },
             [&](const Tile<T>& t, const Place& place, T* scratch) {
-              const std::vector<Reduction<T>>& reductions = grid[place.lane];
-              const int64_t slot = grid_.slot(place);
-              const bool sifted =
-                  screened && sift(*screen, reductions, weighing, t, place.lane, scratch, live, slot, *tally);
-              if (!sifted) reduce(reductions, t);
-              if (screened && screen->running()) {
-                screen->renew(place.lane, t.r0, t.rows);
-                if (t.mirror) screen->renew(place.lane, t.c0, t.cols);
-              }
+              const bool sifted = sift && sieve->sift(grid[place.lane], t, place, scratch, live);
+              if (!sifted) reduce(grid[place.lane], t);
+              if (sift) sieve->renew(t, place);
               if (!list || sifted) return;
+              const int64_t slot = grid_.slot(place);
               Live<T> few = live.at(slot);
               few.capacity = std::min(few.capacity, grid_.size * grid_.size / MOST_LISTED);
               live.count[slot] = static_cast<int32_t>(kernels_.list_live(p_, to_list, t, few));
@@ -210,47 +183,7 @@ class Pass {
   static constexpr int64_t NARROW_BAND_WORK = int64_t{1} << 27;  // multiply-adds
   static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
 
-  static constexpr int64_t SAMPLES = 8, WORTH_SCREENING = 4;  // where few pairs live in one tile of four
-  static constexpr int64_t MOST_LISTED = 64;                  // of a tile computed whole, one in so many pairs at most
-  static constexpr int64_t MOST_CANDIDATES = 12;  // one in so many pairs of a tile: more cost as much as all
-
-  // Whether a screen pays, which it does if few pairs live in only a part of the tiles: of the others it leaves off
-  // early. A look at some tiles off the diagonal, spread over the grid.
-  bool worth(const Screen<T>& screen) const {
-    if (screen.running()) return true;  // which has nothing to go by yet
-    const int64_t first = p_.square ? grid_.row_blocks() : 0, tiles = grid_.count() - first;
-    const int64_t capacity = grid_.size * grid_.size / MOST_CANDIDATES, samples = std::min(SAMPLES, (tiles + 15) / 16);
-    std::vector<int32_t> entry(samples ? capacity : 0);
-    int64_t seen = 0, few = 0;
-    for (int64_t k = 0; k < samples; ++k) {
-      Place place;
-      if (!grid_.at(first + k * tiles / samples, place)) continue;
-      few += screen.candidates(grid_.tile<T>(place, nullptr), place.lane, entry.data(), capacity) >= 0;
-      ++seen;
-    }
-    return few * WORTH_SCREENING >= seen;
-  }
-
-  // The tile by the pairs that a screen leaves; false, with nothing done, when they are too many. scratch: a tile's.
-  bool sift(const Screen<T>& screen, const std::vector<Reduction<T>>& reductions,
-            const std::vector<Reduction<T>>& weighing, const Tile<T>& t, int64_t lane, T* scratch,
-            const LiveLists<T>& live, int64_t slot, Tally& tally) const {
-    int32_t* entry = reinterpret_cast<int32_t*>(scratch);
-    const int64_t most = grid_.size * grid_.size / MOST_CANDIDATES, found = screen.candidates(t, lane, entry, most);
-    ++tally.tiles, ++tally.whole;
-    if (found < 0) return false;
-    kernels_.similar(p_, t, entry, found, x_, y_, d_, t.z);
-    const Listed<T> pairs{entry, t.z, found};
-    int64_t kept = 0;
-    if (live.count && !weighing.empty()) {
-      kept = kernels_.keep_live(weighing.data(), static_cast<int>(weighing.size()), t, pairs, live.at(slot));
-      if (kept < 0) return false;
-      live.count[slot] = static_cast<int32_t>(kept);
-    }
-    for (const Reduction<T>& r : reductions) kernels_.reduce_listed(p_, r, t, pairs);
-    --tally.whole, tally.candidates += found, tally.live += kept;
-    return true;
-  }
+  static constexpr int64_t MOST_LISTED = 64;  // of a tile computed whole, one in so many pairs at most
 
   bool over_band(const Reduction<T>& r) const { return r.side == POSITIVES && !wide_; }
 

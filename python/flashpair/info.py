@@ -27,7 +27,7 @@ def _extension_lines() -> list[str]:
         if record["extension"]:
             lines.append(f"  it was built, with {record['compiler']}")
         return lines
-    from . import runtime
+    from . import runtime, screened
 
     found = [name for name, address in runtime.addresses().items() if address]
     missing = [name for name in runtime.SYMBOLS if name not in found]
@@ -37,6 +37,9 @@ def _extension_lines() -> list[str]:
         f"  instruction sets this processor runs: {', '.join(module.instruction_sets())};"
         f" used: {extension.instruction_set()}",
         f"  taken from torch: {', '.join(found) or 'nothing'}",
+        f"  screened: int8 products by {extension.instruction_set()}; auto screens mined pairs from"
+        f" N x M = {screened.WORTH_PAIRS:,} and D = {screened.WORTH_DEPTH} on (with flashpair.screening() as seen: ..."
+        " tells the share of live ones)",
     ]
     if missing:
         lines.append(f"  not found, so flashpair's own (slower) code stands in: {', '.join(missing)}")

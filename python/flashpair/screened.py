@@ -35,14 +35,21 @@ class Screening:
     Attributes:
         tiles: blocks of pairs that were screened.
         whole: of these, blocks in which too many pairs lived, so that they were computed whole after all.
-        candidates: pairs of the other blocks that were not proved dead, and
-        live: of these, what the windows of the calls that need gradients let through.
+        pairs: all pairs of the other blocks,
+        candidates: of these, pairs that were not proved dead, and
+        live: pairs that the windows let through, of calls that need gradients.
     """
 
     tiles: int = 0
     whole: int = 0
+    pairs: int = 0
     candidates: int = 0
     live: int = 0
+
+    @property
+    def live_share(self) -> float:
+        """Live pairs among those of the blocks that were not computed whole."""
+        return self.live / max(self.pairs, 1)
 
 
 _watching: contextvars.ContextVar[Screening | None] = contextvars.ContextVar("flashpair_screening", default=None)
@@ -113,7 +120,6 @@ def _rounded(p: Problem) -> Any:
 def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tiled.Kept]:
     values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set(), _rounded(p))
     if (seen := _watching.get()) is not None:
-        tiles, whole, candidates, live = tally
-        seen.tiles, seen.whole = seen.tiles + tiles, seen.whole + whole
-        seen.candidates, seen.live = seen.candidates + candidates, seen.live + live
+        for name, count in zip(("tiles", "whole", "pairs", "candidates", "live"), tally, strict=True):
+            setattr(seen, name, getattr(seen, name) + count)
     return values, kept
