@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import extension
 
-IMPLEMENTATIONS = ("reference", "tiled", "fused", "onchip")
+IMPLEMENTATIONS = ("reference", "tiled", "fused", "screened", "onchip")
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
 # Up to where `auto` takes onchip: N, M, and multiply-adds of a product. Launches cost more than arithmetic there.
 ONCHIP_SIDE, ONCHIP_WORK = 2048, 2**28
@@ -55,9 +55,9 @@ def _obstacles(impl: str, device: str) -> tuple[str, ...]:
         module = extension.load()
         return (f"tiled needs the compiled extension: {module}",) if isinstance(module, str) else ()
     found = []
-    emulated = (impl == "fused" and interpreted()) or (impl == "onchip" and extension.emulated())
+    emulated = (impl in ("fused", "screened") and interpreted()) or (impl == "onchip" and extension.emulated())
     if device != "cuda" and not (emulated and device == "cpu"):
-        also = "" if impl != "fused" else " (or TRITON_INTERPRET=1 set before Python starts)"
+        also = "" if impl not in ("fused", "screened") else " (or TRITON_INTERPRET=1 set before Python starts)"
         found.append(f"{impl} needs a {'CPU or ' if impl == 'tiled' else ''}CUDA device{also}, not {device} tensors")
     if impl == "onchip":
         if reason := _onchip(device):
@@ -120,4 +120,4 @@ def native(impl: str, x: Tensor, y: Tensor | None) -> bool:
     """Whether embeddings stay in their 16 bits: where the GPU multiplies such numbers and adds in float32."""
     if impl == "reference" or x.dtype not in (torch.bfloat16, torch.float16) or (y is not None and y.dtype != x.dtype):
         return False
-    return x.device.type == "cuda" or (impl == "fused" and x.dtype == torch.float16)  # no bfloat16 in the interpreter
+    return x.device.type == "cuda" or (impl in ("fused", "screened") and x.dtype == torch.float16)  # no bfloat16 in the interpreter
