@@ -88,9 +88,10 @@ class Sieve:
         if len(group) == 2:
             a, b = (work.terms[k] for k in group)
             bounds = [(t.lower_of, t.upper_of, t.lower_shift, t.upper_shift, *t.slots[2:]) for t in (a, b)]
-            plain = [t.op != SUM or TRANSFORMS[t.transform] != "hinge" for t in (a, b)]
-            if bounds[0] == bounds[1] and all(plain):  # all that one wants, the other wants too
-                windows = [min(windows, key=lambda found: abs(found[1]))]
+            hinged = any(t.op == SUM and TRANSFORMS[t.transform] == "hinge" for t in (a, b))
+            alike = [found for found in windows if found[1] == 0]
+            if bounds[0] == bounds[1] and alike and not hinged:  # one wants all that the other may want
+                windows = alike[:1]
         (a, best_a), (b, best_b) = [*windows, NO_WINDOW][:2]
         dense = self.masked()
         keys = torch.full((self.room,), LAST, dtype=torch.int64, device=work.device)
