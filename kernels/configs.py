@@ -24,9 +24,12 @@ class Config(NamedTuple):
 
 
 class Screen(NamedTuple):
-    """Tiles of block x block pairs of the int8 screen, multiples of every Config's; depth as there; warps and stages."""
+    """Tiles of block x cols pairs of the int8 screen, or of 64 columns where it tests for more than one bound; depth as
+    there; warps and stages. Blocks of block x block pairs, multiples of every Config's tiles, are listed whole or not.
+    """
 
     block: int
+    cols: int
     depth: int
     launch: tuple[int, int]
 
@@ -111,12 +114,12 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
 }
 
 SCREENS = {
-    AMPERE: Screen(128, 128, (8, 3)),
-    HOPPER: Screen(128, 128, (8, 3)),
-    BLACKWELL: Screen(128, 128, (8, 3)),
-    SMALL: Screen(128, 128, (8, 2)),
-    CDNA: Screen(128, 64, (8, 1)),
-    INTERPRETER: Screen(64, 64, (4, 1)),
+    AMPERE: Screen(128, 128, 128, (8, 3)),
+    HOPPER: Screen(128, 128, 128, (8, 3)),
+    BLACKWELL: Screen(128, 64, 128, (8, 3)),
+    SMALL: Screen(128, 128, 128, (8, 2)),
+    CDNA: Screen(128, 128, 64, (8, 1)),
+    INTERPRETER: Screen(64, 64, 64, (4, 1)),
 }
 
 

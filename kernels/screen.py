@@ -133,23 +133,24 @@ def side(window, rows):
 def screen(
     x, y, a, b, dense, found, end, m, width, dense_stride, room, most,
     BEST_A: tl.constexpr, BEST_B: tl.constexpr, TWO: tl.constexpr, ONE_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Lists the pairs of whole blocks of rows and columns that windows a or b (TWO) may let through.
 
     Grid: (whole row blocks, splits of the columns). x, y: `Quantised`; a, b: `Window`. dense (row blocks, column
-    blocks) int8: 1 on entry where a block is not to be listed, and on return where there were over `most`, or no room.
-    found (row blocks, splits, room) int64: row << 32 | column of each survivor, from the front.
+    blocks) int8: 1 on entry where a block is not to be listed, and on return where a tile had over `most`, or no room;
+    what its other tiles have listed is to be dropped. found (row blocks, splits, room) int64: row << 32 | column of
+    each survivor, from the front.
     """
     block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     limit = m
     if end is not None:
         limit = tl.minimum(tl.load(end).to(tl.int32), m)
-    tiles = limit // BLOCK
-    share = tl.cdiv(tiles, tl.num_programs(1))
-    first = tl.minimum(split * share, tiles)
-    last = tl.minimum(first + share, tiles)
+    blocks = limit // BLOCK
+    share = tl.cdiv(blocks, tl.num_programs(1))
+    first = tl.minimum(split * share, blocks)
+    last = tl.minimum(first + share, blocks)
 
     chunk = tl.arange(0, BLOCK_K)
     x_at = x.q + rows.to(tl.int64)[:, None] * width + chunk[None, :]
@@ -165,15 +166,16 @@ def screen(
     best_a = tl.full((BLOCK,), -INF if BEST_A == 1 else INF, tl.float32)
     best_b = tl.full((BLOCK,), -INF if BEST_B == 1 else INF, tl.float32)
 
-    words: tl.constexpr = BLOCK // WORD
+    parts: tl.constexpr = BLOCK // BLOCK_COLS
+    words: tl.constexpr = BLOCK_COLS // WORD
     place = tl.arange(0, BLOCK * words)
     key = (tl.program_id(0) * BLOCK + place // words).to(tl.int64) << 32
     base = found + (block * tl.num_programs(1) + split) * room
-    listed = room * 0
-    for tile in range(first, last):
-        cols = tile * BLOCK + tl.arange(0, BLOCK)
+    listed, masked = room * 0, room * 0
+    for tile in range(first * parts, last * parts):
+        cols = tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         y_at = y.q + cols.to(tl.int64)[:, None] * width + chunk[None, :]
-        product = tl.zeros((BLOCK, BLOCK), tl.int32)
+        product = tl.zeros((BLOCK, BLOCK_COLS), tl.int32)
         if ONE_CHUNK:
             product = tl.dot(x_tile, tl.trans(tl.load(y_at)), product, out_dtype=tl.int32)
         else:
@@ -181,7 +183,8 @@ def screen(
                 left, right = tl.load(x_at + start), tl.load(y_at + start)
                 product = tl.dot(left, tl.trans(right), product, out_dtype=tl.int32)
         own_step, own_error, own_norm = tl.load(y.step + cols), tl.load(y.error + cols), tl.load(y.norm + cols)
-        masked = tl.load(dense + block * dense_stride + tile)
+        known = tl.load(dense + block * dense_stride + tile // parts).to(tl.int32)
+        masked = tl.where(tile % parts == 0, known, masked)
         h = product.to(tl.float32) * (step[:, None] * own_step[None, :])
         bound = norm[:, None] * own_error[None, :] + error[:, None] * own_norm[None, :]
         if x.half is not None:
@@ -201,7 +204,7 @@ def screen(
         if count > 0:
             if (count <= most) & (listed + count <= room):
                 at = base + listed + tl.cumsum(each, 0) - each
-                first_column = tile * BLOCK + (place % words) * WORD
+                first_column = tile * BLOCK_COLS + (place % words) * WORD
                 for _ in range(0, tl.max(each, 0)):
                     others = word & (word - 1)
                     column = first_column + population((word ^ others) - 1)
@@ -210,4 +213,5 @@ def screen(
                     word = others
                 listed += count
             else:
-                tl.store(dense + block * dense_stride + tile, 1)
+                masked = masked * 0 + 1
+                tl.store(dense + block * dense_stride + tile // parts, 1)

@@ -11,6 +11,7 @@ import flashpair
 from flashpair import Bound, MultiSimilarityLoss, Reduction, row_reduce
 from flashpair.check import value_and_gradient
 from flashpair.dispatch import interpreted
+from flashpair.similarity import dense_pairs
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="there is a GPU: tests/test_gpu.py runs the kernels")
@@ -28,7 +29,7 @@ SCREENABLE = [c for c in ORACLE["cases"] if c["loss"] in ("ms", "lifted_star_m")
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
     """Small ones, of several chunks of D, so that little batches have blocks of every kind."""
-    monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(32, 32, (4, 1)))
+    monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(32, 32, 32, (4, 1)))
     monkeypatch.setattr(sieve, "CROWDED", 8)
     monkeypatch.setattr(configs, "choose", lambda *_: configs.Config(32, 16, 32, 32, (4, 1), (4, 1)))
 
@@ -99,57 +100,69 @@ def test_edges_of_references(n, m):
 @pytest.mark.parametrize("d", [1, 31, 32, 33, 70])
 def test_edges_of_the_width(d, found):
     x, labels = _clusters(130, d, 0.05)
-    _compare(lambda: ([Reduction("sum", "negatives", lower=0.4)], []), x, labels)
+    _compare(lambda: ([Reduction("sum", "negatives", lower=2.2 / d**0.5)], []), x, labels)
     assert d == 1 or 0 < found[0][0] < 130**2 // 10
 
 
-def _every_form(distance, m):
-    """Terms whose windows leave a few pairs: one of each way to have a window, learned scales and offsets with them."""
+def _every_form(x, labels, refs, distance):
+    """Terms whose windows leave some of a hundred pairs, with learned scales and offsets: one of each kind of window."""
+    (y, ref_labels), n = refs or (x, labels), x.shape[0]
     generator = torch.Generator().manual_seed(1)
-    near, far = (0.25, -0.3) if distance == "dot" else (1.62, 1.2)
+    z = dense_pairs(x, y, distance)
+    low, few, many, high = z[labels[:, None] != ref_labels].quantile(torch.tensor([0.02, 0.96, 0.98, 0.99]).double())
     scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-    edge = (scale.detach() * near + 0.01 * torch.rand(130, generator=generator, dtype=torch.float64)).requires_grad_()
-    ref = torch.randn(m, generator=generator, dtype=torch.float64, requires_grad=True)
-    low = Reduction("min", "positives", detach=True)
-    shift = -0.2 if distance == "dot" else 1.2
-    two = {"lower": near, "upper": near + 0.1} if distance == "dot" else {"lower": far - 0.1, "upper": far}
-    one = {"upper": far} if distance != "dot" else {"lower": near}
+    noise = 0.01 * torch.rand(n, generator=generator, dtype=torch.float64)
+    above, below = ((1.3 * edge + noise).requires_grad_() for edge in (many, low))
+    ref = torch.randn(y.shape[0], generator=generator, dtype=torch.float64, requires_grad=True)
+    least = Reduction("min", "positives", detach=True)
+    shift = (high - row_reduce(x, labels, least, distance=distance, impl="reference")[0].median()).item()
     terms = [
-        low,
-        Reduction("logsumexp", "negatives", scale=2 * scale, lower=Bound(low, shift)),
-        Reduction("max", "negatives", lower=Bound(low, shift), detach=True),
+        least,
+        Reduction("logsumexp", "negatives", scale=2 * scale, lower=Bound(least, shift)),
+        Reduction("max", "negatives", lower=Bound(least, shift), detach=True),
         Reduction("max", "negatives"),
         Reduction("min", "negatives"),
-        Reduction("sum", "negatives", "hinge", scale=scale, offset=-edge),
-        Reduction("sum", "negatives", "hinge", scale=-scale, offset=edge - 0.7 if distance == "dot" else edge - 0.4),
-        Reduction("sum", "negatives", "softplus", scale=3.0, offset=edge, **two),
-        Reduction("min", "negatives", **two),
-        Reduction("sum", "negatives", "lifted", scale=-0.1, offset=edge, ref_offset=ref, **one),
-        Reduction("count", "negatives", **one),
+        Reduction("sum", "negatives", "hinge", scale=scale, offset=-above),
+        Reduction("sum", "negatives", "hinge", scale=-scale, offset=below),
+        Reduction("sum", "negatives", "softplus", scale=3.0, offset=above, lower=few.item(), upper=many.item()),
+        Reduction("min", "negatives", lower=few.item(), upper=high.item()),
+        Reduction("sum", "negatives", "lifted", scale=-0.1, offset=above, ref_offset=ref, lower=high.item()),
+        Reduction("count", "negatives", upper=low.item()),
     ]
-    return terms, [scale, edge, ref]
+    return terms, [scale, above, below, ref]
 
 
-@pytest.mark.parametrize("distance", ["dot", "euclidean"])
-@pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
-@pytest.mark.parametrize("room", [(32, 8), (1, 8), (32, 100), (0, 8)], ids=["room", "little room", "crowded", "none"])
-def test_every_form(distance, references, room, monkeypatch, found):
+@pytest.mark.parametrize(
+    ("distance", "references", "room", "crowded"),
+    [
+        ("dot", False, 32, 8), ("dot", True, 1, 8), ("dot", False, 0, 8), ("dot", True, 32, 30),
+        ("euclidean", False, 1, 8), ("euclidean", True, 32, 8), ("euclidean", False, 32, 30),
+    ],
+)  # fmt: skip
+def test_every_form(distance, references, room, crowded, monkeypatch, found):
     """Blocks are dead, listed and dense side by side; with no room for survivors, this is `fused`."""
-    monkeypatch.setattr(sieve, "ROOM", room[0])
-    monkeypatch.setattr(sieve, "CROWDED", room[1])
-    x, labels = _clusters(130, 24, 0.2)
-    refs = (x[:115] + 0.01, labels[:115]) if references else None
-    _compare(lambda: _every_form(distance, 115 if references else 130), x, labels, refs, distance)
+    monkeypatch.setattr(sieve, "ROOM", room)
+    monkeypatch.setattr(sieve, "CROWDED", crowded)
+    n, m = 128, 115 if references else 128
+    x, labels = _clusters(n, 24, 0.2)
+    refs = (x[:m] + 0.01, labels[:m]) if references else None
+    _compare(lambda: _every_form(x, labels, refs, distance), x, labels, refs, distance)
     survivors, dense, masked = (sum(each) for each in zip(*found, strict=True))
-    assert (survivors > 0) == (room[0] > 0) and dense > masked
+    assert (survivors > 0) == (room > 0)
+    assert dense > masked or (room, crowded) == (32, 8)
 
 
 @pytest.mark.parametrize("side", ["negatives", "all"])
-def test_wide_bands_and_splits(side, monkeypatch, found):
+def test_wide_bands_splits_and_blocks_of_two_tiles(side, monkeypatch, found):
+    """Of a block whose second tile is crowded, what the first one has listed is dropped."""
     monkeypatch.setattr(sieve, "splits", lambda *_: 3)
-    x, labels = _clusters(230, 16, 0.5, per_class=50)
-    _compare(lambda: ([Reduction("sum", side, "softplus", lower=0.5)], []), x, labels)
-    assert found[0][0] > 0
+    monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(64, 32, 32, (4, 1)))
+    monkeypatch.setattr(sieve, "CROWDED", 30)
+    x, labels = _clusters(330, 16, 0.4, per_class=50)
+    refs = (x[:300], labels[:300])
+    for more in (None, refs):
+        _compare(lambda: ([Reduction("sum", side, "softplus", lower=0.55)], []), x, labels, more)
+    assert all(survivors > 0 and dense > masked for survivors, dense, masked in found)
 
 
 def test_references_past_the_end_take_no_part():

@@ -83,7 +83,7 @@ class Sieve:
 
     def screen(self, group: Sequence[int], values: Tensor) -> tuple[Tensor, Tensor]:
         """keys (L,), unsorted, and dense, of what the windows of one or two terms may let through."""
-        work, (block, depth, options) = self.work, self.config
+        work, (block, cols, depth, options) = self.work, self.config
         windows = [window(work, k, values) for k in group]
         if len(group) == 2:
             a, b = (work.terms[k] for k in group)
@@ -93,21 +93,24 @@ class Sieve:
             if bounds[0] == bounds[1] and alike and not hinged:  # one wants all that the other may want
                 windows = alike[:1]
         (a, best_a), (b, best_b) = [*windows, NO_WINDOW][:2]
+        if len(windows) == 2 or best_a or None not in a:
+            cols = min(cols, 64)  # more to test of a pair takes more registers
         dense = self.masked()
         keys = torch.full((self.room,), LAST, dtype=torch.int64, device=work.device)
-        rows, cols = self._quantised()
         whole = work.n // block
         count = splits(whole, self.blocks[1], work.device)
         run(
             screen.screen, (whole, count), work.device,
-            rows, cols, a, b, dense, keys, work.p.end, work.m, self.width, self.blocks[1],
-            block * ROOM // count, block * block // CROWDED, BEST_A=best_a, BEST_B=best_b, TWO=len(windows) == 2,
-            ONE_CHUNK=self.width == depth, BLOCK=block, BLOCK_K=depth, warps=options[0], stages=options[1],
+            *self._quantised(), a, b, dense, keys, work.p.end, work.m, self.width, self.blocks[1],
+            block * ROOM // count, block * cols // CROWDED, BEST_A=best_a, BEST_B=best_b, TWO=len(windows) == 2,
+            ONE_CHUNK=self.width == depth, BLOCK=block, BLOCK_COLS=cols, BLOCK_K=depth,
+            warps=options[0], stages=options[1],
         )  # fmt: skip
         if work.square:
             dense |= dense.clone().T
+        if keys.numel() and dense.numel():
             at = (keys >> 32) // block * self.blocks[1] + (keys & 0xFFFFFFFF) // block
-            keys = torch.where(dense.flatten()[torch.where(keys == LAST, 0, at)] > 0, LAST, keys) if whole else keys
+            keys = torch.where(dense.flatten()[torch.where(keys == LAST, 0, at)] > 0, LAST, keys)
         return keys, dense
 
     def find(self, group: Sequence[int], values: Tensor) -> Found:
