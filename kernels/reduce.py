@@ -190,14 +190,14 @@ def reduce_rows(
         )  # fmt: skip
         keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
         peak_a, total_a = fold(
-            z, keep, a, number_a, lower_a, upper_a, own_a, cols[None, :], valid[None, :], order, live_row + tile, peak_a, total_a,
-            OP_A, PHI_A, ACC,
+            z, keep, a, number_a, lower_a, upper_a, own_a, cols[None, :], valid[None, :], order, live_row + tile,
+            peak_a, total_a, OP_A, PHI_A, ACC,
         )  # fmt: skip
         if OP_B != NOTHING:
             keep = members(rows, cols, valid, low, high, col0, SIDE_B, SQUARE, True)
             peak_b, total_b = fold(
-                z, keep, b, number_b, lower_b, upper_b, own_b, cols[None, :], valid[None, :], order, live_row + tile, peak_b, total_b,
-                OP_B, PHI_B, ACC,
+                z, keep, b, number_b, lower_b, upper_b, own_b, cols[None, :], valid[None, :], order, live_row + tile,
+                peak_b, total_b, OP_B, PHI_B, ACC,
             )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
@@ -211,13 +211,13 @@ def reduce_rows(
             keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, False)
             if SIDE_A != POSITIVES:
                 peak_a, total_a = fold(
-                    z, keep, a, number_a, lower_a, upper_a, own_a, cols[None, :], valid[None, :], order, live_row + tile,
-                    peak_a, total_a, OP_A, PHI_A, ACC,
+                    z, keep, a, number_a, lower_a, upper_a, own_a, cols[None, :], valid[None, :], order,
+                    live_row + tile, peak_a, total_a, OP_A, PHI_A, ACC,
                 )  # fmt: skip
             if (OP_B != NOTHING) & (SIDE_B != POSITIVES):
                 peak_b, total_b = fold(
-                    z, keep, b, number_b, lower_b, upper_b, own_b, cols[None, :], valid[None, :], order, live_row + tile,
-                    peak_b, total_b, OP_B, PHI_B, ACC,
+                    z, keep, b, number_b, lower_b, upper_b, own_b, cols[None, :], valid[None, :], order,
+                    live_row + tile, peak_b, total_b, OP_B, PHI_B, ACC,
                 )  # fmt: skip
     leave(a, at, inside, peak_a, total_a, OP_A)
     if OP_B != NOTHING:

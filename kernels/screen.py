@@ -7,7 +7,7 @@ A pair is dead where the estimate, moved by that bound, is still outside of the 
 rounding is folded into e: a sum of D products in float32, in any order, errs by at most D 2^-24 |x||y| to first order,
 the estimate and the comparison by a few units of 2^-24 of |x||y| and of the bound itself, and e takes in
 (D + 64) 2^-23 N, which gives each pair (D + 64) 2^-22 N_i N_j. Sums that make e and N err by a share of D 2^-24, and
-are widened by more. What underflows is under TINY in e and N, or under the 1e-30 that windows are widened by.
+are widened by more. What underflows is under TINY in e and N, or under the 1e-28 that windows are widened by.
 Euclidean distances: z < u where h = x.y - |x|^2 / 2 - |y|^2 / 2 > -u^2 / 2. 64 2^-24 (|x|^2 + |y|^2) / 2 more cover
 their roundings, and those that count as 0.
 
@@ -103,9 +103,9 @@ def possible(low, high, window, lower, upper, best, masked, BEST: tl.constexpr):
     if BEST != 0:
         sure = (low == low) & (masked == 0)
         if window.lower is not None:
-            sure = sure & (low > (lower + tl.abs(lower) * (8 * ULP) + 4e-30)[:, None])
+            sure = sure & (low > (lower + tl.abs(lower) * (8 * ULP) + 4e-28)[:, None])
         if window.upper is not None:
-            sure = sure & (high < (upper - tl.abs(upper) * (8 * ULP) - 4e-30)[:, None])
+            sure = sure & (high < (upper - tl.abs(upper) * (8 * ULP) - 4e-28)[:, None])
         if BEST == 1:
             best = tl.maximum(best, tl.max(tl.where(sure, low, -INF), 1))
             dead = high < best[:, None]

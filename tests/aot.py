@@ -53,8 +53,8 @@ FORMS = [
 SCREENED = [
     ("mined", torch.bfloat16, 128, False, "dot"),
     ("mined", torch.float32, RAGGED, True, "euclidean"),
-    ("hinges", torch.bfloat16, 128, True, "euclidean"),
-    ("hinges", torch.float64, RAGGED, False, "dot"),
+    ("hinges", torch.bfloat16, 128, True, "dot"),
+    ("hinges", torch.float64, RAGGED, False, "euclidean"),
 ]
 
 

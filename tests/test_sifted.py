@@ -1,11 +1,11 @@
-"""`screened` on the GPU through Triton's interpreter: no pair that counts is lost, whatever is listed, dense or dead."""
+"""`screened` on the GPU, through Triton's interpreter: no pair that counts is lost, be it listed, dense or dead."""
 
 from __future__ import annotations
 
 import golden
 import pytest
 import torch
-from helpers import CRITERIA, assert_as_good_as, assert_same, batch, gradients
+from helpers import CRITERIA, assert_as_good_as, assert_same, gradients
 
 import flashpair
 from flashpair import Bound, MultiSimilarityLoss, Reduction, row_reduce
@@ -105,7 +105,7 @@ def test_edges_of_the_width(d, found):
 
 
 def _every_form(x, labels, refs, distance):
-    """Terms whose windows leave some of a hundred pairs, with learned scales and offsets: one of each kind of window."""
+    """One term of each kind of window, which leaves some of a hundred pairs; with learned scales and offsets."""
     (y, ref_labels), n = refs or (x, labels), x.shape[0]
     generator = torch.Generator().manual_seed(1)
     z = dense_pairs(x, y, distance)

@@ -60,9 +60,7 @@ class Collector:
             into += part.sum() if into.dim() == 0 else part.sum(0)
         self.parts.clear()
 
-    def rows(
-        self, side: Side, active: Sequence[int], want: bool, *, exact: bool, lists: Lists | None
-    ) -> Tensor | None:
+    def rows(self, side: Side, active: Sequence[int], want: bool, *, exact: bool, lists: Lists | None) -> Tensor | None:
         """Gradient (rows, D) of one side through the terms `active`, None if not wanted; in the embeddings' dtype
         where one launch leaves it whole and `exact` is not asked for, else in the accumulators'."""
         work, values = self.work, self.values

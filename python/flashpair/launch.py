@@ -170,7 +170,7 @@ class Work:
     def scales(self, group: Sequence[int]) -> list[float]:
         return [float(self.given.scales[k]) for k in group] + [1.0] * (2 - len(group))
 
-    def forms(self, group: Sequence[int], what: int) -> list[Any]:
+    def _forms(self, group: Sequence[int], what: int) -> list[Any]:
         found: list[Any] = []
         for k in group:
             t = self.terms[k]
@@ -201,7 +201,7 @@ class Work:
             side.x, side.y, self.d, block.given, *block.strides, side.row_squares, side.col_squares,
             side.lo, side.hi, side.col_end, listed, counts, self.p.order,
             block.row0, block.row1, block.col0, block.col1, self.n, 0 if live is None else live.shape[-1],
-            0 if listed is None else listed.shape[1], *self.scales(group), *states, *self.forms(group, 0),
+            0 if listed is None else listed.shape[1], *self.scales(group), *states, *self._forms(group, 0),
             SQUARE=self.square, BAND_ONLY=band_only, CARRY=carry, **constants,
             warps=c.forward[0], stages=c.forward[1],
         )  # fmt: skip
@@ -264,7 +264,7 @@ class Work:
                 side.row_squares, side.col_squares, side.lo, side.hi, side.row_end, side.col_end,
                 listed, counts, near, poison, dx, pull, block.row0, block.row1, block.col0, block.col1,
                 self.n, self.m, 0 if listed is None else listed.shape[1], *self.scales(group), *operands,
-                *self.forms(group, 1), ANCHOR=side.anchor, REFERENCE=side.reference, SQUARE=self.square,
+                *self._forms(group, 1), ANCHOR=side.anchor, REFERENCE=side.reference, SQUARE=self.square,
                 BAND_ONLY=all(self.terms[k].side == POSITIVES for k in group), CARRY=carry, WANTED=wanted,
                 BLOCK_D=c.slab, EVEN_SLAB=self.d % c.slab == 0, **constants,
                 warps=c.backward[0], stages=c.backward[1],

@@ -2,7 +2,8 @@
 
 A block of pairs is dense where its pairs are left to the kernels of all pairs: the band of positives and the ragged
 ends, which need a mask, and those in which the screen found too many. In a square problem a block and its mirror image
-go together, so that both ends of a pair see the same bits of it.
+go together, so that both ends of a pair see the same bits of it. From one stage of a call to the next a pair may change
+sides, and its similarity the last bit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOM = 32  # survivors a row that there is room for, on average over a block
 CROWDED = 64  # one survivor in so many pairs of a block, and all pairs cost less than a list
 LAST = survivors.LAST.value
 PAIRS, BLOCK_D = 64, 32  # of the exact products
-ROWS, ENTRIES = 8, 32  # of what is summed over rows
+ROWS, ENTRIES = 8, 16  # of what is summed over rows
 NO_WINDOW = (Window(), 0)
 
 
@@ -48,7 +49,7 @@ def plan(n: int, m: int, d: int, device: torch.device) -> tuple[configs.Screen, 
 def outward(bound: Tensor, sign: int) -> Tensor:
     """A bound (N,) in float32, moved down (-1) or up (1) by what its own rounding and underflow may hide."""
     bound = bound.to(torch.float32)
-    return torch.where(bound.isfinite(), bound + sign * (bound.abs() * 2.0**-22 + 1e-30), bound)
+    return torch.where(bound.isfinite(), bound + sign * (bound.abs() * 2.0**-22 + 1e-28), bound)
 
 
 def window(work: Work, k: int, values: Tensor) -> tuple[Window, int]:
@@ -193,9 +194,7 @@ class Sieve:
         lists = torch.sort(torch.where(keys == LAST, LAST, (keys & 0xFFFFFFFF) << 32 | place)).values
         return lists, self.starts(lists, self.work.m)
 
-    def spread(
-        self, found: Found, weights: Tensor, dx: Tensor, mirror: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def spread(self, found: Found, weights: Tensor, dx: Tensor, mirror: tuple[Tensor, Tensor] | None = None) -> None:
         """dx (rows, D) += the survivors' weights times the other ends' embeddings; rows are anchors, or of `mirror`."""
         work, slab = self.work, min(128, configs.power_of_two(self.work.d))
         x, y = (work.p.x, work.p.refs) if mirror is None else (work.p.refs, work.p.x)
