@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="there is a GPU: tests
 if interpreted():
     from flashpair.kernels import configs
 
-    from flashpair import ops, sieve
+    from flashpair import launch, ops, sieve
 
 MINED = ["MultiSimilarityLoss", "LiftedStructureStarLoss(epsilon=0.1)"]
 ORACLE = golden.load()
@@ -31,7 +31,7 @@ def tiles(monkeypatch):
     """Small ones, of several chunks of D, so that little batches have blocks of every kind."""
     monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(32, 32, 32, (4, 1)))
     monkeypatch.setattr(sieve, "CROWDED", 8)
-    monkeypatch.setattr(configs, "choose", lambda *_: configs.Config(32, 16, 32, 32, (4, 1), (4, 1)))
+    monkeypatch.setattr(configs, "choose", lambda *_: configs.Config(32, 32, 32, 32, (4, 1), (4, 1)))
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ def _every_form(x, labels, refs, distance):
         Reduction("min", "negatives"),
         Reduction("sum", "negatives", "hinge", scale=scale, offset=-above),
         Reduction("sum", "negatives", "hinge", scale=-scale, offset=below),
+        Reduction("sum", "negatives", "hinge", scale=-1.3, offset=below),
         Reduction("sum", "negatives", "softplus", scale=3.0, offset=above, lower=few.item(), upper=many.item()),
         Reduction("min", "negatives", lower=few.item(), upper=high.item()),
         Reduction("sum", "negatives", "lifted", scale=-0.1, offset=above, ref_offset=ref, lower=high.item()),
@@ -152,14 +153,24 @@ def test_every_form(distance, references, room, crowded, monkeypatch, found):
     assert dense > masked or (room, crowded) == (32, 8)
 
 
+@pytest.mark.parametrize("spread", [0.0, torch.inf])
+def test_one_exponential_for_both_ends_and_one_for_each(spread, monkeypatch, found):
+    """Dense blocks are listed for the tiles of both kernels."""
+    monkeypatch.setattr(launch, "SPREAD", dict.fromkeys(launch.SPREAD, spread))
+    monkeypatch.setattr(sieve, "CROWDED", 16)
+    x, labels = _clusters(130, 20, 0.3)
+    _criterion("MultiSimilarityLoss", x, labels)
+    assert found[0][0] > 0 and found[0][1] > found[0][2]
+
+
 @pytest.mark.parametrize("side", ["negatives", "all"])
 def test_wide_bands_splits_and_blocks_of_two_tiles(side, monkeypatch, found):
     """Of a block whose second tile is crowded, what the first one has listed is dropped."""
     monkeypatch.setattr(sieve, "splits", lambda *_: 3)
     monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(64, 32, 32, (4, 1)))
     monkeypatch.setattr(sieve, "CROWDED", 30)
-    x, labels = _clusters(330, 16, 0.4, per_class=50)
-    refs = (x[:300], labels[:300])
+    x, labels = _clusters(270, 16, 0.4, per_class=50)
+    refs = (x[:200], labels[:200])
     for more in (None, refs):
         _compare(lambda: ([Reduction("sum", side, "softplus", lower=0.55)], []), x, labels, more)
     assert all(survivors > 0 and dense > masked for survivors, dense, masked in found)
@@ -298,7 +309,7 @@ def test_only_the_gradients_that_are_asked_for(want, found):
 
 @pytest.mark.parametrize("distance", ["dot", "euclidean"])
 def test_gradcheck(distance, found):
-    x, labels = _clusters(70, 3, 0.3)
+    x, labels = _clusters(64, 3, 0.3)
     window = {"lower": 0.9} if distance == "dot" else {"upper": 0.3}
 
     def rows(x, scale, offset):
@@ -309,7 +320,7 @@ def test_gradcheck(distance, found):
             for r in row_reduce(x, labels, *terms, distance=distance, impl="screened")
         ]
 
-    inputs = [torch.tensor(0.7, dtype=torch.float64), torch.linspace(-1, 1, 70, dtype=torch.float64)]
+    inputs = [torch.tensor(0.7, dtype=torch.float64), torch.linspace(-1, 1, 64, dtype=torch.float64)]
     assert torch.autograd.gradcheck(rows, [t.clone().requires_grad_() for t in (x, *inputs)], fast_mode=True)
     assert found[0][0] > 0
 

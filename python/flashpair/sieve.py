@@ -8,7 +8,7 @@ sides, and its similarity the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,18 +52,22 @@ def outward(bound: Tensor, sign: int) -> Tensor:
     return torch.where(bound.isfinite(), bound + sign * (bound.abs() * 2.0**-22 + 1e-28), bound)
 
 
+def _tighter(which: Callable[[Tensor, Tensor], Tensor], bound: Tensor | None, edge: Tensor) -> Tensor:
+    return edge if bound is None else which(bound, edge)
+
+
 def window(work: Work, k: int, values: Tensor) -> tuple[Window, int]:
     """Between which h (see kernels/screen.py) the pairs of a term count, and whether just the highest or lowest do."""
     t, own = work.terms[k], work.shared(k, values)
     lower, upper = own["lower"], own["upper"]
     if t.op == SUM and TRANSFORMS[t.transform] == "hinge":
-        scale, offset = own["scale"], own["offset"]
-        if scale is None:
-            scale = values.new_full((), work.given.scales[k])
+        learned, known, offset = own["scale"], work.given.scales[k], own["offset"]
+        scale = values.new_full((), known) if learned is None else learned
         edge = -(values.new_zeros(work.n) if offset is None else offset) / scale
-        above, below = torch.where(scale > 0, edge, -torch.inf), torch.where(scale < 0, edge, torch.inf)
-        lower = above if lower is None else torch.maximum(lower, above)
-        upper = below if upper is None else torch.minimum(upper, below)
+        if learned is not None or known > 0:
+            lower = _tighter(torch.maximum, lower, torch.where(scale > 0, edge, -torch.inf))
+        if learned is not None or known < 0:
+            upper = _tighter(torch.minimum, upper, torch.where(scale < 0, edge, torch.inf))
     best = {MAX: 1, MIN: -1}.get(t.op, 0)
     if work.p.distance != "dot":
         nearer = None if upper is None else torch.where(upper > 0, upper * upper * -0.5, torch.inf)
@@ -94,7 +98,7 @@ class Sieve:
             if bounds[0] == bounds[1] and alike and not hinged:  # one wants all that the other may want
                 windows = alike[:1]
         (a, best_a), (b, best_b) = [*windows, NO_WINDOW][:2]
-        if len(windows) == 2 or best_a or None not in a:
+        if len(windows) == 2 or best_a or not (a.lower is None or a.upper is None):
             cols = min(cols, 64)  # more to test of a pair takes more registers
         dense = self.masked()
         keys = torch.full((self.room,), LAST, dtype=torch.int64, device=work.device)
