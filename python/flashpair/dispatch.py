@@ -120,6 +120,5 @@ def native(impl: str, x: Tensor, y: Tensor | None) -> bool:
     """Whether embeddings stay in their 16 bits: where the GPU multiplies such numbers and adds in float32."""
     if impl == "reference" or x.dtype not in (torch.bfloat16, torch.float16) or (y is not None and y.dtype != x.dtype):
         return False
-    return x.device.type == "cuda" or (
-        impl in ("fused", "screened") and x.dtype == torch.float16
-    )  # no bfloat16 in the interpreter
+    emulated = impl in ("fused", "screened") and x.dtype == torch.float16  # the interpreter has no bfloat16
+    return x.device.type == "cuda" or emulated
