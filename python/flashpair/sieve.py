@@ -25,7 +25,7 @@ from .schedule import MAX, MIN, SUM
 ROOM = 32  # survivors a row that there is room for, on average over a block
 CROWDED = 64  # one survivor in so many pairs of a block, and all pairs cost less than a list
 LAST = survivors.LAST.value
-PAIRS, BLOCK_D = 64, 32  # of the exact products
+PAIRS, BLOCK_D = 32, 32  # of the exact products
 ROWS, ENTRIES = 8, 16  # of what is summed over rows
 NO_WINDOW = (Window(), 0)
 
