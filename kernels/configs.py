@@ -23,6 +23,17 @@ class Config(NamedTuple):
     backward: tuple[int, int]
 
 
+class Screen(NamedTuple):
+    """Tiles of block x cols pairs of the int8 screen, or of 64 columns where it tests for more than one bound; depth as
+    there; warps and stages. Blocks of block x block pairs, multiples of every Config's tiles, are listed whole or not.
+    """
+
+    block: int
+    cols: int
+    depth: int
+    launch: tuple[int, int]
+
+
 AMPERE, HOPPER, BLACKWELL, SMALL, CDNA, INTERPRETER = "ampere", "hopper", "blackwell", "small", "cdna", "interpreter"
 CAPABILITIES = {(8, 0): AMPERE, (8, 7): AMPERE, (9, 0): HOPPER, (10, 0): BLACKWELL, (10, 3): BLACKWELL}
 SHARED_MEMORY = {AMPERE: 163, HOPPER: 227, BLACKWELL: 227, SMALL: 99, CDNA: 64}  # KB that a block can have
@@ -102,6 +113,15 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
     **{(INTERPRETER, dtype): [(ANY, _TESTED)] for dtype in (torch.float16, _SINGLE, _DOUBLE)},
 }
 
+SCREENS = {
+    AMPERE: Screen(128, 128, 128, (8, 3)),
+    HOPPER: Screen(128, 128, 128, (8, 3)),
+    BLACKWELL: Screen(128, 64, 128, (8, 3)),
+    SMALL: Screen(128, 128, 128, (8, 2)),
+    CDNA: Screen(128, 128, 64, (8, 1)),
+    INTERPRETER: Screen(64, 64, 64, (4, 1)),
+}
+
 
 def power_of_two(d: int) -> int:
     """The least one that is d or more, and at least 32: the tensor cores take 16, but with more registers."""
@@ -115,3 +135,8 @@ def choose(family: str, dtype: torch.dtype, d: int) -> Config:
     """The row for that D, its depth and slab no larger than D needs."""
     config = next(c for largest, c in TABLE[family, dtype] if d <= largest)
     return config._replace(depth=min(config.depth, power_of_two(d)), slab=min(config.slab, power_of_two(d)))
+
+
+def screen(family: str, d: int) -> Screen:
+    config = SCREENS[family]
+    return config._replace(depth=min(config.depth, power_of_two(d)))

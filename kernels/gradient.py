@@ -18,6 +18,7 @@ from .tile import (
     LOGSUMEXP,
     NOTHING,
     POSITIVES,
+    clean_tile,
     inside_window,
     intervals,
     leading_bits,
@@ -25,6 +26,7 @@ from .tile import (
     members,
     number,
     row_vector,
+    share_of,
     similarities,
     span,
 )
@@ -172,10 +174,7 @@ def weigh_rows(
         lowest, highest, limit, split, tl.num_programs(1), BLOCK_COLS, BAND_ONLY
     )  # fmt: skip
     if listed is not None:
-        count = tl.load(counts + block)
-        share = tl.cdiv(count, tl.num_programs(1))
-        first = tl.minimum(split * share, count)
-        clean = tl.minimum(count - first, share)
+        first, clean = share_of(counts, block, split, tl.num_programs(1))
     x_tile = 0
     if (given is None) & ONE_CHUNK:
         x_tile = load_rows(x, rows, inside, d, 0, BLOCK_K, EVEN_D, False)
@@ -227,11 +226,7 @@ def weigh_rows(
         )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
-            tile = first + k
-            if listed is not None:
-                tile = tl.load(listed + block.to(tl.int64) * list_stride + tile)
-            else:
-                tile += tl.where(tile >= band, in_band, 0)
+            tile = clean_tile(first + k, band, in_band, listed, block, list_stride)
             cols = col0 + tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
             valid = cols < col0 + limit
             z, y_tile = similarities(

@@ -21,12 +21,14 @@ from .tile import (
     NOTHING,
     POSITIVES,
     SUM,
+    clean_tile,
     inside_window,
     intervals,
     load_rows,
     members,
     number,
     row_vector,
+    share_of,
     similarities,
     span,
 )
@@ -90,7 +92,10 @@ def fold(
     z, keep, slot, scale, lower, upper, own, cols, valid, order, live_at, peak, total,
     OP: tl.constexpr, PHI: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One reduction's state with a tile's pairs added. A window that lets nothing through costs no exponential."""
+    """One reduction's state with a tile's pairs added. A window that lets nothing through costs no exponential.
+
+    cols, valid: (1, C), or (R, C) where each row has columns of its own.
+    """
     keep = inside_window(
         z, keep, lower[:, None], upper[:, None], slot.lower is not None, slot.upper is not None
     )  # fmt: skip
@@ -107,7 +112,7 @@ def fold(
             peak, total = fold_exponentials(z, keep, scale2, top, peak, total)
     elif OP == SUM:
         ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
-        t = z * scale + reach(own[:, None], ref[None, :], slot.ref_offset is not None)
+        t = z * scale + reach(own[:, None], ref, slot.ref_offset is not None)
         total += tl.sum(tl.where(keep, PHI(t), 0.0), 1)
     elif OP == COUNT:
         total += tl.sum(tl.where(keep, 1.0, 0.0).to(ACC), 1)
@@ -118,7 +123,7 @@ def fold(
             if tl.max(((top >= peak) & (top > -INF)).to(tl.int32), 0) > 0:
                 rank = tl.load(order + cols, mask=valid, other=UNRANKED).to(tl.int32)
                 hit = keep & (signed == top[:, None])
-                first = tl.min(tl.where(hit, rank[None, :], UNRANKED), 1)
+                first = tl.min(tl.where(hit, rank, UNRANKED), 1)
                 best = tl.where(top > peak, first, tl.minimum(first, total))
                 total = tl.where(top >= peak, best, total)
         peak = tl.maximum(peak, top)
@@ -135,8 +140,8 @@ def fold_exponentials(z, keep, scale2, top, peak, total):
 
 @triton.jit
 def reduce_rows(
-    x, y, d, given, given_row, given_col, row_squares, col_squares, lo, hi, end, order,
-    row0, row1, col0, col1, n, live_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
+    x, y, d, given, given_row, given_col, row_squares, col_squares, lo, hi, end, listed, counts, order,
+    row0, row1, col0, col1, n, live_stride, list_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SIDE_A: tl.constexpr, PHI_A: tl.constexpr,
     OP_B: tl.constexpr, SIDE_B: tl.constexpr, PHI_B: tl.constexpr,
     SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr, ZERO: tl.constexpr, PRECISION: tl.constexpr,
@@ -146,7 +151,8 @@ def reduce_rows(
     """States of reductions a and b of rows [row0, row1) against columns [col0, min(col1, end)).
 
     Grid: (row blocks, splits of the columns). x (N, D), y (M, D), or `given`: their products from (row0, col0) on,
-    with two strides. lo, hi (N,), order (M,) int64; end () int64 or None. a, b: `Reduced`, sides and ops as in tile.py.
+    with two strides. lo, hi (N,), order (M,) int64; end () int64 or None. listed, counts: the clean tiles to visit, as
+    `list_live` leaves them; without, all. a, b: `Reduced`, sides and ops as in tile.py.
     """
     split = tl.program_id(1)
     rows = row0 + tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -158,6 +164,8 @@ def reduce_rows(
     band, in_band, ragged, whole, first, clean = span(
         lowest, highest, limit, split, tl.num_programs(1), BLOCK_COLS, BAND_ONLY
     )  # fmt: skip
+    if listed is not None:
+        first, clean = share_of(counts, tl.program_id(0), split, tl.num_programs(1))
     x_tile = 0
     if (given is None) & ONE_CHUNK:
         x_tile = load_rows(x, rows, inside, d, 0, BLOCK_K, EVEN_D, False)
@@ -182,19 +190,18 @@ def reduce_rows(
         )  # fmt: skip
         keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
         peak_a, total_a = fold(
-            z, keep, a, number_a, lower_a, upper_a, own_a, cols, valid, order, live_row + tile, peak_a, total_a,
-            OP_A, PHI_A, ACC,
+            z, keep, a, number_a, lower_a, upper_a, own_a, cols[None, :], valid[None, :], order, live_row + tile,
+            peak_a, total_a, OP_A, PHI_A, ACC,
         )  # fmt: skip
         if OP_B != NOTHING:
             keep = members(rows, cols, valid, low, high, col0, SIDE_B, SQUARE, True)
             peak_b, total_b = fold(
-                z, keep, b, number_b, lower_b, upper_b, own_b, cols, valid, order, live_row + tile, peak_b, total_b,
-                OP_B, PHI_B, ACC,
+                z, keep, b, number_b, lower_b, upper_b, own_b, cols[None, :], valid[None, :], order, live_row + tile,
+                peak_b, total_b, OP_B, PHI_B, ACC,
             )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
-            tile = first + k
-            tile += tl.where(tile >= band, in_band, 0)
+            tile = clean_tile(first + k, band, in_band, listed, tl.program_id(0), list_stride)
             cols = col0 + tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
             valid = cols < col0 + limit
             z, _ = similarities(
@@ -204,13 +211,13 @@ def reduce_rows(
             keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, False)
             if SIDE_A != POSITIVES:
                 peak_a, total_a = fold(
-                    z, keep, a, number_a, lower_a, upper_a, own_a, cols, valid, order, live_row + tile,
-                    peak_a, total_a, OP_A, PHI_A, ACC,
+                    z, keep, a, number_a, lower_a, upper_a, own_a, cols[None, :], valid[None, :], order,
+                    live_row + tile, peak_a, total_a, OP_A, PHI_A, ACC,
                 )  # fmt: skip
             if (OP_B != NOTHING) & (SIDE_B != POSITIVES):
                 peak_b, total_b = fold(
-                    z, keep, b, number_b, lower_b, upper_b, own_b, cols, valid, order, live_row + tile,
-                    peak_b, total_b, OP_B, PHI_B, ACC,
+                    z, keep, b, number_b, lower_b, upper_b, own_b, cols[None, :], valid[None, :], order,
+                    live_row + tile, peak_b, total_b, OP_B, PHI_B, ACC,
                 )  # fmt: skip
     leave(a, at, inside, peak_a, total_a, OP_A)
     if OP_B != NOTHING:

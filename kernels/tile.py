@@ -72,6 +72,24 @@ def span(lowest, highest, limit, split, splits, BLOCK_COLS: tl.constexpr, BAND_O
 
 
 @triton.jit
+def share_of(counts, block, split, splits):
+    """The first of a split's clean tiles, and their number, where a list says which they are."""
+    count = tl.load(counts + block)
+    share = tl.cdiv(count, splits)
+    first = tl.minimum(split * share, count)
+    return first, tl.minimum(count - first, share)
+
+
+@triton.jit
+def clean_tile(k, band, in_band, listed, block, list_stride):
+    """The k-th clean tile of a row block, of those that are `listed` if there is a list."""
+    if listed is not None:
+        return tl.load(listed + block.to(tl.int64) * list_stride + k)
+    else:
+        return k + tl.where(k >= band, in_band, 0)
+
+
+@triton.jit
 def load_rows(x, index, inside, d, start, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, WHOLE: tl.constexpr):
     """(R, BLOCK_D): columns start + [0, BLOCK_D) of rows `index` of x (., d); zeros outside of it."""
     column = start + tl.arange(0, BLOCK_D)

@@ -21,11 +21,11 @@ from flashpair.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from flashpair import blocked, fused, launch
+from flashpair import blocked, fused, launch, sieve, sifted
 from flashpair.criteria.mining import _mined
 from flashpair.ops import encode
 from flashpair.plan import make_plan
-from flashpair.reduction import Reduction
+from flashpair.reduction import Bound, Reduction
 from flashpair.schedule import Given, Problem, decode
 
 FAMILIES = {"80": configs.AMPERE, "90": configs.HOPPER, "100": configs.BLACKWELL, "gfx942": configs.CDNA}
@@ -39,6 +39,7 @@ TENSOR_CORES = {
     "89": "mma.sync",
 }
 TENSOR_CORES["120"] = "mma.sync"
+INT8 = r"(mma\.sync|wgmma)\S*\.s8\.s8|tcgen05\.mma\S*kind::i8|v_mfma_i32\S*_i8"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 RAGGED = 300  # a D of several chunks and slabs, the last ones cut
 
@@ -48,6 +49,12 @@ FORMS = [
     ("logsumexps", False, "euclidean"),
     ("lifted", False, "dot"),
     ("learned", False, "dot"),
+]
+SCREENED = [
+    ("mined", torch.bfloat16, 128, False, "dot"),
+    ("mined", torch.float32, RAGGED, True, "euclidean"),
+    ("hinges", torch.bfloat16, 128, True, "dot"),
+    ("hinges", torch.float64, RAGGED, False, "euclidean"),
 ]
 
 
@@ -93,6 +100,7 @@ def describe(kernel: Any, arch: str) -> dict[str, Any]:
     assembly = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
     record: dict[str, Any] = {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
     record["tensor_cores"] = TENSOR_CORES[arch] in assembly
+    record["int8"] = bool(re.search(INT8, assembly))
     if "cubin" in kernel.asm:
         return record | resources(kernel)
     spilled = re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly)
@@ -101,11 +109,11 @@ def describe(kernel: Any, arch: str) -> dict[str, Any]:
     return record | {"registers": int(registers[1]), "stack": sum(map(int, spilled))}
 
 
-def problem(dtype: torch.dtype, d: int, references: bool, distance: str) -> Problem:
-    labels = torch.arange(64) // 4
+def problem(n: int, dtype: torch.dtype, d: int, references: bool, distance: str) -> Problem:
+    labels = torch.arange(n) // 4
     plan = make_plan(labels, labels if references else None)
-    x = torch.zeros(64, d, dtype=dtype)
-    y = torch.zeros(64, d, dtype=dtype) if references else None
+    x = torch.zeros(n, d, dtype=dtype)
+    y = torch.zeros(n, d, dtype=dtype) if references else None
     return Problem(x, y, plan.lo, plan.hi, plan.end, plan.ref_order, distance)
 
 
@@ -115,6 +123,10 @@ def loss(name: str) -> tuple[Reduction, ...]:
     if name == "learned":
         scale = torch.ones(())
         return Reduction("sum", "negatives", "softplus", scale=scale), Reduction("max", "positives")
+    if name == "hinges":
+        scale, both = torch.ones(()), {"lower": -1.0, "upper": 1.0}
+        hinge = Reduction("sum", "negatives", "hinge", scale=scale, offset=0.5, **both)
+        return hinge, Reduction("max", "negatives", lower=-0.5, upper=0.5)
     if name == "logsumexps":
         return Reduction("logsumexp", "positives", scale=-2.0), Reduction("logsumexp", "negatives", scale=50.0)
     offsets = {"offset": torch.zeros(64), "ref_offset": torch.zeros(64)}
@@ -124,13 +136,15 @@ def loss(name: str) -> tuple[Reduction, ...]:
 def compile_step(name: str, dtype: torch.dtype, d: int, references: bool, distance: str, schedule: Any = fused) -> None:
     """One training step of a loss, launched into nothing."""
     reductions = loss(name)
-    slots = [4 * k + s for k, r in enumerate(reductions) for s in (0, 1) if r.ref_offset is not None]
+    vectors = [(r.offset, r.ref_offset, r.lower, r.upper) for r in reductions]
+    slots = [4 * k + s for k, own in enumerate(vectors) for s in range(4) if not isinstance(own[s], Bound | None)]
     spec = encode(reductions, tuple(slots), distance, "fused")
     terms = decode(spec.code, spec.shifts, spec.slots)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    scale = torch.ones(len(terms), dtype=wide) if name == "learned" else None
-    given = Given(scale, spec.scales, [torch.zeros(64, dtype=wide) for _ in slots])
-    p = problem(dtype, d, references, distance)
+    scale = torch.ones(len(terms), dtype=wide) if name in ("learned", "hinges") else None
+    n = 256 if schedule is sifted else 64  # the screen is of whole blocks
+    given = Given(scale, spec.scales, [torch.zeros(n, dtype=wide) for _ in slots])
+    p = problem(n, dtype, d, references, distance)
     launch.scatter_rows(p.x, p.x, p.order, launch.gather_rows(p.x, p.order, True)[1], True)
     values, kept = schedule.forward(p, terms, given, True)
     grads = [None if t.detach else values[k] for k, t in enumerate(terms)]
@@ -151,9 +165,10 @@ def main(archs: list[str]) -> None:
             report.append(place | describe(kernel, place["arch"]))
         return kernel
 
-    launch.run = recorded
+    sieve.run = recorded
     for index, arch in enumerate(archs):
         driver.set_active(Chip(arch, index))
+        launch.run = recorded
         configs.family = lambda device, found=FAMILIES[arch]: found
         for (of, dtype), rows in configs.TABLE.items():
             name = str(dtype).removeprefix("torch.")
@@ -170,6 +185,11 @@ def main(archs: list[str]) -> None:
             config = configs.choose(FAMILIES[arch], torch.bfloat16, 768)
             place = {"arch": arch, "dtype": "bfloat16", "d": 768, "loss": "mined, blocked", "config": config}
             compile_step("mined", torch.bfloat16, 768, False, "dot", blocked)
+        for which, dtype, d, references, distance in SCREENED:
+            name, config = str(dtype).removeprefix("torch."), configs.choose(FAMILIES[arch], dtype, d)
+            place = {"arch": arch, "dtype": name, "d": d, "loss": f"{which}, screened", "config": config}
+            launch.run = recorded if which == "mined" else run  # FORMS are enough of the kernels of all pairs
+            compile_step(which, dtype, d, references, distance, sifted)
     json.dump(report, sys.stdout, indent=1)
 
 

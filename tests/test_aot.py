@@ -13,6 +13,12 @@ from flashpair.kernels import configs
 CHIPS = ("80", "90", "100", "86", "gfx942")
 
 
+def _screened():
+    from aot import SCREENED
+
+    return SCREENED
+
+
 def _family(chip):
     from aot import FAMILIES
 
@@ -32,6 +38,12 @@ def test_every_configuration_fits_the_chip(compiled, chip):
         assert r["stack"] == 0, f"registers spill to the stack: {r}"
         assert r["registers"] <= (512 if chip.startswith("gfx") else 255), r
         assert r["shared"] <= configs.SHARED_MEMORY[family] * 1024, f"more shared memory than the chip has: {r}"
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_screen_is_on_the_tensor_cores_in_int8(compiled, chip):
+    seen = [r for r in compiled if r["arch"] == chip and r["kernel"] == "screen"]
+    assert len(seen) == len(_screened()) and all(r["int8"] for r in seen)
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -21,7 +21,8 @@ if torch.cuda.is_available():
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = ["fused", "tiled"]
 ONCHIP = obstacles("onchip", torch.device("cuda")) if torch.cuda.is_available() else []
-EVERY = [*SCHEDULES, pytest.param("onchip", marks=pytest.mark.skipif(bool(ONCHIP), reason="; ".join(ONCHIP)))]
+MINING = [*SCHEDULES, "screened"]
+EVERY = [*MINING, pytest.param("onchip", marks=pytest.mark.skipif(bool(ONCHIP), reason="; ".join(ONCHIP)))]
 
 
 def _cuda(*tensors):
@@ -235,7 +236,7 @@ def test_fullgraph_compile(impl):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("impl", SCHEDULES)
+@pytest.mark.parametrize("impl", MINING)
 def test_no_host_sync(impl, learned):
     x, labels = _cuda(*batch(600, 64, 4, torch.float32))
     alpha = torch.nn.Parameter(torch.tensor(2.0, device="cuda")) if learned else 2.0

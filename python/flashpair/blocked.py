@@ -146,9 +146,9 @@ def backward(
     references = anchors if work.square else work.references()
     dx = dy = None
     if need[0] or found.of_anchors:
-        dx = found.rows(anchors, in_band, need[0], exact=True, live=None)
+        dx = found.rows(anchors, in_band, need[0], exact=True, lists=None)
     if not work.square and (need[1] or found.ref_offset is not None):
-        dy = found.rows(references, in_band, need[1], exact=True, live=None)
+        dy = found.rows(references, in_band, need[1], exact=True, lists=None)
     to_refs = dx if work.square else dy
     pull = _pull(work, work.n)
     ref_pull = pull if work.square else _pull(work, work.m)

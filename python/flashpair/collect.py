@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels.gradient import Weighed
-from .launch import Block, Side, Work, groups, splits
+from .launch import Block, Lists, Side, Work, groups, splits
 from .schedule import LOGSUMEXP, Gradients
 
 PARTIAL_BYTES = 64 * 2**20  # that the splits' partial gradients may take
@@ -60,13 +60,12 @@ class Collector:
             into += part.sum() if into.dim() == 0 else part.sum(0)
         self.parts.clear()
 
-    def rows(self, side: Side, active: Sequence[int], want: bool, *, exact: bool, live: Tensor | None) -> Tensor | None:
+    def rows(self, side: Side, active: Sequence[int], want: bool, *, exact: bool, lists: Lists | None) -> Tensor | None:
         """Gradient (rows, D) of one side through the terms `active`, None if not wanted; in the embeddings' dtype
         where one launch leaves it whole and `exact` is not asked for, else in the accumulators'."""
         work, values = self.work, self.values
         rows, cols = side.x.shape[0], side.y.shape[0]
         launches = groups(work.terms, active)
-        lists = work.list_live(live, side) if live is not None and launches else None
         most = PARTIAL_BYTES // max(1, rows * work.d * values.itemsize)
         count = splits(work.blocks(rows), work.tiles(cols), work.device, most)
         parts = None

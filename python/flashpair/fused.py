@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .collect import Collector
 from .kernels import configs
-from .launch import Work, groups, splits, weighted, windowed
+from .launch import Side, Work, groups, splits, weighted, windowed
 from .schedule import Given, Gradients, Like, Problem, Terms, accumulator, stages
 from .similarity import poison
 
@@ -69,12 +69,16 @@ def backward(
     found = Collector(work, values, grads, need, spoiled)
     active = weighted(terms, grads)
     extremes = [k for k, t in enumerate(terms) if t.indexed and grads[k] is not None]
-    tiles = live if live.numel() else None
+
+    def rows(side: Side, want: bool) -> Tensor | None:
+        lists = {work.config.cols: work.list_live(live, side)} if live.numel() and active else None
+        return found.rows(side, active, want, exact=bool(extremes), lists=lists)
+
     dx = dy = None
     if need[0] or found.of_anchors:
-        dx = found.rows(work.anchors(), active, need[0], exact=bool(extremes), live=tiles)
+        dx = rows(work.anchors(), need[0])
     if not work.square and (need[1] or found.ref_offset is not None):
-        dy = found.rows(work.references(), active, need[1], exact=bool(extremes), live=tiles)
+        dy = rows(work.references(), need[1])
     for k in extremes:
         found.add_extreme(k, places[k], dx, dx if work.square else dy)
     return found.gradients(dx, dy)

@@ -27,6 +27,7 @@ LIST_STEP = 256
 TILES_PER_SPLIT = 4
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 SPREAD = {torch.float32: 60.0, torch.float64: 600.0}  # of logsumexps, within which 2^(top - value) is a safe factor
+Lists = dict[int, tuple[Tensor, Tensor]]  # `Work.list_live`'s, by the columns of a tile
 NOTHING, UNRANKED = tile.NOTHING.value, reduce.UNRANKED.value
 
 
@@ -184,6 +185,7 @@ class Work:
         block: Block,
         count: int,
         *,
+        lists: Lists | None = None,
         carry: bool = False,
     ) -> None:
         """Folds a block's pairs into the state of one or two terms, its columns shared by `count` programs."""
@@ -193,11 +195,13 @@ class Work:
         constants = dict(self.constants)
         if live is None and any(s.ref_offset is not None for s in state):
             constants["BLOCK_COLS"] = self.narrow
+        listed, counts = (lists or {}).get(constants["BLOCK_COLS"], (None, None))
         run(
             reduce.reduce_rows, (self.blocks(block.row1 - block.row0), count), self.device,
             side.x, side.y, self.d, block.given, *block.strides, side.row_squares, side.col_squares,
-            side.lo, side.hi, side.col_end, self.p.order, block.row0, block.row1, block.col0, block.col1,
-            self.n, 0 if live is None else live.shape[-1], *self.scales(group), *states, *self._forms(group, 0),
+            side.lo, side.hi, side.col_end, listed, counts, self.p.order,
+            block.row0, block.row1, block.col0, block.col1, self.n, 0 if live is None else live.shape[-1],
+            0 if listed is None else listed.shape[1], *self.scales(group), *states, *self._forms(group, 0),
             SQUARE=self.square, BAND_ONLY=band_only, CARRY=carry, **constants,
             warps=c.forward[0], stages=c.forward[1],
         )  # fmt: skip
@@ -239,7 +243,7 @@ class Work:
 
     def weigh(
         self, group: Sequence[int], slots: Sequence[Weighed], side: Side, block: Block, poison: Tensor, *,
-        dx: Tensor | None = None, count: int = 1, lists: tuple[Tensor, Tensor] | None = None, carry: bool = False,
+        dx: Tensor | None = None, count: int = 1, lists: Lists | None = None, carry: bool = False,
         weights: Tensor | None = None, weight_strides: tuple[int, int] = (0, 0), pull: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Gradients of a block's rows through one or two terms; see `weigh_rows`."""
@@ -248,11 +252,10 @@ class Work:
             around, near = self._around_tops(group, slots)
             kernels = [(1, around)] if near is None else [(1, around), (0, slots)]
         for wanted, own in kernels:
-            c, constants, (listed, counts) = self.config, dict(self.constants), lists or (None, None)
-            if not wanted or any(s.ref_offset is not None for s in own):
-                # One function a pair for each end; and the lists are of the other tiles.
+            c, constants = self.config, dict(self.constants)
+            if not wanted or any(s.ref_offset is not None for s in own):  # one function a pair for each end
                 constants["BLOCK_COLS"] = self.narrow
-                listed, counts = None, None
+            listed, counts = (lists or {}).get(constants["BLOCK_COLS"], (None, None))
             operands = own if len(own) == 2 else [*own, Weighed()]
             run(
                 gradient.weigh_rows,
@@ -285,16 +288,19 @@ class Work:
             found[place] = s._replace(top=top, grad=factor, value=None)
         return found, near
 
-    def list_live(self, live: Tensor, side: Side) -> tuple[Tensor, Tensor]:
-        """(row blocks, tiles) int32 and (row blocks,) int32: the clean tiles that a side's row blocks must visit."""
-        rows, cols = side.x.shape[0], side.y.shape[0]
-        listed = torch.empty(self.blocks(rows), self.tiles(cols), dtype=torch.int32, device=self.device)
+    def list_live(self, live: Tensor, side: Side, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """(row blocks, tiles) int32 and (row blocks,) int32: the clean tiles that a side's row blocks must visit.
+
+        live (planes, row blocks, tiles) int8, of tiles of `width` columns if they are not the configuration's.
+        """
+        rows, cols, width = side.x.shape[0], side.y.shape[0], width or self.config.cols
+        listed = torch.empty(self.blocks(rows), -(-cols // width), dtype=torch.int32, device=self.device)
         counts = torch.empty(self.blocks(rows), dtype=torch.int32, device=self.device)
         run(
             gradient.list_live, (self.blocks(rows),), self.device,
             live, side.lo, side.hi, side.col_end, listed, counts, rows, cols, live.shape[1], live.shape[2],
             live.shape[0], listed.shape[1], DIRECT=side.anchor, MIRROR=side.reference,
-            BLOCK_ROWS=self.config.rows, BLOCK_COLS=self.config.cols, STEP=LIST_STEP, warps=4, stages=1,
+            BLOCK_ROWS=self.config.rows, BLOCK_COLS=width, STEP=LIST_STEP, warps=4, stages=1,
         )  # fmt: skip
         return listed, counts
 

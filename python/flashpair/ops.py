@@ -36,7 +36,8 @@ def _schedule(impl: str, device: torch.device) -> Any:
     """The module that runs `impl` there, imported when first needed: Triton's JIT reads its settings on import."""
     if impl in ("tiled", "screened") and device.type == "cpu":
         return tiled if impl == "tiled" else screened
-    return importlib.import_module(".blocked" if impl == "tiled" else ".fused", __package__)
+    gpu = {"tiled": ".blocked", "fused": ".fused", "screened": ".sifted"}
+    return importlib.import_module(gpu[impl], __package__)
 
 
 def _row_reduce(  # type: ignore[no-untyped-def]

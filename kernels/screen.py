@@ -1,0 +1,217 @@
+"""The int8 screen: which pairs a mining window may let through, proved from quantised rows.
+
+    x_i = s_i q_i + r_i,   e_i >= |r_i|,   N_i >= max(|x_i|, |s_i q_i|)
+    |x_i.y_j - s_i s_j q_i.q_j| = |s_i q_i.r_j + r_i.y_j| <= N_i e_j + e_i N_j      (Cauchy-Schwarz)
+
+A pair is dead where the estimate, moved by that bound, is still outside of the window; NaN and inf are alive. Every
+rounding is folded into e: a sum of D products in float32, in any order, errs by at most D 2^-24 |x||y| to first order,
+the estimate and the comparison by a few units of 2^-24 of |x||y| and of the bound itself, and e takes in
+(D + 64) 2^-23 N, which gives each pair (D + 64) 2^-22 N_i N_j. Sums that make e and N err by a share of D 2^-24, and
+are widened by more. What underflows is under TINY in e and N, or under the 1e-28 that windows are widened by.
+Euclidean distances: z < u where h = x.y - |x|^2 / 2 - |y|^2 / 2 > -u^2 / 2. 64 2^-24 (|x|^2 + |y|^2) / 2 more cover
+their roundings, and those that count as 0.
+
+Never stored: estimates, masks. Survivors go to the list of the program that found them, in order; a tile with too many,
+or for which the list has no room, is marked as dense and left to the kernels of all pairs. No atomics.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .tile import INF
+
+TINY: tl.constexpr = tl.constexpr(1e-36)
+ULP: tl.constexpr = tl.constexpr(2.0**-23)
+WORD: tl.constexpr = tl.constexpr(32)
+
+
+class Quantised(NamedTuple):
+    """Rows as int8, and what bounds their rounding."""
+
+    q: Any  # (N, width) int8: zeros from D on
+    step: Any  # (N,) float32: s
+    error: Any  # (N,) float32: e
+    norm: Any  # (N,) float32: N
+    half: Any = None  # (N,) float32: |x|^2 / 2, for Euclidean distances
+
+
+class Window(NamedTuple):
+    """Outside of which a pair of row i is dead, (N,) float32, moved outward; None where there is no such side."""
+
+    lower: Any = None
+    upper: Any = None
+
+
+@triton.jit
+def quantise(
+    x, q, step, error, norm, n, d, width, ROWS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Rows of x (N, D) as `Quantised`. Squares are of numbers around 1, so that none is lost."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    source = x + rows.to(tl.int64)[:, None] * d
+    target = q + rows.to(tl.int64)[:, None] * width
+    largest = tl.zeros((ROWS,), ACC)
+    for start in range(0, d, STEP):
+        column = start + tl.arange(0, STEP)[None, :]
+        part = tl.load(source + column, mask=inside[:, None] & (column < d), other=0.0).to(ACC)
+        largest = tl.maximum(largest, tl.max(tl.abs(part), 1))
+    unit = tl.maximum(largest, 1e-30)
+    s = tl.where(largest > 1e-30, unit / 127.0, 0.0).to(tl.float32)
+    some = s > 0.0
+    wide = s.to(ACC)
+    inverse = tl.where(some, 1.0 / tl.where(some, wide, 1.0), 0.0)
+    whole, rest, held = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
+    for start in range(0, width, STEP):
+        column = start + tl.arange(0, STEP)[None, :]
+        part = tl.load(source + column, mask=inside[:, None] & (column < d), other=0.0).to(ACC)
+        near = tl.floor(part * inverse[:, None] + 0.5)
+        near = tl.where(near == near, tl.minimum(tl.maximum(near, -127.0), 127.0), 0.0)
+        left = (part - near * wide[:, None]) / unit[:, None]
+        part = part / unit[:, None]
+        whole += tl.sum(part * part, 1)
+        rest += tl.sum(left * left, 1)
+        held += tl.sum(near * near, 1)
+        tl.store(target + column, near.to(tl.int32).to(tl.int8), mask=inside[:, None] & (column < width))
+    more = 1.0 + 1.0 / 1024 + d * ULP
+    most = tl.maximum(unit * tl.sqrt(whole), wide * tl.sqrt(held)) * more + TINY
+    far = unit * tl.sqrt(rest) * more + (d + 64) * ULP * most + TINY
+    far = tl.where(whole - whole == 0.0, far, float("nan"))  # a maximum may drop a NaN
+    tl.store(step + rows, s, mask=inside)
+    tl.store(error + rows, far.to(tl.float32), mask=inside)
+    tl.store(norm + rows, most.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def population(word):
+    """The number of bits that are set in each uint32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def possible(low, high, window, lower, upper, best, masked, BEST: tl.constexpr):
+    """(R, C): the pairs with low <= h <= high that may count for their row, and the best h proved in a row so far.
+
+    BEST: 1 where only the highest h of the window is wanted, -1 the lowest, 0 all. masked: not all pairs count.
+    """
+    dead = tl.zeros((low.shape[0], low.shape[1]), tl.int1)
+    if BEST != 0:
+        sure = (low == low) & (masked == 0)
+        if window.lower is not None:
+            sure = sure & (low > (lower + tl.abs(lower) * (8 * ULP) + 4e-28)[:, None])
+        if window.upper is not None:
+            sure = sure & (high < (upper - tl.abs(upper) * (8 * ULP) - 4e-28)[:, None])
+        if BEST == 1:
+            best = tl.maximum(best, tl.max(tl.where(sure, low, -INF), 1))
+            dead = high < best[:, None]
+        else:
+            best = tl.minimum(best, tl.min(tl.where(sure, high, INF), 1))
+            dead = low > best[:, None]
+    if window.lower is not None:
+        dead = dead | (high <= lower[:, None])
+    if window.upper is not None:
+        dead = dead | (low >= upper[:, None])
+    return dead == 0, best
+
+
+@triton.jit
+def side(window, rows):
+    lower, upper = tl.zeros(rows.shape, tl.float32), tl.zeros(rows.shape, tl.float32)
+    if window.lower is not None:
+        lower = tl.load(window.lower + rows)
+    if window.upper is not None:
+        upper = tl.load(window.upper + rows)
+    return lower, upper
+
+
+@triton.jit
+def screen(
+    x, y, a, b, dense, found, end, m, width, dense_stride, room, most,
+    BEST_A: tl.constexpr, BEST_B: tl.constexpr, TWO: tl.constexpr, ONE_CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Lists the pairs of whole blocks of rows and columns that windows a or b (TWO) may let through.
+
+    Grid: (whole row blocks, splits of the columns). x, y: `Quantised`; a, b: `Window`. dense (row blocks, column
+    blocks) int8: 1 on entry where a block is not to be listed, and on return where a tile had over `most`, or no room;
+    what its other tiles have listed is to be dropped. found (row blocks, splits, room) int64: row << 32 | column of
+    each survivor, from the front.
+    """
+    block, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    limit = m
+    if end is not None:
+        limit = tl.minimum(tl.load(end).to(tl.int32), m)
+    blocks = limit // BLOCK
+    share = tl.cdiv(blocks, tl.num_programs(1))
+    first = tl.minimum(split * share, blocks)
+    last = tl.minimum(first + share, blocks)
+
+    chunk = tl.arange(0, BLOCK_K)
+    x_at = x.q + rows.to(tl.int64)[:, None] * width + chunk[None, :]
+    x_tile = 0
+    if ONE_CHUNK:
+        x_tile = tl.load(x_at)
+    step, error, norm = tl.load(x.step + rows), tl.load(x.error + rows), tl.load(x.norm + rows)
+    half = 0.0
+    if x.half is not None:
+        half = tl.load(x.half + rows)
+    lower_a, upper_a = side(a, rows)
+    lower_b, upper_b = side(b, rows)
+    best_a = tl.full((BLOCK,), -INF if BEST_A == 1 else INF, tl.float32)
+    best_b = tl.full((BLOCK,), -INF if BEST_B == 1 else INF, tl.float32)
+
+    parts: tl.constexpr = BLOCK // BLOCK_COLS
+    words: tl.constexpr = BLOCK_COLS // WORD
+    place = tl.arange(0, BLOCK * words)
+    key = (tl.program_id(0) * BLOCK + place // words).to(tl.int64) << 32
+    base = found + (block * tl.num_programs(1) + split) * room
+    listed, masked = room * 0, room * 0
+    for tile in range(first * parts, last * parts):
+        cols = tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        y_at = y.q + cols.to(tl.int64)[:, None] * width + chunk[None, :]
+        product = tl.zeros((BLOCK, BLOCK_COLS), tl.int32)
+        if ONE_CHUNK:
+            product = tl.dot(x_tile, tl.trans(tl.load(y_at)), product, out_dtype=tl.int32)
+        else:
+            for start in range(0, width, BLOCK_K):
+                left, right = tl.load(x_at + start), tl.load(y_at + start)
+                product = tl.dot(left, tl.trans(right), product, out_dtype=tl.int32)
+        own_step, own_error, own_norm = tl.load(y.step + cols), tl.load(y.error + cols), tl.load(y.norm + cols)
+        known = tl.load(dense + block * dense_stride + tile // parts).to(tl.int32)
+        masked = tl.where(tile % parts == 0, known, masked)
+        h = product.to(tl.float32) * (step[:, None] * own_step[None, :])
+        bound = norm[:, None] * own_error[None, :] + error[:, None] * own_norm[None, :]
+        if x.half is not None:
+            squares = half[:, None] + tl.load(y.half + cols)[None, :]
+            h -= squares
+            bound += squares * (32 * ULP)
+        low, high = h - bound, h + bound
+        alive, best_a = possible(low, high, a, lower_a, upper_a, best_a, masked, BEST_A)
+        if TWO:
+            also, best_b = possible(low, high, b, lower_b, upper_b, best_b, masked, BEST_B)
+            alive = alive | also
+        # As 32 bits a word: what follows is of a thirty-second of the tile.
+        bits = tl.reshape(alive.to(tl.int32), (BLOCK, words, WORD)) << tl.arange(0, WORD)[None, None, :]
+        word = tl.reshape(tl.sum(bits, 2), (BLOCK * words,)).to(tl.uint32, bitcast=True)
+        each = population(word)
+        count = tl.where(masked == 0, tl.sum(each, 0), 0)
+        if count > 0:
+            if (count <= most) & (listed + count <= room):
+                at = base + listed + tl.cumsum(each, 0) - each
+                first_column = tile * BLOCK_COLS + (place % words) * WORD
+                for _ in range(0, tl.max(each, 0)):
+                    others = word & (word - 1)
+                    column = first_column + population((word ^ others) - 1)
+                    tl.store(at, key | column.to(tl.int64), mask=word != 0)
+                    at += 1
+                    word = others
+                listed += count
+            else:
+                masked = masked * 0 + 1
+                tl.store(dense + block * dense_stride + tile // parts, 1)
