@@ -51,7 +51,7 @@ tests() {
     local workers=()
     $python -c 'import xdist' 2>/dev/null && workers=(-n 8)
     $python -m pytest -q -o addopts=--strict-markers -p no:cacheprovider "${workers[@]}" -m gpu \
-        tests/test_gpu.py tests/test_gpu_onchip.py
+        tests/test_gpu.py tests/test_gpu_onchip.py tests/test_gpu_sifted.py
 }
 
 sanitizer() {

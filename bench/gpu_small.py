@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from flashpair.check import CRITERIA, batch
+from flashpair.check import CRITERIA, batch, refusal
 from flashpair.dispatch import obstacles
 
 NAMES = (
@@ -25,10 +25,10 @@ def main(names: tuple[str, ...]) -> None:
         x, labels = (t.cuda() for t in batch(200, 72, 4, dtype))
         y, ref_labels = (t.cuda() for t in batch(150, 72, 4, dtype, seed=1))
         for name in names:
-            for impl in ("fused", "tiled", "onchip"):
-                criterion = CRITERIA[name](impl=impl)
-                if impl == "onchip" and (criterion.row_formula() is None or obstacles(impl, x.device)):
+            for impl in ("fused", "tiled", "screened", "onchip"):
+                if obstacles(impl, x.device) or refusal(name, impl, "cuda"):
                     continue
+                criterion = CRITERIA[name](impl=impl)
                 criterion(x.requires_grad_(), labels).backward()
                 if criterion.takes_references:
                     criterion(x, labels, ref_emb=y.requires_grad_(), ref_labels=ref_labels).backward()

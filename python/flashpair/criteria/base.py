@@ -39,7 +39,8 @@ class Criterion(nn.Module):
         normalize: L2-normalise embeddings (and references) first; a zero row stays zero.
         reduction: ``"mean"`` (over the loss's own count, see the class), ``"sum"``, ``"none"`` (N,), ``"mean_valid"``
             (over rows that have a loss) or ``"nonzero"`` (over row losses above 0). An average over nothing is 0.
-        impl: ``"auto"``, ``"reference"``, ``"tiled"``, ``"fused"`` or ``"onchip"``; an explicit one never falls back.
+        impl: ``"auto"``, or one of ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"``, ``"onchip"``, which never
+            falls back.
 
     Raises:
         TypeError, ValueError: arguments out of their range, named, before any work.
