@@ -133,7 +133,7 @@ def _cell(record: dict[str, Any] | None, share: bool) -> str:
 
 
 def markdown(document: Document) -> str:
-    """One row a size (or share of live pairs), one column a variant: median time (of the floor's speed), peak memory."""
+    """One row a size (or share of live pairs), one column a variant: median time, peak memory."""
     options = Options.of(document["options"])
     names = [v for v in variants_of(document) if v not in FLOORS]
     names += [v for v in variants_of(document) if v not in names]

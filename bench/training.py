@@ -101,7 +101,7 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
     """Trains for so many steps and measures at about `count` of them."""
     case = Case(replace(options, per_class=training.per_class), training.n, training.d)
     logged = logged_steps(steps, count)
-    every = max(1, (len(logged) - 1) // (PEER_POINTS - 1))
+    with_peer = {logged[round(k * (len(logged) - 1) / (PEER_POINTS - 1))] for k in range(PEER_POINTS)}
     progress.doing(f"{training.title}: {PEER} in a process of its own")
     peer = guard.probe(case, PEER)
     if not peer.ok:
@@ -115,9 +115,8 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
         embeddings = training.net(inputs)
         loss = criterion(embeddings, labels)
         if step in logged:
-            place = logged.index(step)
-            timed = peer.ok and (place % every == 0 or step == steps)
-            found = measure(case, embeddings, labels, (*OURS, PEER) if timed else OURS)
+            variants = (*OURS, PEER) if peer.ok and step in with_peer else OURS
+            found = measure(case, embeddings, labels, variants)
             points.append({"step": step, "loss": loss.item(), **found})
             progress.say(f"{training.title}: {training_report.told(points[-1])}")
         if step < steps:
@@ -163,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=400, help="of either training (400)")
     p.add_argument("--logged", type=int, default=30, metavar="COUNT", help="steps to measure at, about (30)")
     p.add_argument("--batch", type=int, default=4096, metavar="N", help="of the synthetic training (4096)")
-    add_common(p, Options(1, 1, warmup=0, time_limit=5.0))
+    add_common(p, Options(1, 1, warmup=0, time_limit=10.0))
     p.add_argument("--plot", type=Path, metavar="FILE.json", help="only redraw the PNG beside this file")
     return p
 
