@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -77,13 +77,14 @@ def _panel(axes: Axes, run: Record) -> Axes:
         )
     right = axes.twinx()
     alive = [p for p in run["points"] if p["live_share"] > 0]
-    label = {"label": "live pairs (right axis)"}
-    right.plot([p["step"] for p in alive], [p["live_share"] for p in alive], color=PALE, lw=0.9, ls="--", **label)
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
-    for ax in (axes, right):
-        ax.set_yscale("log")
-        ax.tick_params(which="both", length=0, labelsize=9, labelcolor=INK if ax is axes else PALE)
+    at, shares = [p["step"] for p in alive], [p["live_share"] for p in alive]
+    right.plot(at, shares, color=PALE, lw=0.9, ls="--", label="live pairs (right axis)")
+    for ax, show, colour in ((axes, duration, INK), (right, percent, PALE)):
+        ax.set_yscale("log")  # replaces locators and formatters
+        ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _, show=show: show(value)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.tick_params(which="both", length=0, labelsize=9, labelcolor=colour)
         ax.spines[:].set_visible(False)
     axes.grid(color=GRID, lw=0.8)
     axes.set_xlabel("training step", fontsize=9, color=INK)
