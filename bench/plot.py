@@ -123,7 +123,7 @@ def _over_shares(cases: list[dict[str, Any]]) -> Abscissa:
 def _axes(axes: Axes, what: str, along: Abscissa, values: list[float]) -> None:
     show = duration if what == "time" else size
     low, high = min(values, default=1.0) / 1.5, max(values, default=10.0) * 1.5
-    axes.set(xscale="log", yscale="log", ylim=(low, high), xlim=along.ends)
+    axes.set(xscale="log", yscale="log", ylim=(low, high))
     axes.set_xticks(list(along.ticks), list(along.ticks.values()))
     axes.set_xlim(along.ends)
     axes.xaxis.set_minor_locator(NullLocator())
