@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from . import plot, report, suite
@@ -48,24 +48,14 @@ def find_noise(case: Case, share: float) -> Case:
 
 
 def cases(options: Options, shares: tuple[float, ...]) -> list[tuple[float | None, Case]]:
-    """Ascending shares, then None for random data: of each width and size."""
+    """Of each width and size the shares, ascending, then None for random data; between these ends none of ONCE."""
+    between = replace(options, variants=tuple(v for v in options.variants if v not in ONCE))
     found: list[tuple[float | None, Case]] = []
     for d in options.dims:
         for n in options.sizes:
-            case = Case(options, n, d)
-            found += [(share, find_noise(case, share)) for share in shares]
-            found.append((None, case._replace(options=replace(options, data="random"))))
+            found += [(s, find_noise(Case(options if s == shares[0] else between, n, d), s)) for s in shares]
+            found.append((None, Case(replace(options, data="random"), n, d)))
     return found
-
-
-def _thinned(points: list[tuple[float | None, Case]]) -> Iterator[tuple[float | None, Case]]:
-    """Without the variants of ONCE but for the ends of each sweep."""
-    lowest = min(share for share, _ in points if share is not None)
-    for share, case in points:
-        if share not in (lowest, None):
-            variants = tuple(v for v in case.options.variants if v not in ONCE)
-            case = case._replace(options=replace(case.options, variants=variants))
-        yield share, case
 
 
 def run(
@@ -74,8 +64,8 @@ def run(
     progress: Progress,
     save: Callable[[Document], object] = lambda document: None,
 ) -> Document:
-    """As suite.run, with `shares` beside the options, and in each case its data, noise and the share asked for."""
-    points = list(_thinned(cases(options, shares)))
+    """As suite.run, with `shares` (ascending) beside the options, and each case's data, noise and share asked for."""
+    points = cases(options, shares)
     document = suite.new_document(options)
     document.update(kind="live", shares=list(shares))
     progress.start(sum(2 * len(case.options.variants) for _, case in points))

@@ -33,7 +33,7 @@ def probed(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def steep(case, **kwargs):
+def steep(case):
     """The right loss with a gradient that is 1 % too large."""
 
     def call(x, labels):
