@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .options import Options
 
-INTRINSIC = 8  # dimensions that class centres spread over: with many more, mining leaves nothing at all
-NOISE = 0.2
 SAMPLED_ROWS = 1024
 
 
@@ -67,14 +65,14 @@ def make_batch(case: Case) -> Batch:
     """Scaled by D^(-1/4), so that dot products are of order 1 where a loss does not normalise."""
     options, k, d = case.options, case.classes, case.d
     generator = torch.Generator().manual_seed(options.seed)
-    basis = torch.randn(INTRINSIC, d, generator=generator) / INTRINSIC**0.5
-    centres = torch.randn(k, INTRINSIC, generator=generator) @ basis
+    basis = torch.randn(options.intrinsic, d, generator=generator) / options.intrinsic**0.5
+    centres = torch.randn(k, options.intrinsic, generator=generator) @ basis
 
     def rows(count: int) -> tuple[Tensor, Tensor]:
         labels = (torch.arange(count) % k)[torch.randperm(count, generator=generator)]
         x = torch.randn(count, d, generator=generator)
         if options.data == "trained":
-            x = x.mul_(NOISE).add_(centres[labels])
+            x = x.mul_(options.noise).add_(centres[labels])
         return x.mul_(d**-0.25).to(options.device, options.torch_dtype), labels.to(options.device)
 
     x, labels = rows(case.n)

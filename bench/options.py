@@ -22,7 +22,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEVICES = ("cpu", "cuda")
 PHASES = ("step", "forward", "host", "device")
 VARIANTS = ("flashpair", "reference", "compiled", "pytorch-metric-learning", "floor", "flex-attention", "inf-cl")
-VARIANTS += ("flashpair-onchip", "flashpair-fused", "flashpair-tiled", "compiled-max-autotune")
+VARIANTS += ("flashpair-onchip", "flashpair-fused", "flashpair-tiled", "flashpair-screened", "compiled-max-autotune")
 DEFAULT = VARIANTS[:5]
 FLOORS = FLOOR, FLOOR_TWO = "floor", "floor (two products)"
 GB = 10**9
@@ -38,6 +38,8 @@ class Options:
         loss: one of LOSSES. sizes: batch sizes N, ascending. dims: embedding widths D.
         per_class: samples of a class.
         data: ``"random"``, or ``"trained"``: tight classes, so that mining leaves few pairs.
+        noise: of trained data: standard deviation of a coordinate within a class, where that of centres is 1.
+        intrinsic: dimensions that the centres of trained data spread over: the more, the fewer pairs live.
         device: ``"cpu"``, or ``"cuda"`` for the current GPU. dtype: of the embeddings.
         phase: ``"step"``, forward and backward; ``"forward"``, with all that a backward needs; on a GPU also the step's
             time ``"host"`` (launching it, while the GPU is busy) and ``"device"`` (running what was launched before).
@@ -55,6 +57,8 @@ class Options:
     dims: tuple[int, ...] = (128,)
     per_class: int = 4
     data: str = "random"
+    noise: float = 0.2
+    intrinsic: int = 8
     dtype: str = "float32"
     device: str = "cpu"
     phase: str = "step"
@@ -70,6 +74,8 @@ class Options:
             raise ValueError(f"sizes must be at least 4 and dims at least 1, got {self.sizes} and {self.dims}")
         if self.per_class < 2 or self.repeats < 1 or self.warmup < 0 or self.threads < 1:
             raise ValueError("per-class must be at least 2, repeats and threads at least 1, warmup at least 0")
+        if not self.noise > 0 or self.intrinsic < 1:
+            raise ValueError(f"noise must be above 0 and intrinsic at least 1, got {self.noise} and {self.intrinsic}")
         if self.memory_limit <= 0 or self.time_limit <= 0:
             raise ValueError("memory-limit and time-limit must be above 0")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from .units import duration, size, span
 Document = dict[str, Any]
 GROWN = 1024  # under this N, what is constant hides how things grow
 BUSY = 0.2  # cores that others may use before times are doubtful
-NARROWEST = 110  # columns under which rich would cut numbers off
+NARROWEST = 124  # columns under which rich would cut numbers off
 
 
 def stem(document: Document) -> str:
@@ -27,7 +27,7 @@ def stem(document: Document) -> str:
     when = document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
     where = "-cuda" if o.get("device") == "cuda" else ""
     where += "" if o.get("phase", "step") == "step" else f"-{o['phase']}"
-    return f"{o['loss']}-{o['data']}-{o['dtype']}{against}{where}-{when}"
+    return f"{o['loss']}-{document.get('kind', o['data'])}-{o['dtype']}{against}{where}-{when}"
 
 
 def write(document: Document, folder: Path) -> Path:
@@ -41,6 +41,11 @@ def read(path: Path) -> Document:
     return json.loads(path.read_text())
 
 
+def is_sweep(document: Document) -> bool:
+    """Whether its cases differ in the share of live pairs (live.py), not in size alone."""
+    return document.get("kind") == "live"
+
+
 def variants_of(document: Document) -> list[str]:
     names: dict[str, None] = {}
     for case in document["cases"]:
@@ -48,7 +53,7 @@ def variants_of(document: Document) -> list[str]:
     return list(names)
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
     return f"{100 * fraction:.3g} %" if fraction < 9.995 else f"{100 * fraction:,.0f} %"
 
 
@@ -68,6 +73,12 @@ def growth(document: Document, variant: str, d: int) -> dict[str, float]:
     return {k: math.log(v / u) / math.log(n1 / n0) for k, (u, v) in pairs.items() if u > 0 and v > 0}
 
 
+def _live(case: dict[str, Any]) -> str:
+    """The share of negatives that mining keeps, of a loss that mines."""
+    share = case["live_share_of_negatives"]
+    return "" if share is None else percent(share)
+
+
 def print_table(document: Document, console: Console | None = None) -> None:
     console = console or Console()
     console.width = max(console.width, NARROWEST)
@@ -75,12 +86,13 @@ def print_table(document: Document, console: Console | None = None) -> None:
     table = Table(title=options.title, title_justify="left", pad_edge=False)
     table.add_column("N", justify="right", no_wrap=True)
     table.add_column("D", justify="right", no_wrap=True)
+    table.add_column("live", justify="right", no_wrap=True)
     table.add_column("variant")
     for name in ("median", "quartiles", "of floor", "memory", "/ (N+M) D", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for case in document["cases"]:
         for row, (variant, r) in enumerate(case["variants"].items()):
-            label = [f"{case['n']:,}", str(case["d"])] if row == 0 else ["", ""]
+            label = [f"{case['n']:,}", str(case["d"]), _live(case)] if row == 0 else ["", "", ""]
             style = "bold" if variant == "flashpair" else None
             if r["status"] != "ok":
                 since = f" since N = {r['since_n']:,}" if r.get("since_n") else ""
@@ -89,7 +101,7 @@ def print_table(document: Document, console: Console | None = None) -> None:
             t, m = r["seconds"], r.get("memory")
             table.add_row(
                 *label, escape(variant), duration(t["median"]), span(t["q1"], t["q3"]),
-                _percent(r["fraction_of_floor"]) if "fraction_of_floor" in r else "",
+                percent(r["fraction_of_floor"]) if "fraction_of_floor" in r else "",
                 size(m["peak_extra"]) if m else "", f"{m['over_linear']:.3g}x" if m else "",
                 f"{r['check']['gradient_error']:.0e}" if "check" in r else "", style=style,
             )  # fmt: skip
@@ -114,23 +126,25 @@ def _cell(record: dict[str, Any] | None, share: bool) -> str:
         return {"not_there": "not there", "wrong": "wrong"}.get(record["status"], record["words"])
     parts = [duration(record["seconds"]["median"])]
     if share and "fraction_of_floor" in record:
-        parts[0] += f" ({_percent(record['fraction_of_floor'])})"
+        parts[0] += f" ({percent(record['fraction_of_floor'])})"
     if "memory" in record:
         parts.append(size(record["memory"]["peak_extra"]))
     return ", ".join(parts)
 
 
 def markdown(document: Document) -> str:
-    """One row a size, one column a variant: median time (share of the floor), peak extra memory."""
+    """One row a size (or share of live pairs), one column a variant: median time, peak memory."""
     options = Options.of(document["options"])
     names = [v for v in variants_of(document) if v not in FLOORS]
     names += [v for v in variants_of(document) if v not in names]
     many = len(options.dims) > 1
-    head = ["N", *(["D"] if many else []), *names]
+    head = ["N", *(["D"] if many else []), *(["live"] if is_sweep(document) else []), *names]
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
     for case in document["cases"]:
         cells = [_cell(case["variants"].get(v), v == "flashpair") for v in names]
-        lines.append("| " + " | ".join([f"{case['n']:,}", *([str(case["d"])] if many else []), *cells]) + " |")
+        label = [f"{case['n']:,}", *([str(case["d"])] if many else [])]
+        label += [_live(case)] if is_sweep(document) else []
+        lines.append("| " + " | ".join([*label, *cells]) + " |")
     width = "" if many else f", D = {options.dims[0]}"
     what = "Median time (share of the floor's speed), peak memory beyond inputs and gradient."
     note = f"{options.title}{width}. {what}"

@@ -155,9 +155,9 @@ def run_case(case: Case, earlier: dict[str, Record], progress: Progress) -> Reco
     }  # fmt: skip
 
 
-def run(options: Options, progress: Progress, save: Callable[[Record], object] = lambda document: None) -> Record:
-    """The document that becomes the JSON; `save` gets it after each size, in case of an interruption."""
-    document: Record = {
+def new_document(options: Options) -> Record:
+    """What becomes the JSON, before its first case."""
+    return {
         "what": "flashpair bench: one training step (forward and backward)",
         "units": "seconds; bytes; peak_extra: beyond inputs and gradient; over_linear: peak_extra in copies "
         "of the (N + M) D embeddings; fraction_of_floor: the floor's median / this median; tflops_of_floor: 10^12 "
@@ -166,6 +166,11 @@ def run(options: Options, progress: Progress, save: Callable[[Record], object] =
         "options": asdict(options),
         "cases": [],
     }
+
+
+def run(options: Options, progress: Progress, save: Callable[[Record], object] = lambda document: None) -> Record:
+    """The whole document; `save` gets it after each size, in case of an interruption."""
+    document = new_document(options)
     progress.start(2 * len(options.dims) * len(options.sizes) * len(_names(options)))
     for d in options.dims:
         earlier: dict[str, Record] = {}

@@ -146,6 +146,7 @@ REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
     "flashpair-onchip": partial(criterion, impl="onchip"),
     "flashpair-fused": partial(criterion, impl="fused"),
     "flashpair-tiled": partial(criterion, impl="tiled"),
+    "flashpair-screened": partial(criterion, impl="screened"),
     "compiled-max-autotune": partial(_compiled, mode="max-autotune"),  # with CUDA graphs
 }
 

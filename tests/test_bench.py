@@ -178,6 +178,26 @@ def test_right_is_accepted(loss, ref):
         assert verdict.rows_over == 0
 
 
+def test_rows_that_eager_moves_over_a_threshold_are_forgiven(monkeypatch):
+    """Twice as many as eager itself has over the bound, no more."""
+    case = case_of(data="trained")
+    batch, right = make_batch(case), check.criterion
+
+    def moved(case, impl, count=3):
+        def call(x, labels):
+            loss = right(case, "reference")(x, labels)
+            return loss if x.dtype == torch.float64 else loss + 0.1 * (x[:count].sum() - x[:count].sum().detach())
+
+        return call
+
+    monkeypatch.setattr(check, "criterion", moved)
+    monkeypatch.setattr(check.torch.Tensor, "quantile", lambda errors, q: errors.median())  # of 96, 99 % are 95
+    truth = check.find_truth(case, batch)
+    assert truth.forgiven == pytest.approx(2 * 3 / 96)
+    assert check.judge(training_step(moved(case, "", 6), batch), truth).right
+    assert not check.judge(training_step(moved(case, "", 7), batch), truth).right
+
+
 def test_wrong_is_not_timed(monkeypatch):
     """Through the whole of a case, with the probe taken as passed."""
     monkeypatch.setattr(suite.guard, "probe", lambda case, variant: guard.Probed("ok", seconds=0.0))
