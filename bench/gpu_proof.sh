@@ -71,6 +71,7 @@ benchmark() {
     local rc=0
     run() { $python -m bench --device cuda --repeats 5 --time-limit 8 --out "$out/bench" "$@" || rc=1; }
     run --dtype bfloat16 --dims 128,256 --sizes 8192,65536,131072 --variants flashpair,floor
+    run --dtype bfloat16 --data trained --sizes 8192,65536 --variants flashpair-screened,flashpair-fused,floor
     run --dtype bfloat16 --dims 128,256 --sizes 65536 --phase forward --variants flashpair,floor
     run --dtype bfloat16 --dims 512,768,1024 --sizes 65536 --variants flashpair,floor
     run --dtype float32 --dims 64,128 --sizes 8192,65536 --variants flashpair,floor
