@@ -17,8 +17,8 @@ struct LiveLists {
   Live<T> at(int64_t slot) const { return {entry + slot * capacity, z + slot * capacity, capacity}; }
 };
 
-// What screens did: tiles looked at, those computed whole after all, and of the others all pairs, those not proved dead,
-// and those that were listed for backward.
+// What screens did: tiles looked at, those computed whole after all, and of the others all pairs, those not proved
+// dead, and those that were listed for backward.
 struct Tally {
   std::atomic<int64_t> tiles{0}, whole{0}, pairs{0}, candidates{0}, live{0};
 };
