@@ -9,7 +9,7 @@ from helpers import batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashpair import nearest
+from flashpair import References, nearest
 
 pytestmark = needs_extension
 
@@ -47,6 +47,17 @@ def test_of_clustered_embeddings_in_many_tiles(unit, distance):
     assert torch.allclose(found.values, truth.values, rtol=1e-12)
 
 
+def test_twins_stand_by_index():
+    """Equal rows in blocks that are computed whole and in blocks that are listed."""
+    x, _ = batch(350, 33, 1, torch.float32)
+    found = nearest(torch.cat([x, x]), 6, impl="screened")
+    twins = found.values[:, 1:] == found.values[:, :-1]
+    assert twins.sum() > 1000
+    assert (found.indices[:, 1:] > found.indices[:, :-1])[twins].all()
+    for row in found.indices[found.values[:, 0] > found.values[:, 1]]:
+        assert (row[1:] % 350).unique().numel() <= 3, "a twin is never left out for a farther one"
+
+
 def test_same_bits_whatever_the_threads():
     x, _ = batch(3000, 64, 4, torch.float32)
     threads, first = torch.get_num_threads(), None
@@ -68,6 +79,12 @@ def test_what_is_not_finite_has_no_neighbours(impl):
     assert values.isnan().all() and (indices == -1).all()
 
 
+def test_of_references():
+    x, labels = batch(40, 4, 4, torch.float32)
+    found, truth = nearest(x[:9], 3, ref_emb=References(x, labels)), nearest(x[:9], 3, ref_emb=x)
+    assert torch.equal(found.indices, truth.indices)
+
+
 def test_what_cannot_be():
     x, _ = batch(10, 4, 2, torch.float32)
     for k in (10, -1, 2.0, True):
@@ -77,5 +94,7 @@ def test_what_cannot_be():
         nearest(x, 1, ref_emb=x[:, :2])
     with pytest.raises(ValueError, match="impl must be one of auto, screened, reference"):
         nearest(x, 1, impl="tiled")
+    with pytest.raises(RuntimeError, match="screened takes D up to 131,072"):
+        nearest(torch.zeros(3, 2**17 + 1), 1, impl="screened")
     with pytest.raises(RuntimeError, match="screened neighbours need a CPU"):
         nearest(x.to("meta"), 1, impl="screened")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from conftest import needs_extension
@@ -66,10 +71,14 @@ class Spy:
         return getattr(self.module, name)
 
 
+@pytest.mark.parametrize("integer", [torch.int64, torch.int32])
+@pytest.mark.parametrize("pairs", [-1, 1024**2], ids=["by rows", "whole"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_tensors_that_change_are_seen(impl):
+def test_tensors_that_change_are_seen(impl, pairs, integer, monkeypatch):
+    monkeypatch.setattr(dispatch, "WHOLE_PAIRS", pairs)
     x, labels = batch(60, 8, 4, torch.float32)
     y, ref_labels = batch(90, 8, 4, torch.float32, seed=1)
+    ref_labels = ref_labels.to(integer)
     bank = References(y, ref_labels)
     before = _step(x, labels, impl, ref_emb=bank)
     y[:30] = x[30:]
@@ -88,6 +97,41 @@ def test_every_criterion_takes_them(name):
     assert len(References(y, ref_labels)) == 90
     found = criterion(x, labels, ref_emb=References(y, ref_labels))
     assert torch.equal(found, criterion(x, labels, ref_emb=y, ref_labels=ref_labels))
+
+
+@needs_extension
+def test_other_labels_with_their_embeddings_are_not_theirs():
+    x, labels = batch(60, 8, 4, torch.float32)
+    y, ref_labels = batch(90, 8, 4, torch.float32, seed=1)
+    bank, other = References(y, ref_labels), ref_labels.flip(0)
+    truth = _step(x, labels, "screened", ref_emb=y, ref_labels=other)
+    found = _step(x, labels, "screened", ref_emb=bank.embeddings, ref_labels=other)
+    assert all(torch.equal(f, t) for f, t in zip(found, truth, strict=True))
+
+
+@needs_extension
+def test_evaluated_in_inference_mode_then_trained_copied_and_pickled():
+    x, labels = batch(60, 8, 4, torch.float32)
+    y, ref_labels = batch(90, 8, 4, torch.float32, seed=1)
+    truth = _step(x, labels, "screened", ref_emb=y, ref_labels=ref_labels)
+    with torch.inference_mode():
+        made = References(y.clone(), ref_labels.clone())
+        MultiSimilarityLoss(impl="screened")(x, labels, ref_emb=made)
+    for bank in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        found = _step(x, labels, "screened", ref_emb=bank)
+        assert all(torch.equal(f, t) for f, t in zip(found, truth, strict=True))
+
+
+def test_nothing_keeps_them_but_their_owner():
+    bank = References(*batch(90, 8, 4, torch.float32, seed=1))
+    row_reduce(*batch(60, 8, 4, torch.float32), Reduction("max", "negatives"), ref_emb=bank)
+    gone = weakref.ref(bank.embeddings)
+    gc.disable()
+    try:
+        del bank
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_what_they_cannot_be():

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import golden
 import numpy as np
@@ -17,13 +18,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashpair
-from flashpair import MultiSimilarityLoss, Reduction, dispatch, extension, make_pairs, row_reduce, screened, tiled
+from flashpair import (
+    Bound,
+    MultiSimilarityLoss,
+    Reduction,
+    dispatch,
+    extension,
+    make_pairs,
+    row_reduce,
+    screened,
+    tiled,
+)
 from flashpair.check import value_and_gradient
+from flashpair.criteria.mining import _mined
+from flashpair.ops import encode
+from flashpair.plan import make_plan
 
 pytestmark = needs_extension
 
 FORMS = [("logsumexp", "identity"), ("sum", "identity"), ("sum", "softplus"), ("sum", "hinge"), ("count", "identity")]
 FORMS += [("min", "identity"), ("max", "identity")]
+HIGHEST = Reduction("max", "negatives")
 MINED = ["MultiSimilarityLoss", "LiftedStructureStarLoss(epsilon=0.1)"]
 
 
@@ -236,6 +251,47 @@ def test_norms_near_the_ends_of_the_range(norm):
     assert torch.equal(found, truth)
 
 
+@pytest.mark.parametrize("side", ["lower", "upper"])
+def test_steps_whose_product_overflows(side):
+    """Rows of 3e37 against rows of 1e-6: similarities of 1e33 that float32 holds."""
+    x = batch(300, 128, 1, torch.float32)[0] * 1e-6
+    y = torch.zeros(1, 128)
+    y[0, 0] = 3e37 if side == "lower" else -3e37
+    x[:, 0] = x.abs().sum(1)
+    r = Reduction("count", "negatives", **{side: torch.tensor(1e25 if side == "lower" else -1e25)})
+    more = {"ref_emb": y, "ref_labels": torch.tensor([-1])}
+    found, truth = (row_reduce(x, torch.arange(300), r, impl=i, **more)[0] for i in ("screened", "reference"))
+    assert torch.equal(found, truth) and truth.sum() > 100
+
+
+def test_distances_whose_squares_overflow():
+    """Float32's squares of norms of 1e20 are infinite, and float64's are more than a screen in float32 can hold."""
+    x = torch.full((40, 4), 1e20)
+    x[20:] = 2e19
+    r = Reduction("count", "negatives", upper=torch.tensor(1.0))
+    found, truth = (
+        row_reduce(x, torch.arange(40), r, distance="euclidean", impl=impl)[0] for impl in ("screened", "reference")
+    )
+    assert torch.equal(found, truth)
+    x, y = torch.tensor([[0.2e19]], dtype=torch.float64), torch.tensor([[2.646e19]], dtype=torch.float64)
+    r = Reduction("count", "negatives", upper=torch.tensor(2.569e19, dtype=torch.float64))
+    more = {"ref_emb": y, "ref_labels": torch.tensor([1]), "distance": "euclidean"}
+    assert row_reduce(x, torch.tensor([0]), r, impl="screened", **more)[0].item() == 1
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-9])
+def test_halves_carry_their_rounding(norm):
+    """An anchor at nought: the distance is the reference's norm, and its square in float32 all there is to err."""
+    y = batch(400, 8, 1, torch.float64)[0]
+    x = torch.full((400, 8), norm, dtype=torch.float64)
+    distances = torch.cdist(x[:1], y)[0]
+    threshold = distances.sort().values[5] * (1 + torch.linspace(1e-9, 1e-6, 400, dtype=torch.float64))
+    r = Reduction("count", "negatives", upper=threshold)
+    more = {"ref_emb": y, "ref_labels": torch.arange(400) + 400, "distance": "euclidean", "impl": "screened"}
+    (found,) = row_reduce(x, torch.arange(400), r, **more)
+    assert torch.equal(found, (distances < threshold[:, None]).sum(1).double())
+
+
 def test_a_zero_threshold_and_tiny_rows():
     """Products that underflow to zero or to the least number above it: `z > 0` must not lose one."""
     x, labels = batch(260, 3, 1, torch.float32)
@@ -392,13 +448,35 @@ def test_the_oracle(case):
     assert (x.grad - golden.gradient(case)).abs().max().item() <= 1e-10
 
 
-def test_one_graph_and_opcheck():
-    x, labels = batch(300, 16, 4, torch.float32)
-    criterion = MultiSimilarityLoss(impl="screened")
+@pytest.mark.parametrize("impl", ["screened", "auto"])
+def test_one_graph(impl, monkeypatch, recwarn):
+    monkeypatch.setattr(screened, "WORTH_PAIRS", 1)
+    x, labels = batch(300, 32, 4, torch.float32)
+    criterion = MultiSimilarityLoss(impl=impl)
     truth = value_and_gradient(criterion, x, labels)
     compiled = torch.compile(criterion, fullgraph=True, dynamic=False)
     for f, t in zip(value_and_gradient(compiled, x, labels), truth, strict=True):
         assert torch.allclose(f, t, rtol=1e-5, atol=1e-8)
+    assert not [w for w in recwarn if "Dynamo" in str(w.message)]
+
+
+def test_opcheck():
+    x, labels = batch(300, 32, 4, torch.float32)
+    p = make_plan(labels)
+    spec = encode(_mined(2.0, 50.0, 0.1), (), "dot", "screened")
+    arguments = (x[p.order], None, p.lo, p.hi, None, p.ref_order, None, [], *spec, True)
+    torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_screening_counts_in_every_open_block_and_live_pairs_with_gradients():
+    x, labels = batch(600, 32, 4, torch.float32)
+    criterion = MultiSimilarityLoss(impl="screened")
+    with flashpair.screening() as outer, flashpair.screening() as inner:
+        criterion(x, labels)
+    assert outer.tiles == inner.tiles > 0 and math.isnan(outer.live_share)
+    with flashpair.screening() as seen:
+        criterion(x.requires_grad_(), labels)
+    assert seen.pairs >= seen.candidates >= seen.live
 
 
 @pytest.mark.parametrize(
@@ -408,6 +486,10 @@ def test_one_graph_and_opcheck():
         ([Reduction("min", "positives")], "over the negatives or all pairs"),
         ([Reduction("min", "negatives"), Reduction("max", "negatives")], "minima or maxima, not both"),
         ([Reduction("max", "all"), Reduction("max", "negatives")], "not both in one call"),
+        (
+            [HIGHEST, Reduction("count", "negatives", lower=Bound(HIGHEST))],
+            r"of the same pairs, as reductions\[1\] has",
+        ),
     ],
 )
 def test_a_call_that_cannot_be_screened_is_refused_with_its_reasons(reductions, words):

@@ -15,7 +15,7 @@ INLINE double root(double x) { return __builtin_sqrt(x); }
 template <class T>
 INLINE T distance(T product, T squares) {
   const T d2 = squares - 2 * product;
-  return d2 <= ZERO_DISTANCE<T> * squares ? T(0) : root(d2);
+  return d2 > ZERO_DISTANCE<T> * squares ? root(d2) : T(0);
 }
 
 template <class T>

@@ -102,8 +102,8 @@ struct Rounded {
     };
     each([&](int64_t, Vec<T> x) ALWAYS { most = maximum<T>(most, absolute<T>(x)); });
     const T highest = hmax<T>(most);
-    // Where float cannot hold a step: the row is its own rounding error.
-    const bool plain = highest > T(1e-30) && highest < T(1e38);
+    // Beyond, where products of steps could under- or overflow: the row is its own rounding error.
+    const bool plain = highest > T(1e-30) && highest < T(1e16);
     step = plain ? static_cast<float>(highest) / 127.0f : 0.0f;
     const T per_step = plain ? T(1) / static_cast<T>(step) : T(0);
     Vec<T> wholes{}, losts{};
@@ -138,6 +138,7 @@ void round_rows(const T* x, int64_t first, int64_t last, int64_t d, const T* squ
     to.norm[i] = up(norm);
     to.lost[i] = up(row.lost * (1 + 0x1p-10) + 2 * rounding * norm);
     to.half[i] = square ? static_cast<float>(square[i] / 2) : 0.0f;
+    if (!(to.half[i] < 3e38f)) to.lost[i] = INF<float>;  // nothing is proved of it
     if (DEPTH == 4) to.shift[i] = -128 * row.sum;
     int32_t* panel = to.panels.data() + i / PANEL * PANEL * to.groups + i % PANEL;
     for (int64_t g = 0; g < to.groups; ++g) memcpy(panel + g * PANEL, q.data() + g * DEPTH, sizeof *panel);

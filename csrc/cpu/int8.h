@@ -12,8 +12,7 @@
 
 namespace flashpair {
 
-constexpr int64_t PANEL = 16;            // rows that stand side by side, 32 bits of each in turn
-constexpr int64_t MOST_DEPTH = 1 << 17;  // coordinates, whose products fit 32 bits
+constexpr int64_t PANEL = 16;  // rows that stand side by side, 32 bits of each in turn
 
 // One side's rows, padded with zeros to whole panels.
 struct Int8Rows {

@@ -56,8 +56,7 @@ class Pass {
     std::vector<std::vector<T>> bounds;
     const bool is_finite = finite();
     std::optional<Sieve<T>> sieve;
-    if (screening.int8 && is_finite && !wide_ && d_ <= MOST_DEPTH)
-      sieve.emplace(screening, kernels_, p_, x_, y_, d_, grid_, threads);
+    if (screening.int8 && is_finite && !wide_) sieve.emplace(screening, kernels_, p_, x_, y_, d_, grid_, threads);
     for (int stage = 0, last = 0; stage <= last; ++stage) {
       auto with_state = [&](bool band) {
         std::vector<std::vector<Reduction<T>>> by_lane(lanes);

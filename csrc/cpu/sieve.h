@@ -17,8 +17,8 @@ struct LiveLists {
   Live<T> at(int64_t slot) const { return {entry + slot * capacity, z + slot * capacity, capacity}; }
 };
 
-// What screens did: tiles looked at, those computed whole after all, and of the others all pairs, those not proved
-// dead, and those that were listed for backward.
+// What screens did: tiles looked at, those computed whole after all, and of the others the pairs not proved dead; and
+// where pairs are listed for backward, all pairs of these and those listed.
 struct Tally {
   std::atomic<int64_t> tiles{0}, whole{0}, pairs{0}, candidates{0}, live{0};
 };
@@ -82,10 +82,10 @@ class Sieve {
       const int64_t kept = kernels_.keep_live(weighing_.data(), static_cast<int>(count), t, pairs, live.at(slot));
       if (kept < 0) return false;
       live.count[slot] = static_cast<int32_t>(kept);
-      tally_.live += kept;
+      tally_.live += kept, tally_.pairs += t.rows * t.cols;
     }
     for (const Reduction<T>& r : reductions) kernels_.reduce_listed(p_, r, t, pairs);
-    --tally_.whole, tally_.pairs += t.rows * t.cols, tally_.candidates += found;
+    --tally_.whole, tally_.candidates += found;
     return true;
   }
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from . import checks, extension, tiled
 from .dispatch import obstacles
 from .reduction import DISTANCES
+from .references import References
 from .schedule import Problem, address
+from .screened import MOST_DEPTH
 from .similarity import dense_pairs, normalize, upcast
 
 BLOCK_BYTES = 2**28  # of similarities that the reference sorts at a time
@@ -24,8 +26,8 @@ class Nearest(NamedTuple):
 
 
 def nearest(
-    embeddings: Tensor, k: int, *, ref_emb: Tensor | None = None, distance: str = "dot", unit: bool = False,
-    impl: str = "auto",
+    embeddings: Tensor, k: int, *, ref_emb: Tensor | References | None = None, distance: str = "dot",
+    unit: bool = False, impl: str = "auto",
 ) -> Nearest:  # fmt: skip
     """The k references of the highest similarity, or of the least distance, to each embedding; equal ones by index.
 
@@ -35,7 +37,7 @@ def nearest(
     Args:
         embeddings: (N, D), float16 to float64.
         k: how many; at most M, or N - 1 without `ref_emb`.
-        ref_emb: (M, D), or None: the embeddings themselves, of which none is its own neighbour.
+        ref_emb: (M, D), a tensor or References, or None: the embeddings themselves, of which none is its own neighbour.
         distance: ``"dot"`` or ``"euclidean"``.
         unit: L2-normalise rows first.
         impl: ``"auto"``, ``"screened"`` or ``"reference"``.
@@ -47,13 +49,15 @@ def nearest(
         TypeError, ValueError: bad arguments, named. RuntimeError: ``"screened"`` where it cannot run.
     """
     x = checks.embeddings(embeddings)
-    y = None if ref_emb is None else checks.references(ref_emb, x)
+    given = ref_emb.embeddings if isinstance(ref_emb, checks.Labelled) else ref_emb
+    y = None if given is None else checks.references(given, x)
     checks.word(distance, DISTANCES, "distance")
     checks.word(impl, ("auto", "screened", "reference"), "impl")
     m = x.shape[0] - 1 if y is None else y.shape[0]
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= max(m, 0):
         raise ValueError(f"k must be an integer from 0 to {max(m, 0)}, got {k!r}")
     reasons = obstacles("screened", x.device) if x.device.type == "cpu" else ["screened neighbours need a CPU"]
+    reasons += [f"screened takes D up to {MOST_DEPTH:,}"] if x.shape[1] > MOST_DEPTH else []
     if impl == "screened" and reasons:
         raise RuntimeError(f"impl='screened' cannot run: {'; '.join(reasons)}")
     with torch.no_grad():

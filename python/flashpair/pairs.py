@@ -98,9 +98,13 @@ class Pairs:
     def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
         """`impl`, or `screened` in place of `tiled` for a call that it speeds up and that nobody named `tiled` for."""
         if self.impl == "screened":
-            if reasons := screened.refusals(reductions):
+            if reasons := screened.refusals(reductions, self.x.shape[1]):
                 raise RuntimeError(f"impl='screened' cannot run: {'; '.join(reasons)}")
-        elif not self.named and screened.worthwhile(self.impl, self.x, self.refs) and not screened.refusals(reductions):
+        elif (
+            not self.named
+            and screened.worthwhile(self.impl, self.x, self.refs)
+            and not screened.refusals(reductions, self.x.shape[1])
+        ):
             return "screened"
         return self.impl
 
@@ -169,7 +173,7 @@ def checked_pairs(
 ) -> Pairs | ReferencePairs:
     """`make_pairs` of arguments that `checks.batch` has returned."""
     chosen = choose(impl, x, y)
-    kept = owner(y) if chosen != "reference" else None
+    kept = owner(y, ref_labels) if chosen != "reference" else None
     if kept is not None and y is not None:
         dtype = x.dtype if native(chosen, x, y) else accumulator(torch.promote_types(x.dtype, y.dtype))
         ordered = kept.ordered(dtype, normalize, chosen)

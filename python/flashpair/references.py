@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from . import checks
 from .rows import sorted_rows
+
+_OWNER, _ROUNDED = "_flashpair_references", "_flashpair_rounded"  # attributes of the tensors that are kept
 
 
 class Ordered(NamedTuple):
@@ -19,12 +22,20 @@ class Ordered(NamedTuple):
     rows: Tensor
 
 
+def _tracked(t: Tensor) -> Tensor:
+    """`t` without its graph; a copy of a tensor of inference mode, whose changes nobody counts."""
+    with torch.inference_mode(False):
+        return t.clone() if t.is_inference() else t.detach()
+
+
 class References(checks.Labelled):
     """Embeddings (M, D) with labels (M,), for many calls: ``criterion(x, labels, ref_emb=References(y, y_labels))``.
 
-    They stand where `ref_emb` does, and bring their own labels. What a call does to references alone (sorting them by
-    label, normalising them, rounding them to int8 for `screened`) is done at the first call and kept, in one more copy
-    and a quarter. Changing the tensors in place is seen, and it is done anew. No gradient reaches them.
+    They stand where `ref_emb` does, and bring their own labels. What a call does to references alone is done at the
+    first one and kept: a sorted copy, for each dtype and for normalised rows and plain ones apart, and for `screened`
+    on the CPU one in int8 (a quarter of float32; half without VNNI). Torch's own changes in place are seen, and all is
+    done anew; those through ``.data`` or NumPy are not, nor those of tensors made in inference mode, which are copied.
+    No gradient reaches references.
 
     Args:
         embeddings: (M, D), float16 to float64.
@@ -35,42 +46,53 @@ class References(checks.Labelled):
     """
 
     def __init__(self, embeddings: Tensor, labels: Tensor) -> None:
-        self.embeddings = checks.embeddings(embeddings, "ref_emb", "M, D").detach()
-        self.labels = checks.labels(labels, self.embeddings, "ref_labels", "M", "ref_emb")
-        self._source = labels
-        self._kept: dict[tuple[Any, ...], Ordered] = {}
-        self._versions = self._version()
-        self.embeddings.__dict__[_OWNER] = self
+        self.embeddings = _tracked(checks.embeddings(embeddings, "ref_emb", "M, D"))
+        checks.labels(labels, self.embeddings, "ref_labels", "M", "ref_emb")
+        self._source = _tracked(labels)
+        self._forget()
+        self.embeddings.__dict__[_OWNER] = weakref.ref(self)
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
 
-    def _version(self) -> tuple[int, int]:
-        return self.embeddings._version, self._source._version
+    def __reduce__(self) -> tuple[Any, ...]:
+        return References, (self.embeddings.clone(), self._source)
+
+    @property
+    def labels(self) -> Tensor:  # type: ignore[override]
+        """(M,) int64."""
+        self._refresh()
+        return self._labels
 
     def ordered(self, dtype: torch.dtype, unit: bool, impl: str) -> Ordered:
         """In the order of their labels, in that dtype, of unit norm if `unit`."""
-        if self._version() != self._versions:
-            self.labels = self._source.to(torch.int64)
-            self._kept.clear()
-            self._versions = self._version()
-        key = (dtype, unit, impl)
+        self._refresh()
+        key = (dtype, unit, impl == "fused")
         if key not in self._kept:
-            labels, order = torch.sort(self.labels, stable=True)
-            rows = sorted_rows(self.embeddings.to(dtype), order, unit=unit, impl=impl)
+            with torch.inference_mode(False), torch.no_grad():  # training may follow
+                labels, order = torch.sort(self._labels, stable=True)
+                rows = sorted_rows(self.embeddings.to(dtype), order, unit=unit, impl=impl)
             rows.__dict__[_ROUNDED] = {}
             self._kept[key] = Ordered(order, labels, rows)
         return self._kept[key]
 
+    def _refresh(self) -> None:
+        if (self.embeddings._version, self._source._version) != self._versions:
+            self._forget()
 
-_OWNER, _ROUNDED = "_flashpair_references", "_flashpair_rounded"  # attributes of the tensors that are kept
+    def _forget(self) -> None:
+        self._kept: dict[tuple[Any, ...], Ordered] = {}
+        self._versions = self.embeddings._version, self._source._version
+        with torch.inference_mode(False):
+            self._labels = self._source.to(torch.int64)
 
 
-def owner(y: Tensor | None) -> References | None:
-    """The References whose embeddings `y` are, if it is any's."""
+def owner(y: Tensor | None, labels: Tensor | None) -> References | None:
+    """The References whose embeddings and labels these are, if they are any's."""
     if y is None or torch.compiler.is_compiling():
         return None
-    return y.__dict__.get(_OWNER)
+    found = y.__dict__.get(_OWNER, lambda: None)()
+    return found if found is not None and found.labels is labels else None
 
 
 def rounded(rows: Tensor | None) -> dict[Any, Any] | None:

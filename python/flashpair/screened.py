@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from . import extension, tiled
-from .reduction import Reduction, bound_places
+from .reduction import Bound, Reduction, bound_places
 from .references import rounded
 from .schedule import Given, Like, Problem, Terms, address
 
 backward = tiled.backward
 # From where on `auto` screens: fewer pairs, or coordinates of a pair, and the products are not what costs.
 WORTH_PAIRS, WORTH_DEPTH = 1024**2, 32
+MOST_DEPTH = 2**17  # coordinates whose products fit 32 bits
 
 
 @dataclass
@@ -35,9 +36,9 @@ class Screening:
     Attributes:
         tiles: blocks of pairs that were screened.
         whole: of these, blocks in which too many pairs lived, so that they were computed whole after all.
-        pairs: all pairs of the other blocks,
-        candidates: of these, pairs that were not proved dead, and
-        live: pairs that the windows let through, of calls that need gradients.
+        candidates: pairs of the other blocks that were not proved dead.
+        pairs: in calls that need gradients, all pairs of the other blocks, and
+        live: those that the windows let through.
     """
 
     tiles: int = 0
@@ -48,18 +49,18 @@ class Screening:
 
     @property
     def live_share(self) -> float:
-        """Live pairs among those of the blocks that were not computed whole."""
-        return self.live / max(self.pairs, 1)
+        """Live pairs among `pairs`; NaN without any."""
+        return self.live / self.pairs if self.pairs else float("nan")
 
 
-_watching: contextvars.ContextVar[Screening | None] = contextvars.ContextVar("flashpair_screening", default=None)
+_watching: contextvars.ContextVar[tuple[Screening, ...]] = contextvars.ContextVar("flashpair_screening", default=())
 
 
 @contextlib.contextmanager
 def screening() -> Iterator[Screening]:
-    """Counts what is screened on the CPU within the block: ``with screening() as seen: criterion(x, labels)``."""
+    """Counts what this thread screens on the CPU: ``with screening() as seen: criterion(x, labels)``."""
     seen = Screening()
-    token = _watching.set(seen)
+    token = _watching.set((*_watching.get(), seen))
     try:
         yield seen
     finally:
@@ -68,20 +69,24 @@ def screening() -> Iterator[Screening]:
 
 def worthwhile(impl: str, x: Tensor, refs: Tensor) -> bool:
     """Whether `auto`, which has chosen `impl`, is to screen pairs of x (N, D) and refs (M, D) where it can."""
-    if (
-        impl != "tiled"
-        or x.device.type != "cpu"
-        or x.shape[0] * refs.shape[0] < WORTH_PAIRS
-        or x.shape[1] < WORTH_DEPTH
-    ):
+    (n, d), m = x.shape, refs.shape[0]
+    if impl != "tiled" or x.device.type != "cpu" or n * m < WORTH_PAIRS or not WORTH_DEPTH <= d <= MOST_DEPTH:
         return False
+    return _quick_products()
+
+
+def _quick_products() -> bool:
     return extension.instruction_set() != "baseline"
 
 
-def refusals(reductions: tuple[Reduction, ...]) -> list[str]:
-    """Why pairs of such a call cannot be screened; empty if they can."""
+# What torch.compiler.assume_constant_result sets, as in dispatch.py: the processor does not change.
+_quick_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def refusals(reductions: tuple[Reduction, ...], d: int) -> list[str]:
+    """Why pairs of such a call, of D coordinates, cannot be screened; empty if they can."""
     off_band = [(k, r) for k, r in enumerate(reductions) if r.side != "positives"]
-    found = []
+    found = [f"screened takes D up to {MOST_DEPTH:,}, got {d:,}"] if d > MOST_DEPTH else []
     if not off_band:
         return ["screened needs a reduction over the negatives or all pairs"]
     if len({r.side for _, r in off_band}) > 1:
@@ -91,6 +96,10 @@ def refusals(reductions: tuple[Reduction, ...]) -> list[str]:
     for k, r in off_band:
         if r.lower is None and r.upper is None and r.transform != "hinge" and r.op not in ("min", "max"):
             found.append(f"screened needs a mining window or a hinge, and reductions[{k}] ({r.op}) has none")
+        bounds = [b.of for b in (r.lower, r.upper) if isinstance(b, Bound)]
+        if any(of.side != "positives" for of in bounds):
+            # which pair attains an extreme may hang on the last bit, and lists and whole blocks add in their own order
+            found.append(f"screened takes no window bound to reductions of the same pairs, as reductions[{k}] has")
     depth: list[int] = []
     for places in bound_places(reductions):
         depth.append(1 + max(depth[of] if of >= 0 else -1 for of in places))
@@ -119,7 +128,7 @@ def _rounded(p: Problem) -> Any:
 
 def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tiled.Kept]:
     values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set(), _rounded(p))
-    if (seen := _watching.get()) is not None:
+    for seen in _watching.get():
         for name, count in zip(("tiles", "whole", "pairs", "candidates", "live"), tally, strict=True):
             setattr(seen, name, getattr(seen, name) + count)
     return values, kept

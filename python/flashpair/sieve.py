@@ -48,8 +48,9 @@ def plan(n: int, m: int, d: int, device: torch.device) -> tuple[configs.Screen, 
 
 def outward(bound: Tensor, sign: int) -> Tensor:
     """A bound (N,) in float32, moved down (-1) or up (1) by what its own rounding and underflow may hide."""
-    bound = bound.to(torch.float32)
-    return torch.where(bound.isfinite(), bound + sign * (bound.abs() * 2.0**-22 + 1e-28), bound)
+    near = bound.to(torch.float32)
+    moved = torch.where(near.isfinite(), near + sign * (near.abs() * 2.0**-22 + 1e-28), near)
+    return torch.where(near.isinf() & bound.isfinite(), torch.nan, moved)  # beyond float32: no bound
 
 
 def _tighter(which: Callable[[Tensor, Tensor], Tensor], bound: Tensor | None, edge: Tensor) -> Tensor:
