@@ -92,7 +92,7 @@ class Pass {
               if (!list || sifted) return;
               const int64_t slot = grid_.slot(place);
               Live<T> few = live.at(slot);
-              few.capacity = std::min(few.capacity, grid_.size * grid_.size / MOST_LISTED);
+              if (sieve) few.capacity /= SCREENED_TO_LISTED;
               live.count[slot] = static_cast<int32_t>(kernels_.list_live(p_, to_list, t, few));
             });
       for (int64_t k = 0; k < count; ++k)
@@ -182,7 +182,7 @@ class Pass {
   static constexpr int64_t NARROW_BAND_WORK = int64_t{1} << 27;  // multiply-adds
   static constexpr int64_t WIDE_BAND = 4;  // positives of over 1 / 4 of all pairs go over the grid, not the band
 
-  static constexpr int64_t MOST_LISTED = 64;  // of a tile computed whole, one in so many pairs at most
+  static constexpr int64_t SCREENED_TO_LISTED = 16;  // room for pairs of a screened tile, and of one computed whole
 
   bool over_band(const Reduction<T>& r) const { return r.side == POSITIVES && !wide_; }
 
