@@ -19,7 +19,7 @@ from . import extension
 from .schedule import POSITIVES, Given, Gradients, Like, Problem, Results, Terms, Whole, address
 
 LIVE_PAIRS_PER_ROW = 32
-SCREENED_PAIRS_PER_ROW = 512  # 16 (csrc/cpu/pass.h) times as many; 4 KB of float32 a row at most, of which only what is listed is ever touched
+SCREENED_PAIRS_PER_ROW = 512  # 16 (csrc/cpu/pass.h) times as many; 4 KB of float32 a row, touched as far as used
 INLINE_WORK = 2**25  # multiply-adds of a product under which waking threads costs more than it saves
 
 
