@@ -99,7 +99,7 @@ def ninja_rules(at, cxx, record, nvcc):
     yield f"build {at}/bindings.o: cxx {bindings}\n flags = {x86}"
     objects = [f"{at}/bindings.o"]
     for name, source, isas in (("kernels", kernels, ISA_FLAGS), ("int8", int8, INT8_FLAGS)):
-        for isa in isas.keys() & record["isas"]:
+        for isa in filter(record["isas"].__contains__, isas):
             objects.append(f"{at}/{name}_{isa}.o")
             yield f"build {objects[-1]}: cxx {source}\n flags = -DFLASHPAIR_ISA={isa} {isas[isa]}"
     yield f"build {at}/_C.so: link {' '.join(sorted(objects))}\n"

@@ -41,7 +41,7 @@ struct Int8Tile {
   bool both_ends;
 };
 
-// The pairs of a tile's row that are none of the side's: columns [lo, hi) of the references, and `self`, -1 for none.
+// The pairs of a tile's row that are none of the side's: columns [lo, hi) of the references, and the row's own.
 struct Excluded {
   const int64_t *lo, *hi;  // (N,) or null
   bool self;
