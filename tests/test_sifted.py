@@ -260,6 +260,14 @@ def test_rows_of_every_size(distance, dtype, found, monkeypatch):
             assert_same(f, e)
 
 
+@pytest.mark.parametrize("window", [{"lower": -1e50}, {"upper": 1e50}, {"lower": 1e50}, {"upper": -1e50}], ids=str)
+def test_windows_beyond_float32(window):
+    """Where the screen, in float32, has no such number: nothing is dead on its account."""
+    x, labels = _clusters(96, 8, 0.3)
+    big = {name: torch.tensor(value, dtype=torch.float64) for name, value in window.items()}
+    _compare(lambda: ([Reduction("count", "negatives", **big)], []), x * 1e26, labels)
+
+
 @pytest.mark.parametrize("op", ["min", "max"])
 @pytest.mark.parametrize("distance", ["dot", "euclidean"])
 def test_equal_extremes_send_their_gradient_to_the_lowest_index(op, distance):
