@@ -145,7 +145,7 @@ void round_rows(const T* x, int64_t first, int64_t last, int64_t d, const T* squ
   }
 }
 
-// One tile's sides, from its first row and column on.
+// Both sides' rows, and what the anchors want.
 struct Sides {
   const Int8Rows &x, &y;
   const Thresholds& window;
@@ -157,20 +157,15 @@ INLINE Int alive(const Sides& s, Int products, int64_t i, int64_t j) {
   const Float estimate = __builtin_convertvector(products, Float) * load(s.y.step.data() + j) * s.x.step[i];
   const Float bound = load(s.y.lost.data() + j) * s.x.norm[i] + load(s.y.norm.data() + j) * s.x.lost[i];
   const Float halves = load(s.y.half.data() + j) + s.x.half[i];
-  const Float most = estimate + bound - halves * (1 - 64 * UNIT);
-  Int dead = most <= s.window.low[i];
-  if constexpr (BOTH) dead &= most <= load(s.window.low + j);
-  if constexpr (HIGH) {
-    const Float least = estimate - bound - halves * (1 + 64 * UNIT);
-    Int above = least >= s.window.high[i];
-    if constexpr (BOTH) {
-      // Each anchor by itself: one may have no use for what is above, the other for what is below.
-      dead = (most <= s.window.low[i]) | above;
-      dead &= (most <= load(s.window.low + j)) | (least >= load(s.window.high + j));
-    } else {
-      dead |= above;
-    }
-  }
+  const Float most = estimate + bound - halves * (1 - 64 * UNIT), least = estimate - bound - halves * (1 + 64 * UNIT);
+  auto useless = [&](Float low, Float high) ALWAYS {
+    Int out = most <= low;
+    if constexpr (HIGH) out |= least >= high;
+    return out;
+  };
+  Int dead = useless(splat(s.window.low[i]), HIGH ? splat(s.window.high[i]) : Float{});
+  // Each anchor by itself: one may have no use for what is above, the other for what is below.
+  if constexpr (BOTH) dead &= useless(load(s.window.low + j), HIGH ? load(s.window.high + j) : Float{});
   return ~dead;
 }
 

@@ -34,8 +34,7 @@ class Nearest : Pass<T> {
         threads, wanted[0], false, [](int64_t) { return true; },
         [&](const Tile<T>& t, const Place&, T* scratch) {
           look(screen, t, reinterpret_cast<int32_t*>(scratch));
-          screen.renew(0, t.r0, t.rows);
-          if (t.mirror) screen.renew(0, t.c0, t.cols);
+          screen.renew(t, 0);
         });
     for (int64_t i = 0; i < p_.n; ++i) {
       Found* row = best_.data() + i * k;

@@ -61,6 +61,26 @@ class Screen {
   // Whether the intervals narrow as the pass goes on: with extremes that no window bounds, or nothing but extremes.
   bool running() const { return running_; }
 
+  // To be called after each tile: extremes found in it narrow what its anchors want.
+  void renew(const Tile<T>& t, int64_t lane) {
+    if (!running_) return;
+    renew(lane, t.r0, t.rows);
+    if (t.mirror) renew(lane, t.c0, t.cols);
+  }
+
+  // row << 16 | column of the tile's pairs that may be of use to either anchor; -1: more than `capacity`.
+  int64_t candidates(const Tile<T>& t, int64_t lane, int32_t* entry, int64_t capacity) const {
+    const bool all = (*wanted_)[lane][0].side == ALL;
+    const Thresholds window{low_.data() + lane * stride_, high_wanted_ ? high_.data() + lane * stride_ : nullptr};
+    const Excluded none{all ? nullptr : p_.lo, p_.hi, p_.square};
+    const Int8Tile tile{t.r0, t.rows, t.c0, std::max<int64_t>(0, std::min(t.cols, p_.end - t.c0)), t.symmetric};
+    return kernels_.candidates(*x_, *y_, window, none, tile, entry, capacity);
+  }
+
+ private:
+  static constexpr T INFINITE = std::numeric_limits<T>::infinity();
+  static constexpr T SLACK = 16 * std::numeric_limits<T>::epsilon();  // of a few roundings of a threshold
+
   void renew(int64_t lane, int64_t first, int64_t count) {
     for (int64_t i = first; i < first + count; ++i) {
       T low = INFINITE, high = -INFINITE;
@@ -77,19 +97,6 @@ class Screen {
       if (high_wanted_) high_[lane * stride_ + i] = bound(high, 1);
     }
   }
-
-  // row << 16 | column of the tile's pairs that may be of use to either anchor; -1: more than `capacity`.
-  int64_t candidates(const Tile<T>& t, int64_t lane, int32_t* entry, int64_t capacity) const {
-    const bool all = (*wanted_)[lane][0].side == ALL;
-    const Thresholds window{low_.data() + lane * stride_, high_wanted_ ? high_.data() + lane * stride_ : nullptr};
-    const Excluded none{all ? nullptr : p_.lo, p_.hi, p_.square};
-    const Int8Tile tile{t.r0, t.rows, t.c0, std::max<int64_t>(0, std::min(t.cols, p_.end - t.c0)), t.symmetric};
-    return kernels_.candidates(*x_, *y_, window, none, tile, entry, capacity);
-  }
-
- private:
-  static constexpr T INFINITE = std::numeric_limits<T>::infinity();
-  static constexpr T SLACK = 16 * std::numeric_limits<T>::epsilon();  // of a few roundings of a threshold
 
   static int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 

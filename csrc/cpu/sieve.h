@@ -89,12 +89,7 @@ class Sieve {
     return true;
   }
 
-  // To be called after each tile: extremes found in it narrow what its anchors want.
-  void renew(const Tile<T>& t, const Place& place) {
-    if (!screen_.running()) return;
-    screen_.renew(place.lane, t.r0, t.rows);
-    if (t.mirror) screen_.renew(place.lane, t.c0, t.cols);
-  }
+  void renew(const Tile<T>& t, const Place& place) { screen_.renew(t, place.lane); }
 
  private:
   static constexpr int64_t SAMPLES = 8, ENOUGH = 4;  // one tile of so many in which few pairs live
