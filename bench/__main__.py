@@ -43,10 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = options_of(p, given)
     with Progress() as progress:
         document = suite.run(options, progress, lambda document: report.write(document, given["out"]))
-    path = report.write(document, given["out"])
-    report.print_table(document)
-    print(path)
-    print(plot.draw(document, path.with_suffix(".png")))
+    plot.publish(document, given["out"])
 
 
 if __name__ == "__main__":

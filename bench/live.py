@@ -111,10 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
             document = run(options, given["shares"], progress, lambda document: report.write(document, given["out"]))
         except ValueError as error:
             p.error(str(error))
-    path = report.write(document, given["out"])
-    report.print_table(document)
-    print(path)
-    print(plot.draw(document, path.with_suffix(".png")))
+    plot.publish(document, given["out"])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from . import machine
 from .options import FLOOR, FLOOR_TWO, FLOORS, Options
-from .report import Document, is_sweep, percent, variants_of
+from .report import Document, is_sweep, percent, print_table, variants_of, write
 from .units import duration, size
 
 COLOURS = {
@@ -228,3 +228,11 @@ def draw(document: Document, path: Path) -> Path:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def publish(document: Document, folder: Path) -> None:
+    """What a finished run leaves: its JSON and PNG in `folder`, its table and both paths in the terminal."""
+    path = write(document, folder)
+    print_table(document)
+    print(path)
+    print(draw(document, path.with_suffix(".png")))
