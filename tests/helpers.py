@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ __all__ = [
     "assert_as_good_as",
     "assert_parity",
     "assert_same",
+    "assert_same_bits",
     "batch",
     "forms",
     "gradients",
@@ -47,6 +50,19 @@ def assert_same(found: Tensor, truth: Tensor) -> None:
         scale = truth[finite].abs().max().item()
         error = (found[finite] - truth[finite]).abs().max().item()
         assert error <= 1000 * torch.finfo(torch.float64).eps * scale + 1e-16, f"{error:.2e} at a scale of {scale:.2e}"
+
+
+def assert_same_bits(step: Callable[[], Sequence[Tensor]], threads: Sequence[int]) -> None:
+    """What `step` returns has the same bits with every number of threads, one call for each of them."""
+    before, first = torch.get_num_threads(), None
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            now = step()
+            first = first or now
+            assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], seed: int = 0) -> list[Tensor]:

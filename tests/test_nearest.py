@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import batch
+from helpers import assert_same_bits, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,15 +60,7 @@ def test_twins_stand_by_index():
 
 def test_same_bits_whatever_the_threads():
     x, _ = batch(3000, 64, 4, torch.float32)
-    threads, first = torch.get_num_threads(), None
-    try:
-        for count in (1, 2, 3, 7):
-            torch.set_num_threads(count)
-            found = nearest(x, 9)
-            first = first or found
-            assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    assert_same_bits(lambda: nearest(x, 9), [1, 2, 3, 7])
 
 
 @pytest.mark.parametrize("impl", ["screened", "reference"])
