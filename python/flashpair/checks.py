@@ -108,3 +108,52 @@ def constant(value: Any, name: str, *, at_least: float) -> float:
     result = number(value, name, at_least=at_least)
     assert isinstance(result, float)
     return result
+
+
+def plain_number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float:
+    """A finite number, not a tensor."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got {_what(value)}")
+    result = number(value, name, above=above, at_least=at_least)
+    assert isinstance(result, float)
+    return result
+
+
+def flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {_what(value)}")
+    return value
+
+
+def integer(value: Any, name: str, among: Iterable[int] | None = None, *, at_least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {_what(value)}")
+    if among is not None and value not in (among := tuple(among)):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, among))}, got {value}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return value
+
+
+def most(value: Any, name: str) -> int | None:
+    """An int of at least 1, or None."""
+    return None if value is None else integer(value, name, at_least=1)
+
+
+def width(x: Tensor, size: int) -> None:
+    """Embeddings (B, D) of as many columns as the weights have."""
+    if x.shape[1] != size:
+        raise ValueError(f"embeddings must have embedding_size = {size} columns, got {_what(x)}")
+
+
+def classes(value: Tensor, count: int) -> Tensor:
+    """Labels in [0, count). On a GPU they are looked at by the device, which raises where it finds another."""
+    if value.shape[0] == 0:
+        return value
+    inside = ((value >= 0) & (value < count)).all()
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not inside:
+            raise ValueError(f"labels must be in [0, {count}), got {int(value.min())} to {int(value.max())}")
+    else:
+        torch._assert_async(inside, f"labels must be in [0, {count})")
+    return value

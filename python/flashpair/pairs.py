@@ -14,8 +14,9 @@ from . import checks, screened, transforms
 from .dispatch import choose, native
 from .ops import RowReduce, encode
 from .plan import Plan, make_plan, one_to_one
+from .positives import positive_pairs
 from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
-from .reference import ReferencePairs
+from .reference import ReferencePairs, pad_positives, partners
 from .references import Ordered, owner
 from .rows import sorted_rows
 from .schedule import accumulator
@@ -129,6 +130,42 @@ class Pairs:
         wide = accumulator(self.x.dtype)
         return (self.x.to(wide) * self.refs.to(wide)).sum(1)
 
+    def squares(self) -> Tensor:  # (N,)
+        """Squared norms of the rows."""
+        x = self.x.to(accumulator(self.x.dtype))
+        return (x * x).sum(1)
+
+    def most_positives(self, most: int | None = None) -> int:
+        if most is not None:
+            return most
+        return max(1, int(self.num_positives().amax())) if self.x.shape[0] else 1
+
+    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """z of each row's positives (N, K), 0 where a row has fewer, and where there are any (N, K) bool.
+
+        most: K; by default the most that a row has, at least 1, for which the host waits. A row with more is NaN.
+        """
+        wide = accumulator(self.x.dtype)
+        x, y, p = self.x.to(wide), self.refs.to(wide), self.plan
+        k = torch.arange(self.most_positives(most), device=x.device)
+        at = p.lo[:, None] + k
+        if self.square:
+            at = at + (at >= torch.arange(x.shape[0], device=x.device)[:, None])
+        at = at.clamp(max=max(y.shape[0] - 1, 0))
+        z = positive_pairs(x, y, at, self.distance)
+        return pad_positives(z, self.num_positives(), poison(self.x, self.y))
+
+    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor]:
+        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,), and
+        where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once."""
+        p = self.plan
+        _, partner, first = partners(p.lo, p.hi, step)
+        other = self.x.index_select(0, partner)
+        plan = Plan(p.order, p.ref_order, p.labels, p.ref_labels, p.lo, p.hi, p.end, False)
+        sums = Pairs(self.x + other, self.x, plan, self.distance, self.impl, named=self.named)
+        wide = accumulator(self.x.dtype)
+        return sums, (self.x.to(wide) * other.to(wide)).sum(1), first
+
     @property
     def refs(self) -> Tensor:
         return self.x if self.y is None else self.y
@@ -158,7 +195,7 @@ def make_pairs(
     """The pairs of embeddings (N, D) with labels (N,), or of embeddings with `ref_emb` (M, D) and `ref_labels` (M,).
 
     Args:
-        distance: ``"dot"`` or ``"euclidean"``. `normalize`: L2-normalise rows first.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``. `normalize`: L2-normalise rows first.
         impl: as `Criterion` takes it.
 
     Raises:

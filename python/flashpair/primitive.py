@@ -30,7 +30,7 @@ def row_reduce(
     Args:
         embeddings, labels, ref_emb, ref_labels: as `Criterion` takes them; nothing is normalised here.
         reductions: `Reduction`s whose vectors stand in the caller's order.
-        distance: ``"dot"`` or ``"euclidean"``.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
         impl: as `Criterion` takes it.
 
     Returns:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 OPS = ("logsumexp", "sum", "min", "max", "count")
 SIDES = ("positives", "negatives", "all")
-BUILT_IN = ("identity", "softplus", "hinge", "lifted")
+BUILT_IN = ("identity", "softplus", "hinge", "squared_hinge", "triangle", "lifted")
 TRANSFORMS = list(BUILT_IN)  # register_transform adds to it
-DISTANCES = ("dot", "euclidean")
+DISTANCES = ("dot", "euclidean", "squared_euclidean")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,17 +25,19 @@ class Bound:
 class Reduction:
     """One number for each anchor i from its pairs: ``r_i = op { phi(t_ij) : j in side, lower_i < z_ij < upper_i }``.
 
-    ``z_ij`` is the pair's dot product (or Euclidean distance) and ``t_ij = scale * z_ij + offset_i``. Self pairs are
-    never part of a square problem. Over an empty set logsumexp and max are -inf, min is +inf, sum and count are 0.
+    ``z_ij`` is the pair's dot product (or Euclidean distance, or its square), ``t_ij = scale * z_ij + offset_i``. Self
+    pairs are never part of a square problem. Over an empty set logsumexp and max are -inf, min is +inf, sum and count
+    are 0.
     The family is General Pair Weighting's (Wang et al., 2019, eq. 2-3): a reduction's gradient is a weight a pair.
 
     Args:
         op: ``"logsumexp"``, ``"sum"``, ``"min"``, ``"max"`` or ``"count"``. The last three are of ``z`` itself.
         side: ``"positives"`` (same label, not itself), ``"negatives"`` (other label) or ``"all"``.
-        transform: phi. ``"identity"``; ``"softplus"``: log(1 + e^t); ``"hinge"``: max(0, t); ``"lifted"``:
+        transform: phi. ``"identity"``; ``"softplus"``: log(1 + e^t); ``"hinge"``: max(0, t); ``"squared_hinge"``:
+            max(0, t)^2; ``"triangle"``: max(0, 1 - |t|), a bin of a soft histogram (see `histogram`); ``"lifted"``:
             max(0, scale * z + logaddexp(offset_i, ref_offset_j))^2 (Oh Song et al., 2016, eq. 4); or a word given to
-            `register_transform`.
-            Other than ``"identity"`` only for ``"sum"``.
+            `register_transform`. Other than ``"identity"`` only for ``"sum"`` and, but for ``"lifted"``, for
+            ``"logsumexp"``: log sum e^phi(t), which then takes no window, and numbers as scale and offset.
         scale: a float or a tensor of no dimensions; differentiable.
         offset: None, a float, or a tensor () or (N,); differentiable.
         ref_offset: a tensor (M,), for ``"lifted"`` alone; differentiable.
@@ -61,8 +63,13 @@ class Reduction:
         for name, words in (("op", OPS), ("side", SIDES), ("transform", TRANSFORMS)):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
-        if self.op != "sum" and self.transform != "identity":
-            raise ValueError(f"transform {self.transform!r} goes with op 'sum', got op {self.op!r}")
+        if self.transform != "identity" and self.op != "sum" and (self.op != "logsumexp" or self.transform == "lifted"):
+            takers = "op 'sum'" if self.transform == "lifted" else "op 'sum' or 'logsumexp'"
+            raise ValueError(f"transform {self.transform!r} goes with {takers}, got op {self.op!r}")
+        if self.mapped and not (self.lower is self.upper is None):
+            raise ValueError(f"logsumexp of transform {self.transform!r} takes no window")
+        if self.mapped and (isinstance(self.offset, Tensor) or isinstance(self.scale, Tensor)):
+            raise ValueError(f"logsumexp of transform {self.transform!r} takes numbers as scale and offset")
         if isinstance(self.scale, Tensor) and self.scale.dim():
             raise ValueError(f"scale must be a number or a tensor of shape (), got shape {tuple(self.scale.shape)}")
         plain = self.offset is None and not isinstance(self.scale, Tensor) and self.scale == 1
@@ -72,6 +79,11 @@ class Reduction:
             raise ValueError("ref_offset goes with transform 'lifted', and that transform needs it")
         if self.transform == "lifted" and self.offset is None:
             raise ValueError("transform 'lifted' needs offset, a tensor of shape (N,)")
+
+    @property
+    def mapped(self) -> bool:
+        """A logsumexp of phi(t), t not being what is added up itself."""
+        return self.op == "logsumexp" and self.transform != "identity"
 
 
 def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
@@ -94,3 +106,18 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
         found.append((pair[0], pair[1]))
         place[id(r)] = k
     return found
+
+
+def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:
+    """A soft histogram of z over a row's pairs, one reduction a node: node r stands at first + r * step, and a pair
+    between two nodes counts for both, linearly (Ustinova and Lempitsky, 2016, eq. 2).
+
+    Args:
+        side: as `Reduction` takes it. nodes: at least 2. step: the distance of neighbouring nodes, not 0.
+
+    Raises:
+        ValueError: fewer nodes, or a step of 0.
+    """
+    if nodes < 2 or step == 0:
+        raise ValueError(f"histogram needs at least 2 nodes and a step other than 0, got {nodes} and {step}")
+    return tuple(Reduction("sum", side, "triangle", scale=1 / step, offset=-first / step - r) for r in range(nodes))

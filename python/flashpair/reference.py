@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reduction import Reduction, bound_places
-from .similarity import dense_pairs, logaddexp, normalize, poison, softplus
+from .reduction import BUILT_IN, Reduction, bound_places
+from .similarity import dense_pairs, logaddexp, masked_logsumexp, normalize, poison, softplus
 from .transforms import custom
 
 
@@ -40,26 +40,25 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":
         assert isinstance(r.offset, Tensor) and r.ref_offset is not None
-        t = z * r.scale + logaddexp(
-            *torch.broadcast_tensors(_column(r.offset, z.dtype), r.ref_offset.to(z.dtype)[None, :])
-        )
+        reach = logaddexp(*torch.broadcast_tensors(_column(r.offset, z.dtype), r.ref_offset.to(z.dtype)[None, :]))
+        t = torch.where(mask, z * r.scale + reach, 0.0).relu().square()
     else:
-        t = z * r.scale if r.offset is None else z * r.scale + _column(r.offset, z.dtype)
+        own = 0.0 if r.offset is None else _column(r.offset, z.dtype)
+        s = torch.where(mask, z * r.scale, 0.0) if r.transform != "identity" else z * r.scale
+        t = custom(r.transform).of_pairs(s, own) if r.transform not in BUILT_IN else _phi(s + own, r.transform)
     if r.op == "logsumexp":
-        empty = ~mask.any(1)
-        kept = torch.where(mask, t, torch.where(empty[:, None], 0.0, -torch.inf))
-        return torch.logsumexp(kept, 1).masked_fill(empty, -torch.inf)
-    return torch.where(mask, _phi(torch.where(mask, t, 0.0), r.transform), 0.0).sum(1)
+        return masked_logsumexp(t, mask)
+    return torch.where(mask, t, 0.0).sum(1)
 
 
 def _phi(t: Tensor, transform: str) -> Tensor:
-    if transform == "identity":
-        return t
     if transform == "softplus":
         return softplus(t)
     if transform == "hinge":
         return t.relu()
-    return t.relu().square() if transform == "lifted" else custom(transform).dense(t)
+    if transform == "squared_hinge":
+        return t.relu().square()
+    return (1 - t.abs()).relu() if transform == "triangle" else t
 
 
 class ReferencePairs:
@@ -85,6 +84,7 @@ class ReferencePairs:
     ) -> None:
         self.z, self.labels, self.ref_labels, self.square = z, labels, ref_labels, square
         self.poison = z.new_zeros(()) if poison is None else poison
+        self.x: Tensor | None = None
         same = labels[:, None] == ref_labels[None, :]
         pair = torch.ones_like(same) if ref_valid is None else ref_valid[None, :].expand_as(same)
         if square:
@@ -99,7 +99,9 @@ class ReferencePairs:
         if unit:
             x, y = normalize(x), None if y is None else normalize(y)
         z = dense_pairs(x, x if y is None else y, distance)
-        return cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=poison(x, y))
+        pairs = cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=poison(x, y))
+        pairs.x = x
+        return pairs
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         rows: list[Tensor] = []
@@ -122,6 +124,39 @@ class ReferencePairs:
         """z_kk of a rectangular problem whose rows and references belong together one by one."""
         return self.z.diagonal() + self.poison
 
+    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """z of each row's positives (N, K), 0 where a row has fewer, and where there are any (N, K) bool.
+
+        most: K; by default the most that a row has, at least 1. A row with more of them is NaN.
+        """
+        mask, k = self.masks["positives"], self.most_positives(most)
+        order = torch.sort(mask.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :k]
+        order = torch.nn.functional.pad(order, (0, k - order.shape[1]))
+        z = torch.nn.functional.pad(self.z, (0, 1)) if self.z.shape[1] == 0 else self.z
+        return pad_positives(z.gather(1, order), self.num_positives(), self.poison)
+
+    def most_positives(self, most: int | None = None) -> int:
+        if most is not None:
+            return most
+        return max(1, int(self.masks["positives"].sum(1).amax())) if self.labels.shape[0] else 1
+
+    def sums(self, step: int) -> tuple[ReferencePairs, Tensor, Tensor]:
+        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,), and
+        where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once."""
+        ordered, order = torch.sort(self.labels, stable=True)
+        lo, hi = torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)
+        at, partner, first = partners(lo, hi, step)
+        place = torch.empty_like(order).index_copy(0, order, at)
+        p, first = order[partner[place]], first[place]
+        z = self.z + self.z[p]
+        sums = ReferencePairs(z, self.labels, self.labels, square=True, poison=self.poison)
+        return sums, self.z.gather(1, p[:, None])[:, 0], first
+
+    def squares(self) -> Tensor:  # (N,)
+        """Squared norms of the rows."""
+        assert self.x is not None
+        return (self.x * self.x).sum(1)
+
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> ReferencePairs:
         """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
         z = self.z[rows][:, refs]
@@ -130,3 +165,19 @@ class ReferencePairs:
     def restore(self, values: Tensor) -> Tensor:
         """Row values (N,) in the caller's order, which is this class's own."""
         return values
+
+
+def pad_positives(z: Tensor, count: Tensor, poison: Tensor) -> tuple[Tensor, Tensor]:
+    """`Pairs.positives` from z (N, K) of which the first `count` (N,) of a row count."""
+    there = torch.arange(z.shape[1], device=z.device) < count[:, None]
+    lost = torch.where(count > z.shape[1], torch.nan, 0.0).to(z.dtype)
+    return torch.where(there, z, 0.0) + lost[:, None] + poison, there
+
+
+def partners(lo: Tensor, hi: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sorted rows with classes [lo, hi): the rows (N,), those `step` places further around their class, and whether
+    the pair is one that no other row has: of a class of even size the pairs of opposite places come up twice."""
+    i = torch.arange(lo.shape[0], device=lo.device)
+    size = hi - lo
+    partner = lo + (i - lo + step) % size
+    return i, partner, (2 * step < size) | ((2 * step == size) & (i < partner))

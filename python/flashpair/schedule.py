@@ -131,7 +131,7 @@ def stages(terms: Terms) -> list[list[int]]:
 
 
 NUMBERS = {dtype: k for k, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16))}
-AVERAGINGS = ("mean", "sum", "none", "mean_valid", "nonzero")
+AVERAGINGS = ("mean", "sum", "none", "mean_valid", "nonzero", "mean_pairs")
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None not wanted."""
 

@@ -62,7 +62,8 @@ def poison(x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
-    """All similarities (``"dot"``) or Euclidean distances, whose gradient at distance 0 is 0; autocast or not."""
+    """All similarities (``"dot"``), Euclidean distances, whose gradient at distance 0 is 0, or their squares; autocast
+    or not."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return dense_pairs(x, y, distance)
@@ -71,6 +72,8 @@ def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D
         return s
     squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :]
     d2 = squares - 2 * s
+    if distance == "squared_euclidean":
+        return d2.relu()
     apart = d2 > zero_distance(d2.dtype) * squares
     return torch.where(apart, torch.where(apart, d2, 1.0).sqrt(), 0.0)
 
@@ -84,3 +87,10 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
 def softplus(t: Tensor) -> Tensor:
     """log(1 + e^t), exact in float64 (torch's default is linear from 20, an error of 2e-9); 0, gradient 0, at -inf."""
     return torch.nn.functional.softplus(t, threshold=40.0)
+
+
+def masked_logsumexp(t: Tensor, mask: Tensor) -> Tensor:  # (N, M), (N, M) -> (N,)
+    """logsumexp of a row's entries under the mask, -inf with gradient 0 where there are none."""
+    empty = ~mask.any(1)
+    kept = torch.where(mask, t, torch.where(empty[:, None], 0.0, -torch.inf))
+    return torch.logsumexp(kept, 1).masked_fill(empty, -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,9 +12,13 @@ from .reduction import BUILT_IN, TRANSFORMS
 
 
 class Custom(NamedTuple):
-    dense: Callable[[Tensor], Tensor]
+    dense: Callable[..., Tensor]
     value: Any
     slope: Any
+    apart: bool  # dense takes scale * z and the offset apart
+
+    def of_pairs(self, s: Tensor, own: Tensor | float) -> Tensor:
+        return self.dense(s, own) if self.apart else self.dense(s + own)
 
 
 _custom: dict[str, Custom] = {}
@@ -46,9 +51,28 @@ def register_transform(name: str, dense: Callable[[Tensor], Tensor], *, value: A
         raise TypeError(f"dense must be callable, got {type(dense).__name__}")
     if (value is None) != (slope is None):
         raise ValueError("value and slope go together: give both triton.jit functions, or neither")
+    _register(name, Custom(dense, value, slope, _takes_two(dense)))
+
+
+def _takes_two(dense: Callable[..., Tensor]) -> bool:
+    try:
+        parameters = inspect.signature(dense).parameters.values()
+    except (TypeError, ValueError):  # of functions that are not Python's, such as torch.exp
+        return False
+    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 2
+
+
+def _register(name: str, transform: Custom) -> None:
     if name not in TRANSFORMS:
         TRANSFORMS.append(name)
-    _custom[name] = Custom(dense, value, slope)
+    _custom[name] = transform
+
+
+def parametrised(name: str, dense: Callable[..., Tensor]) -> str:
+    """A transform of this package's with numbers in it, registered when it first comes up under a name of its own."""
+    if name not in _custom:
+        _register(name, Custom(dense, None, None, _takes_two(dense)))
+    return name
 
 
 def obstacles(name: str, impl: str, device: str) -> list[str]:

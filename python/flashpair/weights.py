@@ -32,12 +32,10 @@ def pair_weights(
         (N, M), float32 or float64, 0 for pairs that take no part.
     """
     x, labels, y, ref_labels = criterion.check(embeddings, labels, ref_emb, ref_labels)
-    x, y = upcast(x.detach(), None if y is None else y.detach())
-    refs = x if y is None else y
-    if criterion.normalize:
-        x, refs = normalize(x), normalize(refs)
+    with torch.no_grad():
+        pairs = criterion.pairs_of(x, labels, y, ref_labels, "reference")
+    assert isinstance(pairs, ReferencePairs)
     with torch.enable_grad():
-        z = dense_pairs(x, refs, criterion.distance).requires_grad_()
-        pairs = ReferencePairs(z, labels, labels if ref_labels is None else ref_labels, square=y is None)
+        pairs.z.requires_grad_()
         loss = reduce_losses(criterion.row_losses(pairs), criterion.reduction, pairs).sum()
-        return torch.autograd.grad(loss, z)[0]
+        return torch.autograd.grad(loss, pairs.z)[0]

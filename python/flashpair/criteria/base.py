@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,20 @@ from ..schedule import AVERAGINGS
 AnyPairs = Pairs | ReferencePairs
 
 
+class Terms(NamedTuple):
+    """Terms that a loss averages one by one, rather than by rows: its pairs of one side, or its triplets.
+
+    Args:
+        losses: (N,) each row's sum of them.
+        number: (N,) how many a row has.
+        nonzero: (N,) how many of these are above 0; None where "nonzero" is not asked for.
+    """
+
+    losses: Tensor
+    number: Tensor
+    nonzero: Tensor | None = None
+
+
 class RowLosses(NamedTuple):
     """The losses of the rows, and what averages divide by.
 
@@ -25,11 +40,16 @@ class RowLosses(NamedTuple):
         losses: (N,), 0 where a row has none.
         valid: (N,) bool: rows that have a loss.
         denominator: what "mean" divides by: an int, or a tensor ().
+        terms: of a loss of terms, those of each kind: "nonzero" averages each kind over its terms above 0, and
+            "mean_pairs" over all of them, and both add the averages up. They sum to `losses`.
+        shares: `losses` are shares of one number, which every reduction but "none" gives.
     """
 
     losses: Tensor
     valid: Tensor
     denominator: int | Tensor
+    terms: tuple[Terms, ...] = ()
+    shares: bool = False
 
 
 class Criterion(nn.Module):
@@ -38,7 +58,9 @@ class Criterion(nn.Module):
     Args:
         normalize: L2-normalise embeddings (and references) first; a zero row stays zero.
         reduction: ``"mean"`` (over the loss's own count, see the class), ``"sum"``, ``"none"`` (N,), ``"mean_valid"``
-            (over rows that have a loss) or ``"nonzero"`` (over row losses above 0). An average over nothing is 0.
+            (over rows that have a loss) or ``"nonzero"`` (over row losses above 0; over pairs or triplets above 0 where
+            the class says that it averages these, and there ``"mean_pairs"`` is the mean over all positive pairs plus
+            the mean over all negative ones). An average over nothing is 0.
         impl: ``"auto"``, or one of ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"``, ``"onchip"``, which never
             falls back.
 
@@ -49,6 +71,7 @@ class Criterion(nn.Module):
 
     distance = "dot"
     takes_references = True
+    averagings: tuple[str, ...] = AVERAGINGS[:5]
 
     def __init__(self, *, normalize: bool, reduction: str, impl: str) -> None:
         super().__init__()
@@ -56,8 +79,12 @@ class Criterion(nn.Module):
             raise TypeError(f"normalize must be a bool, got {type(normalize).__name__} {normalize!r}")
         check_name(impl)
         self.normalize = normalize
-        self.reduction = checks.word(reduction, AVERAGINGS, "reduction")
+        self.reduction = checks.word(reduction, self.averagings, "reduction")
         self.impl = impl
+
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+        """The pairs of a call whose arguments `check` has returned."""
+        return checked_pairs(x, labels, y, ref_labels, self.distance, self.normalize, impl)
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
@@ -118,11 +145,14 @@ class Criterion(nn.Module):
     def _by_rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
     ) -> Tensor:
-        pairs = checked_pairs(x, labels, y, ref_labels, self.distance, self.normalize, impl)
+        pairs = self.pairs_of(x, labels, y, ref_labels, impl)
         rows = self.row_losses(pairs)
-        if extra is not None:
-            extra = extra.to(rows.losses.dtype)
-            rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra, 0.0))
+        if extra is None:
+            return reduce_losses(rows, self.reduction, pairs)
+        extra = extra.to(rows.losses.dtype)
+        if rows.terms and self.reduction in ("nonzero", "mean_pairs"):  # which are of terms, and have no rows
+            return reduce_losses(rows, self.reduction, pairs) + extra
+        rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra, 0.0))
         return reduce_losses(rows, self.reduction, pairs)
 
     def _dense(self, labels: Tensor, ref_labels: Tensor | None, x: Tensor, y: Tensor | None) -> Tensor:
@@ -141,9 +171,18 @@ class Criterion(nn.Module):
 
 
 def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs) -> Tensor:
+    return pairs.restore(rows.losses) if reduction == "none" else average(rows, reduction)
+
+
+def average(rows: RowLosses, reduction: str) -> Tensor:
+    """The one number of every reduction but "none"."""
     losses = rows.losses
-    if reduction == "none":
-        return pairs.restore(losses)
+    if rows.shares:
+        return losses.sum()
+    if reduction == "mean_pairs":
+        return _sum_of(t.losses.sum() / t.number.sum().clamp_min(1) for t in rows.terms)
+    if reduction == "nonzero" and rows.terms:
+        return _sum_of(t.losses.sum() / t.nonzero.sum().clamp_min(1) for t in rows.terms if t.nonzero is not None)
     if reduction == "nonzero":
         positive = ~(losses <= 0)  # NaN among them
         return torch.where(positive, losses, 0.0).sum() / positive.sum().clamp_min(1)
@@ -153,3 +192,7 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs) -> Tensor:
     if isinstance(by, Tensor):
         return losses.sum() / by.clamp_min(1)
     return losses.mean() if by == losses.shape[0] > 0 else losses.sum() / max(by, 1)
+
+
+def _sum_of(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)

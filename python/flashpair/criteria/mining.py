@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,3 +41,29 @@ def _mined(alpha: float | Tensor, beta: float | Tensor, epsilon: float) -> tuple
 
 
 _mined_constant = functools.lru_cache(maxsize=64)(_mined)
+
+
+def mined_sums(
+    pairs: AnyPairs, positives: dict[str, Any], negatives: dict[str, Any], epsilon: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over each row's mined positives and negatives, and how many these are, (N,) each.
+
+    positives, negatives: what `Reduction` is told of the two sums. Of a mined row both sets are empty or neither is.
+    """
+    if epsilon is None:
+        pos, neg = pairs.reduce(Reduction("sum", "positives", **positives), Reduction("sum", "negatives", **negatives))
+        return pos, neg, pairs.num_positives(), pairs.num_negatives()
+    lowest = Reduction("min", "positives", detach=True)
+    kept = Bound(lowest, -epsilon)
+    highest = Reduction("max", "negatives", lower=kept, detach=True)
+    below = Bound(highest, epsilon)
+    _, neg, some_neg, _, pos, some_pos = pairs.reduce(
+        lowest,
+        Reduction("sum", "negatives", lower=kept, **negatives),
+        Reduction("count", "negatives", lower=kept),
+        highest,
+        Reduction("sum", "positives", upper=below, **positives),
+        Reduction("count", "positives", upper=below),
+    )
+    mined = torch.minimum(some_pos, some_neg) > 0
+    return tuple(torch.where(mined, row, 0.0) for row in (pos, neg, some_pos, some_neg))  # type: ignore[return-value]

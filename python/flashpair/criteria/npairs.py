@@ -1,4 +1,4 @@
-"""Multi-class N-pair loss (Sohn, NIPS 2016) in its three forms, on dot products that are not normalised.
+"""Multi-class N-pair loss (Sohn, NIPS 2016) in its forms, on dot products that are not normalised.
 
 mc:         L_k = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))            (eq. 8)
 ovo:        L_k = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))            (eq. 9)
@@ -63,10 +63,12 @@ class NPairsLoss(Criterion):
     ``"mc"`` (eq. 8) and ``"ovo"`` (eq. 9) take one pair of each class: its first two samples in batch order as anchor
     and positive, or with `ref_emb` its first sample and its first reference. The other classes' positives are the
     negatives; classes without a pair and further samples take no part. ``"all_pairs"`` takes every positive pair, with
-    all samples of other classes as negatives (N x M batches).
+    all samples of other classes as negatives (N x M batches). ``"softlabel"`` is the cross entropy of each anchor's
+    similarities against equal shares of its positives (of anchors against positives as `ref_emb`, it is TensorFlow
+    Addons' npairs_loss, which takes classes that come up twice).
 
     Args:
-        variant: ``"mc"``, ``"ovo"`` or ``"all_pairs"``.
+        variant: ``"mc"``, ``"ovo"``, ``"all_pairs"`` or ``"softlabel"``.
         l2_weight: weight of the penalty on embedding norms, at least 0 (Sohn: 0.02, times 0.25 in the code).
         l2_kind: ``"mean_sq"``: mean |f|^2 over the vectors that take part; ``"tf_contrib"``: half of that
             (tf.contrib's 0.25 (mean |f|^2 + mean |f+|^2)); ``"mean_norm"``: mean |f|.
@@ -87,14 +89,18 @@ class NPairsLoss(Criterion):
         impl: str = "auto",
     ) -> None:
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
-        self.variant = checks.word(variant, ("mc", "ovo", "all_pairs"), "variant")
+        self.variant = checks.word(variant, ("mc", "ovo", "all_pairs", "softlabel"), "variant")
         self.l2_weight = checks.number(l2_weight, "l2_weight", at_least=0)
         self.l2_kind = checks.word(l2_kind, L2_KINDS, "l2_kind")
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        if self.variant == "softlabel":
+            return self._soft_labels(pairs)
         return self._every_pair(pairs) if self.variant == "all_pairs" else self._one_pair_a_class(pairs)
 
-    def row_formula(self) -> RowFormula:
+    def row_formula(self) -> RowFormula | None:
+        if self.variant == "softlabel":
+            return None
         name = {"mc": "n_pair", "ovo": "one_vs_one"}.get(self.variant, "all_pairs")
         return RowFormula(name, (-1.0, 1.0), one_pair=self.variant != "all_pairs")
 
@@ -103,6 +109,13 @@ class NPairsLoss(Criterion):
         (losses,) = pairs.reduce(Reduction("sum", "positives", "softplus", scale=-1.0, offset=neg))
         positives = pairs.num_positives()
         return RowLosses(losses, positives > 0, positives.sum())
+
+    def _soft_labels(self, pairs: AnyPairs) -> RowLosses:
+        pos, every = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "all"))
+        positives = pairs.num_positives()
+        valid = positives > 0
+        losses = torch.where(valid, every, 0.0) - pos / positives.clamp_min(1)
+        return RowLosses(losses, valid, valid.shape[0])
 
     def _one_pair_a_class(self, pairs: AnyPairs) -> RowLosses:
         drawn = _draw(pairs.labels, None if pairs.square else pairs.ref_labels)
@@ -123,7 +136,7 @@ class NPairsLoss(Criterion):
         if isinstance(self.l2_weight, float) and self.l2_weight == 0.0:
             return None
         x, y = upcast(x, y)
-        if self.variant == "all_pairs":
+        if self.variant in ("all_pairs", "softlabel"):
             squares = torch.cat([x, *([] if y is None else [y])]).square().sum(1)
             weight = torch.ones_like(squares)
         else:

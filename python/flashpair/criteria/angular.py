@@ -1,0 +1,94 @@
+"""Angular loss (Wang et al., ICCV 2017, eq. 6 and 8)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import checks
+from ..reduction import Reduction
+from ..similarity import softplus
+from .base import AnyPairs, Criterion, RowLosses, Terms
+
+KEPT_STEPS = 8  # so many blocks of N rows are kept for backward; of more, backward computes each again
+
+
+class AngularLoss(Criterion):
+    """Angular loss (Wang et al., 2017, eq. 8), t = tan(alpha), for each ordered positive pair (a, p):
+
+    log(1 + sum_N e^(4 t^2 (x_a + x_p) . x_n - 2 (1 + t^2) x_a . x_p)).
+
+    ``form="hinge"``: eq. 6, max(0, |x_a - x_p|^2 - 4 t^2 |x_n - (x_a + x_p) / 2|^2) for every triplet.
+
+    Args:
+        alpha: degrees, above 0 and under 90 (the paper: 36 to 55; 45 and 40 are common).
+        form: ``"logsumexp"`` or ``"hinge"``.
+        max_positives: the most positives that an anchor has, where known; see `TripletMarginLoss`.
+        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs, those
+            without a negative counting as 0 (of ``"hinge"``: by the number of triplets, and "nonzero" over those above
+            0). A row's loss is half the sum of its pairs', an anchor's and a positive's being alike.
+
+    Raises:
+        ValueError: with `ref_emb`: the loss needs the products of positives with negatives.
+    """
+
+    takes_references = False
+    shown = ("alpha", "form", "max_positives")
+
+    def __init__(
+        self,
+        alpha: float = 40.0,
+        form: str = "logsumexp",
+        max_positives: int | None = None,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.alpha = checks.plain_number(alpha, "alpha", above=0)
+        if alpha >= 90:
+            raise ValueError(f"alpha must be under 90 degrees, got {alpha!r}")
+        self.form = checks.word(form, ("logsumexp", "hinge"), "form")
+        self.max_positives = checks.most(max_positives, "max_positives")
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        most = pairs.most_positives(self.max_positives)
+        steps = (most + 1) // 2
+        each = self._hinges if self.form == "hinge" else self._logsumexps
+
+        def run(step: int) -> tuple[Tensor, Tensor]:
+            sums, z, first = pairs.sums(step)
+            loss, above = each(sums, z)
+            return torch.where(first, loss, 0.0), torch.where(first, above, 0)
+
+        again = steps > KEPT_STEPS and torch.is_grad_enabled()
+        found = [checkpoint(run, k, use_reentrant=False) if again else run(k) for k in range(1, steps + 1)]
+        # unordered pairs, which stand for two ordered ones
+        losses = 2 * torch.stack([loss for loss, _ in found]).sum(0)
+        positives = pairs.num_positives()
+        if self.max_positives is not None:
+            losses = torch.where(positives > self.max_positives, torch.nan, losses)
+        if self.form == "logsumexp":
+            return RowLosses(losses, positives > 0, positives.sum())
+        triplets = positives * pairs.num_negatives()
+        above = 2 * torch.stack([count for _, count in found]).sum(0)
+        return RowLosses(losses, triplets > 0, triplets.sum(), (Terms(losses, triplets, above),))
+
+    def _logsumexps(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:
+        t2 = math.tan(math.radians(self.alpha)) ** 2
+        (neg,) = sums.reduce(Reduction("logsumexp", "negatives", scale=4 * t2))
+        return softplus(neg - 2 * (1 + t2) * z), torch.zeros_like(z)
+
+    def _hinges(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:
+        """|x_a - x_p|^2 - 4 t^2 |x_n - c|^2 = 4 t^2 (x_a + x_p) . x_n + offset, c = (x_a + x_p) / 2, of unit rows."""
+        t2 = math.tan(math.radians(self.alpha)) ** 2
+        offset = 2 - 2 * z - 4 * t2 * (1 + (1 + z) / 2)
+        (loss,) = sums.reduce(Reduction("sum", "negatives", "hinge", scale=4 * t2, offset=offset))
+        if self.reduction != "nonzero":
+            return loss, torch.zeros_like(loss)
+        (above,) = sums.reduce(Reduction("count", "negatives", lower=(-offset / (4 * t2)).detach()))
+        return loss, above

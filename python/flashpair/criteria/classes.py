@@ -1,0 +1,43 @@
+"""What losses against class weights share: B embeddings against C classes, whose B x C logits are never stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..classes import class_pairs
+from .base import AnyPairs, Criterion
+
+
+class ClassCriterion(Criterion):
+    """A loss of embeddings (B, D) with labels in [0, C) against learned weights, one row a class, of unit norm.
+
+    Attributes:
+        weight: Parameter (C, D), normal; its rows are normalised inside.
+    """
+
+    takes_references = False
+    shown: tuple[str, ...] = ("num_classes", "embedding_size")
+
+    def __init__(self, num_classes: int, embedding_size: int, *, normalize: bool, reduction: str, impl: str) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.num_classes = checks.integer(num_classes, "num_classes", at_least=1)
+        self.embedding_size = checks.integer(embedding_size, "embedding_size", at_least=1)
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+
+    def check(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        x, labels, y, ref_labels = super().check(embeddings, labels, ref_emb, ref_labels)
+        checks.width(x, self.embedding_size)
+        return x, checks.classes(labels, self.num_classes), y, ref_labels
+
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+        return class_pairs(x, labels, self.weight, self.normalize, impl)

@@ -1,0 +1,48 @@
+"""The few pairs that are positive, as numbers (N, K) for a loss to do with in PyTorch what it likes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .similarity import zero_distance
+
+
+class _PositivePairs(torch.autograd.Function):
+    """Products <x_i, y_at(i,k)> (N, K), without x's and y's rows for each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, at)
+        return torch.stack([(x * y.index_select(0, j)).sum(1) for j in at.unbind(1)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, y, at = ctx.saved_tensors
+        dx, dy = torch.zeros_like(x), torch.zeros_like(y)
+        for j, w in zip(at.unbind(1), g.unbind(1), strict=True):
+            if ctx.needs_input_grad[0]:
+                dx = dx + w[:, None] * y.index_select(0, j)
+            if ctx.needs_input_grad[1]:
+                dy = dy.index_add(0, j, w[:, None] * x)
+        return dx, dy, None
+
+
+def positive_pairs(x: Tensor, y: Tensor, at: Tensor, distance: str) -> Tensor:
+    """z (N, K) of rows x_i (N, D) and y_j (M, D), j = at[i, k] (N, K) int64. Differentiable twice.
+
+    Squares of distances are added up from differences' products, as everywhere: |x|^2 + |y|^2 - 2 x.y.
+    """
+    if y.shape[0] == 0:
+        return x.new_zeros(at.shape) + x.sum(1, keepdim=True) * 0
+    s: Tensor = _PositivePairs.apply(x, y, at)
+    if distance == "dot":
+        return s
+    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[at]
+    d2 = squares - 2 * s
+    if distance == "squared_euclidean":
+        return d2.relu()
+    apart = d2 > zero_distance(d2.dtype) * squares
+    return torch.where(apart, torch.where(apart, d2, 1.0).sqrt(), 0.0)
