@@ -75,9 +75,9 @@ T* at(Address a) {
   return reinterpret_cast<T*>(a);
 }
 
-// tiled.py's _term: op, side, transform, scale, offset, ref_offset, lower, upper, and the bounds' reductions and
-// shifts.
-using Term = std::tuple<int, int, int, double, Address, Address, Address, Address, int, int, double, double>;
+// tiled.py's _operands: op, side, transform, scale, offset, ref_offset, lower, upper, the bounds' reductions and
+// shifts, and the offset where it is one number.
+using Term = std::tuple<int, int, int, double, Address, Address, Address, Address, int, int, double, double, double>;
 
 template <class T>
 void bind_pass(py::module_& m, const char* name) {
@@ -90,8 +90,8 @@ void bind_pass(py::module_& m, const char* name) {
   };
   py::class_<P>(m, name)
       .def(py::init([](const std::string& isa, int64_t n, int64_t m, int64_t end, bool square, Address lo, Address hi,
-                       Address order, Address row_square, Address ref_square, Address x, Address y, int64_t d,
-                       int64_t size, int64_t lanes) {
+                       Address order, Address row_square, Address ref_square, bool squared, Address x, Address y,
+                       int64_t d, int64_t size, int64_t lanes) {
         const Problem<T> problem{n,
                                  m,
                                  end,
@@ -100,18 +100,20 @@ void bind_pass(py::module_& m, const char* name) {
                                  at<int64_t>(hi),
                                  at<int64_t>(order),
                                  at<T>(row_square),
-                                 at<T>(ref_square)};
+                                 at<T>(ref_square),
+                                 squared};
         return P(kernels<T>(isa), problem, at<T>(x), at<T>(y), d, size, lanes);
       }))
       .def("add",
-           [](P& pass, const Term& t, Address index, Address value, Address grad, Address grad_scale,
-              Address grad_offset, Address grad_ref_offset) {
+           [](P& pass, const Term& t, const Program* program, Address index, Address value, Address grad,
+              Address grad_scale, Address grad_offset, Address grad_ref_offset) {
              const auto [op, side, transform, scale, offset, ref_offset, lower, upper, lower_of, upper_of, lower_shift,
-                         upper_shift] = t;
+                         upper_shift, shift] = t;
              pass.add({op,
                        side,
-                       transform,
+                       program ? PROGRAM : transform,
                        static_cast<T>(scale),
+                       static_cast<T>(shift),
                        at<T>(offset),
                        at<T>(ref_offset),
                        at<T>(lower),
@@ -127,7 +129,8 @@ void bind_pass(py::module_& m, const char* name) {
                        at<T>(grad),
                        at<double>(grad_scale),
                        at<T>(grad_offset),
-                       at<T>(grad_ref_offset)});
+                       at<T>(grad_ref_offset),
+                       program});
            })
       .def(
           "forward",
@@ -206,6 +209,17 @@ PYBIND11_MODULE(_C, m) {
             : sorted_rows_backward(at<float>(g), at<float>(y), at<float>(inverse), by, n, d, at<float>(dx), threads);
       },
       Release());
+  py::class_<Program>(m, "Program", "A transform's steps; what it is made for keeps it alive.")
+      .def(py::init(
+          [](const std::vector<std::tuple<int, int, int, int, double>>& steps, int value, int slope, int own_slope) {
+            const int count = static_cast<int>(steps.size());
+            if (count > MAX_STEPS)
+              throw std::invalid_argument("a program may have " + std::to_string(MAX_STEPS) + " steps");
+            Program program{{}, value, slope, own_slope};
+            for (const auto& [op, a, b, c, constant] : steps) program.steps.push_back({op, a, b, c, constant});
+            return program;
+          }));
+  m.attr("MAX_STEPS") = MAX_STEPS;
   py::class_<Int8Rows, std::shared_ptr<Int8Rows>>(m, "Int8Rows");
   m.def(
       "round_rows",

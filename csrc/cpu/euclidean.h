@@ -1,5 +1,6 @@
-// Euclidean distances from dot products, and the way back: D^2 = |x|^2 + |y|^2 - 2 x.y, dD/dS = -1/D, and along the
-// rows' own vectors dD/dx = x/D - y/D. A distance under rounding noise is 0 and has no direction: its gradient is 0.
+// Euclidean distances, or their squares, from dot products, and the way back: D^2 = |x|^2 + |y|^2 - 2 x.y, dD/dS =
+// -1/D, and along the rows' own vectors dD/dx = x/D - y/D. A distance under rounding noise is 0 and has no direction:
+// its gradient is 0, as is that of a square at 0.
 #pragma once
 #include "sweep.h"
 
@@ -19,25 +20,45 @@ INLINE T distance(T product, T squares) {
 }
 
 template <class T>
+INLINE T separation(const Problem<T>& p, T product, T squares) {
+  if (!p.squared) return distance(product, squares);
+  const T d2 = squares - 2 * product;
+  return d2 < T(0) ? T(0) : d2;
+}
+
+// -dz/dS of a pair at z, which is also how much each of its rows is pulled along itself.
+template <class T>
+INLINE T pull_of(const Problem<T>& p, T z, T w) {
+  if (z == T(0) || w == T(0)) return T(0);
+  return p.squared ? 2 * w : w / z;
+}
+
+template <class T>
 void distances(const Problem<T>& p, const Tile<T>& t) {
   if (!p.row_square) return;
   for (int64_t i = 0; i < t.rows; ++i) {
     T* z = t.z + i * t.ld;
     const T xx = p.row_square[t.r0 + i];
     const T* yy = p.ref_square + t.c0;
-    for (int64_t j = 0; j < t.cols; ++j) z[j] = distance(z[j], xx + yy[j]);
+    if (p.squared)
+      for (int64_t j = 0; j < t.cols; ++j) {
+        const T d2 = xx + yy[j] - 2 * z[j];
+        z[j] = d2 < T(0) ? T(0) : d2;
+      }
+    else
+      for (int64_t j = 0; j < t.cols; ++j) z[j] = distance(z[j], xx + yy[j]);
   }
 }
 
-// In: w = dL/dD. Out: w = dL/dS = -w / D, and the pull of each pair on its own two rows.
+// In: w = dL/dz. Out: w = dL/dS, and the pull of each pair on its own two rows.
 template <class T>
-void pull(const Tile<T>& t, T* w, T* row_pull, T* ref_pull) {
+void pull(const Problem<T>& p, const Tile<T>& t, T* w, T* row_pull, T* ref_pull) {
   for (int64_t i = 0; i < t.rows; ++i) {
     const T* z = t.z + i * t.ld;
     T* wi = w + i * t.ld;
     T total = 0;
     for (int64_t j = 0; j < t.cols; ++j) {
-      const T u = z[j] == T(0) || wi[j] == T(0) ? T(0) : wi[j] / z[j];
+      const T u = pull_of(p, z[j], wi[j]);
       wi[j] = -u;
       total += u;
       if (ref_pull) ref_pull[t.c0 + j] += u;

@@ -2,7 +2,7 @@
 #include "kernels.h"
 
 #include "euclidean.h"
-#include "reduce.h"
+#include "histogram.h"
 #include "survivors.h"
 #include "weigh.h"
 

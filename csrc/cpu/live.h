@@ -51,7 +51,7 @@ template <class T>
 struct EndLanes {
   Vec<T> lower, upper, own;
   EndLanes(const Reduction<T>& r, const int64_t* of, int64_t count) {
-    lower = splat(-INF<T>), upper = splat(INF<T>), own = Vec<T>{};
+    lower = splat(-INF<T>), upper = splat(INF<T>), own = splat(r.shift);
     for (int64_t k = 0; k < count; ++k) {
       if (r.lower) lower[k] = r.lower[of[k]];
       if (r.upper) upper[k] = r.upper[of[k]];
@@ -71,19 +71,22 @@ struct AnchorLanes : EndLanes<T> {
       grad[k] = value[k] == -INF<T> ? T(0) : r.grad[of[k]];
     }
   }
-  // dL/dt of these anchors' pairs.
+  // dL/ds of these anchors' pairs, and what they give to the two offsets.
   template <class Phi>
-  Vec<T> weight(const Reduction<T>& r, Vec<T> z, Vec<T> ref, Vec<T>& own_share, Vec<T>& ref_share) const {
+  Vec<T> weight(const Reduction<T>& r, const Phi& phi, Vec<T> z, Vec<T> ref, Vec<T>& to_own, Vec<T>& to_ref) const {
     const Vec<T> s = z * r.scale;
     const Mask<T> in = this->inside(z) & (grad != T(0));
     if (r.op == LOGSUMEXP) return select<T>(in, exp(s - value) * grad, Vec<T>{});
-    return select<T>(in, Phi::template slope<T>(s, this->own, ref, own_share, ref_share) * grad, Vec<T>{});
+    const Vec<T> slope = phi.template slope<T>(s, this->own, ref, to_own, to_ref);
+    to_own = select<T>(in, to_own * grad, Vec<T>{}), to_ref = select<T>(in, to_ref * grad, Vec<T>{});
+    return select<T>(in, slope * grad, Vec<T>{});
   }
 };
 
 template <class T, class Phi>
 void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live, int64_t total,
-                  int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull) {
+                  int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull,
+                  const Phi& phi) {
   using V = Vec<T>;
   V dscale{};
   for (int64_t first = 0; first < total; first += WIDTH<T>) {
@@ -98,18 +101,18 @@ void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
       if (r.ref_offset && t.symmetric) row_ref[k] = r.ref_offset[row[k]];
     }
     V g_own{}, g_ref{}, c_own{}, c_ref{}, c{};
-    const V g = AnchorLanes<T>(r, row, count).template weight<Phi>(r, z, column_ref, g_own, g_ref);
-    if (t.symmetric) c = AnchorLanes<T>(r, column, count).template weight<Phi>(r, z, row_ref, c_own, c_ref);
+    const V g = AnchorLanes<T>(r, row, count).weight(r, phi, z, column_ref, g_own, g_ref);
+    if (t.symmetric) c = AnchorLanes<T>(r, column, count).weight(r, phi, z, row_ref, c_own, c_ref);
     dscale += (t.mirror ? g + c : g) * z;
     for (int64_t k = 0; k < count; ++k) {
-      if (r.grad_offset) r.grad_offset[row[k]] += g[k] * g_own[k];
-      if (r.grad_offset && t.mirror) r.grad_offset[column[k]] += c[k] * c_own[k];
-      if (r.grad_ref_offset && t.symmetric) r.grad_ref_offset[row[k]] += c[k] * c_ref[k];
-      if (r.grad_ref_offset && (t.mirror || !t.symmetric)) r.grad_ref_offset[column[k]] += g[k] * g_ref[k];
+      if (r.grad_offset) r.grad_offset[row[k]] += g_own[k];
+      if (r.grad_offset && t.mirror) r.grad_offset[column[k]] += c_own[k];
+      if (r.grad_ref_offset && t.symmetric) r.grad_ref_offset[row[k]] += c_ref[k];
+      if (r.grad_ref_offset && (t.mirror || !t.symmetric)) r.grad_ref_offset[column[k]] += g_ref[k];
       T w = (g[k] + c[k]) * r.scale;
       if (w == T(0)) continue;
       if (p.row_square) {
-        w = z[k] == T(0) ? T(0) : -w / z[k];
+        w = -pull_of(p, static_cast<T>(z[k]), w);
         if (row_pull) row_pull[row[k]] -= w;
         if (ref_pull) ref_pull[column[k]] -= w;
       }
@@ -123,9 +126,8 @@ void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
 template <class T>
 void scatter(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live, int64_t total,
              int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull) {
-  with_transform(r.transform, [&](auto phi) {
-    scatter_with<T, decltype(phi)>(p, r, t, live, total, block, x, y, d, dx, dy, row_pull, ref_pull);
-  });
+  with_transform(
+      r, [&](auto phi) { scatter_with(p, r, t, live, total, block, x, y, d, dx, dy, row_pull, ref_pull, phi); });
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ class Pass {
       const Reduction<T> to_list = list ? bounded(given_[listed], values, bounds) : Reduction<T>{};
       auto reduce = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t) {
         similarities(t);
-        for (const Reduction<T>& r : reductions) kernels_.reduce(p_, r, t);
+        kernels_.reduce(p_, reductions.data(), static_cast<int>(reductions.size()), t);
       };
       if (!band[0].empty()) each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
       const bool sift = sieve && !grid[0].empty() && sieve->begin(grid);
@@ -320,7 +320,7 @@ class Pass {
       if (j < 0) continue;
       T w = r.grad[i];
       if (p_.row_square) {
-        w = r.value[i] == T(0) ? T(0) : -w / r.value[i];
+        w = r.value[i] == T(0) ? T(0) : p_.squared ? -2 * w : -w / r.value[i];
         pull[i] -= w;
         if (p_.square)
           pull[j] -= w;

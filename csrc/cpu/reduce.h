@@ -96,30 +96,30 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
 }
 
 template <class T, bool LOWER, bool UPPER, bool MIRROR, class Phi>
-void sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
+void sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Phi& transform) {
   using V = Vec<T>;
   Columns<T> lower, upper, own, ref, totals;
   ref.fill(r.ref_offset, T(0), t);
   if (MIRROR) {
     lower.fill(r.lower, -INF<T>, t);
     upper.fill(r.upper, INF<T>, t);
-    own.fill(r.offset, T(0), t);
+    own.fill(r.offset, r.shift, t);
     totals.fill(nullptr, T(0), t);
   }
   for (int64_t i = 0; i < t.rows; ++i) {
     const int64_t row = t.r0 + i;
     const T* z = t.z + i * t.ld;
     const V low_i = splat(lower_of(r, row)), up_i = splat(upper_of(r, row));
-    const V own_i = splat(r.offset ? r.offset[row] : T(0));
+    const V own_i = splat(r.offset ? r.offset[row] : r.shift);
     const V ref_i = splat(MIRROR && r.ref_offset ? r.ref_offset[row] : T(0));
     V total{};
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * r.scale;
-      const V phi = Phi::template value<T>(s, own_i, ref.at(v));
+      const V phi = transform.template value<T>(s, own_i, ref.at(v));
       total += select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), phi, V{});
       if constexpr (MIRROR) {
         const auto in = inside<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
-        const V c = Phi::template value<T>(s, own.at(v), ref_i);
+        const V c = transform.template value<T>(s, own.at(v), ref_i);
         store<T>(totals.data + v, totals.at(v) + select<T>(both<T>(in, m), c, V{}));
       }
     });
@@ -201,14 +201,45 @@ struct One {
   }
 };
 
+// logsumexp of a transform: phi of some rows of the tile at a time, in its place. f(rows of phi, first).
+constexpr int64_t MAPPED_ROWS = 16;
+template <class T, class Phi, class F>
+void each_mapped(const Reduction<T>& r, const Tile<T>& t, const Phi& transform, F&& f) {
+  alignas(64) T phi[MAPPED_ROWS * MAX_TILE];
+  const Vec<T> own = splat(r.shift);
+  for (int64_t first = 0; first < t.rows; first += MAPPED_ROWS) {
+    const int64_t rows = clamp(t.rows - first, 0, MAPPED_ROWS);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t v = 0; v < t.cols; v += WIDTH<T>) {
+        const Vec<T> s = load(t.z + (first + i) * t.ld + v) * r.scale;
+        store<T>(phi + i * MAX_TILE + v, transform.template value<T>(s, own, Vec<T>{}));
+      }
+    f(Tile<T>{phi, MAX_TILE, t.r0 + first, rows, t.c0, t.cols, t.symmetric, t.mirror}, first);
+  }
+}
 template <class T>
-void reduce(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
+Reduction<T> of_mapped(Reduction<T> r) {
+  r.scale = T(1), r.grad_scale = nullptr;
+  return r;
+}
+
+template <class T>
+void reduce_one(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
+  if (r.op == LOGSUMEXP && r.transform != IDENTITY) {
+    const Reduction<T> plain = of_mapped(r);
+    return with_transform(r, [&](auto phi) {
+      each_mapped(r, t, phi, [&](const Tile<T>& mapped, int64_t) {
+        t.mirror ? logsumexp<T, false, false, true>(p, plain, mapped)
+                 : logsumexp<T, false, false, false>(p, plain, mapped);
+      });
+    });
+  }
   specialize(r, t.mirror, [&](auto low, auto up, auto sym) {
     constexpr bool A = decltype(low)::value, B = decltype(up)::value, S = decltype(sym)::value;
     if (r.op == LOGSUMEXP) return logsumexp<T, A, B, S>(p, r, t);
     if (r.op == MIN || r.op == MAX) return extreme<T, A, B, S>(p, r, t);
-    if (r.op == COUNT) return sum<T, A, B, S, One>(p, r, t);
-    with_transform(r.transform, [&](auto phi) { sum<T, A, B, S, decltype(phi)>(p, r, t); });
+    if (r.op == COUNT) return sum<T, A, B, S>(p, r, t, One{});
+    with_transform(r, [&](auto phi) { sum<T, A, B, S>(p, r, t, phi); });
   });
 }
 

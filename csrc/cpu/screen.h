@@ -44,7 +44,7 @@ class Screen {
     wanted_ = &by_lane;
     bool lower = true, upper = true, extremes = true, open = false;
     for (const Reduction<T>& r : by_lane[0]) {
-      const bool hinge = r.op == SUM && r.transform == HINGE;
+      const bool hinge = hinged(r);
       extremes &= r.op == MIN || r.op == MAX;
       open |= (r.op == MIN && !r.upper) || (r.op == MAX && !r.lower);
       lower &= r.lower || r.op == MAX || (hinge && r.scale > 0);
@@ -89,8 +89,8 @@ class Screen {
         low = std::min(low, a), high = std::max(high, b);
       }
       if (p_.row_square) {  // distances in (low, high) are similarities, less halves, in -(high^2, low^2) / 2
-        const T near = low < 0 ? INFINITE : -low * low / 2 * (1 - SLACK);
-        low = high <= 0 ? INFINITE : -high * high / 2 * (1 + SLACK);
+        const T near = low < 0 ? INFINITE : -squared(low) / 2 * (1 - SLACK);
+        low = high <= 0 ? INFINITE : -squared(high) / 2 * (1 + SLACK);
         high = near;
       }
       low_[lane * stride_ + i] = bound(low, -1);
@@ -98,13 +98,20 @@ class Screen {
     }
   }
 
+  T squared(T z) const { return p_.squared ? z : z * z; }
+
+  static bool hinged(const Reduction<T>& r) {
+    return r.op == SUM && (r.transform == HINGE || r.transform == SQUARED_HINGE);
+  }
+
   static int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
   // Every z that counts for anchor i lies strictly between these.
   std::pair<T, T> interval(const Reduction<T>& r, int64_t i) const {
     T low = r.lower ? r.lower[i] : -INFINITE, high = r.upper ? r.upper[i] : INFINITE;
-    if (r.op == SUM && r.transform == HINGE && r.scale != 0) {
-      const T corner = r.offset ? -r.offset[i] / r.scale : T(0), slack = std::abs(corner) * SLACK;
+    if (hinged(r) && r.scale != 0) {
+      const T corner = -(r.offset ? r.offset[i] : r.shift) / r.scale;
+      const T slack = std::isinf(corner) ? T(0) : std::abs(corner) * SLACK;
       if (r.scale > 0)
         low = std::max(low, corner - slack);
       else

@@ -160,6 +160,33 @@ INLINE Vec<T> log1p_unit(Vec<T> e) {
   for (int k = last - 1; k >= 0; --k) p = p * q + T(1) / (2 * k + 1);
   return T(2) * s * p;
 }
+// log(x): x = m 2^e with m in [1 / sqrt(2), sqrt(2)), log(m) = 2 atanh((m - 1) / (m + 1)). log(0) = -inf, of negatives
+// NaN.
+template <class T>
+INLINE Vec<T> log(Vec<T> x) {
+  using Int = typename Lanes<T>::Int;
+  constexpr int fraction = sizeof(T) == 4 ? 23 : 52;
+  constexpr Int half_root = sizeof(T) == 4 ? 0x3f3504f3 : static_cast<Int>(0x3fe6a09e667f3bcdLL);
+  constexpr T tiny = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+  const Mask<T> small = x < tiny;
+  const Vec<T> y = small ? x * (Int(1) << fraction) : x;
+  const Mask<T> power = ((Mask<T>)y - half_root) >> fraction;
+  const Vec<T> m = (Vec<T>)((Mask<T>)y - (power << fraction));
+  const Vec<T> s = (m - T(1)) / (m + T(1)), q = s * s;
+  constexpr int last = sizeof(T) == 4 ? 4 : 10;
+  Vec<T> p = splat(T(1) / (2 * last + 1));
+  for (int k = last - 1; k >= 0; --k) p = p * q + T(1) / (2 * k + 1);
+  const Vec<T> e = __builtin_convertvector(power, Vec<T>) - (small ? splat(T(fraction)) : Vec<T>{});
+  const Vec<T> found = e * T(0.693147180559945309417) + T(2) * s * p;
+  const Vec<T> beyond = x == T(0) ? splat(-INF<T>) : x < T(0) ? splat(T(__builtin_nan(""))) : x;  // inf and NaN stay
+  return (x > T(0)) & (x < INF<T>) ? found : beyond;
+}
+// log(1 + u) to the last bit of small u.
+template <class T>
+INLINE Vec<T> log1p(Vec<T> u) {
+  const Vec<T> w = u + T(1), rest = w - T(1);
+  return w == T(1) ? u : w == INF<T> ? w : log<T>(w) * (u / rest);
+}
 template <class T>
 INLINE Vec<T> absolute(Vec<T> x) {
   return x < T(0) ? -x : x;

@@ -33,7 +33,7 @@ void similar(const Problem<T>& p, const Tile<T>& t, const int32_t* entry, int64_
     const int64_t row = t.r0 + (entry[k] >> 16), column = t.c0 + (entry[k] & 0xffff);
     if (k + 4 < count) __builtin_prefetch(y + (t.c0 + (entry[k + 4] & 0xffff)) * d);
     z[k] = dot(x + row * d, y + column * d, d);
-    if (p.row_square) z[k] = distance(z[k], p.row_square[row] + p.ref_square[column]);
+    if (p.row_square) z[k] = separation(p, z[k], p.row_square[row] + p.ref_square[column]);
   }
 }
 
@@ -91,13 +91,13 @@ void listed_logsumexp(const Reduction<T>& r, const Tile<T>& t, const Listed<T>& 
 }
 
 template <class T, class Phi>
-void listed_sum(const Reduction<T>& r, const Tile<T>& t, const Listed<T>& pairs) {
+void listed_sum(const Reduction<T>& r, const Tile<T>& t, const Listed<T>& pairs, const Phi& transform) {
   auto add = [&](const int64_t* of, const int64_t* other, const Ends<T>& e) {
     const EndLanes<T> lanes(r, of, e.count);
     Vec<T> ref{};
     for (int64_t k = 0; r.ref_offset && k < e.count; ++k) ref[k] = r.ref_offset[other[k]];
     const Mask<T> in = lanes.inside(e.z);
-    const Vec<T> phi = Phi::template value<T>(e.z * r.scale, lanes.own, ref);
+    const Vec<T> phi = transform.template value<T>(e.z * r.scale, lanes.own, ref);
     for (int64_t k = 0; k < e.count; ++k)
       if (in[k]) r.total[of[k]] += phi[k];
   };
@@ -128,8 +128,8 @@ template <class T>
 void reduce_listed(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Listed<T>& pairs) {
   if (r.op == LOGSUMEXP) return listed_logsumexp(r, t, pairs);
   if (r.op == MIN || r.op == MAX) return listed_extreme(p, r, t, pairs);
-  if (r.op == COUNT) return listed_sum<T, One>(r, t, pairs);
-  with_transform(r.transform, [&](auto phi) { listed_sum<T, decltype(phi)>(r, t, pairs); });
+  if (r.op == COUNT) return listed_sum(r, t, pairs, One{});
+  with_transform(r, [&](auto phi) { listed_sum(r, t, pairs, phi); });
 }
 
 }  // namespace

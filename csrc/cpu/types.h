@@ -1,12 +1,13 @@
 // Plain data shared by the binding and by the kernels of every instruction set. Nothing here owns memory.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace flashpair {
 
 enum Op : int { LOGSUMEXP, SUM, MIN, MAX, COUNT };
 enum Side : int { POSITIVES, NEGATIVES, ALL };
-enum Transform : int { IDENTITY, SOFTPLUS, HINGE, LIFTED };
+enum Transform : int { IDENTITY, SOFTPLUS, HINGE, SQUARED_HINGE, TRIANGLE, LIFTED, PROGRAM };
 
 constexpr int64_t MAX_TILE = 512;  // rows or columns of a tile, and entries of a tile's list of live pairs at a time
 
@@ -19,6 +20,41 @@ struct Problem {
   const int64_t *lo, *hi;            // (N,)
   const int64_t* order;              // (M,) place of each reference in the caller's order
   const T *row_square, *ref_square;  // (N,), (M,) squared norms, null for dot products
+  bool squared = false;              // with them: z is the squared distance
+};
+
+enum StepOp : int {
+  SCALED,
+  OWN,
+  CONSTANT,
+  ADD,
+  SUBTRACT,
+  MULTIPLY,
+  DIVIDE,
+  MAXIMUM,
+  MINIMUM,
+  NEGATE,
+  EXP,
+  LOG,
+  LOG1P,
+  SQRT,
+  SOFTPLUS_OF,
+  SIGMOID,
+  ABSOLUTE,
+  ABOVE,
+  CHOOSE
+};
+// One number of a program, from earlier ones: op(a, b), CHOOSE: c ? a : b; ABOVE: a > b, 1 or 0.
+struct Step {
+  int op, a, b, c;
+  double constant;
+};
+constexpr int MAX_STEPS = 96;
+// A transform that came as a list of steps (python/flashpair/programs.py): phi is step `value`, which needs no later
+// one; its derivatives in s = scale * z and in the anchor's offset are two others.
+struct Program {
+  std::vector<Step> steps;
+  int value, slope, own_slope;
 };
 
 // One row reduction, its forward state and what its backward reads. In a square problem one array serves rows and
@@ -26,18 +62,19 @@ struct Problem {
 template <class T>
 struct Reduction {
   int op, side, transform;
-  T scale;
+  T scale, shift;                // shift: the offset where there is no vector of them
   const T *offset, *ref_offset;  // (N,), (M,) or null
   const T *lower, *upper;        // (N,) or null
   int lower_of, upper_of;        // the reduction whose values, shifted, are the bound instead; -1: none
   double lower_shift, upper_shift;
-  T* peak;                // (N,) running max of scale * z (logsumexp), or the running extreme of z
-  double* total;          // (N,) sum relative to the peak, sum, or count
-  int64_t* index;         // (N,) column of the extreme, or null
-  const T *value, *grad;  // (N,) logsumexp without offset, and dL/dr
-  double* grad_scale;     // one number a row block
-  T* grad_offset;         // (N,) or null
-  T* grad_ref_offset;     // (M,) or null
+  T* peak;                 // (N,) running max of scale * z (logsumexp), or the running extreme of z
+  double* total;           // (N,) sum relative to the peak, sum, or count
+  int64_t* index;          // (N,) column of the extreme, or null
+  const T *value, *grad;   // (N,) logsumexp without offset, and dL/dr
+  double* grad_scale;      // one number a row block
+  T* grad_offset;          // (N,) or null
+  T* grad_ref_offset;      // (M,) or null
+  const Program* program;  // of transform PROGRAM
 };
 
 // A block of pairs: rows r0 + [0, rows) against columns c0 + [0, cols), z at row stride ld, a multiple of a vector.
@@ -71,7 +108,7 @@ template <class T>
 struct Kernels {
   // z: dot products in, Euclidean distances out (nothing to do for dot products).
   void (*distances)(const Problem<T>&, const Tile<T>&);
-  void (*reduce)(const Problem<T>&, const Reduction<T>&, const Tile<T>&);
+  void (*reduce)(const Problem<T>&, const Reduction<T>*, int count, const Tile<T>&);
   // The number of live pairs, listed; -1 when they are more than the list's capacity.
   int64_t (*list_live)(const Problem<T>&, const Reduction<T>&, const Tile<T>&, const Live<T>&);
   // z of listed pairs, by a sum of each pair's own: the same bits from both ends, and wherever they are listed.

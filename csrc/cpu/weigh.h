@@ -5,7 +5,7 @@
 // weights of both directions are added, so that one product serves both.
 #pragma once
 #include "euclidean.h"
-#include "reduce.h"
+#include "histogram.h"
 
 namespace flashpair {
 namespace {
@@ -17,7 +17,7 @@ struct Anchors {
   void fill(const Reduction<T>& r, const Tile<T>& block) {
     lower.fill(r.lower, -INF<T>, block);
     upper.fill(r.upper, INF<T>, block);
-    own.fill(r.offset, T(0), block);
+    own.fill(r.offset, r.shift, block);
     ref.fill(r.ref_offset, T(0), block);
     grad.fill(r.grad, T(0), block);
     value.fill(r.op == LOGSUMEXP ? r.value : nullptr, T(0), block);
@@ -87,7 +87,8 @@ void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
 }
 
 template <class T, bool LOWER, bool UPPER, bool SYMMETRIC, class Phi>
-void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w) {
+void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w,
+               const Phi& transform) {
   using V = Vec<T>;
   Anchors<T> rows, cols;
   Columns<T> doffset, dref;
@@ -104,21 +105,21 @@ void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int
     V doffset_i{}, dref_i{};
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * r.scale;
-      V own_share, ref_share;
-      const V slope = Phi::template slope<T>(s, own_i, cols.ref.at(v), own_share, ref_share);
-      const V g = select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), slope * grad_i, V{});
-      V sum = g, own = g;
-      doffset_i += g * own_share;
-      if (t.mirror || !t.symmetric) store<T>(dref.data + v, dref.at(v) + g * ref_share);
+      V own_slope, ref_slope;
+      const auto in_i = both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m);
+      const V slope = transform.template slope<T>(s, own_i, cols.ref.at(v), own_slope, ref_slope);
+      V sum = select<T>(in_i, slope * grad_i, V{}), own = sum;
+      doffset_i += select<T>(in_i, own_slope * grad_i, V{});
+      if (t.mirror || !t.symmetric) store<T>(dref.data + v, dref.at(v) + select<T>(in_i, ref_slope * grad_i, V{}));
       if constexpr (SYMMETRIC) {
-        const auto in = inside<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v));
-        const V other = Phi::template slope<T>(s, cols.own.at(v), ref_i, own_share, ref_share);
-        const V c = select<T>(both<T>(in, m), other * cols.grad.at(v), V{});
-        sum += c;
-        dref_i += c * ref_share;
+        const auto in_j = both<T>(inside<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v)), m);
+        const V grad_j = cols.grad.at(v);
+        const V other = transform.template slope<T>(s, cols.own.at(v), ref_i, own_slope, ref_slope);
+        sum += select<T>(in_j, other * grad_j, V{});
+        dref_i += select<T>(in_j, ref_slope * grad_j, V{});
         if (t.mirror) {
           own = sum;
-          store<T>(doffset.data + v, doffset.at(v) + c * own_share);
+          store<T>(doffset.data + v, doffset.at(v) + select<T>(in_j, own_slope * grad_j, V{}));
         }
       }
       dscale += select<T>(own != T(0), own * zv, V{});  // lanes past the end hold anything
@@ -134,12 +135,36 @@ void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int
   }
 }
 
+// logsumexp of a transform: the weight of phi, times phi's slope.
+template <class T, class Phi>
+void weigh_mapped(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w, const Phi& phi) {
+  using V = Vec<T>;
+  alignas(64) T part[MAPPED_ROWS * MAX_TILE];
+  const Reduction<T> plain = of_mapped(r);
+  const V own = splat(r.shift);
+  each_mapped(r, t, phi, [&](const Tile<T>& mapped, int64_t first) {
+    memset(part, 0, sizeof part);
+    t.symmetric ? weigh_logsumexp<T, false, false, true>(p, plain, mapped, block, part)
+                : weigh_logsumexp<T, false, false, false>(p, plain, mapped, block, part);
+    for (int64_t i = 0; i < mapped.rows; ++i)
+      for (int64_t v = 0; v < t.cols; v += WIDTH<T>) {
+        const int64_t at = (first + i) * t.ld + v;
+        V own_slope, ref_slope;
+        const V slope = phi.template slope<T>(load(t.z + at) * r.scale, own, V{}, own_slope, ref_slope);
+        const V g = load(part + i * MAX_TILE + v);
+        store<T>(w + at, load(w + at) + (g != T(0) ? g * slope * r.scale : V{}));
+      }
+  });
+}
+
 template <class T>
 void weigh_reduction(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w) {
+  if (r.op == LOGSUMEXP && r.transform != IDENTITY)
+    return with_transform(r, [&](auto phi) { weigh_mapped(p, r, t, block, w, phi); });
   specialize(r, t.symmetric, [&](auto low, auto up, auto sym) {
     constexpr bool A = decltype(low)::value, B = decltype(up)::value, S = decltype(sym)::value;
     if (r.op == LOGSUMEXP) return weigh_logsumexp<T, A, B, S>(p, r, t, block, w);
-    with_transform(r.transform, [&](auto phi) { weigh_sum<T, A, B, S, decltype(phi)>(p, r, t, block, w); });
+    with_transform(r, [&](auto phi) { weigh_sum<T, A, B, S>(p, r, t, block, w, phi); });
   });
 }
 
@@ -149,8 +174,15 @@ bool weigh(const Problem<T>& p, const Reduction<T>* reductions, int count, const
   using V = Vec<T>;
   const int64_t padded = (t.cols + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>;
   for (int64_t i = 0; i < t.rows; ++i) memset(w + i * t.ld, 0, padded * sizeof(T));
-  for (int k = 0; k < count; ++k) weigh_reduction(p, reductions[k], t, block, w);
-  if (p.row_square) pull(t, w, row_pull, ref_pull);
+  for (int k = 0; k < count;) {
+    const int nodes = run_of_nodes(reductions + k, count - k);
+    if (nodes)
+      weigh_histogram(p, reductions + k, nodes, t, w);
+    else
+      weigh_reduction(p, reductions[k], t, block, w);
+    k += nodes ? nodes : 1;
+  }
+  if (p.row_square) pull(p, t, w, row_pull, ref_pull);
   Mask<T> live{};
   for (int64_t i = 0; i < t.rows && !any<T>(live); ++i)
     for (int64_t v = 0; v < padded; v += WIDTH<T>) live |= load(w + i * t.ld + v) != V{};

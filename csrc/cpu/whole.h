@@ -90,7 +90,8 @@ class WholeLoss {
                 job_.euclidean ? x_square_.data() : nullptr,
                 !job_.euclidean ? nullptr
                 : square_       ? x_square_.data()
-                                : y_square_.data()};
+                                : y_square_.data(),
+                false};
   }
 
   Pass<T> pass() const { return Pass<T>(kernels_, problem_, x_.data(), y(), job_.d, cut_.size, cut_.lanes); }

@@ -165,6 +165,8 @@ class Work:
         t = self.terms[k]
         scale = None if self.given.scale is None or t.op in (MIN, MAX, COUNT) else self.given.scale[k]
         offset, ref_offset = (self.given.vector(slot) for slot in t.slots[:2])
+        if offset is None and t.shift:
+            offset = values.new_full((self.n,), t.shift)
         return {"scale": scale, "offset": offset, "ref_offset": ref_offset, **self.bounds(k, values)}
 
     def scales(self, group: Sequence[int]) -> list[float]:

@@ -100,7 +100,7 @@ class Spec(NamedTuple):
 
     slots: tuple[int, ...]  # what each vector is: 4 * reduction + 0 offset, 1 ref_offset, 2 lower, 3 upper
     code: tuple[int, ...]  # (6 K): op, side, transform, detach, and whose values bound the window (lower, upper; -1)
-    shifts: tuple[float, ...]  # (2 K): what is added to those bounds
+    shifts: tuple[float, ...]  # (3 K): what is added to those bounds, and the offset where it is a number
     scales: tuple[float, ...]  # (K): used where no scale tensor is given
     distance: str
     impl: str
@@ -112,6 +112,7 @@ def encode(reductions: tuple[Reduction, ...], slots: tuple[int, ...], distance: 
     for r, places in zip(reductions, bound_places(reductions), strict=True):
         code += [OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach), *places]
         shifts += [bound.shift if isinstance(bound, Bound) else 0.0 for bound in (r.lower, r.upper)]
+        shifts.append(0.0 if r.offset is None or isinstance(r.offset, Tensor) or r.offset_outside else float(r.offset))
     scales = tuple(1.0 if isinstance(r.scale, Tensor) else r.scale for r in reductions)
     return Spec(slots, tuple(code), tuple(shifts), scales, distance, impl)
 
@@ -187,9 +188,11 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
             offset, ref_offset, *window = (by_slot.get(4 * i + k) for k in range(4))
             for k, of in enumerate(bounds):
                 if of >= 0:
-                    window[k] = values[of] + spec.shifts[2 * i + k]
+                    window[k] = values[of] + spec.shifts[3 * i + k]
+            offset = spec.shifts[3 * i + 2] if offset is None else offset
             plain = OPS[op] in ("min", "max", "count")
             factor = spec.scales[i] if plain or scale is None else scale[i]
+            offset = None if plain else offset
             r = Reduction(OPS[op], SIDES[side], TRANSFORMS[transform], factor, offset, ref_offset, window[0], window[1])
             rows.append(reduce_rows(z, masks[r.side], r))
             upstream.append(g)

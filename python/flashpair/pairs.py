@@ -73,8 +73,8 @@ class Pairs:
         slots: list[int] = []
         vectors: list[Tensor] = []
         for k, r in enumerate(reductions):
-            outside = r.op == "logsumexp"  # whose offset is added to the row's value
-            own = (None if outside else r.offset, r.ref_offset, r.lower, r.upper)
+            own = (r.offset if isinstance(r.offset, Tensor) and not r.offset_outside else None,
+                   r.ref_offset, r.lower, r.upper)  # fmt: skip
             for slot, value in enumerate(own):
                 if value is None or isinstance(value, Bound):
                     continue
@@ -90,7 +90,7 @@ class Pairs:
         rows = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors)
         found = []
         for row, r in zip(rows, reductions, strict=True):
-            if r.op == "logsumexp" and r.offset is not None:
+            if r.offset_outside and r.offset is not None:
                 row = row + (tensor(r.offset) if isinstance(r.offset, Tensor) else r.offset)
             row = row if self.poison is None else row + self.poison
             found.append(row.detach() if r.detach else row)

@@ -85,6 +85,11 @@ class Reduction:
         """A logsumexp of phi(t), t not being what is added up itself."""
         return self.op == "logsumexp" and self.transform != "identity"
 
+    @property
+    def offset_outside(self) -> bool:
+        """The offset is a summand of the row's value, as it is of a plain logsumexp."""
+        return self.op == "logsumexp" and self.transform == "identity"
+
 
 def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     """For each reduction the places of those that bound its window below and above, -1 for none.

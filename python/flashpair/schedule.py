@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reduction import OPS, SIDES
+from .reduction import BUILT_IN, OPS, SIDES
 
 LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
 POSITIVES = SIDES.index("positives")
+IDENTITY = BUILT_IN.index("identity")
 CODES = 6  # integers that a reduction is encoded as
 Like = tuple[tuple[int, ...], torch.dtype]
 
@@ -68,11 +69,17 @@ class Term(NamedTuple):
     upper_of: int
     lower_shift: float
     upper_shift: float
+    shift: float  # its offset where that is a number
     slots: tuple[int, ...]  # where its offset, ref_offset, lower and upper stand among the vectors, or -1
 
     @property
     def window(self) -> bool:
         return max(self.lower_of, self.upper_of, *self.slots[2:]) >= 0
+
+    @property
+    def mapped(self) -> bool:
+        """A logsumexp of a transform."""
+        return self.op == LOGSUMEXP and self.transform != IDENTITY
 
     @property
     def weighted(self) -> bool:
@@ -117,7 +124,7 @@ def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, 
     each = [code[at : at + CODES] for at in range(0, len(code), CODES)]
     where = [tuple(place.get(4 * k + slot, -1) for slot in range(4)) for k in range(len(each))]
     return tuple(
-        Term(op, side, transform, bool(detach), lower_of, upper_of, shifts[2 * k], shifts[2 * k + 1], where[k])
+        Term(op, side, transform, bool(detach), lower_of, upper_of, *shifts[3 * k : 3 * k + 3], where[k])
         for k, (op, side, transform, detach, lower_of, upper_of) in enumerate(each)
     )
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .reduction import TRANSFORMS
 from .schedule import POSITIVES, Given, Gradients, Like, Problem, Results, Terms, Whole, address
+from .transforms import steps
 
 LIVE_PAIRS_PER_ROW = 32
 SCREENED_PAIRS_PER_ROW = 512  # 16 (csrc/cpu/pass.h) times as many; 4 KB of float32 a row, touched as far as used
@@ -42,13 +44,14 @@ def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW) -
     return Grid(size, lanes, slots, min(capacity, size * size // 8))
 
 
-def _operands(terms: Terms, given: Given) -> list[tuple[Any, ...]]:
+def _operands(terms: Terms, given: Given) -> list[tuple[tuple[Any, ...], Any]]:
     """Each reduction as the C++ pass takes it; the caller holds the vectors' memory."""
     values = given.scales if given.scale is None else given.scale.tolist()
     found = []
     for t, value in zip(terms, values, strict=True):
         offset, ref_offset, lower, upper = (address(given.vector(slot)) for slot in t.slots)
-        found.append((t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:8]))
+        of = t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:9]
+        found.append((of, steps(TRANSFORMS[t.transform])))
     return found
 
 
@@ -104,7 +107,7 @@ def cpu_pass(p: Problem, squares: tuple[Tensor | None, Tensor | None], lanes: in
     return (module.PassDouble if p.x.dtype == torch.float64 else module.PassFloat)(
         extension.instruction_set(), n, m, m if p.end is None else int(p.end), p.y is None,
         address(p.lo), address(p.hi), address(p.order), address(squares[0]), address(squares[1]),
-        address(p.x), address(refs), d, g.size, lanes or g.lanes,
+        p.distance == "squared_euclidean", address(p.x), address(refs), d, g.size, lanes or g.lanes,
     )  # fmt: skip
 
 
@@ -136,7 +139,7 @@ def run(
     work, operands = cpu_pass(p, squares), _operands(terms, given)
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
-        work.add(operands[k], address(index), 0, 0, 0, 0, 0)
+        work.add(*operands[k], address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     places = address(kept.extreme) if sizes[0][0] else 0
     tally = work.forward(threads(n, m, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
@@ -158,7 +161,7 @@ def backward(
     work, operands = cpu_pass(p, squares), _operands(terms, given)
     for i, t in enumerate(terms):
         work.add(
-            operands[i], address(kept.extreme[i] if t.indexed else None),
+            *operands[i], address(kept.extreme[i] if t.indexed else None),
             address(values[i]), address(None if t.detach else grads[i]),
             address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),
             address(None if dref_offset is None else dref_offset[i]),

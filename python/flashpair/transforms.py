@@ -1,24 +1,61 @@
-"""A user's own transform phi(t) of `Reduction`, beside the built-in ones."""
+"""Transforms phi of `Reduction` beside the built-in ones: a user's own, and this package's with numbers in them."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
+from . import extension, programs
 from .reduction import BUILT_IN, TRANSFORMS
 
 
-class Custom(NamedTuple):
-    dense: Callable[..., Tensor]
-    value: Any
-    slope: Any
-    apart: bool  # dense takes scale * z and the offset apart
+class Custom:
+    """A transform that is not built in.
+
+    Args:
+        dense: a function of t = scale * z + offset, or of scale * z and the offset.
+        value, slope: the user's jit functions, or None.
+    """
+
+    def __init__(self, dense: Callable[..., Tensor], value: Any = None, slope: Any = None) -> None:
+        self.dense, self.value, self.slope = dense, value, slope
+        self.apart = _takes_two(dense)
 
     def of_pairs(self, s: Tensor, own: Tensor | float) -> Tensor:
         return self.dense(s, own) if self.apart else self.dense(s + own)
+
+    @functools.cached_property
+    def program(self) -> programs.Program | str:
+        """Its steps, or why it has none."""
+        return programs.program(self.dense, self.apart)
+
+    @functools.cached_property
+    def steps(self) -> Any:
+        """The program as the C++ kernels take it."""
+        p = self.program
+        assert not isinstance(p, str)
+        listed = [(programs.OPS.index(s.op), s.a, s.b, s.c, s.constant) for s in p.steps]
+        return extension.require().Program(listed, p.value, p.slope, p.own_slope)
+
+    @functools.cached_property
+    def jit(self) -> tuple[Any, Any]:
+        """Jit functions of (scale * z, offset): phi, and its two derivatives."""
+        if self.value is not None:
+            return programs.wrapped(self.value, self.slope)
+        assert not isinstance(self.program, str)
+        return programs.jit(programs.triton_source(self.program))
+
+
+def _takes_two(dense: Callable[..., Tensor]) -> bool:
+    try:
+        parameters = inspect.signature(dense).parameters.values()
+    except (TypeError, ValueError):  # of functions that are not Python's, such as torch.exp
+        return False
+    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 2
 
 
 _custom: dict[str, Custom] = {}
@@ -28,17 +65,24 @@ def custom(name: str) -> Custom:
     return _custom[name]
 
 
-def register_transform(name: str, dense: Callable[[Tensor], Tensor], *, value: Any = None, slope: Any = None) -> None:
+def steps(name: str) -> Any:
+    """A transform's steps for the C++ kernels, None for a built-in one."""
+    return None if name in BUILT_IN else _custom[name].steps
+
+
+def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = None, slope: Any = None) -> None:
     """Makes ``Reduction("sum", side, name)`` mean the sum of phi(t) over a row's pairs, t = scale * z + offset.
 
     Args:
         name: a word of your own. Registering it again replaces it.
-        dense: phi of a tensor of any shape and dtype, elementwise and differentiable; the reference implementation,
-            and second derivatives, run it.
+        dense: phi in PyTorch, of a tensor t of any shape and dtype, elementwise and differentiable; or of two,
+            scale * z and the offset, where they do not come in as their sum. The reference implementation, and second
+            derivatives, run it. Where it is arithmetic, exp, log, log1p, sqrt, sigmoid, tanh, softplus, relu, abs,
+            maximum, minimum, clamp, where, comparisons, detach, square and whole powers, it is also taken apart into
+            steps, with its derivative, which the C++ kernels run and from which Triton's are generated: it is fused
+            everywhere. Otherwise ``impl="auto"`` takes the reference, and other implementations refuse.
         value, slope: phi and phi' as functions of a block t of float32 or float64, both decorated with
-            ``triton.jit``; they are compiled into the kernels of ``impl="fused"`` (and ``"tiled"`` on a GPU), exactly
-            as the built-in ones of ``flashpair.kernels.transforms``. Without them those refuse; the C++ kernels of
-            ``"tiled"`` on the CPU know the built-in transforms only, and ``impl="auto"`` takes the reference there.
+            ``triton.jit``, to stand in Triton's kernels in place of what would be generated.
 
     Raises:
         TypeError, ValueError: a name that is not a word or is built in, or one of `value` and `slope` alone.
@@ -51,15 +95,7 @@ def register_transform(name: str, dense: Callable[[Tensor], Tensor], *, value: A
         raise TypeError(f"dense must be callable, got {type(dense).__name__}")
     if (value is None) != (slope is None):
         raise ValueError("value and slope go together: give both triton.jit functions, or neither")
-    _register(name, Custom(dense, value, slope, _takes_two(dense)))
-
-
-def _takes_two(dense: Callable[..., Tensor]) -> bool:
-    try:
-        parameters = inspect.signature(dense).parameters.values()
-    except (TypeError, ValueError):  # of functions that are not Python's, such as torch.exp
-        return False
-    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 2
+    _register(name, Custom(dense, value, slope))
 
 
 def _register(name: str, transform: Custom) -> None:
@@ -71,7 +107,7 @@ def _register(name: str, transform: Custom) -> None:
 def parametrised(name: str, dense: Callable[..., Tensor]) -> str:
     """A transform of this package's with numbers in it, registered when it first comes up under a name of its own."""
     if name not in _custom:
-        _register(name, Custom(dense, None, None, _takes_two(dense)))
+        _register(name, Custom(dense))
     return name
 
 
@@ -79,8 +115,9 @@ def obstacles(name: str, impl: str, device: str) -> list[str]:
     """Why `impl` cannot run a transform; empty if it can."""
     if name in BUILT_IN or impl == "reference":
         return []
-    if impl in ("tiled", "screened") and device == "cpu":
-        return [f"transform {name!r} is your own, and the C++ kernels of {impl} know {', '.join(BUILT_IN)}"]
-    if _custom[name].value is None:
-        return [f"transform {name!r} was registered without the triton.jit functions `value` and `slope`"]
+    own, compiled = _custom[name], impl in ("tiled", "screened") and device == "cpu"
+    if own.value is not None and not compiled:
+        return []
+    if isinstance(own.program, str):
+        return [f"transform {name!r} has no fused form: {own.program}"]
     return []
