@@ -16,6 +16,7 @@ from .tile import (
     INF,
     LOG2E,
     LOGSUMEXP,
+    MAPPED,
     NOTHING,
     POSITIVES,
     clean_tile,
@@ -29,8 +30,9 @@ from .tile import (
     share_of,
     similarities,
     span,
+    through_distance,
 )
-from .transforms import sigmoid
+from .transforms import logistic
 
 
 class Weighed(NamedTuple):
@@ -66,16 +68,21 @@ def anchor(slot, index, inside, ACC: tl.constexpr):
 def slopes(
     z, keep, slot, scale, lower, upper, own, value, grad, ref, OP: tl.constexpr, SLOPE: tl.constexpr
 ):  # fmt: skip
-    """dL/dt of each pair from one of its ends, and the share of it that goes to the anchor's own offset."""
+    """dL/ds of each pair from one of its ends, s = scale * z, and what of it goes to the anchor's own offset."""
     keep = inside_window(z, keep, lower, upper, slot.lower is not None, slot.upper is not None)
-    share = 1.0
     if OP == LOGSUMEXP:
         g = tl.where(keep, tl.exp2(z * (scale * LOG2E) - value) * grad, 0.0)
+        to_own = g
+    elif OP == MAPPED:
+        phi, by_s, by_own = SLOPE(z * scale, own)
+        weight = tl.where(keep, tl.exp2(phi * LOG2E - value) * grad, 0.0)
+        g, to_own = weight * by_s, weight * by_own
     else:
-        g = tl.where(keep, SLOPE(z * scale + reach(own, ref, slot.ref_offset is not None)) * grad, 0.0)
+        _, by_s, by_own = SLOPE(z * scale, reach(own, ref, slot.ref_offset is not None))
+        g, to_own = tl.where(keep, by_s * grad, 0.0), tl.where(keep, by_own * grad, 0.0)
         if slot.ref_offset is not None:
-            share = tl.where((own > -INF) | (ref > -INF), sigmoid(own - ref), 0.0)
-    return g, share
+            to_own *= tl.where((own > -INF) | (ref > -INF), logistic(own - ref), 0.0)
+    return g, to_own
 
 
 @triton.jit
@@ -85,7 +92,7 @@ def weigh(
     OP: tl.constexpr, SLOPE: tl.constexpr, ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of a tile's pairs through one reduction, and the rows' sums with the tile added."""
-    alike: tl.constexpr = (slot.top is not None) if OP == LOGSUMEXP else (slot.offset is None)
+    alike: tl.constexpr = (slot.top is not None) if OP == LOGSUMEXP else ((OP != MAPPED) and (slot.offset is None))
     if ANCHOR and REFERENCE and alike:  # what depends on the pair alone serves both of its ends
         lower, upper, _, _, grad = anchor(slot, cols, valid, ACC)
         one = inside_window(
@@ -96,7 +103,8 @@ def weigh(
             # Of a pair of either end t <= top; of others it may be anything, and must not become inf * 0.
             core = tl.exp2(tl.minimum(z * (scale * LOG2E) - top, 1.0))
         else:
-            core = tl.where(one | other, SLOPE(z * scale), 0.0)
+            _, by_s, _ = SLOPE(z * scale, tl.zeros((z.shape[0], z.shape[1]), ACC))
+            core = tl.where(one | other, by_s, 0.0)
         mine = tl.where(one, rows_grad[:, None], 0.0)
         g = core * (mine + tl.where(other, grad[None, :], 0.0))
         if slot.d_scale is not None:
@@ -105,22 +113,22 @@ def weigh(
         g = tl.zeros((z.shape[0], z.shape[1]), ACC)
         if ANCHOR:
             ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
-            g, share = slopes(
+            g, to_own = slopes(
                 z, keep, slot, scale, rows_lower[:, None], rows_upper[:, None], rows_own[:, None],
                 rows_value[:, None], rows_grad[:, None], ref[None, :], OP, SLOPE,
             )  # fmt: skip
             if slot.d_scale is not None:
                 d_scale += tl.sum(g * z, 1)
             if slot.d_offset is not None:
-                d_offset += tl.sum(g * share, 1)
+                d_offset += tl.sum(to_own, 1)
         if REFERENCE:
             lower, upper, own, value, grad = anchor(slot, cols, valid, ACC)
-            other, share = slopes(
+            other, to_own = slopes(
                 z, keep, slot, scale, lower[None, :], upper[None, :], own[None, :], value[None, :], grad[None, :],
                 rows_ref[:, None], OP, SLOPE,
             )  # fmt: skip
             if slot.d_ref_offset is not None:
-                d_ref += tl.sum(other * (1.0 - share), 1)
+                d_ref += tl.sum(other - to_own, 1)
             g += other
     return g * scale, d_scale, d_offset, d_ref
 
@@ -222,7 +230,7 @@ def weigh_rows(
             w += w_b
         acc, pull = put(
             w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
-            row0, col0, d, slab, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
+            row0, col0, d, slab, ZERO, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
         )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
@@ -248,7 +256,7 @@ def weigh_rows(
                 w += w_b
             acc, pull = put(
                 w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
-                valid, row0, col0, d, slab, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
+                valid, row0, col0, d, slab, ZERO, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
             )  # fmt: skip
 
     spoiled = tl.load(poison)
@@ -280,12 +288,12 @@ def weigh_rows(
 @triton.jit
 def put(
     w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
-    row0, col0, d, slab, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, EVEN_SLAB: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    row0, col0, d, slab, ZERO: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_SLAB: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile's weights where they go: through the product into acc, or into `weights`. dD/dS of a distance is -1/D."""
+    """A tile's weights where they go: through the product into acc, or into `weights`."""
     if col_squares is not None:
-        w = tl.where(z > 0.0, -w / tl.where(z > 0.0, z, 1.0), 0.0)
+        w = through_distance(w, z, ZERO)
         pull -= tl.sum(w, 1)
     if weights is not None:
         at = (rows - row0).to(tl.int64)[:, None] * weights_row + (cols - col0).to(tl.int64)[None, :] * weights_col

@@ -16,6 +16,7 @@ from .tile import (
     LN2,
     LOG2E,
     LOGSUMEXP,
+    MAPPED,
     MAX,
     MIN,
     NOTHING,
@@ -65,7 +66,7 @@ def reach(own, ref, HAS_REF: tl.constexpr):
 def start(slot, at, inside, OP: tl.constexpr, ROWS: tl.constexpr, CARRY: tl.constexpr, ACC: tl.constexpr):
     """The state (peak, total) of a row block: empty, or what an earlier launch left at `at`."""
     peak, total = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
-    if (OP == LOGSUMEXP) | (OP == MIN) | (OP == MAX):
+    if (OP == LOGSUMEXP) | (OP == MAPPED) | (OP == MIN) | (OP == MAX):
         peak = tl.full((ROWS,), -INF, ACC)
         if CARRY:
             peak = tl.load(slot.peak + at, mask=inside, other=-INF)
@@ -81,7 +82,7 @@ def start(slot, at, inside, OP: tl.constexpr, ROWS: tl.constexpr, CARRY: tl.cons
 
 @triton.jit
 def leave(slot, at, inside, peak, total, OP: tl.constexpr):
-    if (OP == LOGSUMEXP) | (OP == MIN) | (OP == MAX):
+    if (OP == LOGSUMEXP) | (OP == MAPPED) | (OP == MIN) | (OP == MAX):
         tl.store(slot.peak + at, peak, mask=inside)
     if slot.total is not None:
         tl.store(slot.total + at, total, mask=inside)
@@ -112,8 +113,12 @@ def fold(
             peak, total = fold_exponentials(z, keep, scale2, top, peak, total)
     elif OP == SUM:
         ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
-        t = z * scale + reach(own[:, None], ref, slot.ref_offset is not None)
-        total += tl.sum(tl.where(keep, PHI(t), 0.0), 1)
+        phi = PHI(z * scale, reach(own[:, None], ref, slot.ref_offset is not None))
+        total += tl.sum(tl.where(keep, phi, 0.0), 1)
+    elif OP == MAPPED:
+        t = PHI(z * scale, own[:, None]) * LOG2E
+        top = tl.max(tl.where(keep, t, -INF), 1)
+        peak, total = fold_exponentials(t, keep, 1.0, top, peak, total)
     elif OP == COUNT:
         total += tl.sum(tl.where(keep, 1.0, 0.0).to(ACC), 1)
     else:
@@ -232,7 +237,7 @@ def finish(peak, total, poison, value, index, n, splits, OP: tl.constexpr, BLOCK
     best, whole, first = tl.full((BLOCK,), -INF, ACC), tl.zeros((BLOCK,), ACC), tl.full((BLOCK,), UNRANKED, tl.int32)
     at = rows.to(tl.int64)
     for _ in range(0, splits):
-        if OP == LOGSUMEXP:
+        if (OP == LOGSUMEXP) | (OP == MAPPED):
             own, sums = tl.load(peak + at, mask=inside, other=0.0), tl.load(total + at, mask=inside, other=0.0)
             higher = tl.maximum(best, own)
             base = tl.where(higher > -INF, higher, 0.0)
@@ -247,7 +252,7 @@ def finish(peak, total, poison, value, index, n, splits, OP: tl.constexpr, BLOCK
                 first = tl.where(own > best, rank, tl.where(own == best, tl.minimum(first, rank), first))
             best = tl.maximum(best, own)
         at += n
-    if OP == LOGSUMEXP:
+    if (OP == LOGSUMEXP) | (OP == MAPPED):
         result = tl.where(whole > 0.0, (best + tl.log2(tl.where(whole > 0.0, whole, 1.0))) * LN2, -INF)
     elif (OP == SUM) | (OP == COUNT):
         result = whole

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .gradient import anchor, slopes
 from .reduce import fold, leave, start
-from .tile import NOTHING, number, row_vector
+from .tile import NOTHING, distance, number, row_vector, through_distance
 
 LAST: tl.constexpr = tl.constexpr(2**63 - 1)
 
@@ -37,7 +37,7 @@ def pair_similarities(
         if col_squares is not None:
             squares = row_vector(row_squares, row, here, 0.0, ACC) + row_vector(col_squares, col, here, 0.0, ACC)
             d2 = squares - 2.0 * s
-            s = tl.sqrt(tl.where(d2 > ZERO * squares, d2, 0.0))
+            s = distance(d2, squares, ZERO)
         tl.store(z + at, s, mask=here)
 
 
@@ -89,16 +89,16 @@ def weigh_term(
 ):  # fmt: skip
     """dL/dz of survivors through one reduction, and their rows' sums; to `shares` what is the columns' offsets'."""
     ref = row_vector(slot.ref_offset, col, here, 0.0, ACC)
-    g, share = slopes(
+    g, to_own = slopes(
         z, here, slot, scale, lower[:, None], upper[:, None], own[:, None], value[:, None], grad[:, None], ref, OP,
         SLOPE,
     )  # fmt: skip
     if slot.d_scale is not None:
         d_scale += tl.sum(g * z, 1)
     if slot.d_offset is not None:
-        d_offset += tl.sum(g * share, 1)
+        d_offset += tl.sum(to_own, 1)
     if shares is not None:
-        tl.store(shares + at, g * (1.0 - share), mask=here)
+        tl.store(shares + at, g - to_own, mask=here)
     return g * scale, d_scale, d_offset
 
 
@@ -106,12 +106,9 @@ def weigh_term(
 def weigh_survivors(
     keys, z, starts, weights, shares_a, shares_b, n, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SLOPE_A: tl.constexpr, OP_B: tl.constexpr, SLOPE_B: tl.constexpr,
-    EUCLIDEAN: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
+    EUCLIDEAN: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """weights (L,): dL/dS of each survivor through its anchor's reductions a and b (`Weighed`), whose sums it leaves.
-
-    dD/dS of a Euclidean distance D is -1/D, and 0 at 0.
-    """
+    """weights (L,): dL/dS of each survivor through its anchor's reductions a, b (`Weighed`), whose sums it leaves."""
     rows, inside, begin, stop, longest = entries(starts, n, ROWS)
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
     lower_a, upper_a, own_a, value_a, grad_a = anchor(a, rows, inside, ACC)
@@ -134,7 +131,7 @@ def weigh_survivors(
             )  # fmt: skip
             w += w_b
         if EUCLIDEAN:
-            w = tl.where(pair > 0.0, -w / tl.where(pair > 0.0, pair, 1.0), 0.0)
+            w = through_distance(w, pair, ZERO)
         tl.store(weights + at, w, mask=here)
     if a.d_scale is not None:
         tl.store(a.d_scale + rows, d_scale_a, mask=inside)

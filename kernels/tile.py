@@ -13,6 +13,7 @@ SUM: tl.constexpr = tl.constexpr(1)
 MIN: tl.constexpr = tl.constexpr(2)
 MAX: tl.constexpr = tl.constexpr(3)
 COUNT: tl.constexpr = tl.constexpr(4)
+MAPPED: tl.constexpr = tl.constexpr(5)  # logsumexp of a transform
 NOTHING: tl.constexpr = tl.constexpr(-1)  # the second slot of a launch of one reduction
 
 POSITIVES: tl.constexpr = tl.constexpr(0)
@@ -164,8 +165,27 @@ def similarities(
     if col_squares is not None:
         squares = row_squares[:, None] + row_vector(col_squares, cols, valid, 0.0, ACC)[None, :]
         d2 = squares - 2.0 * z
-        z = tl.sqrt(tl.where(d2 > ZERO * squares, d2, 0.0))
+        z = distance(d2, squares, ZERO)
     return z, y_tile
+
+
+@triton.jit
+def distance(d2, squares, ZERO: tl.constexpr):
+    """z from |x - y|^2 as it comes: 0 under the share ZERO of |x|^2 + |y|^2, which is noise; ZERO < 0: its square."""
+    if ZERO < 0.0:
+        return tl.maximum(d2, 0.0)
+    else:
+        return tl.sqrt(tl.where(d2 > ZERO * squares, d2, 0.0))
+
+
+@triton.jit
+def through_distance(w, z, ZERO: tl.constexpr):
+    """dL/dS from w = dL/dz: dD/dS = -1 / D, and -2 for the square; 0 at 0."""
+    apart = z > 0.0
+    if ZERO < 0.0:
+        return tl.where(apart, -2.0 * w, 0.0)
+    else:
+        return tl.where(apart, -w / tl.where(apart, z, 1.0), 0.0)
 
 
 @triton.jit

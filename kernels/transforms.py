@@ -1,7 +1,8 @@
-"""The transforms phi(t), t = scale * z + offset, and their slopes phi'(t), as compile-time arguments of the kernels.
+"""The transforms phi and their slopes, as compile-time arguments of the kernels.
 
-A transform is two jit functions of a block `t` of float32 or float64; a user's own, given to
-`flashpair.register_transform`, is compiled in the same way.
+A transform is two jit functions of a block s = scale * z of float32 or float64 and the anchors' offsets: phi; and phi
+with its derivatives in s and in the offset. Those of a transform given to `flashpair.register_transform` are generated
+by programs.py.
 """
 
 import triton
@@ -17,49 +18,74 @@ def log1p_unit(u):
 
 
 @triton.jit
-def identity(t):
-    return t
-
-
-@triton.jit
-def identity_slope(t):
-    return tl.full(t.shape, 1.0, t.dtype)
-
-
-@triton.jit
-def softplus(t):
-    return tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))
-
-
-@triton.jit
-def sigmoid(t):
+def logistic(t):
     return 1.0 / (1.0 + tl.exp(-t))
 
 
 @triton.jit
-def hinge(t):
-    return tl.maximum(t, 0.0)
+def identity(s, own):
+    return s + own
 
 
 @triton.jit
-def hinge_slope(t):
-    return tl.where(t > 0.0, 1.0, 0.0).to(t.dtype)
+def identity_slope(s, own):
+    one = tl.full(s.shape, 1.0, s.dtype)
+    return s + own, one, one
 
 
 @triton.jit
-def squared_hinge(t):
-    h = tl.maximum(t, 0.0)
+def softplus(s, own):
+    t = s + own
+    return tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))
+
+
+@triton.jit
+def softplus_slope(s, own):
+    g = logistic(s + own)
+    return softplus(s, own), g, g
+
+
+@triton.jit
+def hinge(s, own):
+    return tl.maximum(s + own, 0.0)
+
+
+@triton.jit
+def hinge_slope(s, own):
+    g = tl.where(s + own > 0.0, 1.0, 0.0).to(s.dtype)
+    return hinge(s, own), g, g
+
+
+@triton.jit
+def squared_hinge(s, own):
+    h = tl.maximum(s + own, 0.0)
     return h * h
 
 
 @triton.jit
-def squared_hinge_slope(t):
-    return 2.0 * tl.maximum(t, 0.0)
+def squared_hinge_slope(s, own):
+    g = 2.0 * tl.maximum(s + own, 0.0)
+    return squared_hinge(s, own), g, g
+
+
+@triton.jit
+def triangle(s, own):
+    return tl.maximum(1.0 - tl.abs(s + own), 0.0)
+
+
+@triton.jit
+def triangle_slope(s, own):
+    t = s + own
+    g = tl.where(t > 0.0, -1.0, tl.where(t < 0.0, 1.0, 0.0))
+    g = tl.where(tl.abs(t) < 1.0, g, 0.0).to(s.dtype)
+    return triangle(s, own), g, g
 
 
 table = {
     "identity": (identity, identity_slope),
-    "softplus": (softplus, sigmoid),
+    "softplus": (softplus, softplus_slope),
     "hinge": (hinge, hinge_slope),
-    "lifted": (squared_hinge, squared_hinge_slope),
+    "squared_hinge": (squared_hinge, squared_hinge_slope),
+    "triangle": (triangle, triangle_slope),
+    "lifted": (squared_hinge, squared_hinge_slope),  # of scale * z and what reduce.py's `reach` makes of two offsets
 }

@@ -93,7 +93,8 @@ class Collector:
         own, other = work.p.x.to(work.dtype), work.p.refs.index_select(0, j).to(work.dtype)
         if work.p.distance != "dot":
             apart = value > 0
-            w = torch.where(apart, -w / torch.where(apart, value, 1.0), 0.0)
+            slope = 2.0 if work.p.distance == "squared_euclidean" else 1 / torch.where(apart, value, 1.0)
+            w = torch.where(apart, -w * slope, 0.0)
             own, other = own - other, other - own
         if dx is not None:
             dx.addcmul_(w[:, None], other)

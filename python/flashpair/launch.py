@@ -28,7 +28,7 @@ TILES_PER_SPLIT = 4
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 SPREAD = {torch.float32: 60.0, torch.float64: 600.0}  # of logsumexps, within which 2^(top - value) is a safe factor
 Lists = dict[int, tuple[Tensor, Tensor]]  # `Work.list_live`'s, by the columns of a tile
-NOTHING, UNRANKED = tile.NOTHING.value, reduce.UNRANKED.value
+MAPPED, NOTHING, UNRANKED = tile.MAPPED.value, tile.NOTHING.value, reduce.UNRANKED.value
 
 
 @functools.lru_cache(maxsize=16)
@@ -120,7 +120,8 @@ class Work:
         self.squares = p.row_and_ref_squares()
         self._tops: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.constants = {
-            "ZERO": zero_distance(self.dtype), "PRECISION": precision(p.x.dtype),
+            "ZERO": -1.0 if p.distance == "squared_euclidean" else zero_distance(self.dtype),
+            "PRECISION": precision(p.x.dtype),
             "ONE_CHUNK": self.d <= min(c.depth, c.slab) and c.depth == c.slab, "EVEN_D": self.d % c.depth == 0,
             "BLOCK_ROWS": c.rows, "BLOCK_COLS": c.cols, "BLOCK_K": c.depth, "ACC": TRITON[self.dtype],
         }  # fmt: skip
@@ -176,7 +177,7 @@ class Work:
         found: list[Any] = []
         for k in group:
             t = self.terms[k]
-            found += [t.op, t.side, phi(t)[what]]
+            found += [MAPPED if t.mapped else t.op, t.side, phi(t)[what]]
         return found if len(group) == 2 else [*found, NOTHING, POSITIVES, phi(None)[what]]
 
     def reduce(
@@ -278,7 +279,7 @@ class Work:
         device."""
         near, found = None, list(slots)
         for place, (k, s) in enumerate(zip(group, slots, strict=True)):
-            if self.terms[k].op != LOGSUMEXP:
+            if self.terms[k].op != LOGSUMEXP or self.terms[k].mapped:
                 continue
             if k not in self._tops:
                 some = s.value > -torch.inf
@@ -316,11 +317,8 @@ class Work:
 
 def phi(t: Term | None) -> tuple[Any, Any]:
     """The jit functions of a term's transform and of its slope."""
-    name = "identity" if t is None or t.op != SUM else TRANSFORMS[t.transform]
-    if name in transforms.table:
-        return transforms.table[name]
-    own = custom(name)
-    return own.value, own.slope
+    name = "identity" if t is None or not (t.op == SUM or t.mapped) else TRANSFORMS[t.transform]
+    return transforms.table[name] if name in transforms.table else custom(name).jit
 
 
 def weighted(terms: Terms, grads: Iterable[Tensor | None]) -> list[int]:

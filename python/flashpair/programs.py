@@ -362,7 +362,7 @@ def triton_source(p: Program) -> str:
 
     head = "@triton.jit\ndef {}(s, own):\n"
     value = head.format("value") + "\n".join([*lines(p.value + 1), f"    return n{p.value} + zero\n"])
-    ends = f"    return n{p.slope} + zero, n{p.own_slope} + zero\n"
+    ends = f"    return n{p.value} + zero, n{p.slope} + zero, n{p.own_slope} + zero\n"
     return value + "\n\n" + head.format("slope") + "\n".join([*lines(len(p.steps)), ends])
 
 
@@ -374,8 +374,9 @@ def value(s, own):
 
 @triton.jit
 def slope(s, own):
-    g = users_slope(s + own)
-    return g, g
+    t = s + own
+    g = users_slope(t)
+    return users_value(t), g, g
 """
 
 

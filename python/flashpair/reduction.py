@@ -9,6 +9,7 @@ from torch import Tensor
 OPS = ("logsumexp", "sum", "min", "max", "count")
 SIDES = ("positives", "negatives", "all")
 BUILT_IN = ("identity", "softplus", "hinge", "squared_hinge", "triangle", "lifted")
+HINGES = ("hinge", "squared_hinge")  # which have no use for pairs on one side of a corner
 TRANSFORMS = list(BUILT_IN)  # register_transform adds to it
 DISTANCES = ("dot", "euclidean", "squared_euclidean")
 

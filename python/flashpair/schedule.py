@@ -124,8 +124,8 @@ def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, 
     each = [code[at : at + CODES] for at in range(0, len(code), CODES)]
     where = [tuple(place.get(4 * k + slot, -1) for slot in range(4)) for k in range(len(each))]
     return tuple(
-        Term(op, side, transform, bool(detach), lower_of, upper_of, *shifts[3 * k : 3 * k + 3], where[k])
-        for k, (op, side, transform, detach, lower_of, upper_of) in enumerate(each)
+        Term(op, side, transform, bool(detach), *of, shifts[3 * k], shifts[3 * k + 1], shifts[3 * k + 2], where[k])
+        for k, (op, side, transform, detach, *of) in enumerate(each)
     )
 
 

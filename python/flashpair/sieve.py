@@ -19,7 +19,7 @@ from .kernels import configs, screen, survivors
 from .kernels.reduce import Reduced
 from .kernels.screen import Quantised, Window
 from .launch import NOTHING, TRITON, Lists, Side, Work, phi, run, splits
-from .reduction import TRANSFORMS
+from .reduction import HINGES, TRANSFORMS
 from .schedule import MAX, MIN, SUM
 
 ROOM = 32  # survivors a row that there is room for, on average over a block
@@ -61,7 +61,7 @@ def window(work: Work, k: int, values: Tensor) -> tuple[Window, int]:
     """Between which h (see kernels/screen.py) the pairs of a term count, and whether just the highest or lowest do."""
     t, own = work.terms[k], work.shared(k, values)
     lower, upper = own["lower"], own["upper"]
-    if t.op == SUM and TRANSFORMS[t.transform] == "hinge":
+    if t.op == SUM and TRANSFORMS[t.transform] in HINGES:
         learned, known, offset = own["scale"], work.given.scales[k], own["offset"]
         scale = values.new_full((), known) if learned is None else learned
         edge = -(values.new_zeros(work.n) if offset is None else offset) / scale
@@ -71,8 +71,9 @@ def window(work: Work, k: int, values: Tensor) -> tuple[Window, int]:
             upper = _tighter(torch.minimum, upper, torch.where(scale < 0, edge, torch.inf))
     best = {MAX: 1, MIN: -1}.get(t.op, 0)
     if work.p.distance != "dot":
-        nearer = None if upper is None else torch.where(upper > 0, upper * upper * -0.5, torch.inf)
-        farther = None if lower is None else torch.where(lower >= 0, lower * lower * -0.5, torch.inf)
+        power = 1 if work.p.distance == "squared_euclidean" else 2
+        nearer = None if upper is None else torch.where(upper > 0, upper**power * -0.5, torch.inf)
+        farther = None if lower is None else torch.where(lower >= 0, lower**power * -0.5, torch.inf)
         lower, upper, best = nearer, farther, -best
     lower = None if lower is None else outward(lower, -1)
     return Window(lower, None if upper is None else outward(upper, 1)), best
@@ -94,7 +95,7 @@ class Sieve:
         if len(group) == 2:
             a, b = (work.terms[k] for k in group)
             bounds = [(t.lower_of, t.upper_of, t.lower_shift, t.upper_shift, *t.slots[2:]) for t in (a, b)]
-            hinged = any(t.op == SUM and TRANSFORMS[t.transform] == "hinge" for t in (a, b))
+            hinged = any(t.op == SUM and TRANSFORMS[t.transform] in HINGES for t in (a, b))
             alike = [found for found in windows if found[1] == 0]
             if bounds[0] == bounds[1] and alike and not hinged:  # one wants all that the other may want
                 windows = alike[:1]
@@ -188,7 +189,8 @@ class Sieve:
             survivors.weigh_survivors, (-(-work.n // ROWS),), work.device,
             found.keys, found.z, found.starts, weights, *shares, *pad, work.n, *work.scales(group),
             *slots, *(slots[0]._make([None] * len(slots[0])) for _ in pad), *self._forms(group, 1),
-            EUCLIDEAN=work.p.distance != "dot", ROWS=ROWS, PAIRS=ENTRIES, ACC=TRITON[work.dtype], warps=4, stages=1,
+            EUCLIDEAN=work.p.distance != "dot", ZERO=work.constants["ZERO"], ROWS=ROWS, PAIRS=ENTRIES,
+            ACC=TRITON[work.dtype], warps=4, stages=1,
         )  # fmt: skip
         into.settle()
         return weights, shares
