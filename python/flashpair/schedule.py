@@ -123,10 +123,11 @@ def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, 
     place = {slot: k for k, slot in enumerate(slots)}
     each = [code[at : at + CODES] for at in range(0, len(code), CODES)]
     where = [tuple(place.get(4 * k + slot, -1) for slot in range(4)) for k in range(len(each))]
-    return tuple(
-        Term(op, side, transform, bool(detach), *of, shifts[3 * k], shifts[3 * k + 1], shifts[3 * k + 2], where[k])
-        for k, (op, side, transform, detach, *of) in enumerate(each)
-    )
+    found = []
+    for k, (op, side, transform, detach, lower_of, upper_of) in enumerate(each):
+        lower, upper, offset = shifts[3 * k : 3 * k + 3]
+        found.append(Term(op, side, transform, bool(detach), lower_of, upper_of, lower, upper, offset, where[k]))
+    return tuple(found)
 
 
 def stages(terms: Terms) -> list[list[int]]:
