@@ -37,6 +37,13 @@ def hooked():
     return loss
 
 
+def patched_distance():
+    loss = losses.MultiSimilarityLoss()
+    loss.distance.compute_mat = lambda *a: None
+    loss.reducer.register_forward_hook(lambda *a: None)
+    return loss
+
+
 def learned():
     loss = losses.MultiSimilarityLoss()
     loss.base = torch.nn.Parameter(torch.tensor(0.5))
@@ -63,6 +70,10 @@ REFUSED = {
     "override": (ValueError, Mine, ["Mine .loss. is MultiSimilarityLoss with its own _compute_loss"]),
     "sub-centres": (ValueError, lambda: losses.SubCenterArcFaceLoss(num_classes=3, embedding_size=4), ["its own"]),
     "patch": (ValueError, patched, ["with its own compute_loss"]),
+    "patched parts": (
+        ValueError, patched_distance,
+        ["CosineSimilarity .distance of the loss. .* with its own compute_mat", "MeanReducer .reducer. has hooks"],
+    ),
     "hook": (ValueError, hooked, ["has hooks"]),
     "learned option": (ValueError, learned, ["parameters that are not known: base", "base must be a number"]),
     "swap": (ValueError, lambda: losses.TripletMarginLoss(swap=True), ["swap must be False, got True"]),

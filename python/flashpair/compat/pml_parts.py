@@ -45,6 +45,7 @@ def similarity(distance: Any, modules: Any, owner: str, reasons: list[str]) -> S
         reasons.append(f"distance {name(distance)} of the {owner} is not known")
         return None
     statistics(distance, owner, reasons)
+    unchanged(distance, type(distance), f"distance of the {owner}", reasons)
     if distance.p != 2:
         reasons.append(f"distance {name(distance)}(p={distance.p!r}) of the {owner}: p must be 2")
     if distance.power not in found:
@@ -63,8 +64,9 @@ def reduction(loss: Any, modules: Any, reasons: list[str]) -> str | None:
             reducer.reducers[part] if part in reducer.reducers else reducer.default_reducer
             for part in loss._sub_loss_names()
         ]
-    for one in [reducer, *each]:
+    for one in {id(one): one for one in [reducer, *each]}.values():
         statistics(one, "reducer", reasons)
+        unchanged(one, type(one), "reducer", reasons)
     words = {known.get(type(one)) for one in each}
     if None in words:
         unknown = ", ".join(sorted({name(one) for one in each if type(one) not in known}))
