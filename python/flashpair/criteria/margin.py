@@ -26,7 +26,7 @@ class MarginLoss(Criterion):
     """
 
     distance = "euclidean"
-    shown = ("margin", "nu", "mode", "learn_beta", "num_classes")
+    shown: tuple[str, ...] = ("margin", "nu", "mode", "learn_beta", "num_classes")
 
     def __init__(
         self,
@@ -79,7 +79,10 @@ class MarginLoss(Criterion):
         num_pos, num_neg = pairs.num_positives(), pairs.num_negatives()
         times_pos, times_neg = (num_neg, num_pos) if self.mode == "triplets" else (1, 1)
         times_row = num_pos * num_neg if self.mode == "triplets" else 1
-        losses = pos * times_pos + neg * times_neg + self.nu * beta * times_row
+        penalty = self.nu * beta * times_row
         count = num_pos * times_pos + num_neg * times_neg
         nonzero = above[0] * times_pos + above[1] * times_neg if above else None
+        if self.nu and nonzero is not None:  # an average over nothing is 0
+            penalty = torch.where(nonzero.sum() > 0, penalty, 0.0)
+        losses = pos * times_pos + neg * times_neg + penalty
         return RowLosses(losses, count > 0, losses.shape[0], (Terms(losses, count, nonzero),))
