@@ -178,6 +178,7 @@ void whole_loss(const std::string& isa, const std::array<int, 5>& shape, const s
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "flashpair's CPU kernels: addresses and sizes in, nothing owned.";
+  m.attr("INTERFACE") = 2;  // extension.py's: a build of other sources is refused
   m.attr("MAX_TILE") = MAX_TILE;
   m.def("instruction_sets", &instruction_sets, "What this build holds and this processor runs, best first.");
   m.def(

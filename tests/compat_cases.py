@@ -11,7 +11,7 @@ from helpers import batch
 pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, miners, reducers
 
-IMPLS = ["reference"]
+IMPLS = ["reference", "auto"]
 C, D = 30, 7
 COSINE, DOT, L2, SQUARED = (
     lambda: distances.CosineSimilarity(),

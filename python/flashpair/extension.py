@@ -12,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 
+INTERFACE = 2  # how Python and the kernels talk; csrc/bindings.cpp has the same number
+
+
 def build_record() -> dict[str, Any]:
     """What the build wrote down: ``extension``, ``reason``, ``compiler``, ``isas``; ``cuda``, ``cuda_reason``."""
     path = Path(__file__).with_name("_build.json")
@@ -45,10 +48,13 @@ def _load(name: str, variable: str, missing: str) -> ModuleType | str:
 def load() -> ModuleType | str:
     """The CPU kernels, or the reason why there are none. FLASHPAIR_EXTENSION: another file (the sanitized one)."""
     module = _load("_C", "FLASHPAIR_EXTENSION", build_record()["reason"])
-    if not isinstance(module, str):
-        from . import runtime
+    if isinstance(module, str):
+        return module
+    if getattr(module, "INTERFACE", 1) != INTERFACE:
+        return "it was built from other sources than these (pip install . again)"
+    from . import runtime
 
-        runtime.connect(module)
+    runtime.connect(module)
     return module
 
 
