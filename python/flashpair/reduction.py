@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -114,6 +115,7 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     return found
 
 
+@functools.lru_cache(maxsize=64)
 def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:
     """A soft histogram of z over a row's pairs, one reduction a node: node r stands at first + r * step, and a pair
     between two nodes counts for both, linearly (Ustinova and Lempitsky, 2016, eq. 2).

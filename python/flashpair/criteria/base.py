@@ -72,6 +72,7 @@ class Criterion(nn.Module):
     distance = "dot"
     takes_references = True
     averagings: tuple[str, ...] = AVERAGINGS[:5]
+    differentiates = True  # False: the gradient is by definition not the value's derivative
 
     def __init__(self, *, normalize: bool, reduction: str, impl: str) -> None:
         super().__init__()

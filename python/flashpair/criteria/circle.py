@@ -35,6 +35,7 @@ class CircleLoss(Criterion):
             "mean_valid". ``over="batch"`` is one number, each row's share of which is the same.
     """
 
+    differentiates = False
     shown = ("m", "gamma", "over")
 
     def __init__(
@@ -68,6 +69,6 @@ class CircleLoss(Criterion):
     def _of_batch(self, pairs: AnyPairs, pos: Tensor, neg: Tensor) -> RowLosses:
         twice = 2 * math.log(2) if pairs.square else 0.0  # each unordered pair is there from both of its ends
         some = (pairs.num_positives().sum() > 0) & (pairs.num_negatives().sum() > 0)
-        both = [masked_logsumexp(row[None], (row > -torch.inf)[None])[0] for row in (pos, neg)]
+        both = [masked_logsumexp(row[None], (row != -torch.inf)[None])[0] for row in (pos, neg)]
         loss = torch.where(some, softplus(torch.where(some, both[0] + both[1] - twice, 0.0)), 0.0)
         return of_batch(loss, some, pairs.labels.shape[0])

@@ -65,5 +65,5 @@ def mined_sums(
         Reduction("sum", "positives", upper=below, **positives),
         Reduction("count", "positives", upper=below),
     )
-    mined = torch.minimum(some_pos, some_neg) > 0
+    mined = ~(torch.minimum(some_pos, some_neg) <= 0)  # NaN among them
     return tuple(torch.where(mined, row, 0.0) for row in (pos, neg, some_pos, some_neg))  # type: ignore[return-value]
