@@ -12,6 +12,7 @@ import torch
 from . import gpu, guard, machine
 from .cases import Batch, Case, live_share, make_batch
 from .check import Truth, find_truth, judge
+from .family_cases import FAMILY
 from .floor import describe, floor_products, is_small
 from .measure import Times, interleave
 from .options import FLOOR, FLOOR_TWO, FLOORS, Options
@@ -22,6 +23,7 @@ from .units import duration, size
 from .variants import Step, make_step
 
 Record = dict[str, Any]
+PEERS = ("pytorch-metric-learning",)
 LASTING = ("over_memory", "over_time", "not_there")  # what does not get better at a larger size
 
 
@@ -52,10 +54,10 @@ def _probe(case: Case, variant: str, earlier: Record | None, progress: Progress)
     if found.ok:
         record["probe_seconds"] = found.seconds
         if found.extra is not None:
-            linear = (case.n + case.m) * case.d * case.options.torch_dtype.itemsize
+            linear = (case.n + (case.centres or case.m)) * case.d * case.options.torch_dtype.itemsize
             record["memory"] = {
                 "peak_extra": found.extra, "gradient": found.gradient, "inputs": found.inputs,
-                "method": found.method, "over_linear": found.extra / linear,
+                "method": found.method, "over_linear": found.extra / linear, "process_peak": found.highest,
             }  # fmt: skip
     return record
 
@@ -95,7 +97,9 @@ def _check(steps: dict[str, Step], records: dict[str, Record], case: Case, batch
             step = steps[variant] if truth.case == case else make_step(variant, truth.case, truth.batch)
             verdict = judge(step, truth)
             record["check"] = verdict.record(truth)
-            if not verdict.right:
+            if not verdict.right and variant in PEERS and FAMILY[case.options.loss].differs:
+                record["differs"] = FAMILY[case.options.loss].differs
+            elif not verdict.right:
                 record.update(status="wrong", words=verdict.words)
         except Exception as error:
             _fail(record, error)
@@ -159,7 +163,8 @@ def new_document(options: Options) -> Record:
     """What becomes the JSON, before its first case."""
     return {
         "what": "flashpair bench: one training step (forward and backward)",
-        "units": "seconds; bytes; peak_extra: beyond inputs and gradient; over_linear: peak_extra in copies "
+        "units": "seconds; bytes; peak_extra: beyond inputs and gradient; process_peak: of the process "
+        "that took one step, all included; over_linear: peak_extra in copies "
         "of the (N + M) D embeddings; fraction_of_floor: the floor's median / this median; tflops_of_floor: 10^12 "
         "of the floor's flop a second",
         "machine": machine.describe(),
