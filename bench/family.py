@@ -26,7 +26,7 @@ from .report import Document
 OURS = ("flashpair", "reference")
 PEER = "pytorch-metric-learning"
 QUICK = {"n": 512, "repeats": 3, "time_limit": 5.0}
-MILLION = {"n": 512, "num_classes": 1_000_000, "repeats": 3, "memory_limit": 8.0}
+MILLION = {"n": 512, "num_classes": 1_000_000, "repeats": 3, "memory_limit": 6.0}
 GROUPS = {
     "all": tuple(FAMILY),
     "pairs": tuple(name for name, family in FAMILY.items() if not family.centres),

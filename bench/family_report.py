@@ -65,7 +65,7 @@ def markdown(document: Document) -> str:
         wrong += [f"{case['shown']}, {name}: {r['words']}" for name, r in records.items() if r["status"] == "wrong"]
     notes_below = [_told(document, options, whole)]
     notes_below += [
-        f"{mark.replace('*', chr(92) + '*')} Another number than ours: {why}." for why, mark in notes.items()
+        f"{mark.replace('*', chr(92) + '*')} Its result is another one: {why}." for why, mark in notes.items()
     ]
     notes_below += [f"Not timed, {words}." for words in wrong]
     busy = max((case["cores_used_by_others"] or 0.0 for case in document["cases"]), default=0.0)

@@ -37,7 +37,7 @@ def products(case: Case, count: int = 3) -> list[str]:
 
 def block_rows(case: Case) -> int:
     rows, cols = case.pairs_shape
-    return rows if rows * cols <= WHOLE else BLOCK_ROWS
+    return rows if rows * cols <= WHOLE else min(rows, BLOCK_ROWS)
 
 
 def is_small(case: Case) -> bool:

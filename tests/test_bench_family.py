@@ -118,6 +118,35 @@ def test_a_wrong_engine_is_no_truth(right, monkeypatch):
     assert ("tiled" in truth.how) == right
 
 
+def test_a_part_of_the_classes_is_checked_where_all_do_not_fit():
+    case = case_of("cosface", num_classes=30_000, memory_limit=50_000_000)
+    truth = check.find_truth(case, make_batch(case))
+    assert truth.case.options.num_classes == 50_000_000 // (40 * 8 * 16)
+    assert "on a part of the size" in truth.how
+    assert truth.weights.shape == (truth.case.options.num_classes, 16)
+    assert check.judge(variants.make_step("reference", truth.case, truth.batch), truth).right
+
+
+@pytest.mark.parametrize(("off", "said"), [(3e-4, "rounds more"), (0.0, "wrong"), (0.5, "wrong")])
+def test_a_peer_that_only_rounds_is_timed(off, said, monkeypatch):
+    """A difference that is there in float64, too, is no rounding, however small; nor is a large one."""
+
+    def rounding(case):
+        loss = variants.criterion(case, "reference")
+        factor = 1 + (off if off and case.options.dtype == "float32" else 1e-4 if not off else 0.0)
+        return lambda x, labels: loss(x, labels) * factor
+
+    monkeypatch.setitem(variants.REGISTRY, PEER, rounding)
+    case = case_of("ms")
+    batch = make_batch(case)
+    truth = check.find_truth(case, batch)
+    verdict = check.judge(variants.make_step(PEER, case, batch), truth)
+    assert not verdict.right
+    record = suite._difference(verdict, case, PEER)
+    assert said in (record.get("status") or record["differs"])
+    assert suite._difference(verdict, case, "flashpair")["status"] == "wrong"
+
+
 def steep(case):
     """The right loss with a gradient that is 1 % too large."""
 
