@@ -45,10 +45,12 @@ def probe(case: Case, variant: str) -> None:
     compiles = variant.startswith("compiled")
     if not compiles:  # load libraries and start threads before anything is counted
         ref = None if case.square else min(case.m, TINY)
-        tiny = Case(replace(case.options, ref=ref), min(case.n, TINY), case.d)
+        few = min(case.options.num_classes, TINY)
+        tiny = Case(replace(case.options, ref=ref, num_classes=few), min(case.n, TINY), case.d)
         warm = make_step(variant, tiny, make_batch(tiny))
         warm()
         warm()
+        del warm
     batch = make_batch(case)
     step = make_step(variant, case, batch)
     if compiles:  # a compiler works for one shape: the first step compiles, the second is measured

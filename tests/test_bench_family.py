@@ -247,7 +247,8 @@ def test_limits_and_the_peak_of_a_process():
     memory = record["memory"]
     weights = 100_000 * 32 * 4
     assert memory["gradient"] == weights + 16 * 32 * 4
-    assert memory["process_peak"] > memory["peak_extra"] + 2 * weights
+    rest = memory["process_peak"] - memory["peak_extra"] - 2 * weights  # the interpreter and torch
+    assert 0 < rest < GB
     assert 16 * 100_000 * 4 < memory["peak_extra"] < 2 * 10**8
     small = case_of("histogram", n=256, variants=("reference",), memory_limit=20_000_000)
     record = suite.run_case(small, {}, Progress())["variants"]["reference"]
