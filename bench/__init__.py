@@ -7,4 +7,7 @@ Run from the repository root; nothing here is installed. How one run goes:
         check    loss and gradient against float64; what is wrong is not timed
         measure  the rest in one process, interleaved round by round
     -> report: JSON with machine information, a table, a plot
+
+`python -m bench.family` does the same for every loss of the library (family_cases.py), in one table.
+`python -m bench.weights` draws what each loss gives to a pair, and dependence.py finds what that depends on.
 """

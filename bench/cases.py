@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .family_cases import FAMILY
 from .options import Options
 
 SAMPLED_ROWS = 1024
@@ -33,7 +34,14 @@ class Case(NamedTuple):
 
     @property
     def classes(self) -> int:
-        return max(2, min(self.n, self.m) // self.options.per_class)
+        """Of the batch."""
+        some = max(2, min(self.n, self.m) // self.options.per_class)
+        return min(some, self.options.num_classes) if self.centres else some
+
+    @property
+    def centres(self) -> int:
+        """Rows of weights, of a loss against class weights; 0 for losses of pairs."""
+        return self.options.num_classes * FAMILY[self.options.loss].centres
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -45,7 +53,14 @@ class Case(NamedTuple):
     @property
     def pairs_shape(self) -> tuple[int, int]:
         """Rows and columns of the similarities that the loss needs: of an N-pair loss one pair a class."""
-        return (self.classes, self.classes) if self.options.loss == "n_pairs" else (self.n, self.m)
+        if self.centres:
+            return self.n, self.centres
+        return (self.classes, self.classes) if FAMILY[self.options.loss].one_pair else (self.n, self.m)
+
+    @property
+    def both_learn(self) -> bool:
+        """Rows and columns want a gradient."""
+        return self.square or self.centres > 0
 
 
 class Batch(NamedTuple):
@@ -68,12 +83,14 @@ def make_batch(case: Case) -> Batch:
     basis = torch.randn(options.intrinsic, d, generator=generator) / options.intrinsic**0.5
     centres = torch.randn(k, options.intrinsic, generator=generator) @ basis
 
+    apart = options.num_classes // k if case.centres else 1  # labels reach over all classes that have weights
+
     def rows(count: int) -> tuple[Tensor, Tensor]:
-        labels = (torch.arange(count) % k)[torch.randperm(count, generator=generator)]
+        drawn = (torch.arange(count) % k)[torch.randperm(count, generator=generator)]
         x = torch.randn(count, d, generator=generator)
         if options.data == "trained":
-            x = x.mul_(options.noise).add_(centres[labels])
-        return x.mul_(d**-0.25).to(options.device, options.torch_dtype), labels.to(options.device)
+            x = x.mul_(options.noise).add_(centres[drawn])
+        return x.mul_(d**-0.25).to(options.device, options.torch_dtype), (drawn * apart).to(options.device)
 
     x, labels = rows(case.n)
     y, ref_labels = (None, None) if case.square else rows(case.m)

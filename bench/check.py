@@ -20,13 +20,17 @@ from torch import Tensor
 from flashpair.dispatch import obstacles
 
 from .cases import Batch, Case, make_batch
-from .variants import Step, criterion, training_step
+from .family_cases import FAMILY
+from .variants import Step, TrainingStep, criterion, make_step, training_step
 
 FACTOR = 8.0
 WORST_BOUND = 0.1  # whatever eager does
 MOST_FLOP = 5e12  # of a truth in float64; a larger size is checked on a part of itself
 DENSE_SIDE = 4096
-DENSE_BYTES_A_PAIR = 320  # about 40 matrices of float64
+DOUBLE = 1e-9  # relative, of two results in float64
+WEIGHT_COPIES = 40  # of class weights, in float64
+ROUNDED = 0.01  # relative: over it, a difference is not rounding
+SMALL = 256
 FORGIVEN_ROWS = 2
 FORGIVEN_SHARE = 1e-3
 
@@ -34,7 +38,7 @@ FORGIVEN_SHARE = 1e-3
 class Truth(NamedTuple):
     """Loss and gradient in float64 of `case`, whose numbers are `batch`; `how` they were found; the bound.
 
-    `forgiven`: the share of rows that may be over it.
+    `forgiven`: the share of rows that may be over it. `weights`: the gradient of class weights (C, D), if any.
     """
 
     case: Case
@@ -44,6 +48,7 @@ class Truth(NamedTuple):
     how: str
     bound: float
     forgiven: float
+    weights: Tensor | None = None
 
 
 class Verdict(NamedTuple):
@@ -63,24 +68,55 @@ class Verdict(NamedTuple):
 
 def _head(case: Case) -> Case:
     """The case, or one of the same kind that is small enough for dense matrices in float64."""
-    side = max(16, min(DENSE_SIDE, math.isqrt(case.options.memory_limit // DENSE_BYTES_A_PAIR)))
+    side = max(16, min(DENSE_SIDE, math.isqrt(case.options.memory_limit // FAMILY[case.options.loss].bytes_a_pair)))
+    if case.centres:
+        o, a_class = case.options, case.centres // case.options.num_classes
+        classes = max(16, o.memory_limit // (WEIGHT_COPIES * 8 * case.d * a_class))
+        o = replace(o, num_classes=min(o.num_classes, classes))
+        return Case(o, min(case.n, max(16, side**2 // (o.num_classes * a_class))), case.d)
     if case.n * case.m <= side**2:
         return case
     ref = None if case.square else min(case.m, side)
     return Case(replace(case.options, ref=ref), min(case.n, side), case.d)
 
 
-def _run(step: Callable[[], Tensor], batch: Batch) -> tuple[float, Tensor]:
+class Found(NamedTuple):
+    """Loss and gradient of a step, in embeddings (N, D), and in class weights (C, D) if it has any."""
+
+    loss: float
+    gradient: Tensor
+    weights: Tensor | None
+
+    def errors(self, gradient: Tensor, weights: Tensor | None) -> Tensor:
+        """Of the embeddings' rows, then of the weights', against the truth."""
+        errors = row_errors(self.gradient, gradient)
+        if self.weights is None or weights is None:
+            return errors
+        return torch.cat([errors, row_errors(self.weights, weights)])
+
+
+def _run(step: Callable[[], Tensor], batch: Batch) -> Found:
     loss = step()
     gradient = batch.x.grad
-    batch.x.grad = None
     assert gradient is not None
-    return float(loss), gradient
+    weights = step.weight_gradient() if isinstance(step, TrainingStep) else None
+    if isinstance(step, TrainingStep):
+        step.forget()
+    batch.x.grad = None
+    return Found(float(loss), gradient, weights)
 
 
-def _double(case: Case, batch: Batch, impl: str) -> tuple[float, Tensor]:
-    exact = batch.double()
-    return _run(training_step(criterion(case, impl), exact), exact)
+def _double(case: Case, batch: Batch, impl: str) -> Found:
+    exact, made = batch.double(), criterion(case, impl)
+    if isinstance(made, torch.nn.Module):
+        made.double()
+    return _run(training_step(made, exact), exact)
+
+
+def _agree(one: Found, other: Found) -> bool:
+    """Two float64 results of the same sums in another order."""
+    close = _loss_error(one.loss, other.loss) < DOUBLE
+    return close and bool((one.errors(other.gradient, other.weights) < DOUBLE).all())
 
 
 def row_errors(gradient: Tensor, truth: Tensor) -> Tensor:  # (N, D), (N, D) -> (N,)
@@ -100,29 +136,42 @@ def _loss_error(loss: float, truth: float) -> float:
 def find_truth(case: Case, batch: Batch) -> Truth:
     head = _head(case)
     head_batch = batch if head == case else make_batch(head)
-    loss, gradient = _double(head, head_batch, "reference")
-    eager_loss, eager = _run(training_step(criterion(head, "reference"), head_batch), head_batch)
-    errors = row_errors(eager, gradient)
-    error = max(_loss_error(eager_loss, loss), errors.quantile(0.99).item())
+    dense = _double(head, head_batch, "reference")
+    eager = _run(training_step(criterion(head, "reference"), head_batch), head_batch)
+    errors = eager.errors(dense.gradient, dense.weights)
+    error = max(_loss_error(eager.loss, dense.loss), errors.quantile(0.99).item())
     rounding = torch.finfo(case.options.torch_dtype).eps
     bound = min(FACTOR * (error + rounding), WORST_BOUND)
     forgiven = max(FORGIVEN_SHARE, 2 * (errors > bound).double().mean().item())
-    quick = 6 * case.n * case.m * case.d <= MOST_FLOP
-    if head != case and quick and case.options.device == "cpu" and not obstacles("tiled", batch.x.device):
-        loss, gradient = _double(case, batch, "tiled")
-        return Truth(case, batch, loss, gradient, "flashpair's tiled implementation in float64", bound, forgiven)
+    quick = 6 * case.n * (case.centres or case.m) * case.d <= MOST_FLOP
+    fits = case.options.num_classes == head.options.num_classes
+    if head != case and quick and fits and case.options.device == "cpu" and not obstacles("tiled", batch.x.device):
+        if _agree(_double(head, head_batch, "tiled"), dense):
+            loss, gradient, weights = _double(case, batch, "tiled")
+            how = "flashpair's tiled implementation in float64"
+            return Truth(case, batch, loss, gradient, how, bound, forgiven, weights)
     how = "the dense reference in float64"
     how = how if head == case else f"{how}, on a part of the size"
-    return Truth(head, head_batch, loss, gradient, how, bound, forgiven)
+    return Truth(head, head_batch, dense.loss, dense.gradient, how, bound, forgiven, dense.weights)
+
+
+def only_rounds(verdict: Verdict, case: Case, variant: str) -> bool:
+    """Whether what is off is float32 alone: it is little, and in float64 a small case is right."""
+    if not (verdict.gradient_error < ROUNDED and verdict.loss_error < ROUNDED):
+        return False
+    exact = Case(replace(case.options, dtype="float64"), min(case.n, SMALL), case.d)
+    batch = make_batch(exact)
+    truth = _double(exact, batch, "reference")
+    return _agree(_run(make_step(variant, exact, batch), batch), truth)
 
 
 def judge(step: Step, truth: Truth) -> Verdict:
     """`step` must be made on ``truth.batch``."""
-    loss, gradient = _run(step, truth.batch)
-    n, bound = truth.case.n, truth.bound
-    errors = row_errors(gradient, truth.gradient)
+    found = _run(step, truth.batch)
+    errors = found.errors(truth.gradient, truth.weights)
+    n, bound = errors.shape[0], truth.bound
     over = int((~(errors <= bound)).sum())  # NaN is over
-    loss_error = _loss_error(loss, truth.loss)
+    loss_error = _loss_error(found.loss, truth.loss)
     typical, worst = errors.quantile(0.99).item(), errors.max().item()
     rows_right = over <= max(FORGIVEN_ROWS, truth.forgiven * n)
     loss_right = loss_error <= bound + over / n

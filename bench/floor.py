@@ -30,14 +30,14 @@ def floor_products(case: Case, variant: str) -> int:
 def products(case: Case, count: int = 3) -> list[str]:
     if count == 1:
         return ["S = X Y^T"]
-    if case.square:
+    if case.both_learn:
         return ["S = X Y^T", "S Y", "S^T X"]
     return ["S = X Y^T", "S = X Y^T again", "S Y"] if count == 3 else ["S = X Y^T", "S Y"]
 
 
 def block_rows(case: Case) -> int:
     rows, cols = case.pairs_shape
-    return rows if rows * cols <= WHOLE else BLOCK_ROWS
+    return rows if rows * cols <= WHOLE else min(rows, BLOCK_ROWS)
 
 
 def is_small(case: Case) -> bool:
@@ -66,11 +66,14 @@ def describe(case: Case, count: int = 3) -> dict[str, Any]:
 def make_floor(case: Case, batch: Batch, count: int = 3) -> Callable[[], None]:
     rows, cols = case.pairs_shape
     x = batch.x.detach()[:rows].to(case.compute_dtype)
-    y = x if batch.y is None else batch.y[:cols].to(case.compute_dtype)
+    if case.centres:
+        y = torch.randn(cols, case.d, generator=torch.Generator().manual_seed(0)).to(x)
+    else:
+        y = x if batch.y is None else batch.y[:cols].to(case.compute_dtype)
     block = block_rows(case)
     similarities = x.new_zeros(block, cols)
     dx = torch.zeros_like(x) if count > 1 else None
-    dy = torch.zeros_like(y) if case.square and count > 1 else None
+    dy = torch.zeros_like(y) if case.both_learn and count > 1 else None
     again = "S = X Y^T again" in products(case, count)
 
     def step() -> None:

@@ -30,7 +30,10 @@ RESERVE = 2**28  # bytes that the machine must keep
 
 @dataclass(frozen=True)
 class Probed:
-    """status: ok, over_memory, over_time, not_there or failed; words: for the table, where it is not ok."""
+    """status: ok, over_memory, over_time, not_there or failed; words: for the table, where it is not ok.
+
+    extra: bytes beyond inputs and gradient; highest: of the whole process during the step, interpreter and weights too.
+    """
 
     status: str
     words: str = ""
@@ -39,6 +42,7 @@ class Probed:
     method: str = ""
     gradient: int = 0
     inputs: int = 0
+    highest: int | None = None
 
     @property
     def ok(self) -> bool:

@@ -46,6 +46,7 @@ class Options:
         ref: None, or M references without gradient instead of the batch itself.
         variants: names of VARIANTS, or ``module:function`` of one's own (see variants.py).
         repeats: timed rounds; warmup: rounds before them.
+        num_classes: C, of losses against class weights.
         time_limit: seconds that one step may take, and after which a variant gets no further round.
         seed: of the data.
     """
@@ -68,6 +69,7 @@ class Options:
     warmup: int = 1
     time_limit: float = 30.0
     seed: int = 0
+    num_classes: int = 1000
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 4 or not self.dims or min(self.dims) < 1:
@@ -76,6 +78,8 @@ class Options:
             raise ValueError("per-class must be at least 2, repeats and threads at least 1, warmup at least 0")
         if not self.noise > 0 or self.intrinsic < 1:
             raise ValueError(f"noise must be above 0 and intrinsic at least 1, got {self.noise} and {self.intrinsic}")
+        if self.num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
         if self.memory_limit <= 0 or self.time_limit <= 0:
             raise ValueError("memory-limit and time-limit must be above 0")
         if self.device == "cuda" and not torch.cuda.is_available():

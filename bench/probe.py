@@ -17,7 +17,7 @@ import torch
 from . import memory
 from .cases import Case, make_batch
 from .options import FLOORS, GB, Options
-from .variants import NotThere, make_step
+from .variants import NotThere, TrainingStep, make_step
 
 TINY = 64
 COMPILER_BYTES = 2 * GB  # what a compiler may take beside the step
@@ -45,25 +45,29 @@ def probe(case: Case, variant: str) -> None:
     compiles = variant.startswith("compiled")
     if not compiles:  # load libraries and start threads before anything is counted
         ref = None if case.square else min(case.m, TINY)
-        tiny = Case(replace(case.options, ref=ref), min(case.n, TINY), case.d)
+        few = min(case.options.num_classes, TINY)
+        tiny = Case(replace(case.options, ref=ref, num_classes=few), min(case.n, TINY), case.d)
         warm = make_step(variant, tiny, make_batch(tiny))
         warm()
         warm()
+        del warm
     batch = make_batch(case)
     step = make_step(variant, case, batch)
     if compiles:  # a compiler works for one shape: the first step compiles, the second is measured
         memory.limit_growth(case.options.memory_limit + COMPILER_BYTES)
         say("compile", resident=memory.resident())
         step()
-        batch.x.grad = None
+        step.forget()
         memory.give_back()
     memory.limit_growth(case.options.memory_limit)
     say("step", resident=memory.resident())
     peak = memory.peak_of(step)
-    gradient = 0 if batch.x.grad is None else batch.x.grad.nbytes
+    gradient = step.gradient_bytes() if isinstance(step, TrainingStep) else 0
     inputs = sum(t.nbytes for t in batch if t is not None)
     extra = None if variant in FLOORS else max(0, peak.extra - gradient)
-    say("done", extra=extra, seconds=peak.seconds, method=peak.method, gradient=gradient, inputs=inputs)
+    highest = memory.status_bytes("VmHWM") if peak.method == "VmHWM" else None
+    found = {"method": peak.method, "gradient": gradient, "inputs": inputs, "highest": highest}
+    say("done", extra=extra, seconds=peak.seconds, **found)
 
 
 def main() -> None:

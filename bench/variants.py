@@ -13,29 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import flashpair as fp
-
 from .cases import Batch, Case
+from .family_cases import FAMILY
 from .floor import floor_products, make_floor
 from .options import FLOORS
+from .peers import NotThere, make_peer
 
 Step = Callable[[], Any]
-CRITERIA: dict[str, Callable[..., torch.nn.Module]] = {
-    "ms": fp.MultiSimilarityLoss,
-    "ms_weighting": partial(fp.MultiSimilarityLoss, epsilon=None),
-    "n_pairs": fp.NPairsLoss,
-    "lifted": fp.LiftedStructureLoss,
-    "generalized_lifted": fp.GeneralizedLiftedStructureLoss,
-    "lifted_star": fp.LiftedStructureStarLoss,
-}
-
-
-class NotThere(Exception):
-    """This variant does not have this loss, or not on this machine; the message says why."""
 
 
 def criterion(case: Case, impl: str) -> torch.nn.Module:
-    return CRITERIA[case.options.loss](impl=impl)
+    o = case.options
+    return FAMILY[o.loss].build(impl, o.num_classes, case.d, o.seed).to(o.device)
 
 
 def _fused(case: Case) -> Callable[..., Tensor]:
@@ -48,36 +37,6 @@ def _reference(case: Case) -> Callable[..., Tensor]:
 
 def _compiled(case: Case, mode: str = "default") -> Callable[..., Tensor]:
     return torch.compile(criterion(case, "reference"), dynamic=False, mode=mode)
-
-
-def _pml(case: Case) -> Callable[..., Tensor]:
-    """pytorch-metric-learning's loss where it has one with the same formula."""
-    try:
-        from pytorch_metric_learning import distances, losses, miners
-    except ImportError as error:
-        raise NotThere(f"pytorch-metric-learning is not installed: {error}") from error
-    loss = case.options.loss
-    if loss == "n_pairs" and not case.square:
-        raise NotThere("its NPairsLoss takes no references")
-    miner = miners.MultiSimilarityMiner(epsilon=0.1) if loss == "ms" else None
-    if loss in ("ms", "ms_weighting"):
-        function = losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5, distance=distances.CosineSimilarity())
-    elif loss == "n_pairs":
-        function = losses.NPairsLoss(distance=distances.DotProductSimilarity(normalize_embeddings=False))
-    elif loss == "lifted":
-        distance = distances.LpDistance(normalize_embeddings=False)
-        function = losses.LiftedStructureLoss(neg_margin=1, pos_margin=0, distance=distance)
-    elif loss == "generalized_lifted":  # its margins are subtracted on either side: 1 - s and s - 0
-        cosine = distances.CosineSimilarity()
-        function = losses.GeneralizedLiftedStructureLoss(neg_margin=0, pos_margin=1, distance=cosine)
-    else:
-        raise NotThere("it has no loss of this formula")
-
-    def call(x: Tensor, labels: Tensor, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:
-        mined = None if miner is None else miner(x, labels, ref_emb, ref_labels)
-        return function(x, labels, mined, ref_emb, ref_labels)
-
-    return call
 
 
 def _flex(case: Case) -> Callable[..., Tensor]:
@@ -140,7 +99,7 @@ REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
     "flashpair": _fused,
     "reference": _reference,
     "compiled": _compiled,
-    "pytorch-metric-learning": _pml,
+    "pytorch-metric-learning": make_peer,
     "flex-attention": _flex,
     "inf-cl": _inf_cl,
     "flashpair-onchip": partial(criterion, impl="onchip"),
@@ -151,18 +110,40 @@ REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
 }
 
 
-def training_step(call: Callable[..., Tensor], batch: Batch, backward: bool = True) -> Step:
-    """Forward and, if wanted, backward; the gradient is left in ``batch.x.grad``, fresh each time."""
-    refs = {} if batch.y is None else {"ref_emb": batch.y, "ref_labels": batch.ref_labels}
+class TrainingStep:
+    """Forward and, if wanted, backward; the gradient is left in ``batch.x.grad``, fresh each time, and of a loss
+    against class weights also in its weights.
+    """
 
-    def step() -> Tensor:
-        batch.x.grad = None
-        loss = call(batch.x, batch.labels, **refs)
-        if backward:
+    def __init__(self, call: Callable[..., Tensor], batch: Batch, backward: bool = True) -> None:
+        self.call, self.batch, self.backward = call, batch, backward
+        self.refs = {} if batch.y is None else {"ref_emb": batch.y, "ref_labels": batch.ref_labels}
+        self.weight: Tensor | None = getattr(call, "weight", None)
+
+    def forget(self) -> None:
+        self.batch.x.grad = None
+        if self.weight is not None:
+            self.weight.grad = None
+
+    def __call__(self) -> Tensor:
+        self.forget()
+        loss = self.call(self.batch.x, self.batch.labels, **self.refs)
+        if self.backward:
             loss.backward()
         return loss.detach()
 
-    return step
+    def weight_gradient(self) -> Tensor | None:
+        """As flashpair has it, one row a class or centre (C, D); None where there are no weights."""
+        if self.weight is None or self.weight.grad is None:
+            return None
+        return getattr(self.call, "as_ours", lambda g: g.flatten(0, -2))(self.weight.grad)
+
+    def gradient_bytes(self) -> int:
+        found = (self.batch.x.grad, None if self.weight is None else self.weight.grad)
+        return sum(g.nbytes for g in found if g is not None)
+
+
+training_step = TrainingStep
 
 
 def make_step(variant: str, case: Case, batch: Batch) -> Step:
