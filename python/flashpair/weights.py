@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .criteria.base import Criterion, reduce_losses
 from .reference import ReferencePairs
-from .similarity import dense_pairs, normalize, upcast
 
 
 def pair_weights(
