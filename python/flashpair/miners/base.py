@@ -12,7 +12,7 @@ from .. import checks
 from ..references import References
 from ..similarity import dense_pairs, normalize, poison, upcast
 
-BLOCK_BYTES = 2**24  # of similarities that exist at a time; masks, copies and indices of a block are a few times that
+BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made of them up to eight times that
 
 
 class MinedPairs(NamedTuple):
@@ -56,6 +56,32 @@ def chunk(m: int, itemsize: int) -> int:
     return max(1, BLOCK_BYTES // max(1, m * itemsize))
 
 
+class _Indices:
+    """An int64 vector that grows at its end, in pages.
+
+    A list of every block's small results would not do: they lie where the block's large temporaries have been, and an
+    allocator that cannot put the next ones there asks for more, block after block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pages = [torch.empty(0, dtype=torch.int64, device=device)]
+        self.used, self.count = 0, 0  # of the last page, of all
+
+    def extend(self, more: Tensor) -> None:
+        last = self.pages[-1]
+        fits = min(more.shape[0], last.shape[0] - self.used)
+        last[self.used : self.used + fits] = more[:fits]
+        self.used, self.count = self.used + fits, self.count + more.shape[0]
+        if rest := more.shape[0] - fits:
+            page = last.new_empty(max(rest, min(self.count, BLOCK_BYTES // last.itemsize)))
+            page[:rest] = more[fits:]
+            self.pages.append(page)
+            self.used = rest
+
+    def whole(self) -> Tensor:
+        return torch.cat([*self.pages[:-1], self.pages[-1][: self.used]])
+
+
 class Miner(Generic[Mined]):
     """Selects pairs or triplets; a subclass says which of a block's in `mine`.
 
@@ -92,10 +118,12 @@ class Miner(Generic[Mined]):
         Raises:
             TypeError, ValueError: bad arguments, named; embeddings that are not finite, which have no order.
         """
-        found = list(self.blocks(embeddings, labels, ref_emb, ref_labels))
-        if not found:
-            return self.mined(*(labels.new_empty(0, dtype=torch.int64) for _ in self.mined._fields))
-        return found[0] if len(found) == 1 else self.mined(*map(torch.cat, zip(*found, strict=True)))
+        blocks = self.blocks(embeddings, labels, ref_emb, ref_labels)
+        fields = [_Indices(labels.device) for _ in self.mined._fields]
+        for mined in blocks:
+            for indices, more in zip(fields, mined, strict=True):
+                indices.extend(more)
+        return self.mined(*(indices.whole() for indices in fields))
 
     def blocks(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
