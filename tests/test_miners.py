@@ -185,14 +185,16 @@ def test_triplets_make_the_losses(distance, references):
 
 
 def by_hand(s, labels, margin):
-    """Every set of triplets from whole-numbered similarities, in loops; ties by the lowest index."""
-    count, found = len(labels), {kind: [] for kind in ["batch_hard", *TRIPLET_KINDS]}
+    """Every set from whole-numbered similarities, in loops; ties by the lowest index. `margin` is epsilon, too."""
+    count, found = len(labels), {kind: [] for kind in ["positives", "negatives", "batch_hard", *TRIPLET_KINDS]}
     for a in range(count):
         positives = [k for k in range(count) if labels[k] == labels[a] and k != a]
         negatives = [k for k in range(count) if labels[k] != labels[a]]
         if positives and negatives:
             far, near = min(positives, key=lambda k: s[a][k]), max(negatives, key=lambda k: s[a][k])
             found["batch_hard"].append([a, far, near])
+            found["positives"] += [[a, p] for p in positives if s[a][p] < s[a][near] + margin]
+            found["negatives"] += [[a, n] for n in negatives if s[a][n] > s[a][far] - margin]
         for p in positives if negatives else []:
             farther = [n for n in negatives if s[a][n] < s[a][p]]
             one = max(farther, key=lambda k: s[a][k]) if farther else min(negatives, key=lambda k: s[a][k])
@@ -215,9 +217,35 @@ def test_ties_and_duplicates_by_hand(seed):
     labels[3] = 9  # alone of its class
     truth = by_hand((x @ x.T).tolist(), labels.tolist(), 1.0)
     assert listed(*miners.BatchHardMiner("cosine", normalize=False)(x, labels)) == truth["batch_hard"]
+    a1, p, a2, n = miners.MultiSimilarityMiner(1, normalize=False)(x, labels)
+    assert [listed(a1, p), listed(a2, n)] == [truth["positives"], truth["negatives"]]
     for kind in TRIPLET_KINDS:
         found = miners.TripletMarginMiner(1, "cosine", kind, normalize=False)(x, labels)
         assert listed(*found) == truth[kind] and truth[kind], kind
+
+
+def test_one_comparison_decides_of_both_kinds():
+    """One positive and one negative, whose similarities are epsilon apart to a rounding: s_n > s_p - epsilon and
+    s_p < s_n + epsilon may not agree, but either both are mined, as the loss does it, or none."""
+    drawn = torch.rand(300, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+    seen = set()
+    for positive in drawn:
+        negative = positive - 0.1
+        seen.add((bool(negative > positive - 0.1), bool(positive < negative + 0.1)))
+        refs, ref_labels = torch.stack([positive, negative])[:, None], torch.tensor([0, 1])
+        args = torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), refs, ref_labels
+        a1, _, a2, _ = miners.MultiSimilarityMiner(0.1, normalize=False)(*args)
+        assert len(a1) == len(a2)
+        loss = flashpair.MultiSimilarityLoss(normalize=False, impl="reference")(
+            *args[:2], ref_emb=refs, ref_labels=ref_labels
+        )
+        assert (loss > 0) == (len(a1) > 0)
+        further = torch.nextafter(negative, torch.tensor(1.0))
+        seen.add((bool(further > positive - 0.1), bool(positive < further + 0.1)))
+        refs = torch.stack([positive, further])[:, None]
+        a1, _, a2, _ = miners.MultiSimilarityMiner(0.1, normalize=False)(*args[:2], refs, ref_labels)
+        assert len(a1) == len(a2)
+    assert {(True, False), (False, True)} <= seen, "both ways to disagree are there"
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -308,6 +336,16 @@ def test_draws_are_as_frequent_as_they_are_probable(several_positives):
     pairs = torch.bincount(n[:-1] * 8 + n[1:], minlength=64).reshape(8, 8)[:7, :7]
     alone = 39999 * probabilities[:7, None] * probabilities[:7]
     assert ((pairs - alone) ** 2 / alone).sum() < 85.4, "draws do not depend on each other: 48 degrees of freedom"
+
+
+@pytest.mark.parametrize(("number", "drawn"), [(0.0, 2), (1 - 2**-53, 4)])
+def test_the_least_and_the_greatest_random_number(monkeypatch, number, drawn):
+    """The first and the last negative that have a weight: no self, no positive, none that is too far."""
+    x = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0.8, 0.6, 0], [0.6, 0.8, 0], [0.8, -0.6, 0], [-1, 0, 0], [0.9, 0, 0.1]])
+    labels = torch.tensor([0, 0, 1, 2, 3, 4, 0])
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, number, dtype=options["dtype"]))
+    found = miners.DistanceWeightedMiner()(x, labels)
+    assert len(found.n) == 6 and (found.n == drawn).all()
 
 
 def test_negatives_that_are_all_too_far_are_equally_likely():

@@ -105,8 +105,8 @@ class Miner(Generic[Mined]):
     ) -> Mined:  # fmt: skip
         """All that is mined, ordered by anchor, then by reference (of triplets: by positive, then by negative).
 
-        Beside the result itself, memory is a few times BLOCK_BYTES, whatever N and M. On a GPU the host waits for it.
-        No gradient flows.
+        Memory is twice the result and some eight times BLOCK_BYTES (or a row of M, if that is more), whatever N is. On
+        a GPU the host waits for it. No gradient flows.
 
         Args:
             embeddings: (N, D), float16 to float64; similarities are of float32, or float64 if either side is.
