@@ -4,7 +4,7 @@ criterion = flashpair.MultiSimilarityLoss()
 loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
 """
 
-from . import functional
+from . import functional, miners
 from .criteria import (
     AngularLoss,
     ArcFaceLoss,
@@ -92,6 +92,7 @@ __all__ = [
     "functional",
     "histogram",
     "make_pairs",
+    "miners",
     "nearest",
     "pair_weights",
     "register_transform",

@@ -1,0 +1,20 @@
+"""Miners: the indices of the pairs and triplets that are worth a loss, one small file a family.
+
+The losses mine inside their own passes and need none of these. They are for those who want to see the indices, or to
+hand them to a loss of another package: the tuples are those that pytorch-metric-learning's losses take.
+"""
+
+from .base import MinedPairs, Miner, Triplets
+from .distance_weighted import DistanceWeightedMiner
+from .multi_similarity import MultiSimilarityMiner
+from .triplet import BatchHardMiner, TripletMarginMiner
+
+__all__ = [
+    "BatchHardMiner",
+    "DistanceWeightedMiner",
+    "MinedPairs",
+    "Miner",
+    "MultiSimilarityMiner",
+    "TripletMarginMiner",
+    "Triplets",
+]

@@ -1,0 +1,178 @@
+"""What every miner shares: checks, and the pairs a block of anchors at a time, so that no N x M matrix exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..references import References
+from ..similarity import dense_pairs, normalize, poison, upcast
+
+BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made of them up to eight times that
+
+
+class MinedPairs(NamedTuple):
+    """Positive pairs ``(a1[k], p[k])`` and negative pairs ``(a2[k], n[k])``, four int64 tensors, on the embeddings'
+    device: indices of anchors among the embeddings, of positives and negatives among the references."""
+
+    a1: Tensor
+    p: Tensor
+    a2: Tensor
+    n: Tensor
+
+
+class Triplets(NamedTuple):
+    """Anchor, positive and negative of each triplet, three int64 tensors of one length, on the embeddings' device."""
+
+    a: Tensor
+    p: Tensor
+    n: Tensor
+
+
+class Block(NamedTuple):
+    """Anchors ``first`` to ``first + B`` against all M references.
+
+    Args:
+        z: (B, M) similarities or distances, float32 or float64. positives, negatives: (B, M) bool, no self pairs.
+        width: D, of the embeddings.
+    """
+
+    first: int
+    z: Tensor
+    positives: Tensor
+    negatives: Tensor
+    width: int
+
+
+Mined = TypeVar("Mined", MinedPairs, Triplets)
+
+
+def chunk(m: int, itemsize: int) -> int:
+    """How many rows of M numbers take BLOCK_BYTES; at least one."""
+    return max(1, BLOCK_BYTES // max(1, m * itemsize))
+
+
+class _Indices:
+    """An int64 vector that grows at its end, in pages.
+
+    A list of every block's small results would not do: they lie where the block's large temporaries have been, and an
+    allocator that cannot put the next ones there asks for more, block after block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pages = [torch.empty(0, dtype=torch.int64, device=device)]
+        self.used, self.count = 0, 0  # of the last page, of all
+
+    def extend(self, more: Tensor) -> None:
+        last = self.pages[-1]
+        fits = min(more.shape[0], last.shape[0] - self.used)
+        last[self.used : self.used + fits] = more[:fits]
+        self.used, self.count = self.used + fits, self.count + more.shape[0]
+        if rest := more.shape[0] - fits:
+            page = last.new_empty(max(rest, min(self.count, BLOCK_BYTES // last.itemsize)))
+            page[:rest] = more[fits:]
+            self.pages.append(page)
+            self.used = rest
+
+    def whole(self) -> Tensor:
+        return torch.cat([*self.pages[:-1], self.pages[-1][: self.used]])
+
+
+class Miner(Generic[Mined]):
+    """Selects pairs or triplets; a subclass says which of a block's in `mine`.
+
+    A block's decisions are all taken from the same numbers, whose last bits may differ from block size to block size
+    and from a loss's own: a pair that stands at its threshold to the last bit may fall on either side.
+
+    Args:
+        normalize: L2-normalise embeddings and references first; a zero row stays zero.
+    """
+
+    distance = "dot"
+    shown: tuple[str, ...] = ()
+    mined: type[Mined]
+
+    def __init__(self, *, normalize: bool) -> None:
+        self.normalize = checks.flag(normalize, "normalize")
+
+    def __call__(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Mined:  # fmt: skip
+        """All that is mined, ordered by anchor, then by reference (of triplets: by positive, then by negative).
+
+        Memory is twice the result and some eight times BLOCK_BYTES (or a row of M, if that is more), whatever N is. On
+        a GPU the host waits for it. No gradient flows.
+
+        Args:
+            embeddings: (N, D), float16 to float64; similarities are of float32, or float64 if either side is.
+            labels: (N,), integers.
+            ref_emb: (M, D), a tensor or References, none of which is taken for an anchor itself; None: the rest of the
+                embeddings.
+            ref_labels: (M,), integers, with a tensor as `ref_emb`.
+
+        Raises:
+            TypeError, ValueError: bad arguments, named; embeddings that are not finite, which have no order.
+        """
+        blocks = self.blocks(embeddings, labels, ref_emb, ref_labels)
+        fields = [_Indices(labels.device) for _ in self.mined._fields]
+        for mined in blocks:
+            for indices, more in zip(fields, mined, strict=True):
+                indices.extend(more)
+        return self.mined(*(indices.whole() for indices in fields))
+
+    def blocks(
+        self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Iterator[Mined]:  # fmt: skip
+        """The same by and by, in the same order: what is mined of a block of anchors, or of some of their positives.
+
+        One after the other they are what a call returns; any may be empty. Arguments are checked before the first.
+        """
+        rows = self.rows(embeddings, labels, ref_emb, ref_labels)
+        return (mined for block in rows for mined in self.mine(block))
+
+    def mine(self, block: Block) -> Iterator[Mined]:
+        """What is mined of `block`, its anchors counted from the first of all."""
+        raise NotImplementedError
+
+    def rows(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, first: int = 0, count: int | None = None
+    ) -> Iterator[Block]:
+        """Blocks of the anchors `first` to ``first + count`` (None: to the end)."""
+        x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
+        x, y = upcast(x.detach(), None if y is None else y.detach())
+        if self.normalize:
+            x, y = normalize(x), None if y is None else normalize(y)
+        for name, rows in (("embeddings", x), ("ref_emb", y)):
+            if rows is not None and poison(rows, None).isnan():
+                raise ValueError(f"{name} must be finite, got NaN, infinite or overflowing entries")
+        last = x.shape[0] if count is None else min(first + count, x.shape[0])
+        return self._rows(x, labels, y, labels if ref_labels is None else ref_labels, first, last)
+
+    def _rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor, first: int, last: int
+    ) -> Iterator[Block]:
+        refs = x if y is None else y
+        if refs.shape[0] == 0:
+            return
+        size = chunk(refs.shape[0], refs.itemsize)
+        for at in range(first, last, size):
+            end = min(at + size, last)
+            z = dense_pairs(x[at:end], refs, self.distance)
+            positives = labels[at:end, None] == ref_labels[None, :]
+            negatives = ~positives
+            if y is None:
+                positives.diagonal(at).fill_(False)
+            yield Block(at, z, positives, negatives, x.shape[1])
+
+    def hyperparameters(self) -> dict[str, object]:
+        """Name and value of what the constructor took, for `repr`."""
+        return {name: getattr(self, name) for name in (*self.shown, "normalize")}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.hyperparameters().items())})"

@@ -1,0 +1,101 @@
+"""Triplets: the hardest of each anchor (Hermans et al., 2017, eq. 5), and those that violate a margin (Schroff et al.,
+CVPR 2015, section 3.2), semi-hard ones among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..criteria.distances import DISTANCES, similarity_of
+from .base import Block, Miner, Triplets, chunk
+
+TRIPLETS = ("semihard", "semihard_all", "hard_all", "violating")
+
+
+class _TripletMiner(Miner[Triplets]):
+    mined = Triplets
+
+    def __init__(self, distance: str, *, normalize: bool) -> None:
+        super().__init__(normalize=normalize)
+        self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
+
+    def apart(self, block: Block) -> Tensor:
+        """(B, M): what grows with the distance, D itself or -s."""
+        return -block.z if self.distance == "dot" else block.z
+
+    def hyperparameters(self) -> dict[str, object]:
+        return {**super().hyperparameters(), "distance": similarity_of(self.distance)}
+
+
+class BatchHardMiner(_TripletMiner):
+    """Of each anchor its farthest positive and its nearest negative (Hermans et al., 2017, eq. 5): the triplets of
+    ``TripletMarginLoss(triplets="hard")``.
+
+    Anchors without a positive or without a negative have none; of equals the lowest index is taken.
+
+    Args:
+        distance: ``"euclidean"`` or ``"cosine"``.
+        normalize: see `Miner`.
+    """
+
+    shown = ("distance",)
+
+    def __init__(self, distance: str = "euclidean", *, normalize: bool = True) -> None:
+        super().__init__(distance, normalize=normalize)
+
+    def mine(self, block: Block) -> Iterator[Triplets]:
+        d = self.apart(block)
+        p = torch.where(block.positives, d, -torch.inf).argmax(1)
+        n = torch.where(block.negatives, d, torch.inf).argmin(1)
+        (a,) = (block.positives.any(1) & block.negatives.any(1)).nonzero(as_tuple=True)
+        yield Triplets(a + block.first, p[a], n[a])
+
+
+class TripletMarginMiner(_TripletMiner):
+    """Triplets by their gap, D_an - D_ap, or s_ap - s_an of cosines.
+
+    ``triplets="semihard"``: of each positive pair the nearest negative of a gap above 0, or the farthest negative if
+    none has one (TensorFlow Addons'; of equals the lowest index); ``"semihard_all"``: all with 0 < gap <= margin;
+    ``"hard_all"``: all with gap <= 0; ``"violating"``: all with gap <= margin, which are the last two together and,
+    but for those of gap = margin, the ones above 0 in ``TripletMarginLoss(triplets="all")``. "semihard" and
+    "semihard_all" mean what they do there. There can be N^3: `blocks` gives them by and by.
+
+    Args:
+        margin: of "semihard_all" and "violating"; a number.
+        distance: ``"euclidean"`` or ``"cosine"``.
+        triplets: as above.
+        normalize: see `Miner`.
+    """
+
+    shown = ("margin", "distance", "triplets")
+
+    def __init__(
+        self, margin: float = 0.2, distance: str = "euclidean", triplets: str = "violating", *, normalize: bool = True
+    ) -> None:
+        super().__init__(distance, normalize=normalize)
+        self.margin = checks.plain_number(margin, "margin")
+        self.triplets = checks.word(triplets, TRIPLETS, "triplets")
+
+    def mine(self, block: Block) -> Iterator[Triplets]:
+        """One by one the positive pairs are rows of M numbers again, and taken in chunks of a block's size."""
+        d, m = self.apart(block), block.z.shape[1]
+        a, p = (block.positives & block.negatives.any(1, keepdim=True)).nonzero(as_tuple=True)
+        farthest = torch.where(block.negatives, d, -torch.inf).argmax(1)
+        for i, q in zip(*(t.split(chunk(m, d.itemsize)) for t in (a, p)), strict=True):
+            near, far, negatives = d[i, q][:, None], d[i], block.negatives[i]
+            if self.triplets == "semihard":
+                farther = negatives & (far > near)
+                n = torch.where(farther, far, torch.inf).argmin(1)
+                yield Triplets(i + block.first, q, torch.where(farther.any(1), n, farthest[i]))
+            else:
+                k, n = (negatives & self._wanted(far - near)).nonzero(as_tuple=True)
+                yield Triplets(i[k] + block.first, q[k], n)
+
+    def _wanted(self, gap: Tensor) -> Tensor:
+        if self.triplets == "hard_all":
+            return gap <= 0
+        return gap <= self.margin if self.triplets == "violating" else (gap > 0) & (gap <= self.margin)
