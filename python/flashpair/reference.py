@@ -35,7 +35,7 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
     if r.op in ("min", "max"):
         none = torch.inf if r.op == "min" else -torch.inf
         if z.shape[1] == 0:
-            return z.new_full(z.shape[:1], none)
+            return z.sum(1) + none
         kept = torch.where(mask, z, none)
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":
