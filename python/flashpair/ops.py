@@ -88,7 +88,7 @@ torch.library.register_fake("flashpair::row_reduce", _row_reduce_fake, lib=_libr
 torch.library.register_fake("flashpair::row_reduce_backward", _row_reduce_backward_fake, lib=_library)
 
 
-def _op(name: str, x: Tensor) -> Callable[..., Any]:
+def call(name: str, x: Tensor) -> Callable[..., Any]:
     """The registered op; on plain tensors outside of tracing what it would call, without the dispatcher's 50 us."""
     if plain(x):
         return _row_reduce if name == "row_reduce" else _row_reduce_backward
@@ -129,7 +129,7 @@ class RowReduce(torch.autograd.Function):
         scale: Tensor | None, *vectors: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         keep = any(ctx.needs_input_grad)
-        values, *kept = _op("row_reduce", x)(x, y, lo, hi, end, order, scale, vectors, *spec, keep)
+        values, *kept = call("row_reduce", x)(x, y, lo, hi, end, order, scale, vectors, *spec, keep)
         ctx.set_materialize_grads(False)
         if keep:
             ctx.spec = spec
@@ -153,7 +153,7 @@ class RowReduce(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values)
         wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, needs[8:], strict=True)]
-        dx, dy, dscale, doffset, dref_offset = _op("row_reduce_backward", x)(
+        dx, dy, dscale, doffset, dref_offset = call("row_reduce_backward", x)(
             x, y, lo, hi, end, order, scale, vectors, *spec, values, *kept,
             [None if g is None else g.contiguous() for g in grads], [*needs[5:8], 0 in wants, 1 in wants],
         )  # fmt: skip

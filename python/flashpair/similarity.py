@@ -20,10 +20,16 @@ def zero_distance(dtype: torch.dtype) -> float:
     return 8.0 * torch.finfo(dtype).eps
 
 
-def _inverse_norm(x: Tensor) -> Tensor:  # (N, D) -> (N, 1)
+def inverse_norm(x: Tensor) -> Tensor:  # (N, D) -> (N, 1)
+    """1 / |x|, 0 of a row whose square underflows and NaN of one whose square overflows."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     zero = norm <= torch.finfo(x.dtype).tiny ** 0.5
     return norm.nan_to_num(nan=torch.nan, posinf=torch.nan).reciprocal().masked_fill(zero, 0.0)
+
+
+def through_normalize(g: Tensor, y: Tensor, inverse: Tensor) -> Tensor:  # (N, D), (N, D), (N, 1) -> (N, D)
+    """The gradient in x from that in y = x / |x|."""
+    return torch.addcmul(g, y, (y * g).sum(1, keepdim=True), value=-1) * inverse
 
 
 class _Normalize(torch.autograd.Function):
@@ -31,7 +37,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        inverse = _inverse_norm(x)
+        inverse = inverse_norm(x)
         y = x * inverse
         ctx.save_for_backward(x, y, inverse)
         return y
@@ -40,9 +46,9 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         x, y, inverse = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
-            inverse = _inverse_norm(x)
+            inverse = inverse_norm(x)
             y = x * inverse
-        return torch.addcmul(g, y, (y * g).sum(1, keepdim=True), value=-1) * inverse
+        return through_normalize(g, y, inverse)
 
 
 def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..similarity import masked_logsumexp, normalize, softplus, upcast
+from ..similarity import inverse_norm, masked_logsumexp, normalize, softplus, through_normalize, upcast
 from .base import RowLosses, average
 from .classes import ClassCriterion
 
@@ -65,12 +65,10 @@ class SoftTripleLoss(ClassCriterion):
         x, weight = upcast(x, self.weight)
         assert weight is not None
         x = normalize(x) if self.normalize else x
-        w = normalize_centres(weight)
-        own = self.la * (relaxed(torch.einsum("nd,nkd->nk", x, w[labels]), self.gamma) - self.margin)
-        neg = others(x, w, labels, self.la, self.gamma, self.impl == "reference")
-        losses = softplus(neg - own)
+        own, neg = similarities(x, weight, labels, self.la, self.gamma, self.impl == "reference")
+        losses = softplus(neg - self.la * (own - self.margin))
         if self.tau:
-            losses = losses + self.tau * self._spread(w)
+            losses = losses + self.tau * self._spread(unit(weight))
         rows = RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
         return losses if self.reduction == "none" else average(rows, self.reduction)
 
@@ -84,71 +82,84 @@ class SoftTripleLoss(ClassCriterion):
         return distance.sum() / (self.num_classes * k * (k - 1))
 
 
-def normalize_centres(weight: Tensor) -> Tensor:  # (C, K, D)
+def unit(weight: Tensor) -> Tensor:  # (C, K, D)
     return normalize(weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
 
 
-def relaxed(s: Tensor, gamma: float | Tensor) -> Tensor:  # (..., K) -> (...)
-    """The similarity to a class: the softmax-weighted mean of those to its centres."""
-    return (torch.softmax(s / gamma, -1) * s).sum(-1)
+def similarities(
+    x: Tensor, weight: Tensor, labels: Tensor, la: float | Tensor, gamma: float | Tensor, dense: bool
+) -> tuple[Tensor, Tensor]:
+    """S of each row's own class, and the logsumexp of la S over the others, (B,) each, of centres (C, K, D)."""
+    if not (dense or isinstance(la, Tensor) or isinstance(gamma, Tensor)):
+        own, neg = _Chunked.apply(x, weight, labels, la, gamma)
+        return own, neg
+    s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+    relaxed = (torch.softmax(s / gamma, 2) * s).sum(2)
+    others = labels[:, None] != torch.arange(weight.shape[0], device=x.device)
+    return relaxed.gather(1, labels[:, None])[:, 0], masked_logsumexp(la * relaxed, others)
 
 
-def others(x: Tensor, w: Tensor, labels: Tensor, la: float | Tensor, gamma: float | Tensor, dense: bool) -> Tensor:
-    """(B,): logsumexp of la S_c over all classes c but the row's own, of unit centres w (C, K, D)."""
-    if dense or isinstance(la, Tensor) or isinstance(gamma, Tensor):
-        logits = la * relaxed((x @ w.flatten(0, 1).T).unflatten(1, w.shape[:2]), gamma)
-        return masked_logsumexp(logits, labels[:, None] != torch.arange(w.shape[0], device=x.device))
-    found: Tensor = _Others.apply(x, w, labels, la, gamma)
-    return found
-
-
-class _Others(torch.autograd.Function):
-    """`others` by chunks of classes, which backward computes again. Keeps (B,) numbers."""
+class _Chunked(torch.autograd.Function):
+    """`similarities` by chunks of classes, which backward computes again. Keeps (B,) numbers; second derivatives take
+    the dense form."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, labels: Tensor, la: float, gamma: float) -> Tensor:
-        total = x.new_full(x.shape[:1], -torch.inf)
-        for first, part in _chunks(x, w):
-            _, _, logits = _of_chunk(x, part, first, labels, la, gamma)
-            total = torch.logaddexp(total, torch.logsumexp(logits, 1))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, la: float, gamma: float) -> tuple[Tensor, Tensor]:
+        own, neg = x.new_zeros(x.shape[0]), x.new_full(x.shape[:1], -torch.inf)
+        for chunk in _chunks(x, weight, labels, gamma):
+            mine = chunk.mean.gather(1, chunk.column)
+            own += torch.where(chunk.inside, mine, 0.0)[:, 0]
+            logits = (la * chunk.mean).scatter(1, chunk.column, torch.where(chunk.inside, -torch.inf, la * mine))
+            neg = torch.logaddexp(neg, torch.logsumexp(logits, 1))
         ctx.la, ctx.gamma = la, gamma
-        ctx.save_for_backward(x, w, labels, total)
-        return total
+        ctx.save_for_backward(x, weight, labels, neg)
+        return own, neg
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, labels, total = ctx.saved_tensors
+    def backward(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, labels, neg = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            dense = others(x, w, labels, ctx.la, ctx.gamma, True)
-            return *torch.autograd.grad(dense, (x, w), g, create_graph=True), None, None, None
-        dx, dw = torch.zeros_like(x), torch.empty_like(w)
+            found = similarities(x, weight, labels, ctx.la, ctx.gamma, True)
+            return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), None, None, None
+        dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
         # of an only class nothing is left over: no gradient
-        height, share = torch.where(total > -torch.inf, total, 0.0)[:, None], (ctx.la * g)[:, None]
-        for first, part in _chunks(x, w):
-            s, pi, logits = _of_chunk(x, part, first, labels, ctx.la, ctx.gamma)
-            q = torch.exp(logits - height).mul_(share)
-            mean = (pi * s).sum(1, keepdim=True)
-            weight = s.sub_(mean).div_(ctx.gamma).add_(1).mul_(pi).mul_(q[:, None]).flatten(1)
-            dx.addmm_(weight, part.flatten(0, 1))
-            dw[first : first + part.shape[1]] = (weight.T @ x).unflatten(0, part.shape[:2]).transpose(0, 1)
-        return dx, dw, None, None, None
+        height, share = torch.where(neg > -torch.inf, neg, 0.0)[:, None], (ctx.la * g_neg)[:, None]
+        for chunk in _chunks(x, weight, labels, ctx.gamma):
+            q = torch.exp(ctx.la * chunk.mean - height).mul_(share)
+            q.scatter_(1, chunk.column, torch.where(chunk.inside, g_own[:, None], q.gather(1, chunk.column)))
+            w = chunk.s.sub_(chunk.mean[:, None]).div_(ctx.gamma).add_(1).mul_(chunk.pi).mul_(q[:, None]).flatten(1)
+            dx.addmm_(w, chunk.unit)
+            part = through_normalize(w.T @ x, chunk.unit, chunk.inverse)
+            shape = chunk.pi.shape[1:]
+            dweight[chunk.first : chunk.first + shape[1]] = part.unflatten(0, shape).transpose(0, 1)
+        return dx, dweight, None, None, None
 
 
-def _chunks(x: Tensor, w: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First class and centres (K, c, D) of each: softmaxes over K are then of whole vectors."""
-    size = max(1, CHUNK_BYTES // (x.element_size() * w.shape[1] * max(x.shape[0], 1)))
-    for first in range(0, w.shape[0], size):
-        yield first, w[first : first + size].transpose(0, 1).contiguous()
+class _Chunk(NamedTuple):
+    """Some classes: unit centres (K c, D), k before c so that softmaxes over K are of whole vectors; similarities s
+    (B, K, c), their softmax pi, the mean S (B, c); and where (B, 1) a row's own class stands, if it is `inside`."""
+
+    first: int
+    unit: Tensor
+    inverse: Tensor
+    s: Tensor
+    pi: Tensor
+    mean: Tensor
+    inside: Tensor
+    column: Tensor
 
 
-def _of_chunk(
-    x: Tensor, part: Tensor, first: int, labels: Tensor, la: float, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Similarities (B, K, c), their softmax over K, and la S_c (B, c), -inf where it is the row's own class."""
-    s = (x @ part.flatten(0, 1).T).unflatten(1, part.shape[:2])
-    pi = (s - s.amax(1, keepdim=True)).div_(gamma).exp_()
-    pi /= pi.sum(1, keepdim=True)
-    logits = (pi * s).sum(1).mul_(la)
-    inside = (labels >= first) & (labels < first + part.shape[1])
-    column = (labels - first).clamp(0, part.shape[1] - 1)[:, None]
-    return s, pi, logits.scatter(1, column, torch.where(inside[:, None], -torch.inf, logits.gather(1, column)))
+def _chunks(x: Tensor, weight: Tensor, labels: Tensor, gamma: float) -> Iterator[_Chunk]:
+    size = max(1, CHUNK_BYTES // (x.element_size() * weight.shape[1] * max(x.shape[0], 1)))
+    for first in range(0, weight.shape[0], size):
+        part = weight[first : first + size].transpose(0, 1)
+        shape = part.shape[:2]
+        part = part.flatten(0, 1)
+        inverse = inverse_norm(part)
+        centres = part * inverse
+        s = (x @ centres.T).unflatten(1, shape)
+        pi = (s - s.amax(1, keepdim=True)).div_(gamma).exp_()
+        pi /= pi.sum(1, keepdim=True)
+        inside = (labels >= first) & (labels < first + shape[1])
+        column = (labels - first).clamp(0, shape[1] - 1)
+        yield _Chunk(first, centres, inverse, s, pi, (pi * s).sum(1), inside[:, None], column[:, None])
