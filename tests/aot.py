@@ -22,7 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from flashpair import blocked, fused, launch, sieve, sifted
+from flashpair.criteria.circle import _paced
 from flashpair.criteria.mining import _mined
+from flashpair.criteria.tuplet_margin import _slack
 from flashpair.ops import encode
 from flashpair.plan import make_plan
 from flashpair.reduction import Bound, Reduction
@@ -49,6 +51,7 @@ FORMS = [
     ("logsumexps", False, "euclidean"),
     ("lifted", False, "dot"),
     ("learned", False, "dot"),
+    ("programs", False, "squared_euclidean"),
 ]
 SCREENED = [
     ("mined", torch.bfloat16, 128, False, "dot"),
@@ -127,6 +130,9 @@ def loss(name: str) -> tuple[Reduction, ...]:
         scale, both = torch.ones(()), {"lower": -1.0, "upper": 1.0}
         hinge = Reduction("sum", "negatives", "hinge", scale=scale, offset=0.5, **both)
         return hinge, Reduction("max", "negatives", lower=-0.5, upper=0.5)
+    if name == "programs":  # transforms whose jit functions are generated
+        circle = Reduction("logsumexp", "negatives", _paced(3.0), scale=2.0, offset=1.0)
+        return circle, Reduction("sum", "positives", _slack(16.0, 0.1), offset=torch.zeros(64))
     if name == "logsumexps":
         return Reduction("logsumexp", "positives", scale=-2.0), Reduction("logsumexp", "negatives", scale=50.0)
     offsets = {"offset": torch.zeros(64), "ref_offset": torch.zeros(64)}
@@ -137,7 +143,12 @@ def compile_step(name: str, dtype: torch.dtype, d: int, references: bool, distan
     """One training step of a loss, launched into nothing."""
     reductions = loss(name)
     vectors = [(r.offset, r.ref_offset, r.lower, r.upper) for r in reductions]
-    slots = [4 * k + s for k, own in enumerate(vectors) for s in range(4) if not isinstance(own[s], Bound | None)]
+    slots = [
+        4 * k + s
+        for k, own in enumerate(vectors)
+        for s in range(4)
+        if not isinstance(own[s], Bound | None) and (s or isinstance(own[s], torch.Tensor))
+    ]
     spec = encode(reductions, tuple(slots), distance, "fused")
     terms = decode(spec.code, spec.shifts, spec.slots)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

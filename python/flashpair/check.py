@@ -1,9 +1,14 @@
-"""`python -m flashpair check`: gradcheck and parity of every criterion and implementation, on this machine."""
+"""`python -m flashpair check`: gradcheck and parity of every criterion and implementation, on this machine; of a user's
+own, `python -m flashpair check my_loss.py:MyLoss` or `package.module:MyLoss`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,12 +39,11 @@ def _relative(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
-def check(name: str, impl: str, device: str = "cpu") -> tuple[bool, str]:
+def check(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> tuple[bool, str]:
     """Gradcheck in float64 on a small batch, and float32 against the float64 reference on one of several tiles.
 
     The bound is what float32 can do: twice the dense float32 reference's own error, and one rounding.
     """
-    make = CRITERIA[name]
     x, labels = (t.to(device) for t in batch(12, 5, 3, torch.float64))
     smooth = not make().differentiates or torch.autograd.gradcheck(
         lambda t: make(impl=impl)(t, labels), (x.requires_grad_(),), raise_exception=False
@@ -57,11 +61,11 @@ def check(name: str, impl: str, device: str = "cpu") -> tuple[bool, str]:
     return good, words
 
 
-def refusal(name: str, impl: str, device: str = "cpu") -> str:
+def refusal(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> str:
     """Why `impl` does not take this criterion, though it runs here; empty if it does."""
     x, labels = (t.to(device) for t in batch(4, 2, 2, torch.float32))
     try:
-        CRITERIA[name](impl=impl)(x, labels)
+        make(impl=impl)(x, labels)
     except RuntimeError as error:
         if str(error).startswith(f"impl={impl!r} cannot run"):
             return str(error)
@@ -69,19 +73,51 @@ def refusal(name: str, impl: str, device: str = "cpu") -> str:
     return ""
 
 
-def main() -> int:
-    """0 if every criterion passes with every implementation that can run on this machine's CPU and GPU."""
+def found(target: str) -> Callable[..., Criterion]:
+    """The class that FILE.py:Name or module:Name means.
+
+    Raises:
+        ValueError: it is not there, or is no `Criterion`.
+    """
+    where, _, name = target.rpartition(":")
+    if not where or not name.isidentifier():
+        raise ValueError(f"a criterion is FILE.py:Name or module:Name, got {target!r}")
+    if where.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        if spec is None or spec.loader is None or not Path(where).is_file():
+            raise ValueError(f"there is no file {where}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, "")
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"there is no module {where}: {error}") from error
+    kind = getattr(module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Criterion)):
+        raise ValueError(f"{name} of {where} must be a subclass of flashpair.Criterion, got {kind!r}")
+    return kind
+
+
+def main(targets: Sequence[str] = ()) -> int:
+    """0 if every criterion passes with every implementation that can run on this machine's CPU and GPU.
+
+    targets: users' own criteria (see `found`), which are then checked alone; each is made as ``Name(impl=...)``.
+    """
     failed = 0
+    checked = {target: found(target) for target in targets} or CRITERIA
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for device, impl in itertools.product(devices, IMPLEMENTATIONS):
         if reasons := obstacles(impl, torch.device(device)):
             sys.stdout.write(f"{impl} on {device}: not checked, it cannot run: {'; '.join(reasons)}\n")
             continue
-        for name in CRITERIA:
-            if reason := refusal(name, impl, device):
+        for name, make in checked.items():
+            if reason := refusal(make, impl, device):
                 sys.stdout.write(f"---- {impl} on {device}, {name}: not checked, {reason}\n")
                 continue
-            good, words = check(name, impl, device)
+            good, words = check(make, impl, device)
             failed += not good
             sys.stdout.write(f"{'ok  ' if good else 'FAIL'} {impl} on {device}, {name}: {words}\n")
     sys.stdout.write(f"{failed} failed\n" if failed else "all pass\n")
