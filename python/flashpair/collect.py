@@ -68,20 +68,25 @@ class Collector:
         launches = groups(work.terms, active)
         most = PARTIAL_BYTES // max(1, rows * work.d * values.itemsize)
         count = splits(work.blocks(rows), work.tiles(cols), work.device, most)
-        parts = None
-        if want and launches:
-            whole = len(launches) == 1 and count == 1 and not exact
-            parts = (side.x if whole else values).new_empty(len(launches) * count, rows, work.d)
-        elif want:
+        if want and not launches:
             return values.new_zeros(rows, work.d) + self.poison
-        for place, group in enumerate(launches):
-            dx = None if parts is None else parts[place * count : (place + 1) * count]
-            slots = self.slots(group, side, count)
-            work.weigh(group, slots, side, Block(0, rows, 0, cols), self.poison, dx=dx, count=count, lists=lists)
-        self.settle()
-        if parts is None:
-            return None
-        return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+        # a loss of many terms takes many launches, whose parts may not all be there at once
+        at_once = max(1, most // count)
+        whole = len(launches) == 1 and count == 1 and not exact
+        total = None
+        for first in range(0, len(launches), at_once):
+            some, parts = launches[first : first + at_once], None
+            if want:
+                parts = (side.x if whole else values).new_empty(len(some) * count, rows, work.d)
+            for place, group in enumerate(some):
+                dx = None if parts is None else parts[place * count : (place + 1) * count]
+                slots = self.slots(group, side, count)
+                work.weigh(group, slots, side, Block(0, rows, 0, cols), self.poison, dx=dx, count=count, lists=lists)
+            self.settle()
+            if parts is not None:
+                part = parts[0] if parts.shape[0] == 1 else parts.sum(0)
+                total = part if total is None else total + part
+        return total
 
     def add_extreme(self, k: int, place: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:
         """A min's or max's gradient goes to the one pair that attained it; dy is dx itself in a square problem."""
