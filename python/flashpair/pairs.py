@@ -160,11 +160,11 @@ class Pairs:
         where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once."""
         p = self.plan
         _, partner, first = partners(p.lo, p.hi, step)
-        other = self.x.index_select(0, partner)
+        x = self.x.to(accumulator(self.x.dtype))
+        other = x.index_select(0, partner)
         plan = Plan(p.order, p.ref_order, p.labels, p.ref_labels, p.lo, p.hi, p.end, False)
-        sums = Pairs(self.x + other, self.x, plan, self.distance, self.impl, named=self.named)
-        wide = accumulator(self.x.dtype)
-        return sums, (self.x.to(wide) * other.to(wide)).sum(1), first
+        sums = Pairs(x + other, x, plan, self.distance, self.impl, named=self.named)
+        return sums, (x * other).sum(1), first
 
     @property
     def refs(self) -> Tensor:
