@@ -147,14 +147,7 @@ class Criterion(nn.Module):
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
     ) -> Tensor:
         pairs = self.pairs_of(x, labels, y, ref_labels, impl)
-        rows = self.row_losses(pairs)
-        if extra is None:
-            return reduce_losses(rows, self.reduction, pairs)
-        extra = extra.to(rows.losses.dtype)
-        if rows.terms and self.reduction in ("nonzero", "mean_pairs"):  # which are of terms, and have no rows
-            return reduce_losses(rows, self.reduction, pairs) + extra
-        rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra, 0.0))
-        return reduce_losses(rows, self.reduction, pairs)
+        return reduce_losses(self.row_losses(pairs), self.reduction, pairs, extra)
 
     def _dense(self, labels: Tensor, ref_labels: Tensor | None, x: Tensor, y: Tensor | None) -> Tensor:
         """The loss without its regularizer, by the reference: for second derivatives."""
@@ -171,8 +164,15 @@ class Criterion(nn.Module):
         return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v!r}" for k, v in values.items())
 
 
-def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs) -> Tensor:
-    return pairs.restore(rows.losses) if reduction == "none" else average(rows, reduction)
+def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
+    """The loss of some rows; `extra` () is added to each valid one. pairs: None for rows in the caller's order."""
+    if extra is not None and not (rows.terms and reduction in ("nonzero", "mean_pairs")):
+        rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra.to(rows.losses.dtype), 0.0))
+        extra = None
+    if reduction == "none":
+        return rows.losses if pairs is None else pairs.restore(rows.losses)
+    loss = average(rows, reduction)
+    return loss if extra is None else loss + extra.to(loss.dtype)  # an average of terms has no rows to add it to
 
 
 def average(rows: RowLosses, reduction: str) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..similarity import inverse_norm, masked_logsumexp, normalize, softplus, through_normalize, upcast
-from .base import RowLosses, average
+from ..reference import ReferencePairs
+from ..similarity import inverse_norm, masked_logsumexp, normalize, poison, softplus, through_normalize, upcast
+from .base import AnyPairs, RowLosses, reduce_losses
 from .classes import ClassCriterion
 
 CHUNK_BYTES = 2**21  # of similarities at a time
@@ -61,47 +62,61 @@ class SoftTripleLoss(ClassCriterion):
         if impl not in ("auto", "tiled", "reference"):
             raise ValueError(f"impl of SoftTripleLoss must be one of auto, tiled, reference, got {impl!r}")
 
-    def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+        """Every centre (C K) is a reference, over the dense matrix."""
+        x, weight = self._sides(x)
+        classes = torch.arange(self.num_classes, device=x.device).repeat_interleave(self.centers_per_class)
+        z = x @ unit(weight).flatten(0, 1).T
+        return ReferencePairs(z, labels, classes, square=False, poison=poison(x, weight.flatten(0, 1)))
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        assert isinstance(pairs, ReferencePairs)
+        s = pairs.z.unflatten(1, (self.num_classes, self.centers_per_class))
+        own, neg = of_similarities(s, pairs.labels, self.la, self.gamma)
+        return self._rows(own + pairs.poison, neg)
+
+    def _by_rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
+    ) -> Tensor:
+        if impl == "reference" or isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
+            return super()._by_rows(x, labels, y, ref_labels, extra, impl)
+        own, neg = _Chunked.apply(*self._sides(x), labels, self.la, self.gamma)
+        return reduce_losses(self._rows(own, neg), self.reduction, None, extra)
+
+    def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = upcast(x, self.weight)
         assert weight is not None
-        x = normalize(x) if self.normalize else x
-        own, neg = similarities(x, weight, labels, self.la, self.gamma, self.impl == "reference")
-        losses = softplus(neg - self.la * (own - self.margin))
-        if self.tau:
-            losses = losses + self.tau * self._spread(unit(weight))
-        rows = RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
-        return losses if self.reduction == "none" else average(rows, self.reduction)
+        return normalize(x) if self.normalize else x, weight
 
-    def _spread(self, w: Tensor) -> Tensor:
+    def _rows(self, own: Tensor, neg: Tensor) -> RowLosses:
+        losses = softplus(neg - self.la * (own - self.margin))
+        return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
+
+    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         """Eq. 9: the mean distance of a class's centres."""
         k = self.centers_per_class
-        if k == 1:
-            return w.new_zeros(())
+        if not self.tau or k == 1:
+            return None
+        w = unit(self.weight)
         one, other = torch.triu_indices(k, k, 1, device=w.device)
         distance = (2 + 1e-5 - 2 * torch.bmm(w, w.transpose(1, 2))[:, one, other]).sqrt()
-        return distance.sum() / (self.num_classes * k * (k - 1))
+        return self.tau * distance.sum() / (self.num_classes * k * (k - 1))
 
 
 def unit(weight: Tensor) -> Tensor:  # (C, K, D)
     return normalize(weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
 
 
-def similarities(
-    x: Tensor, weight: Tensor, labels: Tensor, la: float | Tensor, gamma: float | Tensor, dense: bool
-) -> tuple[Tensor, Tensor]:
-    """S of each row's own class, and the logsumexp of la S over the others, (B,) each, of centres (C, K, D)."""
-    if not (dense or isinstance(la, Tensor) or isinstance(gamma, Tensor)):
-        own, neg = _Chunked.apply(x, weight, labels, la, gamma)
-        return own, neg
-    s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+def of_similarities(s: Tensor, labels: Tensor, la: float | Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
+    """S of each row's own class, and the logsumexp of la S over the others, (B,) each, of similarities (B, C, K)."""
     relaxed = (torch.softmax(s / gamma, 2) * s).sum(2)
-    others = labels[:, None] != torch.arange(weight.shape[0], device=x.device)
+    others = labels[:, None] != torch.arange(s.shape[1], device=s.device)
     return relaxed.gather(1, labels[:, None])[:, 0], masked_logsumexp(la * relaxed, others)
 
 
 class _Chunked(torch.autograd.Function):
-    """`similarities` by chunks of classes, which backward computes again. Keeps (B,) numbers; second derivatives take
-    the dense form."""
+    """`of_similarities` of x (B, D) and centres (C, K, D), by chunks of classes, which backward computes again. Keeps
+    (B,) numbers; second derivatives take the dense form."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, la: float, gamma: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +134,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels, neg = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            found = similarities(x, weight, labels, ctx.la, ctx.gamma, True)
+            s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+            found = of_similarities(s, labels, ctx.la, ctx.gamma)
             return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), None, None, None
         dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
         # of an only class nothing is left over: no gradient
