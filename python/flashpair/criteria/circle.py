@@ -1,4 +1,4 @@
-"""Circle loss (Sun et al., CVPR 2020, eq. 6-10)."""
+"""Circle loss (Sun et al., CVPR 2020, eq. 6)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class CircleLoss(Criterion):
         m: the margin, `gamma`: the scale, above 0; numbers (0.4, 80: fine-grained retrieval; 0.25, 256: faces).
         over: ``"anchors"``: one loss an anchor; ``"batch"``: one loss of all unordered pairs of the batch.
         normalize, reduction, impl: see `Criterion`; rows without a positive or a negative have no loss. Default:
-            "mean_valid". ``over="batch"`` is one number, each row's share of which is the same.
+            "mean_valid". With ``over="batch"`` every reduction but "none" gives the one number, of which each row has
+            the same share.
     """
 
     differentiates = False
