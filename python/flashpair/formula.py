@@ -16,7 +16,7 @@ class RowFormula(NamedTuple):
         name: ``"multi_similarity"``: softplus(P + shifts[0]) / |scales[0]| + softplus(N + shifts[1]) / |scales[1]|;
             ``"lifted_star"``: P / |scales[0]| + N / |scales[1]|; ``"lifted"``: max(0, P + N + shifts[0]);
             ``"n_pair"``: softplus(P + N); ``"one_vs_one"``: the sum of softplus(scales[1] z + P) over the negatives;
-            ``"all_pairs"``: the sum of softplus(scales[0] z + N) over the positives. csrc/cuda/losses.h has them all.
+            ``"all_pairs"``: the sum of softplus(scales[0] z + N) over the positives. csrc/whole/losses.h has them all.
         scales, shifts: of positives and of negatives; tensors where they are learned.
         epsilon: the width of Multi-Similarity's mining windows; None: no mining.
         one_pair: a class takes part with one anchor and one positive of it alone, in batch order (Sohn, 2016).

@@ -1,4 +1,5 @@
-"""The criteria as functions: the same names, arguments and defaults, for code that keeps its own hyper-parameters."""
+"""Some criteria as functions, N-pair, the lifted structures and Multi-Similarity: the same arguments and defaults, for
+code that keeps its own hyper-parameters."""
 
 from __future__ import annotations
 

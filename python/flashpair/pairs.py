@@ -57,7 +57,8 @@ class Pairs:
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
         if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
-            refused = [why for name in foreign for why in transforms.obstacles(name, self.impl, self.x.device.type)]
+            device = self.x.device.type
+            refused = [why for name in foreign if (why := transforms.obstacles(name, self.impl, device))]
             if refused and self.named:
                 raise RuntimeError(f"impl={self.impl!r} cannot run: {'; '.join(refused)}")
             if refused:

@@ -118,10 +118,13 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
 @functools.lru_cache(maxsize=64)
 def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:
     """A soft histogram of z over a row's pairs, one reduction a node: node r stands at first + r * step, and a pair
-    between two nodes counts for both, linearly (Ustinova and Lempitsky, 2016, eq. 2).
+    between two nodes counts for both, linearly (Ustinova and Lempitsky, 2016).
 
     Args:
         side: as `Reduction` takes it. nodes: at least 2. step: the distance of neighbouring nodes, not 0.
+
+    Returns:
+        The reductions, in the order of the nodes; side by side in one call they are one look-up a pair on the CPU.
 
     Raises:
         ValueError: fewer nodes, or a step of 0.

@@ -78,9 +78,10 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
         dense: phi in PyTorch, of a tensor t of any shape and dtype, elementwise and differentiable; or of two,
             scale * z and the offset, where they do not come in as their sum. The reference implementation, and second
             derivatives, run it. Where it is arithmetic, exp, log, log1p, sqrt, sigmoid, tanh, softplus, relu, abs,
-            maximum, minimum, clamp, where, comparisons, detach, square and whole powers, it is also taken apart into
-            steps, with its derivative, which the C++ kernels run and from which Triton's are generated: it is fused
-            everywhere. Otherwise ``impl="auto"`` takes the reference, and other implementations refuse.
+            maximum, minimum, clamp, where, comparisons, detach, square and whole powers, and no more than 96 steps with
+            its derivative, it is also taken apart into these, which the C++ kernels run and from which Triton's are
+            generated: it is fused everywhere. Otherwise ``impl="auto"`` takes the reference, and other implementations
+            refuse.
         value, slope: phi and phi' as functions of a block t of float32 or float64, both decorated with
             ``triton.jit``, to stand in Triton's kernels in place of what would be generated.
 
@@ -111,13 +112,15 @@ def parametrised(name: str, dense: Callable[..., Tensor]) -> str:
     return name
 
 
-def obstacles(name: str, impl: str, device: str) -> list[str]:
+def obstacles(name: str, impl: str, device: str) -> str:
     """Why `impl` cannot run a transform; empty if it can."""
     if name in BUILT_IN or impl == "reference":
-        return []
+        return ""
     own, compiled = _custom[name], impl in ("tiled", "screened") and device == "cpu"
     if own.value is not None and not compiled:
-        return []
-    if isinstance(own.program, str):
-        return [f"transform {name!r} has no fused form: {own.program}"]
-    return []
+        return ""
+    return f"transform {name!r} has no fused form: {own.program}" if isinstance(own.program, str) else ""
+
+
+# What torch.compiler.assume_constant_result sets, as in dispatch.py: what a name means is looked at when it is traced.
+obstacles._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -21,10 +21,12 @@ def pair_weights(
 
     z is the criterion's similarity (for Euclidean losses the distance); each entry is taken as independent, so that
     dL/dx = (W + W^T) x for a square problem of dot products. GPW's w_ij (Wang et al., 2019, eq. 3) is ``W.abs()``:
-    W is at most 0 on positives and at least 0 on negatives for similarities, the other way round for distances.
+    W is at most 0 on positives and at least 0 on negatives for similarities, the other way round for distances, but
+    for some pairs of a few losses (SupCon, soft-label N-pair, tuplet margin, intra-pair variance, FastAP).
 
     Args:
-        criterion: any of this package's; with ``reduction="none"`` the rows' losses are summed.
+        criterion: any of this package's but SoftTripleLoss; with ``reduction="none"`` the rows' losses are summed.
+            Of class weights W is of embeddings and classes (B, C), of ProxyAnchorLoss of proxies and embeddings (C, B).
         embeddings, labels, ref_emb, ref_labels: as the criterion takes them.
 
     Returns:

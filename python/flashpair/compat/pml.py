@@ -30,8 +30,9 @@ def fuse(loss: Any, miner: Any = None, *, impl: str = "auto") -> Criterion:
     """The criterion that gives the value and the gradient of a pytorch-metric-learning loss, and its miner.
 
     It is called with (embeddings, labels) and, where the loss takes them, `ref_emb` and `ref_labels`; it mines by
-    itself. Where the library's number is wrong (see `divergence.REASONS`) it gives flashpair's, and `fuse` warns of it
-    with a `Divergence`, once a process for each reason. Half-precision embeddings are computed in float32.
+    itself. Where the library's number is wrong (see `flashpair.compat.divergence.REASONS`) it gives flashpair's, and
+    `fuse` warns of it with a `Divergence`, once a process for each reason. Half-precision embeddings are
+    computed in float32.
 
     Weights, proxies, centres and a learned beta are copied, at the loss's dtype and on its device, as ``weight`` or
     ``beta``: the optimizer must be given the new criterion's parameters. A later change of `loss` changes nothing here.

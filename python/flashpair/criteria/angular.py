@@ -1,4 +1,4 @@
-"""Angular loss (Wang et al., ICCV 2017, eq. 6 and 8)."""
+"""Angular loss (Wang et al., ICCV 2017)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ KEPT_STEPS = 8  # so many blocks of N rows are kept for backward; of more, backw
 
 
 class AngularLoss(Criterion):
-    """Angular loss (Wang et al., 2017, eq. 8), t = tan(alpha), for each ordered positive pair (a, p):
+    """Angular loss (Wang et al., 2017), t = tan(alpha), for each ordered positive pair (a, p):
 
     log(1 + sum_N e^(4 t^2 (x_a + x_p) . x_n - 2 (1 + t^2) x_a . x_p)).
 
-    ``form="hinge"``: eq. 6, max(0, |x_a - x_p|^2 - 4 t^2 |x_n - (x_a + x_p) / 2|^2) for every triplet.
+    ``form="hinge"``: max(0, |x_a - x_p|^2 - 4 t^2 |x_n - (x_a + x_p) / 2|^2) for every triplet.
 
     Args:
-        alpha: degrees, above 0 and under 90 (the paper: 36 to 55; 45 and 40 are common).
+        alpha: degrees, above 0 and under 90 (45 and 40 are common).
         form: ``"logsumexp"`` or ``"hinge"``.
         max_positives: the most positives that an anchor has, where known; see `TripletMarginLoss`.
         normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs, those
             without a negative counting as 0 (of ``"hinge"``: by the number of triplets, and "nonzero" over those above
-            0). A row's loss is half the sum of its pairs', an anchor's and a positive's being alike.
+            0). Each unordered pair's loss, for both its orders, stands at one of its two rows. Without `normalize` the
+            hinge takes embeddings for unit vectors as they are.
 
     Raises:
         ValueError: with `ref_emb`: the loss needs the products of positives with negatives.

@@ -57,10 +57,11 @@ class Criterion(nn.Module):
 
     Args:
         normalize: L2-normalise embeddings (and references) first; a zero row stays zero.
-        reduction: ``"mean"`` (over the loss's own count, see the class), ``"sum"``, ``"none"`` (N,), ``"mean_valid"``
-            (over rows that have a loss) or ``"nonzero"`` (over row losses above 0; over pairs or triplets above 0 where
-            the class says that it averages these, and there ``"mean_pairs"`` is the mean over all positive pairs plus
-            the mean over all negative ones). An average over nothing is 0.
+        reduction: ``"mean"`` (over all N rows, or the loss's own count where the class says so), ``"sum"``,
+            ``"none"`` (N,), ``"mean_valid"`` (over rows that have a loss) or ``"nonzero"`` (over row losses above 0;
+            over pairs or triplets above 0 where the class says that it averages these, and there ``"mean_pairs"``, of
+            contrastive losses, is the mean over all positive pairs plus the mean over all negative ones). An average
+            over nothing is 0.
         impl: ``"auto"``, or one of ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"``, ``"onchip"``, which never
             falls back.
 
@@ -110,9 +111,10 @@ class Criterion(nn.Module):
     ) -> Tensor:
         """The loss of embeddings (N, D), float16 to float64, with integer labels (N,).
 
-        With `ref_emb` (M, D) and `ref_labels` (M,) each anchor's pairs are with the references, none of which is taken
-        for the anchor itself; without, with the rest of the batch. Computed and returned in float32, or float64 for
-        float64 inputs, autocast or not: a scalar, or (N,) with ``reduction="none"``.
+        With `ref_emb` (M, D) and `ref_labels` (M,), or `References` as `ref_emb` alone, each anchor's pairs are with
+        the references, none of which is taken for the anchor itself; without, with the rest of the batch. Computed and
+        returned in float32, or float64 for float64 inputs, autocast or not: a scalar, or (N,) with
+        ``reduction="none"``.
         """
         batch = self.check(embeddings, labels, ref_emb, ref_labels)
         if torch.is_autocast_enabled(batch[0].device.type):

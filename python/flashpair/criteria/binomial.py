@@ -1,5 +1,5 @@
 """Losses of pairs without a softmax, mined or not: binomial deviance (Yi et al., 2014; Wang et al., CVPR 2019, eq. 9),
-BinLifted (ibid., supplement, eq. 10), and Multi-Similarity's mining with equal weights (ibid., section 5.2).
+BinLifted (ibid., supplement, eq. 10), and Multi-Similarity's mining with equal weights (ibid., Table 2).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class BinLiftedLoss(Criterion):
 
 
 class MinedPairLoss(Criterion):
-    """Multi-Similarity's mining with equal weights (Wang et al., 2019, section 5.2): L_i = sum_P (1 - s) + sum_N s.
+    """Multi-Similarity's mining with equal weights (Wang et al., 2019, Table 2): L_i = sum_P (1 - s) + sum_N s.
 
     Args:
         epsilon: the mining margin of eq. 11-12, at least 0.

@@ -1,4 +1,4 @@
-"""Circle loss (Sun et al., CVPR 2020, eq. 6-10)."""
+"""Circle loss (Sun et al., CVPR 2020, eq. 6)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def _paced(turn: float) -> str:
     return parametrised(f"circle {turn!r}", lambda t: t.relu().detach() * (t - turn))
 
 
+_paced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.obstacles
+
+
 class CircleLoss(Criterion):
     """Circle loss (Sun et al., 2020, eq. 6), with self-paced weights a_n = max(0, s + m), a_p = max(0, 1 + m - s):
 
@@ -32,7 +35,8 @@ class CircleLoss(Criterion):
         m: the margin, `gamma`: the scale, above 0; numbers (0.4, 80: fine-grained retrieval; 0.25, 256: faces).
         over: ``"anchors"``: one loss an anchor; ``"batch"``: one loss of all unordered pairs of the batch.
         normalize, reduction, impl: see `Criterion`; rows without a positive or a negative have no loss. Default:
-            "mean_valid". ``over="batch"`` is one number, each row's share of which is the same.
+            "mean_valid". With ``over="batch"`` every reduction but "none" gives the one number, of which each row has
+            the same share.
     """
 
     differentiates = False

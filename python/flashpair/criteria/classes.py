@@ -16,7 +16,10 @@ class ClassCriterion(Criterion):
     """A loss of embeddings (B, D) with labels in [0, C) against learned weights, one row a class, of unit norm.
 
     Attributes:
-        weight: Parameter (C, D), normal; its rows are normalised inside.
+        weight: Parameter (C, D), normal; its rows are normalised inside. Give it to the optimizer.
+
+    Raises:
+        ValueError: labels outside of [0, C) (on a GPU the device asserts), embeddings of another width, or `ref_emb`.
     """
 
     takes_references = False

@@ -30,7 +30,7 @@ def _losses(neg: Tensor, own: Tensor) -> RowLosses:
 
 
 class NormalizedSoftmaxLoss(ClassCriterion):
-    """Cross entropy of cosines over a temperature (Zhai and Wu, 2019, eq. 3).
+    """Cross entropy of cosines over a temperature (Zhai and Wu, 2019).
 
     Args:
         num_classes, embedding_size: C and D of `weight` (C, D).
@@ -104,7 +104,8 @@ class ArcFaceLoss(ClassCriterion):
         scale: above 0; a number or a learnable tensor ().
         fallback: where theta + margin is over 180 degrees, cos theta - margin sin margin (margin in radians) stands in,
             so that the logit goes on falling.
-        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; weights always are.
+        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings, which without it are taken for unit
+            vectors as they are; weights always are normalised.
 
     Raises:
         ValueError: labels outside of [0, num_classes), or embeddings of another width.

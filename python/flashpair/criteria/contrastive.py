@@ -35,7 +35,7 @@ class ContrastiveLoss(Criterion):
     s - neg_margin (Wang et al., 2019, eq. 4, has -s on positives: ``pos_margin=None``).
 
     Args:
-        pos_margin, neg_margin: by default 0 and 1, which suit distances; for cosines 1 and 0.5. Numbers or learnable
+        pos_margin, neg_margin: 0 and 1 suit distances; give cosines theirs, such as 1 and 0.5. Numbers or learnable
             tensors (); `pos_margin` may be None: no hinge, and no margin, on positives (power 1).
         distance: ``"euclidean"`` or ``"cosine"``.
         power: 1 or 2.
@@ -109,7 +109,7 @@ class SNRContrastiveLoss(Criterion):
 
     Args:
         pos_margin, neg_margin: numbers; `regularizer_weight`: at least 0.
-        normalize, reduction, impl: see `Criterion`; averages as `ContrastiveLoss`.
+        normalize, reduction, impl: see `Criterion`; averages as `ContrastiveLoss` does, "nonzero" by default.
     """
 
     averagings = AVERAGINGS

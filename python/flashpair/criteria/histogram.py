@@ -1,6 +1,4 @@
-"""Losses of soft histograms: histogram loss (Ustinova and Lempitsky, NIPS 2016, eq. 2-7) and FastAP (Cakir et al., CVPR
-2019, eq. 7-11).
-"""
+"""Losses of soft histograms: histogram loss (Ustinova and Lempitsky, NIPS 2016), FastAP (Cakir et al., CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -18,13 +16,14 @@ def of_batch(loss: Tensor, some: Tensor, n: int) -> RowLosses:
 
 
 class HistogramLoss(Criterion):
-    """Histogram loss (Ustinova and Lempitsky, 2016, eq. 7): how probable it is that a negative pair is more similar
+    """Histogram loss (Ustinova and Lempitsky, 2016): how probable it is that a negative pair is more similar
     than a positive one, from soft histograms of the cosines of all positive and all negative pairs of the batch.
 
     Args:
-        n_bins: nodes stand at -1 + 2 r / n_bins, r = 0 ... n_bins (the paper: 100 to 200).
-        normalize, reduction, impl: see `Criterion`; it is one number, each row's share of which is the same. Without a
-            positive or without a negative pair it is 0.
+        n_bins: nodes stand at -1 + 2 r / n_bins, r = 0 ... n_bins; at least 1.
+        normalize, reduction, impl: see `Criterion`; every reduction but "none" gives the one number, of which each row
+            has the same share. Without a positive or without a negative pair it is 0. Without `normalize` embeddings
+            are taken for unit vectors as they are.
     """
 
     shown = ("n_bins",)
@@ -46,12 +45,13 @@ class HistogramLoss(Criterion):
 
 
 class FastAPLoss(Criterion):
-    """FastAP (Cakir et al., 2019, eq. 11): 1 - the average precision of each anchor's ranking, from soft histograms of
+    """FastAP (Cakir et al., 2019): 1 - the average precision of each anchor's ranking, from soft histograms of
     its squared distances, in [0, 4] for unit vectors:  L_i = 1 - 1/|P| sum_l h+_l H+_l / H_l.
 
     Args:
-        num_bins: nodes stand at 4 l / num_bins, l = 0 ... num_bins.
+        num_bins: nodes stand at 4 l / num_bins, l = 0 ... num_bins; at least 1.
         normalize, reduction, impl: see `Criterion`; rows without a positive have no loss. Default: "mean_valid".
+            Without `normalize` embeddings are taken for unit vectors as they are.
     """
 
     shown = ("num_bins",)

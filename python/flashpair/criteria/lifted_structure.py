@@ -51,7 +51,7 @@ class GeneralizedLiftedStructureLoss(Criterion):
     """Lifted structure over all positives and negatives of an anchor.
 
     ``distance="cosine"``: max(0, LSE_P(margin - s) + LSE_N(s)) (Wang et al., 2019, eq. 6);
-    ``"euclidean"``: max(0, LSE_P(D) + LSE_N(margin - D)) (Hermans et al., 2017, eq. 7).
+    ``"euclidean"``: max(0, LSE_P(D) + LSE_N(margin - D)) (Hermans et al., 2017).
 
     Args:
         margin: a number or a learnable tensor ().

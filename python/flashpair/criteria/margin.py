@@ -1,4 +1,4 @@
-"""Margin loss (Wu et al., ICCV 2017, eq. 7-8), with one boundary or one for each class."""
+"""Margin loss (Wu et al., ICCV 2017), with one boundary or one for each class."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .base import AnyPairs, Criterion, RowLosses, Terms
 
 
 class MarginLoss(Criterion):
-    """Margin loss (Wu et al., 2017, eq. 7), over Euclidean distances D:
+    """Margin loss (Wu et al., 2017), over Euclidean distances D:
     max(0, margin + D_ip - beta) over positives + max(0, margin + beta - D_in) over negatives, beta of anchor i's class.
 
     Args:
         margin: alpha, a number or a learnable tensor ().
-        nu: weight of the sum of the rows' (triplets') beta, which is divided as the pairs are (eq. 8); at least 0.
-        beta: the boundary: a number, or a tensor () or (num_classes,).
+        nu: weight of the sum of the rows' (triplets') beta, which is divided as the pairs are; at least 0.
+        beta: the boundary: a number, or a tensor () or (num_classes,), which is copied.
         mode: ``"pairs"``: each ordered pair once; ``"triplets"``: as often as it is in a triplet of its anchor, so that
             an anchor needs a positive and a negative.
-        learn_beta: `beta` is a Parameter.
+        learn_beta: `beta` becomes a Parameter of the criterion; otherwise it is a buffer.
         num_classes: None, or how many: `beta` is a tensor (num_classes,), looked up by label in [0, num_classes).
         normalize, reduction, impl: see `Criterion`. Default: "nonzero", over the pairs of both kinds above 0 together.
     """
@@ -50,14 +50,13 @@ class MarginLoss(Criterion):
         wanted = () if num_classes is None else (num_classes,)
         if tuple(start.shape) not in ((), wanted):
             raise ValueError(f"beta must be a number or have shape {wanted}, got shape {tuple(start.shape)}")
-        start = start.expand(wanted)
         self.learn_beta = checks.flag(learn_beta, "learn_beta")
-        if isinstance(start, nn.Parameter):
-            self.beta: Tensor = start
+        if isinstance(beta, nn.Parameter) and tuple(beta.shape) == wanted:
+            self.beta: Tensor = beta
         elif learn_beta:
-            self.beta = nn.Parameter(start.detach().clone())
+            self.beta = nn.Parameter(start.detach().expand(wanted).clone())
         else:
-            self.register_buffer("beta", start.clone())
+            self.register_buffer("beta", start.detach().expand(wanted).clone())
 
     def hyperparameters(self) -> dict[str, object]:
         beta = self.beta.detach()

@@ -1,7 +1,7 @@
 """Multi-class N-pair loss (Sohn, NIPS 2016) in its forms, on dot products that are not normalised.
 
-mc:         L_k = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))            (eq. 8)
-ovo:        L_k = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))            (eq. 9)
+mc:         L_k = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))
+ovo:        L_k = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))
 all_pairs:  L_ip = log(1 + sum_{y_n != y_i} e^(f_i . f_n - f_i . f_p)) for every positive pair (i, p)
 """
 
@@ -60,7 +60,7 @@ def _draw(labels: Tensor, ref_labels: Tensor | None) -> _Drawn:
 class NPairsLoss(Criterion):
     """Multi-class N-pair loss (Sohn, 2016).
 
-    ``"mc"`` (eq. 8) and ``"ovo"`` (eq. 9) take one pair of each class: its first two samples in batch order as anchor
+    ``"mc"`` and ``"ovo"`` take one pair of each class: its first two samples in batch order as anchor
     and positive, or with `ref_emb` its first sample and its first reference. The other classes' positives are the
     negatives; classes without a pair and further samples take no part. ``"all_pairs"`` takes every positive pair, with
     all samples of other classes as negatives (N x M batches). ``"softlabel"`` is the cross entropy of each anchor's
@@ -69,11 +69,12 @@ class NPairsLoss(Criterion):
 
     Args:
         variant: ``"mc"``, ``"ovo"``, ``"all_pairs"`` or ``"softlabel"``.
-        l2_weight: weight of the penalty on embedding norms, at least 0 (Sohn: 0.02, times 0.25 in the code).
+        l2_weight: weight of the penalty on the norms of the embeddings as they come, at least 0 (Sohn: 0.02, times 0.25
+            in the code); a number or a learnable tensor ().
         l2_kind: ``"mean_sq"``: mean |f|^2 over the vectors that take part; ``"tf_contrib"``: half of that
             (tf.contrib's 0.25 (mean |f|^2 + mean |f+|^2)); ``"mean_norm"``: mean |f|.
         normalize, reduction, impl: see `Criterion`; "mean" divides by the number of classes with a pair ("all_pairs":
-            of ordered positive pairs). With "none" the loss of a class stands at its anchor's row.
+            of ordered positive pairs; "softlabel": by N). With "none" the loss of a class stands at its anchor's row.
     """
 
     shown = ("variant", "l2_weight", "l2_kind")

@@ -1,4 +1,4 @@
-"""Proxy losses: ProxyNCA (Movshovitz-Attias et al., ICCV 2017, eq. 8), Proxy Anchor (Kim et al., CVPR 2020, eq. 4)."""
+"""Proxy losses: ProxyNCA (Movshovitz-Attias et al., ICCV 2017), Proxy Anchor (Kim et al., CVPR 2020, eq. 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .classes import ClassCriterion
 
 
 class ProxyNCALoss(ClassCriterion):
-    """ProxyNCA (Movshovitz-Attias et al., 2017, eq. 8): scale D_iy^2 + log sum_{c != y} e^(-scale D_ic^2), D the
+    """ProxyNCA (Movshovitz-Attias et al., 2017): scale D_iy^2 + log sum_{c != y} e^(-scale D_ic^2), D the
     distance of embedding i and proxy c.
 
     Args:
@@ -66,7 +66,7 @@ class ProxyAnchorLoss(ClassCriterion):
         num_classes, embedding_size: C and D of `weight` (C, D), the proxies.
         margin: delta; `alpha`: above 0; numbers or learnable tensors ().
         normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; proxies always are. A row is a proxy,
-            (C,) with "none", which holds its share of the two means; "mean" and "sum" are their sum.
+            (C,) with "none", which holds its share of the two means; every other reduction gives their sum.
 
     Raises:
         ValueError: labels outside of [0, num_classes), or embeddings of another width.

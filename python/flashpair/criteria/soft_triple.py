@@ -1,4 +1,4 @@
-"""SoftTriple loss (Qian et al., ICCV 2019, eq. 7-8)."""
+"""SoftTriple loss (Qian et al., ICCV 2019)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ CHUNK_BYTES = 2**21  # of similarities at a time
 
 
 class SoftTripleLoss(ClassCriterion):
-    """SoftTriple loss (Qian et al., 2019, eq. 8): cross entropy of la (S_c - margin [c = y]) over classes c of several
-    centres each, S_c = sum_k softmax_k(s_ck / gamma) s_ck, and tau times the regulariser of eq. 9 (without its square
-    root's gradient at 0): centres of a class that are not needed should fall together.
+    """SoftTriple loss (Qian et al., 2019): cross entropy of la (S_c - margin [c = y]) over classes c of several
+    centres each, S_c = sum_k softmax_k(s_ck / gamma) s_ck, and tau times its regulariser (with 1e-5 under the root,
+    as the authors have it): centres of a class that are not needed should fall together.
 
-    The B x C x K similarities are never stored: classes are taken some at a time, and once more by backward.
+    The B x C x K similarities are not stored, unless `la` or `gamma` is a tensor: classes are taken some at a time, and
+    once more by backward.
 
     Args:
         num_classes, embedding_size, centers_per_class: C, D and K of `weight` (C, K, D).
@@ -32,7 +33,7 @@ class SoftTripleLoss(ClassCriterion):
             and ``"reference"``. `normalize` is of embeddings; centres always are.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+        ValueError: labels outside of [0, num_classes), embeddings of another width, or another `impl`.
     """
 
     shown = (*ClassCriterion.shown, "centers_per_class", "la", "gamma", "margin", "tau")

@@ -1,4 +1,4 @@
-"""Triplet losses: every triplet (Schroff et al., CVPR 2015, eq. 2-3; Musgrave et al., 2020), the hardest of each anchor
+"""Triplet losses: every triplet (Schroff et al., CVPR 2015; Musgrave et al., 2020), the hardest of each anchor
 (Hermans et al., 2017, eq. 5), and semi-hard ones.
 """
 
@@ -35,7 +35,7 @@ class TripletMarginLoss(Criterion):
             batch is asked, which on a GPU waits for it and breaks a compiled graph. An anchor that has more is NaN.
             Not needed for ``"hard"``.
         normalize, reduction, impl: see `Criterion`. The loss averages triplets: "nonzero" (default) over those above 0,
-            "mean" over all of them (of ``"hard"``: over N anchors).
+            "mean" over all of them (of ``"hard"``: over N anchors; of ``"semihard_all"``: over those of ``"all"``).
 
     Raises:
         ValueError: power 2 of cosines, smooth semi-hard triplets.

@@ -1,4 +1,4 @@
-"""Tuplet margin loss and intra-pair variance (Yu and Tao, ICCV 2019, eq. 6-9)."""
+"""Tuplet margin loss and intra-pair variance (Yu and Tao, ICCV 2019)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def _slack(scale: float, margin: float) -> str:
     return parametrised(f"tuplet {a!r} {b!r}", dense)
 
 
+_slack._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.obstacles
+
+
 class TupletMarginLoss(Criterion):
-    """Tuplet margin loss (Yu and Tao, 2019, eq. 6), one term for each ordered positive pair, theta the angle between
+    """Tuplet margin loss (Yu and Tao, 2019), one term for each ordered positive pair, theta the angle between
     anchor and positive: log(1 + sum_N e^(scale (s_in - cos(theta_ip - margin)))).
 
     Args:
@@ -60,12 +63,13 @@ class TupletMarginLoss(Criterion):
 
 
 class IntraPairVarianceLoss(Criterion):
-    """Intra-pair variance (Yu and Tao, 2019, eq. 9), to be added to another loss: the mean over positive pairs of
+    """Intra-pair variance (Yu and Tao, 2019), to be added to another loss: the mean over positive pairs of
     max(0, (1 - pos_eps) mu - s)^2, mu their mean, plus that over negative pairs of max(0, s - (1 + neg_eps) mu)^2.
 
     Args:
         pos_eps, neg_eps: numbers.
-        normalize, reduction, impl: see `Criterion`; it is one number, of which each row has its pairs' share.
+        normalize, reduction, impl: see `Criterion`; every reduction but "none" gives the one number, of which each row
+            has its pairs' share.
     """
 
     shown = ("pos_eps", "neg_eps")

@@ -20,7 +20,7 @@ from .base import Block, Miner, Triplets
 
 class DistanceWeightedMiner(Miner[Triplets]):
     """One negative for each ordered positive pair, drawn with replacement by its distance from the anchor (Wu et al.,
-    2017, section 4, eq. 1 inverted). Anchors without negatives have no triplets.
+    2017, section 4). Anchors without negatives have no triplets.
 
     A negative as far as `nonzero_loss_cutoff` is not drawn; where all of an anchor's are, each is as likely as another.
     Positives never are. What is drawn depends on the generator's state and, on a GPU, on the block size.
