@@ -126,9 +126,11 @@ class RowReduce(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, spec: Spec, lo: Tensor, hi: Tensor, end: Tensor | None, order: Tensor, x: Tensor, y: Tensor | None,
-        scale: Tensor | None, *vectors: Tensor,
+        scale: Tensor | None, *given: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         keep = any(ctx.needs_input_grad)
+        ctx.extra = len(given) - len(spec.slots)
+        vectors = [v for v in given if v is not None]
         values, *kept = call("row_reduce", x)(x, y, lo, hi, end, order, scale, vectors, *spec, keep)
         ctx.set_materialize_grads(False)
         if keep:
@@ -152,7 +154,7 @@ class RowReduce(torch.autograd.Function):
         spec = ctx.spec
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values)
-        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, needs[8:], strict=True)]
+        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, needs[8:], strict=False)]
         dx, dy, dscale, doffset, dref_offset = call("row_reduce_backward", x)(
             x, y, lo, hi, end, order, scale, vectors, *spec, values, *kept,
             [None if g is None else g.contiguous() for g in grads], [*needs[5:8], 0 in wants, 1 in wants],
@@ -164,6 +166,7 @@ class RowReduce(torch.autograd.Function):
         return (
             None, None, None, None, None,
             dx if needs[5] else None, dy if needs[6] else None, dscale if needs[7] else None, *by_vector,
+            *(None,) * ctx.extra,
         )  # fmt: skip
 
 
@@ -196,7 +199,7 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
             r = Reduction(OPS[op], SIDES[side], TRANSFORMS[transform], factor, offset, ref_offset, window[0], window[1])
             rows.append(reduce_rows(z, masks[r.side], r))
             upstream.append(g)
-        inputs = (x, y, scale, *vectors)
+        inputs = (x, y, scale, *vectors, *(None,) * ctx.extra)
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[5:]) if need]
         found = torch.autograd.grad(rows, [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True)
     by_place = dict(zip(wanted, found, strict=True))

@@ -88,7 +88,10 @@ class Pairs:
             scale = torch.stack([tensor(r.scale) for r in reductions])
         p = self.plan
         spec = encode(reductions, tuple(slots), self.distance, impl)
-        rows = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *vectors)
+        given: list[Tensor | None] = [*vectors]
+        if len(vectors) == 2:  # so many more arguments than parameters make torch.compile leave out `ctx`
+            given.append(None)
+        rows = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *given)
         found = []
         for row, r in zip(rows, reductions, strict=True):
             if r.offset_outside and r.offset is not None:
