@@ -155,16 +155,17 @@ class Pairs:
         z = positive_pairs(x, y, at, self.distance)
         return pad_positives(z, self.num_positives(), poison(self.x, self.y))
 
-    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor]:
-        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,), and
-        where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once."""
+    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
+        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,); p (N,),
+        and where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once.
+        """
         p = self.plan
         _, partner, first = partners(p.lo, p.hi, step)
         other = self.x.index_select(0, partner)
         plan = Plan(p.order, p.ref_order, p.labels, p.ref_labels, p.lo, p.hi, p.end, False)
         sums = Pairs(self.x + other, self.x, plan, self.distance, self.impl, named=self.named)
         wide = accumulator(self.x.dtype)
-        return sums, (self.x.to(wide) * other.to(wide)).sum(1), first
+        return sums, (self.x.to(wide) * other.to(wide)).sum(1), partner, first
 
     @property
     def refs(self) -> Tensor:
