@@ -62,8 +62,8 @@ def refusal(name: str, impl: str, device: str = "cpu") -> str:
     x, labels = (t.to(device) for t in batch(4, 2, 2, torch.float32))
     try:
         CRITERIA[name](impl=impl)(x, labels)
-    except RuntimeError as error:
-        if str(error).startswith(f"impl={impl!r} cannot run"):
+    except (RuntimeError, ValueError) as error:
+        if str(error).startswith((f"impl={impl!r} cannot run", "impl of ")):
             return str(error)
         raise
     return ""

@@ -138,6 +138,8 @@ class Pairs:
     def most_positives(self, most: int | None = None) -> int:
         if most is not None:
             return most
+        if torch.compiler.is_compiling():  # which then leaves this call to Python, or, to be one graph, fails
+            raise RuntimeError("max_positives must be given for one compiled graph, got None")
         return max(1, int(self.num_positives().amax())) if self.x.shape[0] else 1
 
     def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:

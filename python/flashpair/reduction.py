@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 OPS = ("logsumexp", "sum", "min", "max", "count")
@@ -115,7 +116,6 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     return found
 
 
-@functools.lru_cache(maxsize=64)
 def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:
     """A soft histogram of z over a row's pairs, one reduction a node: node r stands at first + r * step, and a pair
     between two nodes counts for both, linearly (Ustinova and Lempitsky, 2016, eq. 2).
@@ -128,4 +128,11 @@ def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reducti
     """
     if nodes < 2 or step == 0:
         raise ValueError(f"histogram needs at least 2 nodes and a step other than 0, got {nodes} and {step}")
+    return (_histogram if torch.compiler.is_compiling() else _kept_histogram)(side, nodes, first, step)
+
+
+def _histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:
     return tuple(Reduction("sum", side, "triangle", scale=1 / step, offset=-first / step - r) for r in range(nodes))
+
+
+_kept_histogram = functools.lru_cache(maxsize=64)(_histogram)
