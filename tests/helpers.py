@@ -9,11 +9,15 @@ from torch import Tensor
 
 from flashpair import Reduction
 from flashpair.check import CRITERIA, batch
+from flashpair.criteria.base import Criterion
+from flashpair.forms import OfClasses
 
 __all__ = [
     "CRITERIA",
     "FORMS",
     "FORMULAS",
+    "PAIR_CRITERIA",
+    "REFERENCE_CRITERIA",
     "assert_as_good_as",
     "assert_parity",
     "assert_same",
@@ -22,9 +26,19 @@ __all__ = [
     "forms",
     "gradients",
     "loss_and_gradients",
+    "made",
     "relative",
 ]
 FORMULAS = {name: make for name, make in CRITERIA.items() if make().row_formula() is not None}
+PAIR_CRITERIA = {name: make for name, make in CRITERIA.items() if not isinstance(make(), OfClasses)}
+"""Losses of pairs of samples, to which labels are names alone."""
+REFERENCE_CRITERIA = {name: make for name, make in CRITERIA.items() if make().takes_references}
+
+
+def made(name: str, d: int, **common: str | bool) -> Criterion:
+    """The criterion of a row for embeddings of width d; of class weights, the criterion that holds them."""
+    criterion = CRITERIA[name](**common)
+    return criterion.of_width(d) if isinstance(criterion, OfClasses) else criterion
 
 
 def relative(found: Tensor, truth: Tensor) -> float:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import CRITERIA, FORMULAS, made
 
 import flashpair
 from flashpair import check, criteria, extension
@@ -68,12 +69,11 @@ def test_check_catches_a_wrong_gradient(monkeypatch):
 
 @pytest.mark.skipif(not extension.emulated(), reason="no emulated kernel")
 def test_check_leaves_out_what_an_implementation_does_not_take():
-    refused = [name for name in check.CRITERIA if check.refusal(name, "onchip")]
-    assert refused == ["LiftedStructureLoss"]
-    assert not any(check.refusal(name, impl) for name in check.CRITERIA for impl in ("reference", "tiled"))
+    assert {name for name in CRITERIA if not check.refusal(name, "onchip")} == set(FORMULAS)
+    assert not any(check.refusal(name, impl) for name in CRITERIA for impl in ("reference", "tiled"))
+    assert "one of auto, tiled, reference" in check.refusal("SoftTripleLoss", "screened")
 
 
 def test_every_criterion_of_the_package_is_checked():
-    made = {type(make()) for make in check.CRITERIA.values()}
     exported = {getattr(criteria, name) for name in criteria.__all__ if name.endswith("Loss")}
-    assert made == exported
+    assert {type(made(name, 4)) for name in CRITERIA} == exported

@@ -9,19 +9,19 @@ import io
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import CRITERIA, assert_same, batch, gradients
+from helpers import CRITERIA, assert_same, batch, gradients, made
 from torch import nn
 
 import flashpair
 from flashpair import functional
 from flashpair.check import value_and_gradient
-from flashpair.schedule import AVERAGINGS
 
 IMPLS = ["reference", pytest.param("tiled", marks=needs_extension)]
+DIFFERENTIATED = [name for name, make in CRITERIA.items() if make().differentiates]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradcheck_of_every_row(name, impl):
     x, labels = batch(11, 4, 3, torch.float64)
     criterion = CRITERIA[name](impl=impl, reduction="none")
@@ -29,7 +29,7 @@ def test_gradcheck_of_every_row(name, impl):
 
 
 @needs_extension
-@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_second_derivatives(name):
     x, labels = batch(9, 3, 3, torch.float64)
     criterion = CRITERIA[name](impl="tiled")
@@ -44,33 +44,190 @@ def test_second_derivatives_of_strided_embeddings():
     assert torch.autograd.gradgradcheck(lambda t: criterion(t.T, labels), (wide,))
 
 
+def _circle(x, labels, over):
+    """Circle loss (20, 0.4) of each anchor, or of all unordered pairs, with the pairs' paces constant to autograd."""
+    unit = nn.functional.normalize(x)
+    s, zero = unit @ unit.T, x.new_zeros(())
+    same = labels[:, None] == labels
+    sides = same.triu(1) if over == "batch" else same & ~torch.eye(len(x)).bool(), ~same
+    sides = (sides[0], sides[1].triu(1)) if over == "batch" else sides
+    pos = -20 * (1.4 - s).relu().detach() * (s - 0.6)
+    neg = 20 * (s + 0.4).relu().detach() * (s - 0.4)
+    if over == "batch":
+        return torch.logaddexp(zero, pos[sides[0]].logsumexp(0) + neg[sides[1]].logsumexp(0))
+    rows = [t.masked_fill(~side, -torch.inf).logsumexp(1) for t, side in zip((pos, neg), sides, strict=True)]
+    return torch.logaddexp(zero, rows[0] + rows[1]).mean()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("over", ["anchors", "batch"])
+def test_circle_holds_its_paces_constant(over, impl):
+    x, labels = batch(12, 4, 3, torch.float64)
+    criterion = flashpair.CircleLoss(0.4, 20.0, over, impl=impl)
+    found, truth = [], []
+    for loss, results in ((lambda t: criterion(t, labels), found), (lambda t: _circle(t, labels, over), truth)):
+        a = x.clone().requires_grad_()
+        value = loss(a)
+        (first,) = torch.autograd.grad(value, a, create_graph=True)
+        results += [value, first, *gradients((first,), [a])]
+    for f, t in zip(found, truth, strict=True):
+        assert_same(f.detach(), t.detach())
+    assert {name for name in CRITERIA if name not in DIFFERENTIATED} == {"CircleLoss", "CircleLoss(over='batch')"}
+
+
+# What "mean" divides by in a batch of 10 classes of 4 and a single sample, where it is not N = 41: classes with a pair,
+# ordered positive pairs, triplets.
+MEANS = {
+    "NPairsLoss": 10, "NPairsLoss('ovo')": 10, "NPairsLoss('all_pairs')": 120, "LiftedStructureLoss": 120,
+    "NTXentLoss": 120, "TupletMarginLoss": 120, "AngularLoss": 120, "AngularLoss(form='hinge')": 4440,
+    "TripletMarginLoss": 4440, "TripletMarginLoss(distance='cosine', smooth=True)": 4440,
+    "TripletMarginLoss(power=2)": 4440, "TripletMarginLoss(triplets='semihard')": 120,
+    "TripletMarginLoss(triplets='semihard_all')": 4440,
+}  # fmt: skip
+MINED = ("MultiSimilarityLoss", "LiftedStructureStarLoss(epsilon=0.1)", "BinomialDevianceLoss(epsilon=0.1)")
+MINED += ("MinedPairLoss",)
+# Rows that have a loss: those with a pair of either side, where not those with a positive.
+PER_SIDE = ("ContrastiveLoss", "SNRContrastiveLoss", "BinomialDevianceLoss", "BinLiftedLoss")
+SHARES = ("CircleLoss(over='batch')", "IntraPairVarianceLoss", "HistogramLoss", "ProxyAnchorLoss")
+
+
+def _rows_with_a_loss(name, rows):
+    if name in MINED:
+        return int((rows != 0).sum())
+    if name in ("NPairsLoss", "NPairsLoss('ovo')"):
+        return 10
+    per_side = name.startswith(PER_SIDE) or name in ("MultiSimilarityLoss(epsilon=None)", "MarginLoss")
+    return 41 if per_side or hasattr(made(name, 6), "weight") else 40
+
+
+BETA = torch.tensor(1.2)  # as MarginLoss holds it, in float32
+
+
+class _Pairs:
+    """Dense similarities and distances of normalised embeddings, and which pairs and triplets there are."""
+
+    def __init__(self, x, labels):
+        self.x = nn.functional.normalize(x)
+        self.s, self.d = self.x @ self.x.T, torch.cdist(self.x, self.x, compute_mode="donot_use_mm_for_euclid_dist")
+        same = labels[:, None] == labels
+        self.pos, self.neg = same & ~torch.eye(len(x)).bool(), ~same
+        self.triplets = self.pos[:, :, None] & self.neg[:, None, :]
+
+    def gaps(self, z):
+        """z_ap - z_an of every triplet."""
+        return (z[:, :, None] - z[:, None, :])[self.triplets]
+
+    def band(self):
+        gap = -self.gaps(self.s)  # s_an - s_ap
+        return (gap + 0.2) * ((gap < 0) & (gap > -0.2))
+
+    def nearest_farther(self):
+        """Of each positive pair with its nearest negative that is farther, or else the farthest."""
+        negatives = self.d.masked_fill(~self.neg, torch.inf)[:, None, :].expand(-1, len(self.x), -1)
+        near = negatives.masked_fill(negatives <= self.d[:, :, None], torch.inf).amin(2)
+        last = self.d.masked_fill(~self.neg, -torch.inf).amax(1, keepdim=True)
+        return [(self.d - torch.where(near.isinf(), last, near) + 0.2)[self.pos].relu()]
+
+    def ratios(self):
+        centred = self.x - self.x.mean(1, keepdim=True)
+        r = torch.cdist(centred, centred).square() / centred.square().sum(1, keepdim=True)
+        return [(r[self.pos] - 0.1).relu(), (1.2 - r[self.neg]).relu()]
+
+    def angles(self):
+        middle = (self.x[:, None] + self.x[None]) / 2
+        far = torch.cdist(middle.flatten(0, 1), self.x).square().view(len(self.x), len(self.x), -1)
+        return (self.d.square()[:, :, None] - 4 / 3 * far)[self.triplets].relu()  # tan(30 degrees)^2 is 1 / 3
+
+    def boundary(self):
+        return (self.d + (0.2 - BETA).double()).relu(), ((0.2 + BETA).double() - self.d).relu()
+
+    def boundary_of_triplets(self):
+        pos, neg = self.boundary()
+        return [torch.cat([pos[:, :, None].expand_as(self.triplets)[self.triplets],
+                           neg[:, None, :].expand_as(self.triplets)[self.triplets]])]  # fmt: skip
+
+
+# Losses that average terms: the terms of each kind, written down one by one.
+TERMS = {
+    "ContrastiveLoss": lambda p: [p.d[p.pos], (1 - p.d[p.neg]).relu()],
+    "ContrastiveLoss(0.9, 0.2, 'cosine')": lambda p: [(0.9 - p.s[p.pos]).relu(), (p.s[p.neg] - 0.2).relu()],
+    "ContrastiveLoss(power=2)": lambda p: [p.d[p.pos].square() / 2, (1 - p.d[p.neg]).relu().square() / 2],
+    "SNRContrastiveLoss": _Pairs.ratios,
+    "TripletMarginLoss": lambda p: [(p.gaps(p.d) + 0.2).relu()],
+    "TripletMarginLoss(distance='cosine', smooth=True)": lambda p: [nn.functional.softplus(0.2 - p.gaps(p.s))],
+    "TripletMarginLoss(power=2)": lambda p: [(p.gaps(p.d.square()) + 0.2).relu()],
+    "TripletMarginLoss(triplets='semihard')": _Pairs.nearest_farther,
+    "TripletMarginLoss(triplets='semihard_all')": lambda p: [p.band()],
+    "AngularLoss(form='hinge')": lambda p: [p.angles()],
+    "MarginLoss": lambda p: [torch.cat([p.boundary()[0][p.pos], p.boundary()[1][p.neg]])],
+    "MarginLoss(mode='triplets')": _Pairs.boundary_of_triplets,
+}
+
+
+def _of_terms(name, x, labels):
+    """ "sum", "nonzero" and "mean_pairs" of a loss of TERMS, and what is added beside the terms."""
+    kinds = TERMS[name](_Pairs(x, labels))
+    sums, above = [k.sum() for k in kinds], [(k > 0).sum() for k in kinds]
+    if name == "SNRContrastiveLoss":  # a mean over embeddings, added to every row
+        extra = 0.1 * nn.functional.normalize(x).sum(1).abs().mean()
+        sums_and_more, more = sum(sums) + 41 * extra, extra
+    else:  # nu times the rows' boundaries, divided as the pairs are
+        extra = 41 * (0.01 * BETA).double() if name == "MarginLoss" else 0.0
+        sums_and_more, more = sum(sums) + extra, extra / above[0]
+    averages = [sum(s / n for s, n in zip(sums, counts, strict=True)) + more
+                for counts in (above, [k.numel() for k in kinds])]  # fmt: skip
+    return sums_and_more, *averages
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CRITERIA)
 def test_reductions_agree_with_the_rows(name, impl):
     x, labels = batch(41, 6, 4, torch.float64)  # 41 is 10 classes of 4 and a single sample
-    made = {word: CRITERIA[name](impl=impl, reduction=word)(x, labels) for word in AVERAGINGS}
-    rows = made["none"]
-    assert rows.shape == (41,)
-    assert_same(made["sum"], rows.sum())
-    assert_same(made["nonzero"], rows[rows > 0].mean() if (rows > 0).any() else rows.sum() * 0)
-    counts = {
-        "NPairsLoss": 10, "NPairsLoss('ovo')": 10, "NPairsLoss('all_pairs')": 120, "LiftedStructureLoss": 120,
-    }  # fmt: skip
-    assert_same(made["mean"], rows.sum() / counts.get(name, 41))
-    with_a_loss = {"NPairsLoss": 10, "NPairsLoss('ovo')": 10, "MultiSimilarityLoss(epsilon=None)": 41}.get(name, 40)
-    mined = "epsilon=0.1" in name or name == "MultiSimilarityLoss"
-    assert_same(made["mean_valid"], rows.sum() / (int((rows != 0).sum()) if mined else with_a_loss))
+    words = CRITERIA[name]().averagings
+    found = {word: CRITERIA[name](impl=impl, reduction=word)(x, labels) for word in words}
+    assert set(words) >= {"mean", "sum", "none", "mean_valid", "nonzero"}
+    rows = found["none"]
+    assert rows.shape == ((200,) if name == "ProxyAnchorLoss" else (41,))
+    assert rows.any()
+    assert_same(found["sum"], rows.sum())
+    if name in SHARES:
+        for word in set(words) - {"none"}:
+            assert_same(found[word], rows.sum())
+        return
+    assert_same(found["mean"], rows.sum() / MEANS.get(name, 41))
+    assert_same(found["mean_valid"], rows.sum() / _rows_with_a_loss(name, rows))
+    if name not in TERMS:
+        assert_same(found["nonzero"], rows[rows > 0].mean() if (rows > 0).any() else rows.sum() * 0)
+        return
+    total, nonzero, mean_pairs = _of_terms(name, x, labels)
+    assert_same(found["sum"], total)
+    assert_same(found["nonzero"], nonzero)
+    if "mean_pairs" in words:
+        assert_same(found["mean_pairs"], mean_pairs)
+
+
+def test_every_loss_of_terms_has_them_written_down():
+    """What the rows' own `terms` say, so that a new loss of terms is not averaged by rows unseen."""
+    x, labels = batch(41, 6, 4, torch.float64)
+    for name in CRITERIA:
+        criterion = made(name, 6, impl="reference", reduction="nonzero")
+        if name == "SoftTripleLoss":
+            continue  # has no pairs
+        rows = criterion.row_losses(criterion.pairs_of(*criterion.check(x, labels, None, None), "reference"))
+        assert bool(rows.terms) == (name in TERMS), name
+        assert rows.shares == (name in SHARES), name
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CRITERIA)
 def test_rows_come_in_the_callers_order(name, impl):
     x, labels = batch(40, 6, 4, torch.float64)
-    if name.startswith("NPairsLoss") and "all" not in name:
+    if name in ("NPairsLoss", "NPairsLoss('ovo')"):
         pytest.skip("which two samples of a class are its pair depends on their order")
     criterion = CRITERIA[name](impl=impl, reduction="none")
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
-    assert_same(criterion(x[order], labels[order]), criterion(x, labels)[order])
+    rows = criterion(x, labels)
+    assert_same(criterion(x[order], labels[order]), rows if name == "ProxyAnchorLoss" else rows[order])
 
 
 LEARNABLE = [
@@ -105,16 +262,28 @@ def test_hyperparameters_learn(kind, values, impl):
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_saved_copied_printed(name):
-    criterion = CRITERIA[name]()
+    criterion = made(name, 4)
     x, labels = batch(20, 4, 4, torch.float32)
+    truth = criterion(x, labels)
     buffer = io.BytesIO()
     torch.save(criterion, buffer)
     buffer.seek(0)
     for other in (torch.load(buffer, weights_only=False), copy.deepcopy(criterion)):
-        assert torch.equal(other(x, labels), criterion(x, labels))
+        assert torch.equal(other(x, labels), truth)
     again = eval(repr(criterion), vars(flashpair))
     assert repr(again) == repr(criterion)
-    assert criterion.state_dict() == {}
+    kept = {"beta"} if name.startswith("MarginLoss") else {"weight"} if hasattr(criterion, "weight") else set()
+    assert set(criterion.state_dict()) == kept
+    again.load_state_dict(criterion.state_dict())
+    assert torch.equal(again(x, labels), truth)
+
+
+def test_a_boundary_a_class_is_not_printed_but_saved():
+    criterion = flashpair.MarginLoss(beta=torch.tensor([0.9, 1.3]), num_classes=2)
+    assert " beta=" not in repr(criterion) and "num_classes=2" in repr(criterion)
+    again = eval(repr(criterion), vars(flashpair))
+    again.load_state_dict(criterion.state_dict())
+    assert again.beta.tolist() == pytest.approx([0.9, 1.3])
 
 
 def test_learnable_values_show_in_repr_and_travel_in_state_dict():
@@ -125,15 +294,34 @@ def test_learnable_values_show_in_repr_and_travel_in_state_dict():
     assert other.alpha.item() == 3.0
 
 
+WANTS_MAX_POSITIVES = [
+    name for name in CRITERIA if name.startswith(("TripletMarginLoss", "AngularLoss")) and "'hard'" not in name
+]
+INDUCTOR = ("MultiSimilarityLoss", "ContrastiveLoss", "CosFaceLoss")  # code is generated of these three, for time
+
+
 @needs_extension
 @pytest.mark.parametrize("name", CRITERIA)
 def test_compiles_into_one_graph(name):
     x, labels = batch(90, 8, 3, torch.float32)
-    criterion = CRITERIA[name](impl="tiled")
+    criterion = made(name, 8, impl="tiled")
+    if name in WANTS_MAX_POSITIVES:
+        criterion.max_positives = 2
     truth = value_and_gradient(criterion, x, labels)
-    compiled = torch.compile(criterion, fullgraph=True)
+    compiled = torch.compile(criterion, fullgraph=True, backend="inductor" if name in INDUCTOR else "aot_eager")
     for f, t in zip(value_and_gradient(compiled, x, labels), truth, strict=True):
         torch.testing.assert_close(f, t)
+
+
+@needs_extension
+@pytest.mark.parametrize("name", WANTS_MAX_POSITIVES)
+def test_without_max_positives_a_whole_graph_is_refused_and_a_broken_one_is_right(name):
+    x, labels = batch(90, 8, 3, torch.float32)
+    criterion = CRITERIA[name](impl="tiled")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="max_positives must be given for one compiled graph"):
+        torch.compile(criterion, fullgraph=True, backend="aot_eager")(x, labels)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(criterion, backend="aot_eager")(x, labels), criterion(x, labels))
 
 
 @needs_extension

@@ -11,7 +11,6 @@ from flashpair.dispatch import obstacles
 
 ORACLE = golden.load()
 CASES = [case for case in ORACLE["cases"] if case["loss"] in golden.BUILDERS]
-FIRST_FAMILIES = 54  # cases of N-pair, lifted structure and Multi-Similarity
 
 
 def _name(case):
@@ -27,22 +26,33 @@ def test_value_and_gradient(case, impl, monkeypatch):
         impl = "tiled"
     if reasons := obstacles(impl, torch.device("cpu")):
         pytest.skip("; ".join(reasons))
-    criterion = golden.criterion_for(case, ORACLE)
+    if impl == "fused" and case["loss"] == "histogram" and case["params"]["R"] > 50:
+        pytest.skip("of 404 launches in the interpreter, as the histogram of fewer nodes has them")
+    whole = golden.criterion_for(case, ORACLE)
+    criterion = getattr(whole, "inner", whole)
     if impl == "onchip" and criterion.row_formula() is None:
         pytest.skip("onchip has no formula of this loss")
+    if case["loss"] == "soft_triple" and impl not in ("reference", "tiled"):
+        pytest.skip("SoftTripleLoss has no kernel of its own")
     criterion.impl = impl
     x, labels = golden.batch(case, ORACLE)
     x.requires_grad_()
-    loss = criterion(x, labels)
+    loss = whole(x, labels)
     loss.backward()
     assert abs(loss.item() - case["value"]) <= 1e-10
     assert (x.grad - golden.gradient(case)).abs().max().item() <= 1e-10
+    for parameter, attribute in (("w", "weight"), ("beta", "beta")):
+        if parameter in case["grad_raw"]:
+            truth = torch.tensor(case["grad_raw"][parameter], dtype=torch.float64)
+            found = getattr(criterion, attribute).grad
+            assert (found.reshape(truth.shape) - truth).abs().max().item() <= 1e-9
 
 
-def test_all_three_families_are_covered():
-    assert len(CASES) == FIRST_FAMILIES
+def test_every_case_is_covered():
+    assert len(CASES) == len(ORACLE["cases"]) > 250
+    assert sum("w" in case["grad_raw"] or "beta" in case["grad_raw"] for case in CASES) > 20
 
 
 def test_a_loss_that_is_not_there_is_a_key_error():
     with pytest.raises(KeyError):
-        golden.criterion_for({"loss": "fastap", "params": {}}, ORACLE)
+        golden.criterion_for({"loss": "none", "params": {}, "normalize": True}, ORACLE)

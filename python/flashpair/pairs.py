@@ -142,6 +142,8 @@ class Pairs:
     def most_positives(self, most: int | None = None) -> int:
         if most is not None:
             return most
+        if torch.compiler.is_compiling():  # which then leaves this call to Python, or, to be one graph, fails
+            raise RuntimeError("max_positives must be given for one compiled graph, got None")
         return max(1, int(self.num_positives().amax())) if self.x.shape[0] else 1
 
     def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
@@ -159,16 +161,17 @@ class Pairs:
         z = positive_pairs(x, y, at, self.distance)
         return pad_positives(z, self.num_positives(), poison(self.x, self.y))
 
-    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor]:
-        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,), and
-        where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once."""
+    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
+        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,); p (N,),
+        and where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once.
+        """
         p = self.plan
         _, partner, first = partners(p.lo, p.hi, step)
         x = self.x.to(accumulator(self.x.dtype))
         other = x.index_select(0, partner)
         plan = Plan(p.order, p.ref_order, p.labels, p.ref_labels, p.lo, p.hi, p.end, False)
         sums = Pairs(x + other, x, plan, self.distance, self.impl, named=self.named)
-        return sums, (x * other).sum(1), first
+        return sums, (x * other).sum(1), partner, first
 
     @property
     def refs(self) -> Tensor:

@@ -140,9 +140,10 @@ class ReferencePairs:
             return most
         return max(1, int(self.masks["positives"].sum(1).amax())) if self.labels.shape[0] else 1
 
-    def sums(self, step: int) -> tuple[ReferencePairs, Tensor, Tensor]:
-        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,), and
-        where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once."""
+    def sums(self, step: int) -> tuple[ReferencePairs, Tensor, Tensor, Tensor]:
+        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,); p (N,),
+        and where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once.
+        """
         ordered, order = torch.sort(self.labels, stable=True)
         lo, hi = torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)
         at, partner, first = partners(lo, hi, step)
@@ -150,7 +151,7 @@ class ReferencePairs:
         p, first = order[partner[place]], first[place]
         z = self.z + self.z[p]
         sums = ReferencePairs(z, self.labels, self.labels, square=True, poison=self.poison)
-        return sums, self.z.gather(1, p[:, None])[:, 0], first
+        return sums, self.z.gather(1, p[:, None])[:, 0], p, first
 
     def squares(self) -> Tensor:  # (N,)
         """Squared norms of the rows."""

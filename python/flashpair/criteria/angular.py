@@ -29,8 +29,7 @@ class AngularLoss(Criterion):
         max_positives: the most positives that an anchor has, where known; see `TripletMarginLoss`.
         normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs, those
             without a negative counting as 0 (of ``"hinge"``: by the number of triplets, and "nonzero" over those above
-            0). Each unordered pair's loss, for both its orders, stands at one of its two rows. Without `normalize` the
-            hinge takes embeddings for unit vectors as they are.
+            0). A row's loss is the sum of its pairs'.
 
     Raises:
         ValueError: with `ref_emb`: the loss needs the products of positives with negatives.
@@ -62,21 +61,20 @@ class AngularLoss(Criterion):
         each = self._hinges if self.form == "hinge" else self._logsumexps
 
         def run(step: int) -> tuple[Tensor, Tensor]:
-            sums, z, first = pairs.sums(step)
+            sums, z, other, first = pairs.sums(step)
             loss, above = each(sums, z)
-            return torch.where(first, loss, 0.0), torch.where(first, above, 0)
+            return at_both_ends(loss, other, first), at_both_ends(above, other, first)
 
         again = steps > KEPT_STEPS and torch.is_grad_enabled()
         found = [checkpoint(run, k, use_reentrant=False) if again else run(k) for k in range(1, steps + 1)]
-        # unordered pairs, which stand for two ordered ones
-        losses = 2 * torch.stack([loss for loss, _ in found]).sum(0)
+        losses = torch.stack([loss for loss, _ in found]).sum(0)
         positives = pairs.num_positives()
         if self.max_positives is not None:
             losses = torch.where(positives > self.max_positives, torch.nan, losses)
         if self.form == "logsumexp":
             return RowLosses(losses, positives > 0, positives.sum())
         triplets = positives * pairs.num_negatives()
-        above = 2 * torch.stack([count for _, count in found]).sum(0)
+        above = torch.stack([count for _, count in found]).sum(0)
         return RowLosses(losses, triplets > 0, triplets.sum(), (Terms(losses, triplets, above),))
 
     def _logsumexps(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,3 +91,9 @@ class AngularLoss(Criterion):
             return loss, torch.zeros_like(loss)
         (above,) = sums.reduce(Reduction("count", "negatives", lower=(-offset / (4 * t2)).detach()))
         return loss, above
+
+
+def at_both_ends(values: Tensor, other: Tensor, first: Tensor) -> Tensor:
+    """Rows' values of unordered pairs (N,), where `first`, at the pair's other end, row `other` (N,), too."""
+    values = torch.where(first, values, 0.0)
+    return values + torch.empty_like(values).index_copy(0, other, values)

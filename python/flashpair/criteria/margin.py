@@ -59,8 +59,8 @@ class MarginLoss(Criterion):
             self.register_buffer("beta", start.detach().expand(wanted).clone())
 
     def hyperparameters(self) -> dict[str, object]:
-        beta = self.beta.detach()
-        return {**super().hyperparameters(), "beta": beta.tolist() if beta.dim() == 0 else beta}
+        shared = {"beta": self.beta.item()} if self.num_classes is None else {}  # not those of every class
+        return {**super().hyperparameters(), **shared}
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         beta = self.beta if self.num_classes is None else self.beta[pairs.labels]
