@@ -18,6 +18,20 @@ def log1p_unit(u):
 
 
 @triton.jit
+def log1p(u):
+    return tl.where(u == float("inf"), u, log1p_unit(u))
+
+
+@triton.jit
+def expm1(t):
+    """e^t - 1 to the last bit of small t."""
+    u = tl.exp(t)
+    near = (u != 1.0) & (u > 0.0) & (u < float("inf"))
+    exact = (u - 1.0) * (t / tl.where(near, tl.log(tl.where(near, u, 2.0)), 1.0))
+    return tl.where(near, exact, tl.where(u == 1.0, t, u - 1.0))
+
+
+@triton.jit
 def logistic(t):
     return 1.0 / (1.0 + tl.exp(-t))
 

@@ -3,10 +3,9 @@
 // A pair at u = scale * z + the first node's offset, between nodes p and p + 1, counts 1 - f for p and f for p + 1,
 // f = u - p. In backward its weight is the difference of the two nodes' gradients; on a node it has none.
 #pragma once
-#include "reduce.h"
+#include <new>
 
-extern "C" void* malloc(size_t);
-extern "C" void free(void*);
+#include "reduce.h"
 
 namespace flashpair {
 namespace {
@@ -17,25 +16,28 @@ constexpr int MOST_NODES = 256, FEWEST_NODES = 4;
 template <class T>
 int run_of_nodes(const Reduction<T>* r, int count) {
   auto node = [](const Reduction<T>& n) {
-    return n.op == SUM && n.transform == TRIANGLE && !n.offset && !n.lower && !n.upper;
+    const bool plain = !n.offset && !n.lower && !n.upper && !n.grad_scale;
+    return plain && n.op == SUM && n.transform == TRIANGLE;
   };
+  const T slack = 8 * (sizeof(T) == 4 ? T(1.1920928955078125e-7) : T(2.220446049250313e-16));
   int nodes = 0;
   for (; nodes < count && nodes < MOST_NODES && node(r[nodes]); ++nodes) {
-    if (nodes == 0) continue;
-    const T step = r[nodes].shift - r[nodes - 1].shift;
-    const bool next = step < T(-1) + T(1e-3) && step > T(-1) - T(1e-3);
-    if (!next || r[nodes].side != r[0].side || r[nodes].scale != r[0].scale) break;
+    const T expected = r[0].shift - static_cast<T>(nodes), off = r[nodes].shift - expected;
+    const T size = (expected < 0 ? -expected : expected) + static_cast<T>(nodes) + T(1);
+    if (off > slack * size || off < -slack * size) break;
+    if (r[nodes].side != r[0].side || r[nodes].scale != r[0].scale) break;
   }
   return nodes >= FEWEST_NODES ? nodes : 0;
 }
 
-// Memory for a table, given back at the end; malloc, because code of the standard library would be linked between
-// instruction sets.
+// Memory for a table, given back at the end; no container, whose code would be linked between instruction sets.
 template <class T>
 struct Table {
   T* at;
-  explicit Table(int64_t size) : at(static_cast<T*>(malloc(size * sizeof(T)))) { memset(at, 0, size * sizeof(T)); }
-  ~Table() { free(at); }
+  explicit Table(int64_t size) : at(static_cast<T*>(::operator new(size * sizeof(T)))) {
+    memset(at, 0, size * sizeof(T));
+  }
+  ~Table() { ::operator delete(at); }
   Table(const Table&) = delete;
 };
 

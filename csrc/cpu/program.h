@@ -12,6 +12,19 @@ INLINE Vec<T> square_root(Vec<T> x) {
   return x;
 }
 
+// e^x up to infinity, which simd.h's stays under.
+template <class T>
+INLINE Vec<T> whole_exp(Vec<T> x) {
+  const Vec<T> half = exp(x * T(0.5));
+  return x > T(80) ? half * half : exp(x);
+}
+// e^x - 1 to the last bit of small x: (u - 1) x / log(u), u = e^x, whose errors cancel.
+template <class T>
+INLINE Vec<T> expm1(Vec<T> x) {
+  const Vec<T> u = whole_exp<T>(x), less = u - T(1);
+  return u == T(1) ? x : (u > T(0)) & (u < INF<T>) ? less * (x / log<T>(u)) : less;
+}
+
 // The first `count` numbers of the program.
 template <class T>
 void run_steps(const Program& program, int count, Vec<T> s, Vec<T> own, Vec<T>* number) {
@@ -42,16 +55,16 @@ void run_steps(const Program& program, int count, Vec<T> s, Vec<T> own, Vec<T>* 
         number[k] = a / b;
         break;
       case MAXIMUM:
-        number[k] = a > b ? a : b;
+        number[k] = (a > b) | (a != a) ? a : b;
         break;
       case MINIMUM:
-        number[k] = a < b ? a : b;
+        number[k] = (a < b) | (a != a) ? a : b;
         break;
       case NEGATE:
         number[k] = -a;
         break;
       case EXP:
-        number[k] = exp(a);
+        number[k] = whole_exp<T>(a);
         break;
       case LOG:
         number[k] = log<T>(a);
@@ -73,6 +86,9 @@ void run_steps(const Program& program, int count, Vec<T> s, Vec<T> own, Vec<T>* 
         break;
       case ABOVE:
         number[k] = a > b ? splat(T(1)) : V{};
+        break;
+      case EXPM1:
+        number[k] = expm1<T>(a);
         break;
       case CHOOSE:
         number[k] = number[step[k].c] > T(0) ? a : b;

@@ -42,7 +42,8 @@ enum StepOp : int {
   SIGMOID,
   ABSOLUTE,
   ABOVE,
-  CHOOSE
+  CHOOSE,
+  EXPM1
 };
 // One number of a program, from earlier ones: op(a, b), CHOOSE: c ? a : b; ABOVE: a > b, 1 or 0.
 struct Step {

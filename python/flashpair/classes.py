@@ -181,7 +181,9 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor | None, ...]:
     """The same gradient as a differentiable function of its inputs, over the dense matrix."""
     classes = torch.arange(weight.shape[0], device=x.device)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
+        scale = None if scale is None else scale.view_as(scale)
         w = normalize(weight)
         if job.proxies:
             pairs = ReferencePairs.from_embeddings(w, classes, x, labels, "dot", False)

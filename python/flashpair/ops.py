@@ -179,8 +179,10 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
         pair = pair & (column != column[:, None])
     masks = {"positives": positive & pair, "negatives": ~positive & pair, "all": pair}
     spec = ctx.spec
-    by_slot = dict(zip(spec.slots, vectors, strict=True))
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        # What one input owes to another (an offset to x) is not this function's: each is looked at by itself.
+        x, y, scale, *vectors = (None if t is None else t.view_as(t) for t in (x, y, scale, *vectors))
+        by_slot = dict(zip(spec.slots, vectors, strict=True))
         wide = values.dtype
         z = dense_pairs(x.to(wide), (x if y is None else y).to(wide), spec.distance)
         rows, upstream = [], []
@@ -193,12 +195,15 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
                 if of >= 0:
                     window[k] = values[of] + spec.shifts[3 * i + k]
             offset = spec.shifts[3 * i + 2] if offset is None else offset
-            plain = OPS[op] in ("min", "max", "count")
-            factor = spec.scales[i] if plain or scale is None else scale[i]
+            plain, name = OPS[op] in ("min", "max", "count"), TRANSFORMS[transform]
+            mapped = OPS[op] == "logsumexp" and name != "identity"  # which takes numbers
+            factor = spec.scales[i] if plain or mapped or scale is None else scale[i]
             offset = None if plain else offset
-            r = Reduction(OPS[op], SIDES[side], TRANSFORMS[transform], factor, offset, ref_offset, window[0], window[1])
-            rows.append(reduce_rows(z, masks[r.side], r))
-            upstream.append(g)
+            r = Reduction(OPS[op], SIDES[side], name, factor, offset, ref_offset, window[0], window[1])
+            row = reduce_rows(z, masks[r.side], r)
+            if row.requires_grad:
+                rows.append(row)
+                upstream.append(g)
         inputs = (x, y, scale, *vectors, *(None,) * ctx.extra)
         wanted = [i for i, need in enumerate(ctx.needs_input_grad[5:]) if need]
         found = torch.autograd.grad(rows, [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True)

@@ -134,6 +134,11 @@ class Pairs:
         wide = accumulator(self.x.dtype)
         return (self.x.to(wide) * self.refs.to(wide)).sum(1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of row values."""
+        return accumulator(self.x.dtype)
+
     def squares(self) -> Tensor:  # (N,)
         """Squared norms of the rows."""
         x = self.x.to(accumulator(self.x.dtype))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import linecache
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, fx
 OPS = (
     "scaled", "own", "constant", "add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "exp", "log",
     "log1p", "sqrt", "softplus", "sigmoid", "absolute", "above", "choose",
+    "expm1",
 )  # fmt: skip
 """csrc/cpu/types.h's StepOp."""
 MOST_STEPS = 96
@@ -167,8 +167,15 @@ class _Tracer:
         at = self.w.put("sigmoid", x.at)
         return self.chain(at, self.w.multiply(at, self.w.subtract(self.one, at)), x)
 
+    def expm1(self, x: _Dual) -> _Dual:
+        at = self.w.put("expm1", x.at)
+        return self.chain(at, self.w.add(at, self.one), x)
+
     def tanh(self, x: _Dual) -> _Dual:
-        return self.subtract(self.multiply(2.0, self.sigmoid(self.multiply(2.0, x))), 1.0)
+        w, low = self.w, self.expm1(self.multiply(-2.0, self.abs(x)))
+        size = w.divide(w.negate(low.at), w.add(low.at, w.number(2.0)))
+        at = w.choose(w.put("above", self.zero, x.at), w.negate(size), size)
+        return self.chain(at, w.subtract(self.one, w.multiply(at, at)), x)
 
     def softplus(self, x: _Dual, beta: float = 1, threshold: float = 20) -> _Dual:
         """Past its threshold torch's is linear, which this is to 2e-9 at 20."""
@@ -178,7 +185,9 @@ class _Tracer:
             raise _Unknown(f"softplus with threshold {threshold}")
         return self.divide(soft, beta)
 
-    def relu(self, x: _Dual) -> _Dual:
+    def relu(self, x: _Dual, inplace: bool = False) -> _Dual:
+        if inplace:
+            raise _Unknown("relu in place")
         above = self.w.put("above", x.at, self.zero)
         at = self.w.put("maximum", x.at, self.zero)
         return _Dual(at, self.w.choose(above, x.by_s, self.zero), self.w.choose(above, x.by_own, self.zero))
@@ -262,11 +271,10 @@ WORDS = {
     "clip": "clamp", "negative": "negate", "true_divide": "divide", "greater": "gt", "less": "lt",
 }  # fmt: skip
 KNOWN = (
-    "add", "subtract", "multiply", "divide", "negate", "exp", "log", "log1p", "sqrt", "sigmoid", "tanh", "softplus",
-    "relu", "abs", "maximum", "minimum", "clamp", "where", "gt", "lt", "ge", "le", "detach", "square", "reciprocal",
-    "pow",
+    "add", "subtract", "multiply", "divide", "negate", "exp", "expm1", "log", "log1p", "sqrt", "sigmoid", "tanh",
+    "softplus", "relu", "abs", "maximum", "minimum", "clamp", "where", "gt", "lt", "ge", "le", "detach", "square",
+    "reciprocal", "pow",
 )  # fmt: skip
-_BACKWARDS = {"rsub": operator.sub}
 
 
 def program(dense: Callable[..., Tensor], apart: bool) -> Program | str:
@@ -305,10 +313,10 @@ def program(dense: Callable[..., Tensor], apart: bool) -> Program | str:
         return f"it has {reason}, which is none of {', '.join(KNOWN)}"
     except Exception as reason:  # of fx, or of the function itself, which has been given something unusual
         return f"it cannot be traced: {reason}"
+    if len(w.steps) > 8 * MOST_STEPS:  # before any of them is found not to be needed
+        return f"it takes {len(w.steps)} steps, of at most {MOST_STEPS}"
     kept = _ordered(w.steps, last)
-    if len(kept.steps) > MOST_STEPS:
-        return f"it takes {len(kept.steps)} steps, of at most {MOST_STEPS}"
-    return kept
+    return kept if len(kept.steps) <= MOST_STEPS else f"it takes {len(kept.steps)} steps, of at most {MOST_STEPS}"
 
 
 def _ordered(steps: list[Step], last: _Dual) -> Program:
@@ -321,7 +329,7 @@ def _ordered(steps: list[Step], last: _Dual) -> Program:
         step = steps[k]
         if step.op not in ("scaled", "own", "constant"):
             visit(step.a)
-            if step.op not in ("negate", "exp", "log", "log1p", "sqrt", "softplus", "sigmoid", "absolute"):
+            if step.op not in ("negate", "exp", "expm1", "log", "log1p", "sqrt", "softplus", "sigmoid", "absolute"):
                 visit(step.b)
             if step.op == "choose":
                 visit(step.c)
@@ -338,8 +346,9 @@ def _ordered(steps: list[Step], last: _Dual) -> Program:
 
 _TRITON = {
     "scaled": "s", "own": "own", "add": "{a} + {b}", "subtract": "{a} - {b}", "multiply": "{a} * {b}",
-    "divide": "{a} / {b}", "maximum": "tl.maximum({a}, {b})", "minimum": "tl.minimum({a}, {b})", "negate": "-{a}",
-    "exp": "tl.exp({a})", "log": "tl.log({a})", "log1p": "log1p_unit({a})", "sqrt": "tl.sqrt({a})",
+    "divide": "{a} / {b}", "maximum": "tl.maximum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)",
+    "minimum": "tl.minimum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)", "negate": "-{a}", "expm1": "expm1({a})",
+    "exp": "tl.exp({a})", "log": "tl.log({a})", "log1p": "log1p({a})", "sqrt": "tl.sqrt({a})",
     "softplus": "softplus({a}, zero)", "sigmoid": "logistic({a})", "absolute": "tl.abs({a})",
     "above": "tl.where({a} > {b}, 1.0, 0.0).to(s.dtype)", "choose": "tl.where({c} > 0.0, {a}, {b})",
 }  # fmt: skip
@@ -385,12 +394,13 @@ def jit(source: str, **names: Any) -> tuple[Any, Any]:
     import triton
     import triton.language as tl
 
-    from .kernels.transforms import log1p_unit, logistic, softplus
+    from .kernels import transforms
 
     where = f"<flashpair transform {len(_SOURCES)}>"
     linecache.cache[where] = (len(source), None, source.splitlines(keepends=True), where)
     _SOURCES.append(where)
-    scope = {"triton": triton, "tl": tl, "log1p_unit": log1p_unit, "logistic": logistic, "softplus": softplus, **names}
+    scope = {**{name: getattr(transforms, name) for name in ("expm1", "log1p", "logistic", "softplus")}, **names}
+    scope |= {"triton": triton, "tl": tl}
     exec(compile(source, where, "exec"), scope)
     return scope["value"], scope["slope"]
 

@@ -80,7 +80,7 @@ class Reduction:
             raise ValueError(f"op {self.op!r} is of the similarity itself and takes no scale and no offset")
         if (self.transform == "lifted") != (self.ref_offset is not None):
             raise ValueError("ref_offset goes with transform 'lifted', and that transform needs it")
-        if self.transform == "lifted" and self.offset is None:
+        if self.transform == "lifted" and not isinstance(self.offset, Tensor):
             raise ValueError("transform 'lifted' needs offset, a tensor of shape (N,)")
 
     @property

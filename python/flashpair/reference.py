@@ -43,11 +43,13 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
         reach = logaddexp(*torch.broadcast_tensors(_column(r.offset, z.dtype), r.ref_offset.to(z.dtype)[None, :]))
         t = torch.where(mask, z * r.scale + reach, 0.0).relu().square()
     else:
-        own = 0.0 if r.offset is None else _column(r.offset, z.dtype)
+        own = 0.0 if r.offset is None or r.offset_outside else _column(r.offset, z.dtype)
         s = torch.where(mask, z * r.scale, 0.0) if r.transform != "identity" else z * r.scale
         t = custom(r.transform).of_pairs(s, own) if r.transform not in BUILT_IN else _phi(s + own, r.transform)
     if r.op == "logsumexp":
-        return masked_logsumexp(t, mask)
+        value = masked_logsumexp(t, mask)
+        outside = r.offset if r.offset_outside and r.offset is not None else None
+        return value if outside is None else value + (outside.to(z.dtype) if isinstance(outside, Tensor) else outside)
     return torch.where(mask, t, 0.0).sum(1)
 
 
@@ -152,6 +154,11 @@ class ReferencePairs:
         z = self.z + self.z[p]
         sums = ReferencePairs(z, self.labels, self.labels, square=True, poison=self.poison)
         return sums, self.z.gather(1, p[:, None])[:, 0], p, first
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of row values."""
+        return self.z.dtype
 
     def squares(self) -> Tensor:  # (N,)
         """Squared norms of the rows."""

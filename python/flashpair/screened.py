@@ -94,7 +94,8 @@ def refusals(reductions: tuple[Reduction, ...], d: int) -> list[str]:
     if {"min", "max"} <= {r.op for _, r in off_band}:
         found.append("screened takes minima or maxima, not both in one call")
     for k, r in off_band:
-        if r.lower is None and r.upper is None and r.transform not in HINGES and r.op not in ("min", "max"):
+        hinged = r.op == "sum" and r.transform in HINGES
+        if r.lower is None and r.upper is None and not hinged and r.op not in ("min", "max"):
             found.append(f"screened needs a mining window or a hinge, and reductions[{k}] ({r.op}) has none")
         bounds = [b.of for b in (r.lower, r.upper) if isinstance(b, Bound)]
         if any(of.side != "positives" for of in bounds):

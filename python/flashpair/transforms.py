@@ -24,14 +24,10 @@ class Custom:
     def __init__(self, dense: Callable[..., Tensor], value: Any = None, slope: Any = None) -> None:
         self.dense, self.value, self.slope = dense, value, slope
         self.apart = _takes_two(dense)
+        self.program = programs.program(dense, self.apart)  # its steps, or why it has none
 
     def of_pairs(self, s: Tensor, own: Tensor | float) -> Tensor:
         return self.dense(s, own) if self.apart else self.dense(s + own)
-
-    @functools.cached_property
-    def program(self) -> programs.Program | str:
-        """Its steps, or why it has none."""
-        return programs.program(self.dense, self.apart)
 
     @functools.cached_property
     def steps(self) -> Any:
@@ -74,14 +70,14 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
     """Makes ``Reduction("sum", side, name)`` mean the sum of phi(t) over a row's pairs, t = scale * z + offset.
 
     Args:
-        name: a word of your own. Registering it again replaces it.
+        name: a word of your own. Registering it again replaces it, but for graphs that wait for their backward.
         dense: phi in PyTorch, of a tensor t of any shape and dtype, elementwise and differentiable; or of two,
             scale * z and the offset, where they do not come in as their sum. The reference implementation, and second
-            derivatives, run it. Where it is arithmetic, exp, log, log1p, sqrt, sigmoid, tanh, softplus, relu, abs,
-            maximum, minimum, clamp, where, comparisons, detach, square and whole powers, and no more than 96 steps with
-            its derivative, it is also taken apart into these, which the C++ kernels run and from which Triton's are
-            generated: it is fused everywhere. Otherwise ``impl="auto"`` takes the reference, and other implementations
-            refuse.
+            derivatives, run it. Where it is arithmetic, exp, expm1, log, log1p, sqrt, sigmoid, tanh, softplus, relu,
+            abs, maximum, minimum, clamp, where, comparisons, detach, square and whole powers, and no more than 96 steps
+            with its derivative, it is also taken apart into these, which the C++ kernels run and from which Triton's
+            are generated: it is fused everywhere, with the numbers that it has when it is registered. Otherwise
+            ``impl="auto"`` takes the reference, and other implementations refuse.
         value, slope: phi and phi' as functions of a block t of float32 or float64, both decorated with
             ``triton.jit``, to stand in Triton's kernels in place of what would be generated.
 
@@ -100,8 +96,11 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
 
 
 def _register(name: str, transform: Custom) -> None:
-    if name not in TRANSFORMS:
-        TRANSFORMS.append(name)
+    """The newest of a name; a graph that has gone forward with an older one goes back with it."""
+    if name in _custom:
+        before = f"{name} {len(TRANSFORMS)}"
+        TRANSFORMS[TRANSFORMS.index(name)], _custom[before] = before, _custom[name]
+    TRANSFORMS.append(name)
     _custom[name] = transform
 
 

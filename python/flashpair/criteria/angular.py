@@ -32,7 +32,8 @@ class AngularLoss(Criterion):
             0). A row's loss is the sum of its pairs'.
 
     Raises:
-        ValueError: with `ref_emb`: the loss needs the products of positives with negatives.
+        ValueError: the hinge with ``normalize=False``; with `ref_emb`: the loss needs the products of positives with
+            negatives.
     """
 
     takes_references = False
@@ -53,6 +54,8 @@ class AngularLoss(Criterion):
         if alpha >= 90:
             raise ValueError(f"alpha must be under 90 degrees, got {alpha!r}")
         self.form = checks.word(form, ("logsumexp", "hinge"), "form")
+        if form == "hinge" and not normalize:
+            raise ValueError("form 'hinge' is of unit vectors, got normalize=False")
         self.max_positives = checks.most(max_positives, "max_positives")
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:

@@ -138,7 +138,10 @@ class SNRContrastiveLoss(Criterion):
 
     def _centred(self, x: Tensor) -> Tensor:
         x = normalize(x) if self.normalize else x
-        return x - x.mean(1, keepdim=True)
+        centred = x - x.mean(1, keepdim=True)
+        noise = x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * x.detach().abs().amax(1, keepdim=True)
+        constant = centred.detach().abs().amax(1, keepdim=True) <= noise  # but for rounding
+        return centred.masked_fill(constant, 0.0)
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         noise = pairs.squares()  # (N,) |x_i - mean|^2, in whose units the margins are

@@ -61,10 +61,13 @@ class FastAPLoss(Criterion):
     ) -> None:
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.num_bins = checks.integer(num_bins, "num_bins", at_least=1)
+        self.distance = "dot" if normalize else "squared_euclidean"
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        nodes, step = self.num_bins + 1, -2 / self.num_bins  # of the cosine, 1 - D^2 / 2
-        rows = pairs.reduce(*histogram("positives", nodes, 1.0, step), *histogram("negatives", nodes, 1.0, step))
+        # of unit vectors D^2 is 2 - 2 s, which is had for less
+        nodes, first, step = self.num_bins + 1, *((1.0, -2.0) if self.distance == "dot" else (0.0, 4.0))
+        step /= self.num_bins
+        rows = pairs.reduce(*histogram("positives", nodes, first, step), *histogram("negatives", nodes, first, step))
         pos, neg = torch.stack(rows[:nodes]), torch.stack(rows[nodes:])
         both = (pos + neg).cumsum(0)
         some = both > 0

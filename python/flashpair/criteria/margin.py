@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ class MarginLoss(Criterion):
         self.nu = checks.plain_number(nu, "nu", at_least=0)
         self.mode = checks.word(mode, ("pairs", "triplets"), "mode")
         self.num_classes = checks.most(num_classes, "num_classes")
-        start = torch.as_tensor(beta, dtype=None if isinstance(beta, Tensor) else torch.get_default_dtype())
+        start = torch.as_tensor(beta, dtype=None if isinstance(beta, Tensor) else torch.float64)
         wanted = () if num_classes is None else (num_classes,)
         if tuple(start.shape) not in ((), wanted):
             raise ValueError(f"beta must be a number or have shape {wanted}, got shape {tuple(start.shape)}")
@@ -54,16 +56,23 @@ class MarginLoss(Criterion):
         if isinstance(beta, nn.Parameter) and tuple(beta.shape) == wanted:
             self.beta: Tensor = beta
         elif learn_beta:
-            self.beta = nn.Parameter(start.detach().expand(wanted).clone())
+            dtype = start.dtype if isinstance(beta, Tensor) else torch.get_default_dtype()
+            self.beta = nn.Parameter(start.detach().to(dtype).expand(wanted).clone())
         else:
-            self.register_buffer("beta", start.detach().expand(wanted).clone())
+            self.register_buffer("beta", start.detach().double().expand(wanted).clone())  # float32 has no 1.2
 
     def hyperparameters(self) -> dict[str, object]:
         shared = {"beta": self.beta.item()} if self.num_classes is None else {}  # not those of every class
         return {**super().hyperparameters(), **shared}
 
+    def check(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        x, labels, y, ref_labels = super().check(embeddings, labels, ref_emb, ref_labels)
+        return x, labels if self.num_classes is None else checks.classes(labels, self.num_classes), y, ref_labels
+
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        beta = self.beta if self.num_classes is None else self.beta[pairs.labels]
+        beta = (self.beta if self.num_classes is None else self.beta[pairs.labels]).to(pairs.dtype)
         counts = []
         if self.reduction == "nonzero":
             counts = [

@@ -133,8 +133,14 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(g_own.device.type, enabled=False):
+            return _Chunked.gradient(ctx, g_own, g_neg)
+
+    @staticmethod
+    def gradient(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels, neg = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
+            x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
             s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
             found = of_similarities(s, labels, ctx.la, ctx.gamma)
             return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), None, None, None

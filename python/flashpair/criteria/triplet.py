@@ -116,6 +116,8 @@ class TripletMarginLoss(Criterion):
             counts = [Reduction("count", "negatives", detach=True, **w) for w in window]
         rows = pairs.reduce(*sums, *counts)
         losses = torch.stack(rows[: len(sums)]).sum(0)
+        if self.max_positives is not None:
+            losses = torch.where(pairs.num_positives() > self.max_positives, torch.nan, losses)
         nonzero = torch.stack(rows[len(sums) :]).sum(0) if counts else triplets
         return RowLosses(losses, triplets > 0, triplets.sum(), (Terms(losses, triplets, nonzero),))
 
