@@ -56,10 +56,13 @@ class CircleLoss(Criterion):
         self.m = checks.plain_number(m, "m")
         self.gamma = checks.plain_number(gamma, "gamma", above=0)
         self.over = checks.word(over, ("anchors", "batch"), "over")
+        self._phi()  # known before anything is compiled
+
+    def _phi(self) -> str:
+        return _paced(2 * self.m * self.gamma**0.5)
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        root = self.gamma**0.5
-        phi = _paced(2 * self.m * root)
+        root, phi = self.gamma**0.5, self._phi()
         pos, neg = pairs.reduce(
             Reduction("logsumexp", "positives", phi, scale=-root, offset=root * (1 + self.m)),
             Reduction("logsumexp", "negatives", phi, scale=root, offset=root * self.m),

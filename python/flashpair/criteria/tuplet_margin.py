@@ -53,11 +53,14 @@ class TupletMarginLoss(Criterion):
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.margin = checks.plain_number(margin, "margin")
         self.scale = checks.plain_number(scale, "scale", above=0)
+        self._phi()  # known before anything is compiled
+
+    def _phi(self) -> str:
+        return _slack(self.scale, math.radians(self.margin))
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         (neg,) = pairs.reduce(Reduction("logsumexp", "negatives", scale=self.scale))
-        phi = _slack(self.scale, math.radians(self.margin))
-        (losses,) = pairs.reduce(Reduction("sum", "positives", phi, offset=neg))
+        (losses,) = pairs.reduce(Reduction("sum", "positives", self._phi(), offset=neg))
         positives = pairs.num_positives()
         return RowLosses(losses, positives > 0, positives.sum())
 
