@@ -178,7 +178,7 @@ class _Tracer:
             raise _Unknown(f"softplus with threshold {threshold}")
         return self.divide(soft, beta)
 
-    def relu(self, x: _Dual) -> _Dual:
+    def relu(self, x: _Dual, inplace: bool = False) -> _Dual:
         above = self.w.put("above", x.at, self.zero)
         at = self.w.put("maximum", x.at, self.zero)
         return _Dual(at, self.w.choose(above, x.by_s, self.zero), self.w.choose(above, x.by_own, self.zero))
