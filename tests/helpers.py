@@ -16,8 +16,10 @@ __all__ = [
     "CRITERIA",
     "FORMS",
     "FORMULAS",
+    "MAPPED",
     "PAIR_CRITERIA",
     "REFERENCE_CRITERIA",
+    "WITH_GRADIENT",
     "assert_as_good_as",
     "assert_parity",
     "assert_same",
@@ -91,7 +93,10 @@ def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], seed: int = 0) 
 
 
 FORMS = [("logsumexp", "identity"), ("sum", "identity"), ("sum", "softplus"), ("sum", "hinge"), ("sum", "lifted")]
-FORMS += [("min", "identity"), ("max", "identity"), ("count", "identity")]
+FORMS += [("min", "identity"), ("max", "identity"), ("count", "identity"), ("sum", "squared_hinge")]
+FORMS += [("sum", "triangle"), ("logsumexp", "softplus")]
+WITH_GRADIENT = [form for form in FORMS if form[0] in ("logsumexp", "sum")]
+MAPPED = ("logsumexp", "softplus")  # takes no window, and numbers as scale and offset
 
 
 def forms(n: int, m: int, seed: int, device: str = "cpu") -> tuple[list[Reduction], list[Tensor]]:
@@ -104,6 +109,9 @@ def forms(n: int, m: int, seed: int, device: str = "cpu") -> tuple[list[Reductio
     sides, windows, found, learn = ("positives", "negatives", "all"), ("open", "lower", "upper", "both"), [], []
     for k, (op, transform) in enumerate(FORMS):
         options = {}
+        if (op, transform) == MAPPED:
+            found.append(Reduction(op, sides[(k + seed) % 3], transform, scale=3.0, offset=0.5))
+            continue
         if op in ("logsumexp", "sum"):
             options = {"scale": (vector(()) + 3).requires_grad_(), "offset": vector(n).requires_grad_()}
         if transform == "lifted":

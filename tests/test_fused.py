@@ -10,10 +10,20 @@ import math
 
 import pytest
 import torch
-from helpers import CRITERIA, FORMS, assert_as_good_as, assert_same, batch, forms, gradients
+from helpers import (
+    CRITERIA,
+    MAPPED,
+    REFERENCE_CRITERIA,
+    WITH_GRADIENT,
+    assert_as_good_as,
+    assert_same,
+    batch,
+    forms,
+    gradients,
+)
 
 import flashpair
-from flashpair import Bound, MultiSimilarityLoss, Reduction, register_transform, row_reduce
+from flashpair import Bound, MultiSimilarityLoss, Reduction, row_reduce
 from flashpair.check import value_and_gradient
 from flashpair.dispatch import interpreted
 
@@ -109,10 +119,12 @@ def test_edges_of_the_width(d, tiles):
 @both
 @pytest.mark.parametrize("name", CRITERIA)
 def test_every_criterion(name, schedule, tiles):
-    x, labels = batch(70, 7, 4, torch.float64)
+    if name == "SoftTripleLoss":
+        pytest.skip("has no kernel of its own")
+    x, labels = batch(40, 7, 4, torch.float64)
     _compare(CRITERIA[name], x, labels)
-    if name != "LiftedStructureLoss":
-        y, ref_labels = batch(65, 7, 5, torch.float64, seed=1)
+    if name in REFERENCE_CRITERIA and schedule == "fused":
+        y, ref_labels = batch(35, 7, 5, torch.float64, seed=1)
         _compare(CRITERIA[name], x, labels, y, ref_labels)
 
 
@@ -128,9 +140,9 @@ def test_classes_from_single_samples_to_one_class(per_class, schedule, tiles):
 
 
 @both
-@pytest.mark.parametrize("distance", ["dot", "euclidean"])
+@pytest.mark.parametrize("distance", ["dot", "euclidean", "squared_euclidean"])
 @pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_reduction_side_and_window(seed, references, distance, schedule, tiles):
     """All in one call, which is many launches of two, and apart: forms, sides and windows meet over the seeds."""
     x, labels = batch(40, 5, 4, torch.float64)
@@ -147,7 +159,7 @@ def test_every_reduction_side_and_window(seed, references, distance, schedule, t
         assert_same(found, truth)
 
 
-@pytest.mark.parametrize(("op", "transform"), FORMS[:5], ids=lambda word: word)
+@pytest.mark.parametrize(("op", "transform"), WITH_GRADIENT, ids=lambda word: word)
 @pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
 def test_gradcheck(op, transform, references, tiles):
     """Against finite differences in every input at once; second derivatives, which are the dense path's, for one."""
@@ -160,6 +172,8 @@ def test_gradcheck(op, transform, references, tiles):
 
     def rows(x, y, scale, offset, ref_offset):
         lifted = {"ref_offset": ref_offset} if transform == "lifted" else {}
+        if (op, transform) == MAPPED:
+            scale, offset = 0.7, -0.2
         r = Reduction(op, "negatives", transform, scale=scale, offset=offset, **lifted)
         more = {"ref_emb": y, "ref_labels": ref_labels} if references else {}
         (row,) = row_reduce(x, labels, r, distance="euclidean", impl="fused", **more)
@@ -428,76 +442,6 @@ def test_inputs_are_not_written_and_may_be_strided(tiles):
         for f, t in zip(found, truth, strict=True):
             assert_same(f, t)
     assert torch.equal(wide, before)
-
-
-class TestOwnTransform:
-    """`register_transform`: README's example, through every implementation."""
-
-    @pytest.fixture(autouse=True)
-    def registered(self):
-        import own_transform
-
-        register_transform("log_cosh", own_transform.dense, value=own_transform.value, slope=own_transform.slope)
-        register_transform("dense_only", own_transform.dense)
-
-    def _rows(self, x, labels, impl, transform="log_cosh"):
-        r = Reduction("sum", "negatives", transform, scale=1.5, offset=-0.2)
-        return row_reduce(x, labels, r, impl=impl)[0]
-
-    @both
-    def test_is_compiled_in(self, schedule, tiles):
-        x, labels = batch(50, 5, 4, torch.float64)
-        results = []
-        for impl in ("fused", "reference"):
-            a = x.clone().requires_grad_()
-            rows = self._rows(a, labels, impl)
-            results.append([rows.detach(), *gradients((rows,), [a])])
-        for found, truth in zip(*results, strict=True):
-            assert_same(found, truth)
-
-    def test_may_overflow_where_there_is_no_pair(self, tiles):
-        """e^t of an anchor with itself is inf here, and no part of any sum."""
-        import own_transform
-
-        register_transform("grow", torch.exp, value=own_transform.grow, slope=own_transform.grow)
-        x, labels = batch(40, 16, 4, torch.float32)
-        x = x * torch.tensor(12.0)
-        x[1::2] *= -1e-3
-        results = []
-        for impl in ("fused", "reference"):
-            a = x.clone().requires_grad_()
-            r = Reduction("sum", "negatives", "grow", scale=1e-2)
-            rows = row_reduce(a, labels, r, impl=impl)[0]
-            finite = rows.isfinite()
-            results.append([finite, *gradients((torch.where(finite, rows, 0.0),), [a])])
-        assert torch.equal(results[0][0], results[1][0])
-        assert torch.equal(results[0][1].isnan(), results[1][1].isnan())
-
-    def test_is_refused_by_name_where_it_cannot_run(self):
-        x, labels = batch(20, 5, 4, torch.float64)
-        with pytest.raises(RuntimeError, match="'tiled' cannot run: transform 'log_cosh' is your own"):
-            self._rows(x, labels, "tiled")
-        with pytest.raises(RuntimeError, match="'fused' cannot run: transform 'dense_only' was registered without"):
-            self._rows(x, labels, "fused", "dense_only")
-
-    def test_auto_takes_the_reference(self):
-        x, labels = batch(20, 5, 4, torch.float64)
-        found, truth = (self._rows(x.requires_grad_(), labels, impl) for impl in ("auto", "reference"))
-        assert_same(found.detach(), truth.detach())
-        (a,), (b,) = (torch.autograd.grad(rows.sum(), x) for rows in (found, truth))
-        assert_same(a, b)
-
-    def test_bad_registrations(self):
-        import own_transform
-
-        with pytest.raises(ValueError, match="'hinge' is a built-in transform"):
-            register_transform("hinge", own_transform.dense)
-        with pytest.raises(TypeError, match="name must be a word"):
-            register_transform("log cosh", own_transform.dense)
-        with pytest.raises(TypeError, match="dense must be callable"):
-            register_transform("own", None)
-        with pytest.raises(ValueError, match="value and slope go together"):
-            register_transform("own", own_transform.dense, value=own_transform.value)
 
 
 def test_without_the_interpreter_cpu_tensors_are_refused(monkeypatch):

@@ -6,14 +6,13 @@ import itertools
 
 import pytest
 import torch
-from helpers import assert_same, batch, gradients
+from helpers import FORMS, MAPPED, WITH_GRADIENT, assert_same, batch, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashpair import Bound, Reduction, row_reduce
 
-FORMS = [("logsumexp", "identity"), ("sum", "identity"), ("sum", "softplus"), ("sum", "hinge"), ("sum", "lifted")]
-FORMS += [("min", "identity"), ("max", "identity"), ("count", "identity")]
+DISTANCES = ["dot", "euclidean", "squared_euclidean"]
 WINDOWS = ["open", "lower", "upper", "both"]
 
 
@@ -23,6 +22,8 @@ def _reduction(op, transform, side, window, n, m, generator):
     def vector(size):
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
+    if (op, transform) == MAPPED:
+        return Reduction(op, side, transform, scale=3.0, offset=0.5), []
     options, learn = {}, []
     if op in ("logsumexp", "sum"):
         options["scale"] = (vector(()) + 3).requires_grad_()
@@ -51,7 +52,7 @@ def _compare(x, labels, y, ref_labels, reductions, learn, distance="dot"):
         assert_same(f, t)
 
 
-@pytest.mark.parametrize("distance", ["dot", "euclidean"])
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
 @pytest.mark.parametrize("side", ["positives", "negatives", "all"])
 @pytest.mark.parametrize("window", WINDOWS)
@@ -99,8 +100,8 @@ def test_any_shape_and_labels(n, m, d, classes, forms, sides, huge, seed):
     _compare(x, labels, y, ref_labels, reductions, learn)
 
 
-@pytest.mark.parametrize(("op", "transform"), FORMS[:5], ids=lambda word: word)
-@pytest.mark.parametrize("distance", ["dot", "euclidean"])
+@pytest.mark.parametrize(("op", "transform"), WITH_GRADIENT, ids=lambda word: word)
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("references", [False, True], ids=["square", "references"])
 def test_gradcheck(op, transform, distance, references):
     """Values against finite differences, in every differentiable input at once, and second derivatives."""
@@ -114,6 +115,8 @@ def test_gradcheck(op, transform, distance, references):
 
     def rows(x, y, scale, offset, ref_offset):
         lifted = {"ref_offset": ref_offset} if transform == "lifted" else {}
+        if (op, transform) == MAPPED:
+            scale, offset = 0.7, -0.2
         r = Reduction(op, "negatives", transform, scale=scale, offset=offset, **lifted)
         ref = {"ref_emb": y, "ref_labels": ref_labels} if references else {}
         (row,) = row_reduce(x, labels, r, distance=distance, impl="tiled", **ref)
@@ -171,7 +174,10 @@ def test_duplicates_are_pairs_and_self_is_not():
         (("mean", "positives"), {}, "op must be one of logsumexp, sum"),
         (("sum", "friends"), {}, "side must be one of positives, negatives, all"),
         (("sum", "all", "cube"), {}, "transform must be one of"),
-        (("logsumexp", "all", "hinge"), {}, "goes with op 'sum'"),
+        (("max", "all", "hinge"), {}, "goes with op 'sum' or 'logsumexp'"),
+        (("logsumexp", "all", "lifted"), {"ref_offset": torch.zeros(3)}, "goes with op 'sum', got"),
+        (("logsumexp", "all", "hinge"), {"lower": 0.0}, "takes no window"),
+        (("logsumexp", "all", "hinge"), {"scale": torch.ones(())}, "takes numbers as scale"),
         (("min", "all"), {"scale": 2.0}, "takes no scale"),
         (("sum", "all", "lifted"), {"offset": torch.zeros(3)}, "ref_offset goes with"),
         (("sum", "all"), {"ref_offset": torch.zeros(3)}, "ref_offset goes with"),

@@ -52,7 +52,7 @@ def _reduction(op, transform, side, window, z, sign, generator):
         return (z.detach().quantile(of, dim=1) + 1e-3 * torch.randn(n, generator=generator, dtype=z.dtype)).clone()
 
     options = {}
-    if transform == "hinge":
+    if transform.endswith("hinge"):
         corner = quantile({"lower": 0.985, "upper": 0.015, "both": 0.5}.get(window, 0.5 + 0.48 * sign))
         options = {"scale": torch.tensor(0.7 * sign, dtype=z.dtype), "offset": -0.7 * sign * corner}
     elif op in ("logsumexp", "sum"):
@@ -67,7 +67,8 @@ def _reduction(op, transform, side, window, z, sign, generator):
 
 def _similarities(x, y, distance):
     refs = x if y is None else y
-    return (x @ refs.T if distance == "dot" else torch.cdist(x, refs)).detach()
+    z = x @ refs.T if distance == "dot" else torch.cdist(x, refs)
+    return (z.square() if distance == "squared_euclidean" else z).detach()
 
 
 def _compare(x, labels, y, ref_labels, reductions, learn, distance):
@@ -112,6 +113,19 @@ def test_hinges_and_extremes_without_a_window(sign, distance):
         extreme = Reduction("max" if sign > 0 else "min", "negatives")
         seen = _compare(x, labels, *more, [extreme], [], distance)
         assert seen.whole < seen.tiles, "later tiles have few pairs that reach the extreme of the earlier ones"
+
+
+@pytest.mark.parametrize("transform", ["hinge", "squared_hinge"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_hinges_of_squared_distances(sign, transform):
+    generator = torch.Generator().manual_seed(0)
+    x, labels = batch(500, 5, 4, torch.float64)
+    y, ref_labels = batch(600, 5, 3, torch.float64, seed=1)
+    for more in ((None, None), (y, ref_labels)):
+        z = _similarities(x, more[0], "squared_euclidean")
+        hinge, learn = _reduction("sum", transform, "negatives", "", z, sign, generator)
+        seen = _compare(x, labels, *more, [hinge], learn, "squared_euclidean")
+        assert 0 < seen.live < seen.pairs
 
 
 def test_several_reductions_share_one_list():

@@ -46,7 +46,7 @@ def test_tile_edges_of_tiled(n):
         assert_parity(make, "tiled", x, labels, y, ref_labels)
 
 
-@pytest.mark.parametrize("reduction", AVERAGINGS)
+@pytest.mark.parametrize("reduction", AVERAGINGS[:5])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_every_formula_and_reduction(name, reduction, impl):
     x, labels = batch(23, 7, 3, torch.float64)

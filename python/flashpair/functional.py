@@ -3,6 +3,11 @@ code that keeps its own hyper-parameters."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from . import criteria
@@ -98,3 +103,58 @@ def lifted_structure_star_loss(
         alpha, beta, epsilon, normalize=normalize, reduction=reduction, impl=impl
     )
     return criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+
+
+def _function(kind: type[criteria.Criterion]) -> Callable[..., Tensor]:
+    """A criterion of pairs as a function: its own arguments and defaults, after the embeddings and labels of a call."""
+    of_class = inspect.signature(kind)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    call = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Tensor")
+        for name in ("embeddings", "labels")
+    ]
+    refs = [
+        inspect.Parameter(name, keyword, default=None, annotation="Tensor | None") for name in ("ref_emb", "ref_labels")
+    ]
+    own = list(of_class.parameters.values())
+    first = [p for p in own if p.kind is not keyword]
+    last = [p for p in own if p.kind is keyword]
+    signature = inspect.Signature(
+        [*call, *first, *(refs if kind.takes_references else ()), *last], return_annotation="Tensor"
+    )
+
+    def function(*arguments: Any, **options: Any) -> Tensor:
+        bound = signature.bind(*arguments, **options).arguments
+        of_call = {name: bound.pop(name) for name in ("embeddings", "labels", "ref_emb", "ref_labels") if name in bound}
+        loss: Tensor = kind(**bound)(**of_call)
+        return loss
+
+    name = kind.__name__
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    function.__name__ = function.__qualname__ = NAMES.get(name, words)
+    function.__doc__ = f"`{name}` of embeddings (N, D) and labels (N,); its arguments are the class's."
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
+
+
+NAMES = {
+    "NTXentLoss": "ntxent_loss", "NCALoss": "nca_loss", "SNRContrastiveLoss": "snr_contrastive_loss",
+    "FastAPLoss": "fastap_loss", "SupConLoss": "supcon_loss",
+}  # fmt: skip
+
+contrastive_loss = _function(criteria.ContrastiveLoss)
+snr_contrastive_loss = _function(criteria.SNRContrastiveLoss)
+triplet_margin_loss = _function(criteria.TripletMarginLoss)
+binomial_deviance_loss = _function(criteria.BinomialDevianceLoss)
+bin_lifted_loss = _function(criteria.BinLiftedLoss)
+mined_pair_loss = _function(criteria.MinedPairLoss)
+nca_loss = _function(criteria.NCALoss)
+ntxent_loss = _function(criteria.NTXentLoss)
+supcon_loss = _function(criteria.SupConLoss)
+circle_loss = _function(criteria.CircleLoss)
+tuplet_margin_loss = _function(criteria.TupletMarginLoss)
+intra_pair_variance_loss = _function(criteria.IntraPairVarianceLoss)
+margin_loss = _function(criteria.MarginLoss)
+angular_loss = _function(criteria.AngularLoss)
+histogram_loss = _function(criteria.HistogramLoss)
+fastap_loss = _function(criteria.FastAPLoss)
