@@ -34,7 +34,7 @@ def _rows_with_a_loss(name, rows):
     return 41 if per_side or hasattr(made(name, 6), "weight") else 40
 
 
-BETA = torch.tensor(1.2)  # as MarginLoss holds it, in float32
+LEARNED = torch.tensor(1.2).double()  # a Parameter is of torch's default dtype
 
 
 class _Pairs:
@@ -72,11 +72,11 @@ class _Pairs:
         far = torch.cdist(middle.flatten(0, 1), self.x).square().view(len(self.x), len(self.x), -1)
         return (self.d.square()[:, :, None] - 4 / 3 * far)[self.triplets].relu()  # tan(30 degrees)^2 is 1 / 3
 
-    def boundary(self):
-        return (self.d + (0.2 - BETA).double()).relu(), ((0.2 + BETA).double() - self.d).relu()
+    def boundary(self, beta):
+        return (self.d + (0.2 - beta)).relu(), ((0.2 + beta) - self.d).relu()
 
     def boundary_of_triplets(self):
-        pos, neg = self.boundary()
+        pos, neg = self.boundary(1.2)
         return [torch.cat([pos[:, :, None].expand_as(self.triplets)[self.triplets],
                            neg[:, None, :].expand_as(self.triplets)[self.triplets]])]  # fmt: skip
 
@@ -93,7 +93,7 @@ TERMS = {
     "TripletMarginLoss(triplets='semihard')": _Pairs.nearest_farther,
     "TripletMarginLoss(triplets='semihard_all')": lambda p: [p.band()],
     "AngularLoss(form='hinge')": lambda p: [p.angles()],
-    "MarginLoss": lambda p: [torch.cat([p.boundary()[0][p.pos], p.boundary()[1][p.neg]])],
+    "MarginLoss": lambda p: [torch.cat([p.boundary(LEARNED)[0][p.pos], p.boundary(LEARNED)[1][p.neg]])],
     "MarginLoss(mode='triplets')": _Pairs.boundary_of_triplets,
 }
 
@@ -106,7 +106,7 @@ def _of_terms(name, x, labels):
         extra = 0.1 * nn.functional.normalize(x).sum(1).abs().mean()
         sums_and_more, more = sum(sums) + 41 * extra, extra
     else:  # nu times the rows' boundaries, divided as the pairs are
-        extra = 41 * (0.01 * BETA).double() if name == "MarginLoss" else 0.0
+        extra = 41 * 0.01 * LEARNED if name == "MarginLoss" else 0.0
         sums_and_more, more = sum(sums) + extra, extra / above[0]
     averages = [sum(s / n for s, n in zip(sums, counts, strict=True)) + more
                 for counts in (above, [k.numel() for k in kinds])]  # fmt: skip

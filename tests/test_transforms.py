@@ -28,6 +28,7 @@ ONE = {
     "sqrt": lambda t: torch.sqrt(t * t + 0.5),
     "sigmoid": lambda t: t.sigmoid() * torch.sigmoid(-2 * t),
     "tanh": torch.tanh,
+    "expm1": lambda t: torch.expm1(t / 3),
     "softplus": lambda t: F.softplus(t) + F.softplus(t, beta=3, threshold=40),
     "relu": lambda t: F.relu(t) + (t - 1).relu().square(),
     "abs": lambda t: t.abs() + torch.absolute(t - 0.3),
