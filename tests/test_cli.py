@@ -56,22 +56,63 @@ def test_check_passes_here():
     assert "all pass" in result.stdout and "FAIL" not in result.stdout
 
 
-def test_check_catches_a_wrong_gradient(monkeypatch):
+def test_check_catches_a_wrong_gradient():
     class Wrong(criteria.MultiSimilarityLoss):
         def row_losses(self, pairs):
             rows = super().row_losses(pairs)
             return rows._replace(losses=rows.losses.detach() * 2 - rows.losses)
 
-    monkeypatch.setitem(check.CRITERIA, "Wrong", Wrong)
-    good, words = check.check("Wrong", "reference")
+    good, words = check.check(Wrong, "reference")
     assert not good and "gradcheck FAILS" in words
 
 
 @pytest.mark.skipif(not extension.emulated(), reason="no emulated kernel")
 def test_check_leaves_out_what_an_implementation_does_not_take():
-    assert {name for name in CRITERIA if not check.refusal(name, "onchip")} == set(FORMULAS)
-    assert not any(check.refusal(name, impl) for name in CRITERIA for impl in ("reference", "tiled"))
-    assert "one of auto, tiled, reference" in check.refusal("SoftTripleLoss", "screened")
+    assert {name for name, make in CRITERIA.items() if not check.refusal(make, "onchip")} == set(FORMULAS)
+    assert not any(check.refusal(make, impl) for make in CRITERIA.values() for impl in ("reference", "tiled"))
+    assert "one of auto, tiled, reference" in check.refusal(CRITERIA["SoftTripleLoss"], "screened")
+
+
+OWN = """
+import torch, flashpair
+
+flashpair.register_transform("bump", lambda t: torch.exp(-t * t))
+
+class MyLoss(flashpair.Criterion):
+    def __init__(self, **common):
+        super().__init__(**{"normalize": True, "reduction": "mean", "impl": "auto", **common})
+
+    def row_losses(self, pairs):
+        pos, neg = pairs.reduce(
+            flashpair.Reduction("sum", "positives", scale=-1.0),
+            flashpair.Reduction("sum", "negatives", "bump", scale=3.0),
+        )
+        valid = pairs.num_positives() > 0
+        return flashpair.RowLosses(pos + neg WRONG, valid, valid.shape[0])
+"""
+
+
+@pytest.mark.parametrize(("wrong", "code"), [("", 0), ("+ (pos - pos.detach())", 1)])
+def test_check_takes_a_file_of_ones_own(wrong, code, tmp_path):
+    path = tmp_path / "my_loss.py"
+    path.write_text(OWN.replace("WRONG", wrong))
+    result = run("check", f"{path}:MyLoss")
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "tiled on cpu" in result.stdout and ("FAIL" in result.stdout) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("MyLoss", "FILE.py:Name or module:Name"),
+        ("nowhere.py:MyLoss", "there is no file nowhere.py"),
+        ("nowhere.at_all:MyLoss", "there is no module nowhere.at_all"),
+        ("torch.nn:Linear", "must be a subclass of flashpair.Criterion"),
+    ],
+)
+def test_check_says_what_is_no_criterion(target, reason):
+    result = run("check", target)
+    assert result.returncode == 2 and reason in result.stderr
 
 
 def test_every_criterion_of_the_package_is_checked():

@@ -83,11 +83,38 @@ struct AnchorLanes : EndLanes<T> {
   }
 };
 
+// Sums for a tile's rows, or columns: many equal terms added to a float one by one would err by as many roundings.
+template <class T>
+class TileSums {
+ public:
+  TileSums(T* to, int64_t first, int64_t count) : to_(to ? to + first : nullptr), count_(to ? count : 0) {
+    memset(at_, 0, count_ * sizeof(double));
+  }
+  TileSums(const TileSums&) = delete;
+  ~TileSums() {
+    for (int64_t i = 0; i < count_; ++i) to_[i] += static_cast<T>(at_[i]);
+  }
+  void add(int64_t i, T term) {
+    if (to_) at_[i] += term;
+  }
+
+ private:
+  double at_[MAX_TILE];
+  T* to_;
+  int64_t count_;
+};
+
 template <class T, class Phi>
 void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live, int64_t total,
                   int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull,
                   const Phi& phi) {
   using V = Vec<T>;
+  if (total == 0) return;
+  const bool to_columns = t.mirror || !t.symmetric;
+  TileSums<T> own_rows(r.grad_offset, t.r0, t.rows), own_columns(t.mirror ? r.grad_offset : nullptr, t.c0, t.cols);
+  TileSums<T> ref_rows(t.symmetric ? r.grad_ref_offset : nullptr, t.r0, t.rows);
+  TileSums<T> ref_columns(to_columns ? r.grad_ref_offset : nullptr, t.c0, t.cols);
+  TileSums<T> pull_rows(row_pull, t.r0, t.rows), pull_columns(ref_pull, t.c0, t.cols);
   V dscale{};
   for (int64_t first = 0; first < total; first += WIDTH<T>) {
     const int64_t count = total - first < WIDTH<T> ? total - first : WIDTH<T>;
@@ -105,19 +132,14 @@ void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
     if (t.symmetric) c = AnchorLanes<T>(r, column, count).weight(r, phi, z, row_ref, c_own, c_ref);
     dscale += (t.mirror ? g + c : g) * z;
     for (int64_t k = 0; k < count; ++k) {
-      if (r.grad_offset) r.grad_offset[row[k]] += g_own[k];
-      if (r.grad_offset && t.mirror) r.grad_offset[column[k]] += c_own[k];
-      if (r.grad_ref_offset && t.symmetric) r.grad_ref_offset[row[k]] += c_ref[k];
-      if (r.grad_ref_offset && (t.mirror || !t.symmetric)) r.grad_ref_offset[column[k]] += g_ref[k];
-      T w = (g[k] + c[k]) * r.scale;
+      const int64_t i = row[k] - t.r0, j = column[k] - t.c0;
+      own_rows.add(i, g_own[k]), own_columns.add(j, c_own[k]);
+      ref_rows.add(i, c_ref[k]), ref_columns.add(j, g_ref[k]);
+      const T w = (g[k] + c[k]) * r.scale, u = p.row_square ? pull_of(p, static_cast<T>(z[k]), w) : -w;
       if (w == T(0)) continue;
-      if (p.row_square) {
-        w = -pull_of(p, static_cast<T>(z[k]), w);
-        if (row_pull) row_pull[row[k]] -= w;
-        if (ref_pull) ref_pull[column[k]] -= w;
-      }
-      if (dx) add_scaled(dx + row[k] * d, y + column[k] * d, w, d);
-      if (dy) add_scaled(dy + column[k] * d, x + row[k] * d, w, d);
+      if (p.row_square) pull_rows.add(i, u), pull_columns.add(j, u);
+      if (dx) add_scaled(dx + row[k] * d, y + column[k] * d, -u, d);
+      if (dy) add_scaled(dy + column[k] * d, x + row[k] * d, -u, d);
     }
   }
   if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
