@@ -28,7 +28,7 @@ sanitize: $(VENV)/.installed
 	extension=$$(echo $(CURDIR)/build/sanitize/flashpair/_C.*.so) && \
 	runtimes=$$(ldd "$$extension" | awk '/lib(asan|ubsan|stdc)/ { print $$3 }' | xargs) && \
 	FLASHPAIR_EXTENSION="$$extension" LD_PRELOAD="$$runtimes" ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/python -m pytest --capture=sys tests/test_tiled.py tests/test_screened.py tests/test_screen_bound.py tests/test_nearest.py
+	$(BIN)/python -m pytest --capture=sys tests/test_tiled.py tests/test_screened.py tests/test_screen_bound.py tests/test_nearest.py tests/test_histograms.py tests/test_transforms.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache .mypy_cache

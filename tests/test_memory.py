@@ -47,6 +47,10 @@ LOSSES = [
     "MultiSimilarityLoss(impl='screened')",
     "LiftedStructureLoss(impl='tiled')",
     "NPairsLoss('all_pairs', impl='tiled')",
+    "TripletMarginLoss(impl='tiled')",
+    "TripletMarginLoss(impl='screened')",
+    "AngularLoss(impl='tiled')",
+    "CircleLoss(impl='tiled')",
 ]
 
 
@@ -59,7 +63,7 @@ def bound(n: int, m: int, d: int) -> int:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("n", "m", "d"), [(12000, 0, 64), (2048, 48000, 32)], ids=["square", "references"])
 def test_peak_by_formula(loss, n, m, d):
-    if m and loss.startswith("Lifted"):
+    if m and loss.startswith(("Lifted", "Angular")):
         pytest.skip("defined within a batch")
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(n), str(m), str(d), loss], capture_output=True, text=True, check=True
@@ -69,3 +73,38 @@ def test_peak_by_formula(loss, n, m, d):
     assert bound(n, m, d) < pairs / 3, "the sizes must tell the formula from a dense matrix"
     for phase in ("forward", "backward"):
         assert int(peaks[phase]) <= bound(n, m, d), f"{phase}: {int(peaks[phase]):,} bytes over {bound(n, m, d):,}"
+
+
+CLASSES = """
+import sys, torch, flashpair
+from flashpair import classes
+from flashpair.criteria import soft_triple
+classes.CHUNK_BYTES, c, d, b = (int(a) for a in sys.argv[1:5])
+torch.set_num_threads(2)
+def status(word):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(word))
+make = eval("lambda c: flashpair." + sys.argv[5])
+def step(criterion, labels):
+    x = torch.randn(b, d, requires_grad=True)
+    yield
+    criterion(x, labels).backward()
+    yield
+list(step(make(3000), torch.arange(b) % 3000))
+steps = step(make(c), torch.arange(b) * 7 % c)
+next(steps)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+next(steps)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("loss", ["ArcFaceLoss(c, d)", "ProxyAnchorLoss(c, d)", "SoftTripleLoss(c, d, 1)"])
+def test_many_classes_cost_their_gradient(loss):
+    """Beside the weights: their gradient, some chunks, and what the embeddings take."""
+    chunk, c, d, b = 2**21, 300_000, 64, 64
+    arguments = [str(a) for a in (chunk, c, d, b)]
+    run = subprocess.run([sys.executable, "-c", CLASSES, *arguments, loss], capture_output=True, text=True, check=True)
+    gradient, peak = 4 * c * d, int(run.stdout)
+    limit = gradient + 8 * chunk + bound(b, 0, d)
+    assert limit < 2 * gradient and peak <= limit, f"{peak:,} bytes over {limit:,}"

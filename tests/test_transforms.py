@@ -239,6 +239,16 @@ def test_steps_are_not_repeated_and_constants_are_worked_out():
     assert [step.op for step in p.steps].count("multiply") <= 2, "t^2, and 2 t for its derivative at the most"
 
 
+def test_triton_can_tell_generated_functions_apart():
+    """It knows the functions that a kernel calls by their names."""
+    pytest.importorskip("triton")
+    register_transform("one", lambda t: t * t)
+    register_transform("other", lambda t: t * t * t)
+    register_transform("wrapped", lambda t: t * t, value=lambda t: t * t, slope=lambda t: 2.0 * t)
+    names = [f.__name__ for name in ("one", "other", "wrapped") for f in custom(name).jit]
+    assert len(set(names)) == 6
+
+
 class TestJitFunctions:
     """`value` and `slope` of one's own in Triton, as README shows them."""
 

@@ -4,6 +4,8 @@ time, and what Triton's are generated from. Its derivatives are steps, too (forw
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import linecache
 import math
 from collections.abc import Callable
@@ -369,7 +371,7 @@ def triton_source(p: Program) -> str:
             found.append(f"    n{k} = {form}")
         return found
 
-    head = "@triton.jit\ndef {}(s, own):\n"
+    head = "@triton.jit\ndef {}_TAG(s, own):\n"
     value = head.format("value") + "\n".join([*lines(p.value + 1), f"    return n{p.value} + zero\n"])
     ends = f"    return n{p.value} + zero, n{p.slope} + zero, n{p.own_slope} + zero\n"
     return value + "\n\n" + head.format("slope") + "\n".join([*lines(len(p.steps)), ends])
@@ -377,37 +379,41 @@ def triton_source(p: Program) -> str:
 
 _WRAPPED = """
 @triton.jit
-def value(s, own):
+def value_TAG(s, own):
     return users_value(s + own)
 
 
 @triton.jit
-def slope(s, own):
+def slope_TAG(s, own):
     t = s + own
     g = users_slope(t)
     return users_value(t), g, g
 """
 
 
-def jit(source: str, **names: Any) -> tuple[Any, Any]:
-    """The two jit functions of some source, which Triton finds where Python's tracebacks look for it."""
+def jit(source: str, tag: str = "", **names: Any) -> tuple[Any, Any]:
+    """The two jit functions of some source, which Triton finds where Python's tracebacks look for it.
+
+    Triton knows the functions of a kernel by their names, so that two transforms must not share any. tag: what tells
+    theirs apart; by default the source.
+    """
     import triton
     import triton.language as tl
 
     from .kernels import transforms
 
-    where = f"<flashpair transform {len(_SOURCES)}>"
+    tag = tag or hashlib.sha256(source.encode()).hexdigest()[:12]
+    source, where = source.replace("TAG", tag), f"<flashpair transform {tag}>"
     linecache.cache[where] = (len(source), None, source.splitlines(keepends=True), where)
-    _SOURCES.append(where)
     scope = {**{name: getattr(transforms, name) for name in ("expm1", "log1p", "logistic", "softplus")}, **names}
-    scope |= {"triton": triton, "tl": tl}
+    scope |= {"triton": triton, "tl": tl, "__name__": __name__}
     exec(compile(source, where, "exec"), scope)
-    return scope["value"], scope["slope"]
+    return scope[f"value_{tag}"], scope[f"slope_{tag}"]
 
 
-_SOURCES: list[str] = []
+_wrapped = itertools.count()
 
 
 def wrapped(value: Any, slope: Any) -> tuple[Any, Any]:
     """A user's value(t) and slope(t) as functions of s and own."""
-    return jit(_WRAPPED, users_value=value, users_slope=slope)
+    return jit(_WRAPPED, f"users_{next(_wrapped)}", users_value=value, users_slope=slope)
