@@ -61,7 +61,7 @@ def install(sdist, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def native(install):
-    return install()
+    return install(CXXFLAGS="-O0")  # for time
 
 
 @pytest.fixture(scope="module")

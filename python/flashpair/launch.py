@@ -58,13 +58,21 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def groups(terms: Terms, chosen: Sequence[int]) -> list[tuple[int, ...]]:
-    """The terms, two a launch; one of positives rides along with one of other sides only where that is alone."""
-    band = [k for k in chosen if terms[k].side == POSITIVES]
-    rest = [k for k in chosen if terms[k].side != POSITIVES]
+    """The terms, two a launch; one of positives rides along with one of other sides only where that is alone. One whose
+    transform is generated from steps, which take registers, is launched by itself."""
+    alone = [(k,) for k in chosen if in_steps(terms[k])]
+    band = [k for k in chosen if terms[k].side == POSITIVES and not in_steps(terms[k])]
+    rest = [k for k in chosen if terms[k].side != POSITIVES and not in_steps(terms[k])]
+    found: list[tuple[int, ...]]
     found = [tuple(rest[k : k + 2]) for k in range(0, len(rest), 2)]
     if found and len(found[-1]) == 1 and band:
         found[-1] += (band.pop(0),)
-    return found + [tuple(band[k : k + 2]) for k in range(0, len(band), 2)]
+    return alone + found + [tuple(band[k : k + 2]) for k in range(0, len(band), 2)]
+
+
+def in_steps(t: Term) -> bool:
+    """Whether a term's transform is generated from steps."""
+    return TRANSFORMS[t.transform] not in transforms.table
 
 
 def run(
@@ -256,7 +264,8 @@ class Work:
             kernels = [(1, around)] if near is None else [(1, around), (0, slots)]
         for wanted, own in kernels:
             c, constants = self.config, dict(self.constants)
-            if not wanted or any(s.ref_offset is not None for s in own):  # one function a pair for each end
+            # one function a pair for each end, or one of many steps
+            if not wanted or any(s.ref_offset is not None for s in own) or any(in_steps(self.terms[k]) for k in group):
                 constants["BLOCK_COLS"] = self.narrow
             listed, counts = (lists or {}).get(constants["BLOCK_COLS"], (None, None))
             operands = own if len(own) == 2 else [*own, Weighed()]
