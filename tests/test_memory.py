@@ -101,10 +101,10 @@ print(status("VmHWM") - before)
 
 @pytest.mark.parametrize("loss", ["ArcFaceLoss(c, d)", "ProxyAnchorLoss(c, d)", "SoftTripleLoss(c, d, 1)"])
 def test_many_classes_cost_their_gradient(loss):
-    """Beside the weights: their gradient, some chunks, and what the embeddings take."""
+    """Beside the weights: their gradient, twenty chunks (of weights, similarities, what either becomes), and a batch."""
     chunk, c, d, b = 2**21, 300_000, 64, 64
     arguments = [str(a) for a in (chunk, c, d, b)]
     run = subprocess.run([sys.executable, "-c", CLASSES, *arguments, loss], capture_output=True, text=True, check=True)
     gradient, peak = 4 * c * d, int(run.stdout)
-    limit = gradient + 8 * chunk + bound(b, 0, d)
+    limit = gradient + 20 * chunk + bound(b, 0, d)
     assert limit < 2 * gradient and peak <= limit, f"{peak:,} bytes over {limit:,}"
