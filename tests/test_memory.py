@@ -101,7 +101,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.parametrize("loss", ["ArcFaceLoss(c, d)", "ProxyAnchorLoss(c, d)", "SoftTripleLoss(c, d, 1)"])
 def test_many_classes_cost_their_gradient(loss):
-    """Beside the weights: their gradient, twenty chunks (of weights, similarities, what either becomes), and a batch."""
+    """Beside the weights: their gradient, twenty chunks of weights and similarities, and a batch."""
     chunk, c, d, b = 2**21, 300_000, 64, 64
     arguments = [str(a) for a in (chunk, c, d, b)]
     run = subprocess.run([sys.executable, "-c", CLASSES, *arguments, loss], capture_output=True, text=True, check=True)
