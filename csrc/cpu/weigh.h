@@ -13,12 +13,11 @@ namespace {
 // What one reduction needs of each anchor, as rows or as columns: dL/dr (0 where the set was empty) and the value.
 template <class T>
 struct Anchors {
-  Columns<T> lower, upper, own, ref, grad, value;
+  Columns<T> lower, upper, own, grad, value;
   void fill(const Reduction<T>& r, const Tile<T>& block) {
     lower.fill(r.lower, -INF<T>, block);
     upper.fill(r.upper, INF<T>, block);
     own.fill(r.offset, r.shift, block);
-    ref.fill(r.ref_offset, T(0), block);
     grad.fill(r.grad, T(0), block);
     value.fill(r.op == LOGSUMEXP ? r.value : nullptr, T(0), block);
     for (int64_t k = 0; k < block.cols; ++k)
@@ -90,16 +89,20 @@ template <class T, bool LOWER, bool UPPER, bool SYMMETRIC, class Phi>
 void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w,
                const Phi& transform) {
   using V = Vec<T>;
-  Anchors<T> rows, cols;
-  Columns<T> doffset, dref;
+  Anchors<T> rows, cols;  // columns are anchors, and rows have a reference's offset, of a square problem only
+  Columns<T> row_ref, col_ref, doffset, dref;
   rows.fill(r, rows_of(t));
-  cols.fill(r, t);
+  col_ref.fill(r.ref_offset, T(0), t);
+  if constexpr (SYMMETRIC) {
+    cols.fill(r, t);
+    row_ref.fill(r.ref_offset, T(0), rows_of(t));
+  }
   doffset.fill(nullptr, T(0), t);
   dref.fill(nullptr, T(0), t);
   V dscale{};
   for (int64_t i = 0; i < t.rows; ++i) {
     const V low_i = splat(rows.lower.data[i]), up_i = splat(rows.upper.data[i]), grad_i = splat(rows.grad.data[i]);
-    const V own_i = splat(rows.own.data[i]), ref_i = splat(rows.ref.data[i]);
+    const V own_i = splat(rows.own.data[i]), ref_i = splat(SYMMETRIC ? row_ref.data[i] : T(0));
     const T* z = t.z + i * t.ld;
     T* wi = w + i * t.ld;
     V doffset_i{}, dref_i{};
@@ -107,7 +110,7 @@ void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int
       const V zv = load(z + v), s = zv * r.scale;
       V own_slope, ref_slope;
       const auto in_i = both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m);
-      const V slope = transform.template slope<T>(s, own_i, cols.ref.at(v), own_slope, ref_slope);
+      const V slope = transform.template slope<T>(s, own_i, col_ref.at(v), own_slope, ref_slope);
       V sum = select<T>(in_i, slope * grad_i, V{}), own = sum;
       doffset_i += select<T>(in_i, own_slope * grad_i, V{});
       if (t.mirror || !t.symmetric) store<T>(dref.data + v, dref.at(v) + select<T>(in_i, ref_slope * grad_i, V{}));
