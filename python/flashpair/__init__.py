@@ -4,7 +4,7 @@ criterion = flashpair.MultiSimilarityLoss()
 loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
 """
 
-from . import functional, miners
+from . import distributed, functional, miners
 from .criteria import (
     AngularLoss,
     ArcFaceLoss,
@@ -45,6 +45,7 @@ from .primitive import row_reduce
 from .reduction import Bound, Reduction, histogram
 from .references import References
 from .screened import Screening, screening
+from .stream import StreamedReferences
 from .transforms import register_transform
 from .weights import pair_weights
 
@@ -85,10 +86,12 @@ __all__ = [
     "Screening",
     "SoftTripleLoss",
     "SphereFaceLoss",
+    "StreamedReferences",
     "SupConLoss",
     "Terms",
     "TripletMarginLoss",
     "TupletMarginLoss",
+    "distributed",
     "functional",
     "histogram",
     "make_pairs",

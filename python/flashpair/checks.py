@@ -19,7 +19,7 @@ class Labelled:
     labels: Tensor
 
 
-def _what(value: Any) -> str:
+def what(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"
@@ -29,21 +29,21 @@ def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> T
     """A float16, bfloat16, float32 or float64 tensor of shape (N, D), D > 0."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         raise TypeError(
-            f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), got {_what(value)}"
+            f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), got {what(value)}"
         )
     if value.dim() != 2 or value.shape[1] == 0:
-        raise ValueError(f"{name} must have shape ({letters}) with D > 0, got {_what(value)}")
+        raise ValueError(f"{name} must have shape ({letters}) with D > 0, got {what(value)}")
     return value
 
 
 def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whose: str = "embeddings") -> Tensor:
     """An integer tensor of one entry a row of `of`, on its device; returned as int64."""
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {_what(value)}")
+        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}")
     if value.dim() != 1 or value.shape[0] != of.shape[0]:
-        raise ValueError(f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {_what(value)}")
+        raise ValueError(f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {what(value)}")
     if value.device != of.device:
-        raise ValueError(f"{name} must be on the device of {whose}, {of.device}, got {_what(value)}")
+        raise ValueError(f"{name} must be on the device of {whose}, {of.device}, got {what(value)}")
     return value.to(torch.int64)
 
 
@@ -68,9 +68,9 @@ def references(y: Any, x: Tensor) -> Tensor:
     """Embeddings (M, D) of the width of `x` (N, D), and on its device."""
     y = embeddings(y, "ref_emb", "M, D")
     if y.shape[1] != x.shape[1]:
-        raise ValueError(f"ref_emb must have the width of embeddings, D = {x.shape[1]}, got {_what(y)}")
+        raise ValueError(f"ref_emb must have the width of embeddings, D = {x.shape[1]}, got {what(y)}")
     if y.device != x.device:
-        raise ValueError(f"ref_emb must be on the device of embeddings, {x.device}, got {_what(y)}")
+        raise ValueError(f"ref_emb must be on the device of embeddings, {x.device}, got {what(y)}")
     return y
 
 
@@ -85,10 +85,10 @@ def number(value: Any, name: str, *, above: float | None = None, at_least: float
     """A finite real number in range, or a floating-point tensor () (a learnable one), whose value is not looked at."""
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
-            raise ValueError(f"{name} must be a number or a floating-point tensor of shape (), got {_what(value)}")
+            raise ValueError(f"{name} must be a number or a floating-point tensor of shape (), got {what(value)}")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a floating-point tensor of shape (), got {_what(value)}")
+        raise TypeError(f"{name} must be a number or a floating-point tensor of shape (), got {what(value)}")
     try:
         value = float(value)
     except OverflowError:
@@ -104,7 +104,7 @@ def number(value: Any, name: str, *, above: float | None = None, at_least: float
 def constant(value: Any, name: str, *, at_least: float) -> float:
     """A finite number that only selects pairs, and so has no gradient to learn it by."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number (selection has no gradient), got {_what(value)}")
+        raise TypeError(f"{name} must be a number (selection has no gradient), got {what(value)}")
     result = number(value, name, at_least=at_least)
     assert isinstance(result, float)
     return result
@@ -113,7 +113,7 @@ def constant(value: Any, name: str, *, at_least: float) -> float:
 def plain_number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float:
     """A finite number, not a tensor."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number, got {_what(value)}")
+        raise TypeError(f"{name} must be a number, got {what(value)}")
     result = number(value, name, above=above, at_least=at_least)
     assert isinstance(result, float)
     return result
@@ -121,13 +121,13 @@ def plain_number(value: Any, name: str, *, above: float | None = None, at_least:
 
 def flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {_what(value)}")
+        raise TypeError(f"{name} must be a bool, got {what(value)}")
     return value
 
 
 def integer(value: Any, name: str, among: Iterable[int] | None = None, *, at_least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {_what(value)}")
+        raise TypeError(f"{name} must be an int, got {what(value)}")
     if among is not None and value not in (among := tuple(among)):
         raise ValueError(f"{name} must be one of {', '.join(map(str, among))}, got {value}")
     if value < at_least:
@@ -143,7 +143,7 @@ def most(value: Any, name: str) -> int | None:
 def width(x: Tensor, size: int) -> None:
     """Embeddings (B, D) of as many columns as the weights have."""
     if x.shape[1] != size:
-        raise ValueError(f"embeddings must have embedding_size = {size} columns, got {_what(x)}")
+        raise ValueError(f"embeddings must have embedding_size = {size} columns, got {what(x)}")
 
 
 def classes(value: Tensor, count: int) -> Tensor:

@@ -32,7 +32,7 @@ _library.define(
 )
 
 
-def _schedule(impl: str, device: torch.device) -> Any:
+def schedule_of(impl: str, device: torch.device) -> Any:
     """The module that runs `impl` there, imported when first needed: Triton's JIT reads its settings on import."""
     if impl in ("tiled", "screened") and device.type == "cpu":
         return tiled if impl == "tiled" else screened
@@ -45,7 +45,7 @@ def _row_reduce(  # type: ignore[no-untyped-def]
 ):
     problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
     terms = schedule.decode(code, shifts, slots)
-    values, kept = _schedule(impl, x.device).forward(problem, terms, Given(scale, scales, vectors), keep)
+    values, kept = schedule_of(impl, x.device).forward(problem, terms, Given(scale, scales, vectors), keep)
     return values, *kept
 
 
@@ -56,14 +56,14 @@ def _row_reduce_backward(  # type: ignore[no-untyped-def]
     problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
     kept = (kept_a, kept_b, kept_c, kept_d)
     terms, given = schedule.decode(code, shifts, slots), Given(scale, scales, vectors)
-    found = _schedule(impl, x.device).backward(problem, terms, given, values, kept, grads, need)
+    found = schedule_of(impl, x.device).backward(problem, terms, given, values, kept, grads, need)
     return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
 def _row_reduce_fake(  # type: ignore[no-untyped-def]
     x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl, keep
 ):
-    likes = _schedule(impl, x.device).kept_like(x, y, schedule.decode(code, shifts, slots), keep)
+    likes = schedule_of(impl, x.device).kept_like(x, y, schedule.decode(code, shifts, slots), keep)
     values = x.new_empty(len(scales), x.shape[0], dtype=accumulator(x.dtype))
     return values, *(x.new_empty(shape, dtype=dtype) for shape, dtype in likes)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, screened, transforms
 from .dispatch import choose, native
-from .ops import RowReduce, encode
+from .ops import RowReduce, Spec, encode
 from .plan import Plan, make_plan, one_to_one
 from .positives import positive_pairs
 from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
@@ -20,7 +20,7 @@ from .reference import ReferencePairs, pad_positives, partners
 from .references import Ordered, owner
 from .rows import sorted_rows
 from .schedule import accumulator
-from .similarity import dense_pairs, poison, upcast
+from .similarity import dense_pairs, masked_logsumexp, poison, upcast
 
 
 class Pairs:
@@ -86,12 +86,7 @@ class Pairs:
         scale = None
         if any(isinstance(r.scale, Tensor) for r in reductions):
             scale = torch.stack([tensor(r.scale) for r in reductions])
-        p = self.plan
-        spec = encode(reductions, tuple(slots), self.distance, impl)
-        given: list[Tensor | None] = [*vectors]
-        if len(vectors) == 2:  # so many more arguments than parameters make torch.compile leave out `ctx`
-            given.append(None)
-        rows = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *given)
+        rows = self._rows(encode(reductions, tuple(slots), self.distance, impl), scale, vectors)
         found = []
         for row, r in zip(rows, reductions, strict=True):
             if r.offset_outside and r.offset is not None:
@@ -99,6 +94,15 @@ class Pairs:
             row = row if self.poison is None else row + self.poison
             found.append(row.detach() if r.detach else row)
         return tuple(found)
+
+    def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
+        """The values (N,) of an encoded call."""
+        p = self.plan
+        given: list[Tensor | None] = [*vectors]
+        if len(vectors) == 2:  # so many more arguments than parameters make torch.compile leave out `ctx`
+            given.append(None)
+        rows: tuple[Tensor, ...] = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *given)
+        return rows
 
     def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
         """`impl`, or `screened` in place of `tiled` for a call that it speeds up and that nobody named `tiled` for."""
@@ -166,6 +170,15 @@ class Pairs:
         z = positive_pairs(x, y, at, self.distance)
         return pad_positives(z, self.num_positives(), poison(self.x, self.y))
 
+    def sum_steps(self, most: int) -> range:
+        """The steps of `sums` that visit every pair of rows that have up to `most` positives."""
+        return range(1, (most + 1) // 2 + 1)
+
+    def at_both_ends(self, values: Tensor, other: Tensor, first: Tensor) -> Tensor:
+        """Values (N,) of the unordered pairs of `sums`, where `first`, at the pair's other end, row `other`, too."""
+        values = torch.where(first, values, 0.0)
+        return values + torch.empty_like(values).index_copy(0, other, values)
+
     def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
         """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,); p (N,),
         and where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once.
@@ -188,6 +201,14 @@ class Pairs:
         bad = poison(self.x, self.y)  # of the samples left out, too
         x, y = self.x.index_select(0, rows), self.refs.index_select(0, refs)
         return Pairs(x, y, plan, self.distance, self.impl, named=self.named, poison=bad)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all rows of values (..., N); where a batch is shared by processes, over those of all."""
+        return values.sum(-1)
+
+    def total_logsumexp(self, values: Tensor) -> Tensor:
+        """The logsumexp () of all rows' values (N,), -inf among them; over all processes' rows as `total`."""
+        return masked_logsumexp(values[None], (values != -torch.inf)[None])[0]
 
     def restore(self, values: Tensor) -> Tensor:
         """Row values (N,) in the caller's order."""

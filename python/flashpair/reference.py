@@ -142,6 +142,15 @@ class ReferencePairs:
             return most
         return max(1, int(self.masks["positives"].sum(1).amax())) if self.labels.shape[0] else 1
 
+    def sum_steps(self, most: int) -> range:
+        """The steps of `sums` that visit every pair of rows that have up to `most` positives."""
+        return range(1, (most + 1) // 2 + 1)
+
+    def at_both_ends(self, values: Tensor, other: Tensor, first: Tensor) -> Tensor:
+        """Values (N,) of the unordered pairs of `sums`, where `first`, at the pair's other end, row `other`, too."""
+        values = torch.where(first, values, 0.0)
+        return values + torch.empty_like(values).index_copy(0, other, values)
+
     def sums(self, step: int) -> tuple[ReferencePairs, Tensor, Tensor, Tensor]:
         """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,); p (N,),
         and where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once.
@@ -169,6 +178,14 @@ class ReferencePairs:
         """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
         z = self.z[rows][:, refs]
         return ReferencePairs(z, labels, labels, square=False, ref_valid=labels < count, poison=self.poison)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all rows of values (..., N); where a batch is shared by processes, over those of all."""
+        return values.sum(-1)
+
+    def total_logsumexp(self, values: Tensor) -> Tensor:
+        """The logsumexp () of all rows' values (N,), -inf among them; over all processes' rows as `total`."""
+        return masked_logsumexp(values[None], (values != -torch.inf)[None])[0]
 
     def restore(self, values: Tensor) -> Tensor:
         """Row values (N,) in the caller's order, which is this class's own."""

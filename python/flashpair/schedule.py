@@ -41,6 +41,7 @@ class Problem(NamedTuple):
     end: Tensor | None
     order: Tensor
     distance: str
+    split: int = 0
 
     @property
     def refs(self) -> Tensor:

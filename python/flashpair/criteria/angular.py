@@ -60,16 +60,16 @@ class AngularLoss(Criterion):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         most = pairs.most_positives(self.max_positives)
-        steps = (most + 1) // 2
+        steps = pairs.sum_steps(most)
         each = self._hinges if self.form == "hinge" else self._logsumexps
 
         def run(step: int) -> tuple[Tensor, Tensor]:
             sums, z, other, first = pairs.sums(step)
             loss, above = each(sums, z)
-            return at_both_ends(loss, other, first), at_both_ends(above, other, first)
+            return pairs.at_both_ends(loss, other, first), pairs.at_both_ends(above, other, first)
 
-        again = steps > KEPT_STEPS and torch.is_grad_enabled()
-        found = [checkpoint(run, k, use_reentrant=False) if again else run(k) for k in range(1, steps + 1)]
+        again = len(steps) > KEPT_STEPS and torch.is_grad_enabled()
+        found = [checkpoint(run, k, use_reentrant=False) if again else run(k) for k in steps]
         losses = torch.stack([loss for loss, _ in found]).sum(0)
         positives = pairs.num_positives()
         if self.max_positives is not None:
@@ -94,9 +94,3 @@ class AngularLoss(Criterion):
             return loss, torch.zeros_like(loss)
         (above,) = sums.reduce(Reduction("count", "negatives", lower=(-offset / (4 * t2)).detach()))
         return loss, above
-
-
-def at_both_ends(values: Tensor, other: Tensor, first: Tensor) -> Tensor:
-    """Rows' values of unordered pairs (N,), where `first`, at the pair's other end, row `other` (N,), too."""
-    values = torch.where(first, values, 0.0)
-    return values + torch.empty_like(values).index_copy(0, other, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from ..formula import RowFormula
 from ..pairs import Pairs, checked_pairs
 from ..reference import ReferencePairs
 from ..schedule import AVERAGINGS
+from ..similarity import upcast
+from ..stream import StreamedReferences
 
 AnyPairs = Pairs | ReferencePairs
 
@@ -52,6 +54,13 @@ class RowLosses(NamedTuple):
     shares: bool = False
 
 
+class Penalty(NamedTuple):
+    """A mean of something of the embeddings: () its sum, and () over how many."""
+
+    total: Tensor
+    number: Tensor
+
+
 class Criterion(nn.Module):
     """A loss of pairs: a subclass says what one row is in `row_losses`; this class does the rest.
 
@@ -84,9 +93,18 @@ class Criterion(nn.Module):
         self.reduction = checks.word(reduction, self.averagings, "reduction")
         self.impl = impl
 
+    @property
+    def preparation(self) -> tuple[bool, Callable[[Tensor], Tensor] | None]:
+        """Whether embeddings and references are normalised, and what is done to them instead, None: nothing."""
+        return self.normalize, None
+
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
         """The pairs of a call whose arguments `check` has returned."""
-        return checked_pairs(x, labels, y, ref_labels, self.distance, self.normalize, impl)
+        unit, prepare = self.preparation
+        if prepare is not None:
+            x, y = upcast(x, y)
+            x, y = prepare(x), None if y is None else prepare(y)
+        return checked_pairs(x, labels, y, ref_labels, self.distance, unit, impl)
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
@@ -102,20 +120,30 @@ class Criterion(nn.Module):
         """The same as `row_losses` in words that a schedule of whole losses knows; None where they have none."""
         return None
 
-    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
-        """Of the embeddings as they came, not normalised: a term added to every valid row's loss; None: none."""
+    penalizes_references = False
+
+    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
+        """Of the embeddings as they came, not normalised: its mean is added to every valid row's loss; None: none."""
         return None
+
+    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+        """What is added to every valid row's loss."""
+        found = self.penalty(x, labels, y, ref_labels)
+        return None if found is None else found.total / found.number.clamp_min(1)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> Tensor:
         """The loss of embeddings (N, D), float16 to float64, with integer labels (N,).
 
-        With `ref_emb` (M, D) and `ref_labels` (M,), or `References` as `ref_emb` alone, each anchor's pairs are with
-        the references, none of which is taken for the anchor itself; without, with the rest of the batch. Computed and
+        With `ref_emb` (M, D) and `ref_labels` (M,), or `References` or `StreamedReferences` as `ref_emb` alone, each
+        anchor's pairs are with the references, none of which is taken for the anchor itself; without, with the rest of
+        the batch. Computed and
         returned in float32, or float64 for float64 inputs, autocast or not: a scalar, or (N,) with
         ``reduction="none"``.
         """
+        if isinstance(ref_emb, StreamedReferences):
+            return self._streamed(embeddings, labels, ref_emb, ref_labels)
         batch = self.check(embeddings, labels, ref_emb, ref_labels)
         if torch.is_autocast_enabled(batch[0].device.type):
             with torch.autocast(batch[0].device.type, enabled=False):
@@ -127,9 +155,13 @@ class Criterion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The arguments of a call, labels as int64, or the error that names what is wrong with them."""
         batch = checks.batch(embeddings, labels, ref_emb, ref_labels)
-        if ref_emb is not None and not self.takes_references:
-            raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None, got a tensor")
+        if ref_emb is not None:
+            self.check_references()
         return batch
+
+    def check_references(self) -> None:
+        if not self.takes_references:
+            raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None")
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         extra = self.regularizer(x, labels, y, ref_labels)
@@ -145,11 +177,31 @@ class Criterion(nn.Module):
                 raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(spec)}")
         return self._by_rows(x, labels, y, ref_labels, extra, self.impl)
 
+    def _streamed(self, embeddings: Tensor, labels: Tensor, refs: StreamedReferences, ref_labels: Any) -> Tensor:
+        if ref_labels is not None:
+            raise ValueError("ref_labels must be None with StreamedReferences as ref_emb, which have labels")
+        self.check_references()
+        if self.penalizes_references:
+            raise ValueError(f"{type(self).__name__} with a penalty on references needs them in one piece")
+        x, labels, _, _ = self.check(embeddings, labels, None, None)
+        with torch.autocast(x.device.type, enabled=False):
+            pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
+            extra = self.regularizer(x, labels, None, None)
+            return reduce_losses(self.row_losses(pairs), self.reduction, pairs, extra)
+
     def _by_rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
     ) -> Tensor:
+        rows, pairs = self.rows(x, labels, y, ref_labels, impl)
+        return reduce_losses(rows, self.reduction, pairs, extra)
+
+    def rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
+    ) -> tuple[RowLosses, AnyPairs | None]:
+        """The rows' losses of a call whose arguments `check` has returned, and their pairs, which know the order; None:
+        the caller's."""
         pairs = self.pairs_of(x, labels, y, ref_labels, impl)
-        return reduce_losses(self.row_losses(pairs), self.reduction, pairs, extra)
+        return self.row_losses(pairs), pairs
 
     def _dense(self, labels: Tensor, ref_labels: Tensor | None, x: Tensor, y: Tensor | None) -> Tensor:
         """The loss without its regularizer, by the reference: for second derivatives."""
@@ -177,23 +229,30 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra
     return loss if extra is None else loss + extra.to(loss.dtype)  # an average of terms has no rows to add it to
 
 
-def average(rows: RowLosses, reduction: str) -> Tensor:
-    """The one number of every reduction but "none"."""
+def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The one number of every reduction but "none". total: the sum over all processes of a count (), where they share
+    the batch and `rows` are one's own: then its share of that number."""
     losses = rows.losses
+
+    def every(count: Tensor) -> Tensor:
+        return (count if total is None else total(count)).clamp_min(1)
+
     if rows.shares:
         return losses.sum()
     if reduction == "mean_pairs":
-        return _sum_of(t.losses.sum() / t.number.sum().clamp_min(1) for t in rows.terms)
+        return _sum_of(t.losses.sum() / every(t.number.sum()) for t in rows.terms)
     if reduction == "nonzero" and rows.terms:
-        return _sum_of(t.losses.sum() / t.nonzero.sum().clamp_min(1) for t in rows.terms if t.nonzero is not None)
+        return _sum_of(t.losses.sum() / every(t.nonzero.sum()) for t in rows.terms if t.nonzero is not None)
     if reduction == "nonzero":
         positive = ~(losses <= 0)  # NaN among them
-        return torch.where(positive, losses, 0.0).sum() / positive.sum().clamp_min(1)
+        return torch.where(positive, losses, 0.0).sum() / every(positive.sum())
     if reduction == "sum":
         return losses.sum()
     by = rows.valid.sum() if reduction == "mean_valid" else rows.denominator
+    if total is not None and not isinstance(by, Tensor):
+        by = torch.full((), by, dtype=torch.int64, device=losses.device)
     if isinstance(by, Tensor):
-        return losses.sum() / by.clamp_min(1)
+        return losses.sum() / every(by)
     return losses.mean() if by == losses.shape[0] > 0 else losses.sum() / max(by, 1)
 
 

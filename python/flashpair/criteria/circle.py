@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..reduction import Reduction
-from ..similarity import masked_logsumexp, softplus
+from ..similarity import softplus
 from ..transforms import parametrised
 from .base import AnyPairs, Criterion, RowLosses
 from .histogram import of_batch
@@ -75,7 +75,7 @@ class CircleLoss(Criterion):
 
     def _of_batch(self, pairs: AnyPairs, pos: Tensor, neg: Tensor) -> RowLosses:
         twice = 2 * math.log(2) if pairs.square else 0.0  # each unordered pair is there from both of its ends
-        some = (pairs.num_positives().sum() > 0) & (pairs.num_negatives().sum() > 0)
-        both = [masked_logsumexp(row[None], (row != -torch.inf)[None])[0] for row in (pos, neg)]
+        some = (pairs.total(pairs.num_positives()) > 0) & (pairs.total(pairs.num_negatives()) > 0)
+        both = [pairs.total_logsumexp(row) for row in (pos, neg)]
         loss = torch.where(some, softplus(torch.where(some, both[0] + both[1] - twice, 0.0)), 0.0)
-        return of_batch(loss, some, pairs.labels.shape[0])
+        return of_batch(loss, some, pairs)

@@ -4,17 +4,16 @@ and the same of signal-to-noise ratios (Yuan et al., CVPR 2019).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..pairs import checked_pairs
 from ..reduction import Reduction
 from ..schedule import AVERAGINGS
 from ..similarity import normalize, upcast
-from .base import AnyPairs, Criterion, RowLosses, Terms
+from .base import AnyPairs, Criterion, Penalty, RowLosses, Terms
 from .distances import DISTANCES, similarity_of
 
 
@@ -131,10 +130,9 @@ class SNRContrastiveLoss(Criterion):
         self.neg_margin = checks.plain_number(neg_margin, "neg_margin")
         self.regularizer_weight = checks.plain_number(regularizer_weight, "regularizer_weight", at_least=0)
 
-    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
-        x, y = upcast(x, y)
-        x, y = self._centred(x), None if y is None else self._centred(y)
-        return checked_pairs(x, labels, y, ref_labels, self.distance, False, impl)
+    @property
+    def preparation(self) -> tuple[bool, Callable[[Tensor], Tensor] | None]:
+        return False, self._centred
 
     def _centred(self, x: Tensor) -> Tensor:
         x = normalize(x) if self.normalize else x
@@ -165,9 +163,10 @@ class SNRContrastiveLoss(Criterion):
         losses = terms[0].losses + terms[1].losses
         return RowLosses(losses, (terms[0].number + terms[1].number) > 0, losses.shape[0], terms)
 
-    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
         if self.regularizer_weight == 0:
             return None
         x, _ = upcast(x, None)
         x = normalize(x) if self.normalize else x
-        return self.regularizer_weight * x.sum(1).abs().sum() / max(x.shape[0], 1)
+        total = self.regularizer_weight * x.sum(1).abs().sum()
+        return Penalty(total, torch.full_like(total, x.shape[0]))

@@ -10,9 +10,11 @@ from ..reduction import histogram
 from .base import AnyPairs, Criterion, RowLosses
 
 
-def of_batch(loss: Tensor, some: Tensor, n: int) -> RowLosses:
+def of_batch(loss: Tensor, some: Tensor, pairs: AnyPairs) -> RowLosses:
     """Row losses of a loss () that is of the whole batch: each row has the same share."""
-    return RowLosses((loss / max(n, 1)).expand(n), some.expand(n), n, shares=True)
+    n = pairs.labels.shape[0]
+    every = pairs.total(torch.ones_like(pairs.labels)).clamp_min(1)
+    return RowLosses((loss / every).expand(n), some.expand(n), n, shares=True)
 
 
 class HistogramLoss(Criterion):
@@ -37,11 +39,11 @@ class HistogramLoss(Criterion):
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         nodes, step = self.n_bins + 1, 2 / self.n_bins
         rows = pairs.reduce(*histogram("positives", nodes, -1.0, step), *histogram("negatives", nodes, -1.0, step))
-        pos, neg = (torch.stack(rows[k : k + nodes]).sum(1) for k in (0, nodes))
-        num_pos, num_neg = pairs.num_positives().sum(), pairs.num_negatives().sum()
+        pos, neg = (pairs.total(torch.stack(rows[k : k + nodes])) for k in (0, nodes))
+        num_pos, num_neg = pairs.total(pairs.num_positives()), pairs.total(pairs.num_negatives())
         loss = (neg * pos.cumsum(0)).sum() / (num_pos.clamp_min(1).to(pos.dtype) * num_neg.clamp_min(1))
         some = (num_pos > 0) & (num_neg > 0)
-        return of_batch(torch.where(some, loss, 0.0), some, pairs.labels.shape[0])
+        return of_batch(torch.where(some, loss, 0.0), some, pairs)
 
 
 class FastAPLoss(Criterion):

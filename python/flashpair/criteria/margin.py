@@ -91,6 +91,6 @@ class MarginLoss(Criterion):
         count = num_pos * times_pos + num_neg * times_neg
         nonzero = above[0] * times_pos + above[1] * times_neg if above else None
         if self.nu and nonzero is not None:  # an average over nothing is 0
-            penalty = torch.where(nonzero.sum() > 0, penalty, 0.0)
+            penalty = torch.where(pairs.total(nonzero) > 0, penalty, 0.0)
         losses = pos * times_pos + neg * times_neg + penalty
         return RowLosses(losses, count > 0, losses.shape[0], (Terms(losses, count, nonzero),))

@@ -16,7 +16,7 @@ from .. import checks
 from ..formula import RowFormula
 from ..reduction import Reduction
 from ..similarity import softplus, upcast
-from .base import AnyPairs, Criterion, RowLosses
+from .base import AnyPairs, Criterion, Penalty, RowLosses
 
 L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
 
@@ -133,8 +133,12 @@ class NPairsLoss(Criterion):
         valid = rows.detach().index_add(0, drawn.anchors, taken.to(rows.dtype)) > 0
         return RowLosses(losses, valid, drawn.taken)
 
-    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
-        if isinstance(self.l2_weight, float) and self.l2_weight == 0.0:
+    @property
+    def penalizes_references(self) -> bool:  # type: ignore[override]
+        return isinstance(self.l2_weight, Tensor) or self.l2_weight != 0.0
+
+    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
+        if not self.penalizes_references:
             return None
         x, y = upcast(x, y)
         if self.variant in ("all_pairs", "softlabel"):
@@ -150,4 +154,4 @@ class NPairsLoss(Criterion):
             size = torch.where(nonzero, torch.where(nonzero, squares, 1.0).sqrt(), 0.0)
         else:
             size = squares if self.l2_kind == "mean_sq" else squares / 2
-        return self.l2_weight * (size * weight).sum() / weight.sum().clamp_min(1)
+        return Penalty(self.l2_weight * (size * weight).sum(), weight.sum())

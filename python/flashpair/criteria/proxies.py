@@ -102,5 +102,5 @@ class ProxyAnchorLoss(ClassCriterion):
         )
         shift = self.alpha * self.margin
         present = pairs.num_positives() > 0
-        losses = softplus(pos + shift) / present.sum().clamp_min(1) + softplus(neg + shift) / self.num_classes
+        losses = softplus(pos + shift) / pairs.total(present).clamp_min(1) + softplus(neg + shift) / self.num_classes
         return RowLosses(losses, torch.ones_like(present), present.shape[0], shares=True)

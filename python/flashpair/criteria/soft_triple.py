@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..reference import ReferencePairs
 from ..similarity import inverse_norm, masked_logsumexp, normalize, poison, softplus, through_normalize, upcast
-from .base import AnyPairs, RowLosses, reduce_losses
+from .base import AnyPairs, Penalty, RowLosses
 from .classes import ClassCriterion
 
 CHUNK_BYTES = 2**21  # of similarities at a time
@@ -76,13 +76,13 @@ class SoftTripleLoss(ClassCriterion):
         own, neg = of_similarities(s, pairs.labels, self.la, self.gamma)
         return self._rows(own + pairs.poison, neg)
 
-    def _by_rows(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
-    ) -> Tensor:
+    def rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
+    ) -> tuple[RowLosses, AnyPairs | None]:
         if impl == "reference" or isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
-            return super()._by_rows(x, labels, y, ref_labels, extra, impl)
+            return super().rows(x, labels, y, ref_labels, impl)
         own, neg = _Chunked.apply(*self._sides(x), labels, self.la, self.gamma)
-        return reduce_losses(self._rows(own, neg), self.reduction, None, extra)
+        return self._rows(own, neg), None
 
     def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = upcast(x, self.weight)
@@ -93,7 +93,7 @@ class SoftTripleLoss(ClassCriterion):
         losses = softplus(neg - self.la * (own - self.margin))
         return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
 
-    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
         """Eq. 9: the mean distance of a class's centres."""
         k = self.centers_per_class
         if not self.tau or k == 1:
@@ -101,7 +101,8 @@ class SoftTripleLoss(ClassCriterion):
         w = unit(self.weight)
         one, other = torch.triu_indices(k, k, 1, device=w.device)
         distance = (2 + 1e-5 - 2 * torch.bmm(w, w.transpose(1, 2))[:, one, other]).sqrt()
-        return self.tau * distance.sum() / (self.num_classes * k * (k - 1))
+        mean = self.tau * distance.sum() / (self.num_classes * k * (k - 1))
+        return Penalty(mean, torch.ones_like(mean))
 
 
 def unit(weight: Tensor) -> Tensor:  # (C, K, D)

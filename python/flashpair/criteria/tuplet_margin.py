@@ -92,9 +92,9 @@ class IntraPairVarianceLoss(Criterion):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         pos, neg = pairs.reduce(Reduction("sum", "positives"), Reduction("sum", "negatives"))
-        num_pos, num_neg = (c.sum().clamp_min(1) for c in (pairs.num_positives(), pairs.num_negatives()))
-        low = (1 - self.pos_eps) * pos.sum() / num_pos
-        high = (1 + self.neg_eps) * neg.sum() / num_neg
+        num_pos, num_neg = (pairs.total(c).clamp_min(1) for c in (pairs.num_positives(), pairs.num_negatives()))
+        low = (1 - self.pos_eps) * pairs.total(pos) / num_pos
+        high = (1 + self.neg_eps) * pairs.total(neg) / num_neg
         pos, neg = pairs.reduce(
             Reduction("sum", "positives", "squared_hinge", scale=-1.0, offset=low),
             Reduction("sum", "negatives", "squared_hinge", offset=-high),

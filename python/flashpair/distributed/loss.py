@@ -1,0 +1,274 @@
+"""A criterion over the batch of all processes, each of which computes its own anchors' rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from ..criteria.base import AnyPairs, Criterion, RowLosses, average
+from ..criteria.classes import ClassCriterion
+from ..criteria.proxies import ProxyAnchorLoss
+from ..pairs import Pairs
+from ..similarity import normalize, upcast
+from . import pairs as shared
+from .ranks import Ranks, Scaled, Shared, Total
+from .walks import WALKS
+
+GRADIENTS = ("mean", "sum")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def gather(
+    criterion: Criterion,
+    *,
+    schedule: str = "all_gather",
+    gradients: str = "mean",
+    group: dist.ProcessGroup | None = None,
+) -> GlobalCriterion:
+    """`criterion` over the global batch: the rows of all processes of a group, one after the other by rank.
+
+    Each process calls it with its own embeddings (n, D) and labels (n,), n as it likes, 0 among it, and gets the loss
+    of all of them, the same number on each. With `ref_emb` (m, D) and `ref_labels` (m,) anchors are its own and
+    references those of all. A process computes its own anchors' rows alone, of which every two processes share the
+    similarities. See `GlobalCriterion` for gradients. Without torch.distributed, or alone in the group, it is
+    `criterion` itself.
+
+    Args:
+        criterion: any of this package's or of your own; SoftTripleLoss and losses of class weights, too, whose weights
+            every process has whole (`shard_classes` shares them out).
+        schedule: ``"all_gather"``: one all-gather of the rows, and one reduce-scatter of their gradient; every process
+            holds all rows for a moment. ``"ring"``: one other process's rows at a time, which come while it computes.
+        gradients: how the trainer joins the processes' gradients of the network: ``"mean"``, as DistributedDataParallel
+            and FSDP do, or ``"sum"``.
+        group: the processes; None: all.
+
+    Raises:
+        TypeError, ValueError: a criterion that is none, or words outside these sets.
+    """
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be a flashpair.Criterion, got {type(criterion).__name__}")
+    if type(criterion).regularizer is not Criterion.regularizer:
+        raise TypeError(f"criterion has a regularizer of its own, which is of one process: {type(criterion).__name__}")
+    return GlobalCriterion(criterion, schedule, gradients, group)
+
+
+class GlobalCriterion(nn.Module):
+    """What `gather` returns.
+
+    Gradients are exactly those of one process with the whole batch, L being its loss:
+
+    - of embeddings (and `ref_emb`) it gives W dL/dx for ``gradients="mean"``, W processes, and dL/dx for ``"sum"``.
+      Each network's gradient is then that times dx/dtheta over the process's own samples, and the mean (sum) of these
+      over the processes is dL/dtheta;
+    - of the criterion's own parameters (class weights, temperatures) it gives dL/dp whole, the same on every process:
+      leave them out of DistributedDataParallel (in it they come out right, too, at the price of one more all-reduce).
+
+    All communication is inside the call; backward only multiplies. So every process must call it as often, and the
+    first process to fail makes the others fail with torch.distributed's error within the group's timeout. With
+    ``reduction="none"`` a process gets its own rows' losses (n,), and backward communicates: all must run it.
+    Differentiable once. The call waits for the device once, for the number of rows of each process.
+
+    Raises:
+        ValueError: on every process, where embeddings differ in width, dtype, or in whether references are given.
+        RuntimeError: an `impl` that does not take references in pieces (`tiled` and `fused` do).
+    """
+
+    def __init__(self, criterion: Criterion, schedule: str, gradients: str, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.schedule = checks.word(schedule, tuple(WALKS), "schedule")
+        self.gradients = checks.word(gradients, GRADIENTS, "gradients")
+        self.group = group
+
+    def extra_repr(self) -> str:
+        return f"schedule={self.schedule!r}, gradients={self.gradients!r}"
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Tensor:
+        """The global loss () of this process's embeddings (n, D) with labels (n,); see `gather`."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+            loss: Tensor = self.criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+            return loss
+        x, labels, y, ref_labels = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._loss(Ranks(self.group), x, labels, y, ref_labels)
+
+    def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
+        learned = learned_of(self.criterion)
+        wants = torch.is_grad_enabled()
+        needs = [wants and t is not None and t.requires_grad for t in (x, y)]
+        sizes, ref_sizes, needs = agree(ranks, x, y, needs, wants and bool(learned))
+        by = float(ranks.world) if self.gradients == "mean" else 1.0
+
+        def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, AnyPairs | None, Tensor | None]:
+            x = Scaled.apply(x, by) if x.requires_grad else x
+            y = Scaled.apply(y, by) if y is not None and y.requires_grad else y
+            given = {
+                place: Shared.apply(ranks, v) if v.requires_grad else v
+                for place, v in zip(learned, values, strict=True)
+            }
+            with substituted(given):
+                found, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
+                penalty = self.criterion.penalty(x, labels, y, ref_labels)
+            if penalty is None:
+                return found, pairs, None
+            number = ranks.sum(penalty.number.detach())
+            return found, pairs, Total.apply(ranks, penalty.total) / number.clamp_min(1)
+
+        def share(x: Tensor, y: Tensor | None, *values: Tensor) -> Tensor:
+            found, _, extra = rows(x, y, *values)
+            return share_of(found, self.criterion.reduction, extra, ranks)
+
+        values = [place.get() for place in learned]
+        if self.criterion.reduction == "none":
+            x = x.detach().requires_grad_() if needs[0] and not x.requires_grad else x
+            y = y.detach().requires_grad_() if y is not None and needs[1] and not y.requires_grad else y
+            found, pairs, extra = rows(x, y, *values)
+            losses = found.losses if extra is None else found.losses + torch.where(found.valid, extra, 0.0)
+            return losses if pairs is None else pairs.restore(losses)
+        loss: Tensor = AtOnce.apply(ranks, share, needs, x, y, *values)
+        return loss
+
+    def _rows(
+        self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, sizes: list[int],
+        ref_sizes: list[int],
+    ) -> tuple[RowLosses, AnyPairs | None]:  # fmt: skip
+        criterion, how = self.criterion, (ranks, self.schedule, self.criterion.impl)
+        if isinstance(criterion, ClassCriterion) and not isinstance(criterion, ProxyAnchorLoss):
+            return criterion.rows(x, labels, y, ref_labels, criterion.impl)
+        pairs: Pairs
+        if isinstance(criterion, ProxyAnchorLoss):
+            pairs = proxies(criterion, how, x, labels, sizes)
+        else:
+            unit, prepare = criterion.preparation
+            if prepare is not None:
+                x, y = upcast(x, y)
+                x, y = prepare(x), None if y is None else prepare(y)
+            if y is None or ref_labels is None:
+                pairs = shared.of_batch(*how, criterion.distance, unit, x, labels, sizes)
+            else:
+                pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, ref_sizes)
+        return criterion.row_losses(pairs), pairs
+
+
+def proxies(
+    criterion: ProxyAnchorLoss, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]
+) -> shared.SharedPairs:
+    """This process's share of the proxies as anchors, against all processes' embeddings."""
+    ranks = how[0]
+    first, last = slice_of(criterion.num_classes, ranks)
+    x, weight = upcast(x, criterion.weight[first:last])
+    assert weight is not None
+    x = normalize(x) if criterion.normalize else x
+    classes = torch.arange(first, last, device=x.device)
+    return shared.of_references(*how, "dot", False, normalize(weight), classes, x, labels, sizes)
+
+
+def slice_of(count: int, ranks: Ranks) -> tuple[int, int]:
+    """Which of `count` things are this process's: [first, last)."""
+    return count * ranks.rank // ranks.world, count * (ranks.rank + 1) // ranks.world
+
+
+def agree(
+    ranks: Ranks, x: Tensor, y: Tensor | None, needs: list[bool], learned: bool
+) -> tuple[list[int], list[int], list[bool]]:
+    """Everybody's numbers of rows and of references, and whether anybody wants gradients of x, y, parameters.
+
+    Raises:
+        ValueError: on every process, where these cannot be one batch.
+    """
+    facts = [x.shape[0], -1 if y is None else y.shape[0], x.shape[1], DTYPES.index(x.dtype)]
+    every = ranks.tell([*facts, *map(int, needs), int(learned)], x.device)
+    for name, column, of in (("width", 2, str), ("dtype", 3, lambda k: str(DTYPES[k]))):
+        if len({row[column] for row in every}) > 1:
+            got = ", ".join(of(row[column]) for row in every)
+            raise ValueError(f"embeddings must have the same {name} on every process, got {got}")
+    if len({row[1] < 0 for row in every}) > 1:
+        raise ValueError("ref_emb must be given on every process or on none")
+    some = [any(row[k] for row in every) for k in (4, 5, 6)]
+    return [row[0] for row in every], [max(row[1], 0) for row in every], some
+
+
+def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
+    """This process's share of the one number that its rows and the others' give; the shares add up to it."""
+    if extra is not None and not (rows.terms and reduction in ("nonzero", "mean_pairs")):
+        rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra.to(rows.losses.dtype), 0.0))
+        extra = None
+    share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
+    return share if extra is None else share + extra.to(share.dtype) / ranks.world
+
+
+class AtOnce(torch.autograd.Function):
+    """The sum of the processes' shares, with this process's gradients computed in forward, where all communicate."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ranks: Ranks, share: Callable[..., Tensor], needs: list[bool], *inputs: Tensor | None
+    ) -> Tensor:
+        wanted = [needs[min(k, 2)] and t is not None for k, t in enumerate(inputs)]
+        leaves = [None if t is None else t.detach() for t in inputs]
+        for k, t in enumerate(leaves):
+            if t is not None and wanted[k] and (k < 2 or inputs[k].requires_grad):  # type: ignore[union-attr]
+                t.requires_grad_()
+        ctx.found = [None] * len(inputs)
+        with torch.set_grad_enabled(any(wanted)):
+            mine = share(*leaves)
+        places = [k for k, t in enumerate(leaves) if t is not None and t.requires_grad]
+        if places and mine.requires_grad:
+            found = torch.autograd.grad(mine, [leaves[k] for k in places], allow_unused=True)
+            for k, g in zip(places, found, strict=True):
+                ctx.found[k] = g
+        return ranks.sum(mine.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[3:]
+        found = [None if part is None or not need else part * g for part, need in zip(ctx.found, needs, strict=True)]
+        return None, None, None, *found
+
+
+class Place:
+    """Where a criterion keeps a tensor that learns."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    def get(self) -> Tensor:
+        value: Tensor = getattr(self.module, self.name)
+        return value
+
+
+def learned_of(criterion: nn.Module) -> list[Place]:
+    """Parameters, and plain tensors with a graph, of a criterion and what is in it."""
+    found = []
+    for module in criterion.modules():
+        names = [*module._parameters, *(k for k, v in vars(module).items() if isinstance(v, Tensor))]
+        found += [
+            Place(module, k) for k in names if getattr(module, k) is not None and getattr(module, k).requires_grad
+        ]
+    return found
+
+
+@contextlib.contextmanager
+def substituted(values: dict[Place, Tensor]) -> Iterator[None]:
+    """Puts other tensors in these places for a while: an instance's own attributes come before its parameters."""
+    before = {place: place.module.__dict__.get(place.name) for place in values}
+    try:
+        for place, value in values.items():
+            place.module.__dict__[place.name] = value
+        yield
+    finally:
+        for place, value in before.items():
+            if value is None:
+                del place.module.__dict__[place.name]
+            else:
+                place.module.__dict__[place.name] = value

@@ -1,0 +1,206 @@
+"""`Pairs` whose references come in pieces (pieces.py): from a file, a queue of earlier batches, other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import choose, obstacles
+from .ops import Spec
+from .pairs import Pairs
+from .pieces import Job, Piece, Pieces, Walk, places_of
+from .plan import Plan, one_to_one
+from .reduction import Reduction
+from .reference import ReferencePairs, pad_positives
+from .similarity import poison, zero_distance
+
+
+TAKEN = ("tiled", "fused")  # schedules whose calls keep nothing that hangs on all references
+
+
+def in_pieces(impl: str, x: Tensor) -> str:
+    """The schedule that takes references in pieces.
+
+    Raises:
+        RuntimeError: one that was named and does not, or none that can run here.
+    """
+    chosen = choose(impl, x, None)
+    if chosen not in TAKEN:
+        why = f"impl={impl!r} cannot run" if impl != "auto" else "; ".join(obstacles("tiled", x.device))
+        raise RuntimeError(f"references in pieces are taken by 'tiled' and 'fused': {why}")
+    return chosen
+
+
+class Known(Walk):
+    """A walk that knows the labels of all references, sorted, and where each stands among all (M,), (M,)."""
+
+    def known(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def singly(self) -> Walk:
+        """The same references, met by every anchor one way, with no piece of `both`."""
+        raise NotImplementedError
+
+
+class PiecedPairs(Pairs):
+    """N anchors, sorted, against what a walk brings.
+
+    Args:
+        x: (N, D) sorted anchors; `order`: (N,) the caller's index of each; square: they are among the references.
+        y: (M, D) sorted references of this process, where the walk has need of them.
+    """
+
+    def __init__(
+        self, x: Tensor, order: Tensor, walk: Known, square: bool, distance: str, impl: str, y: Tensor | None = None
+    ) -> None:
+        labels = walk.labels
+        refs = labels if square else walk.known()[0]
+        super().__init__(x, y, Plan(order, order, labels, refs, order, order, None, square), distance, impl, named=True)
+        self.walk = walk
+        self._span: tuple[Tensor, Tensor] | None = None
+
+    def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
+        rows: Tensor = Pieces.apply(Job(self.walk, spec), self.x, self.y, scale, *vectors)
+        return rows.unbind(0)
+
+    def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
+        return self.impl
+
+    def dense(self) -> ReferencePairs:
+        raise RuntimeError("references in pieces have no dense matrix")
+
+    @property
+    def refs(self) -> Tensor:
+        raise RuntimeError("references in pieces are never there at once")
+
+    def _interval(self) -> tuple[Tensor, Tensor]:
+        """Each anchor's positives among all references in the order of their labels, itself among them if square."""
+        if self._span is None:
+            labels, _ = self.walk.known()
+            self._span = torch.searchsorted(labels, self.labels), torch.searchsorted(labels, self.labels, right=True)
+        return self._span
+
+    def num_positives(self) -> Tensor:
+        lo, hi = self._interval()
+        return hi - lo - int(self.square)
+
+    def num_negatives(self) -> Tensor:
+        lo, hi = self._interval()
+        return self.walk.known()[0].shape[0] - (hi - lo)
+
+    def own_places(self) -> Tensor:
+        """Of a square problem: where each anchor stands among all references in the order of their labels (N,)."""
+        return places_of(self.walk.order, self.walk.known()[1])
+
+    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        x, (lo, _), (_, order) = self.x.to(self.dtype), self._interval(), self.walk.known()
+        at = lo[:, None] + torch.arange(self.most_positives(most), device=x.device)
+        if self.square:
+            at = at + (at >= self.own_places()[:, None])
+        count = order.shape[0]
+        wanted = order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
+        dots, squares = Fetched.apply(self.walk.singly(), x, self.shared_refs(), wanted)
+        z = of_dots(dots, (x * x).sum(1)[:, None] + squares, self.distance)
+        return pad_positives(z, self.num_positives(), poison(self.x, None))
+
+    def shared_refs(self) -> Tensor | None:
+        """This process's references (M, D), of a square problem its anchors, for a walk that takes them one way."""
+        return self.x.to(self.dtype) if self.square else self.y
+
+    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
+        wanted = self.walk.known()[1].index_select(0, refs)
+        y = FetchedRows.apply(self.walk.singly(), self.x, self.shared_refs(), wanted)
+        x = self.x.index_select(0, rows)
+        return Pairs(x, y, one_to_one(labels, count), self.distance, self.impl, poison=poison(self.x, None))
+
+
+def of_dots(s: Tensor, squares: Tensor, distance: str) -> Tensor:
+    """z of pairs from their dot products and the sums of their squared norms, as `similarity.dense_pairs` has it."""
+    if distance == "dot":
+        return s
+    d2 = squares - 2 * s
+    if distance == "squared_euclidean":
+        return d2.relu()
+    apart = d2 > zero_distance(d2.dtype) * squares
+    return torch.where(apart, torch.where(apart, d2, 1.0).sqrt(), 0.0)
+
+
+def _visited(walk: Walk, x: Tensor, y: Tensor | None, wanted: Tensor) -> Iterator[tuple[Piece, Tensor, list[Any]]]:
+    """Each piece that has rows, its rows, and for each k whose references wanted[:, k] are here, and which they are."""
+    for piece in walk.pieces(x, y, None):
+        assert piece.y is not None
+        rows = piece.y.to(x.dtype)
+        here = places_of(wanted.T, piece.order) if rows.shape[0] else ()
+        yield piece, rows, [(at >= 0, at.clamp_min(0)) for at in here]
+
+
+def _handed(walk: Walk, dy: Tensor | None, found: Any) -> None:
+    for own, _, part in found:
+        assert dy is not None
+        dy[own] += part
+
+
+class Fetched(torch.autograd.Function):
+    """<x_i, y_j> and |y_j|^2 (N, K) of references j = wanted (N, K), by their place among all; -1: none, and 0."""
+
+    @staticmethod
+    def forward(ctx: Any, walk: Walk, x: Tensor, y: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        dots, squares = x.new_zeros(wanted.shape), x.new_zeros(wanted.shape)
+        for _, rows, places in _visited(walk, x, y, wanted):
+            square = (rows * rows).sum(1)
+            for k, (here, at) in enumerate(places):
+                dots[:, k] += torch.where(here, (x * rows.index_select(0, at)).sum(1), 0.0)
+                squares[:, k] += torch.where(here, square[at], 0.0)
+        ctx.walk = walk
+        ctx.save_for_backward(x, y, wanted)
+        return dots, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
+        x, y, wanted = ctx.saved_tensors
+        dx, dy = torch.zeros_like(x), None if y is None else torch.zeros_like(y, dtype=x.dtype)
+        for piece, rows, places in _visited(ctx.walk, x, y, wanted):
+            part = torch.zeros_like(rows)
+            for k, (here, at) in enumerate(places):
+                of_dot, of_square = (torch.where(here, t[:, k], 0.0)[:, None] for t in (g, h))
+                other = rows.index_select(0, at)
+                dx += of_dot * other
+                part.index_add_(0, at, of_dot * x + 2 * of_square * other)
+            if piece.wanted:
+                _handed(ctx.walk, dy, ctx.walk.give(piece, None, part))
+        _handed(ctx.walk, dy, ctx.walk.settle())
+        return None, dx, None if dy is None else dy.to(y.dtype), None
+
+
+class FetchedRows(torch.autograd.Function):
+    """References (N, D) by their place among all (N,)."""
+
+    @staticmethod
+    def forward(ctx: Any, walk: Walk, x: Tensor, y: Tensor | None, wanted: Tensor) -> Tensor:
+        found = x.new_zeros(wanted.shape[0], x.shape[1])
+        for _, rows, places in _visited(walk, x, y, wanted[:, None]):
+            for here, at in places:
+                found += torch.where(here[:, None], rows.index_select(0, at), 0.0)
+        ctx.walk = walk
+        ctx.save_for_backward(x, y, wanted)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None]:
+        x, y, wanted = ctx.saved_tensors
+        if y is None:
+            return None, None, None, None
+        dy = torch.zeros_like(y, dtype=x.dtype)
+        for piece, rows, places in _visited(ctx.walk, x, y, wanted[:, None]):
+            part = torch.zeros_like(rows)
+            for here, at in places:
+                part.index_add_(0, at, torch.where(here[:, None], g, 0.0))
+            _handed(ctx.walk, dy, ctx.walk.give(piece, None, part))
+        _handed(ctx.walk, dy, ctx.walk.settle())
+        return None, None, dy.to(y.dtype), None

@@ -1,0 +1,204 @@
+"""References that do not fit memory: read a block at a time, from an array on disk, from host memory or an iterable."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .pieced import Known, PiecedPairs, in_pieces
+from .pieces import Found, Piece
+from .rows import sorted_rows
+from .schedule import accumulator
+
+BLOCK_BYTES = 2**25  # of references that are read at a time, unless the caller says how many
+
+
+class StreamedReferences:
+    """References (M, D) with labels (M,) that are read a block at a time, where `ref_emb` stands:
+    ``criterion(embeddings, labels, ref_emb=StreamedReferences(np.memmap(...), bank_labels))``.
+
+    Beside the anchors' own memory a call holds two blocks of references (one that is computed, one that is read ahead)
+    and their labels. The loss and the anchors' gradient are those of all references in one piece; references have none.
+    A call reads all of them once for each stage of its mining (Multi-Similarity has three) and once for the gradient.
+
+    Args:
+        source: an array (M, D) of a floating dtype, such as ``numpy.memmap``, or a tensor, on any device: blocks go to
+            the anchors' device; or what gives tensors (m, D), M rows in all and always the same, each time it is
+            iterated over: a list, a Dataset's loader, or a function of no arguments that returns an iterator.
+        labels: (M,), integers.
+        block: rows that are read at a time; None: as many as 32 MB hold. An iterable's own tensors are its blocks.
+        progress: show a progress bar (needs `rich`); or a function of the blocks read and of all blocks of this pass
+            (0 where an iterable does not say), called after each.
+
+    Raises:
+        TypeError, ValueError: a source that can be read only once (a generator), labels that are no integers (M,), or,
+            in a call, blocks that do not add up to M rows of the anchors' width.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        labels: Tensor,
+        *,
+        block: int | None = None,
+        progress: bool | Callable[[int, int], object] = False,
+    ) -> None:
+        if isinstance(source, Iterator):
+            raise TypeError(
+                "source must be readable more than once, as a list or a function that returns an iterator is, got "
+                f"{type(source).__name__}"
+            )
+        if not (callable(source) or isinstance(source, Iterable) or hasattr(source, "shape")):
+            kind = type(source).__name__
+            raise TypeError(f"source must be an array, a tensor, an iterable or a function, got {kind}")
+        shape = getattr(source, "shape", None)
+        if shape is not None and len(shape) != 2:
+            raise ValueError(f"source must have shape (M, D), got {tuple(shape)}")
+        if not isinstance(labels, Tensor) or labels.dtype not in checks.INTEGERS or labels.dim() != 1:
+            raise TypeError(f"labels must be an integer tensor of shape (M,), got {checks.what(labels)}")
+        if shape is not None and shape[0] != labels.shape[0]:
+            raise ValueError(f"labels must have shape (M,) = ({shape[0]},) like source, got {checks.what(labels)}")
+        self.source, self.block = source, checks.most(block, "block")
+        self.labels = labels.detach().to(torch.int64)
+        self.progress = progress
+        self._sorted: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def pairs(
+        self, x: Tensor, labels: Tensor, distance: str, unit: bool, prepare: Callable[[Tensor], Tensor] | None,
+        impl: str,
+    ) -> PiecedPairs:  # fmt: skip
+        """Pairs of anchors (N, D) and these; see `Criterion.preparation` for unit and prepare."""
+        chosen = in_pieces(impl, x)
+        x = x.to(accumulator(x.dtype))
+        x = x if prepare is None else prepare(x)
+        walk = _Stream(self, x, labels, unit, chosen, prepare)
+        rows = sorted_rows(x, walk.order, unit=unit, impl=chosen)
+        return PiecedPairs(rows, walk.order, walk, False, distance, chosen)
+
+    def sorted_labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._sorted is None or self._sorted[0].device != device:
+            self._sorted = tuple(torch.sort(self.labels.to(device), stable=True))  # type: ignore[assignment]
+        return self._sorted  # type: ignore[return-value]
+
+    def blocks(self, width: int) -> Iterator[Tensor]:
+        """Tensors (m, D) as the source has them."""
+        if not hasattr(self.source, "shape"):
+            yield from self.source() if callable(self.source) else self.source
+            return
+        size = self.block or max(1, BLOCK_BYTES // (width * 4))
+        for first in range(0, len(self), size):
+            yield _rows(self.source, first, min(first + size, len(self)))
+
+    def count(self, width: int) -> int:
+        """How many blocks a pass has; 0: unknown."""
+        if hasattr(self.source, "shape"):
+            size = self.block or max(1, BLOCK_BYTES // (width * 4))
+            return -(-len(self) // size)
+        return len(self.source) if hasattr(self.source, "__len__") else 0
+
+
+def _rows(source: Any, first: int, last: int) -> Tensor:
+    """Rows [first, last). Of a memory-mapped array by a mapping of their own, so that what was read does not stay."""
+    if isinstance(source, Tensor):
+        return source[first:last]
+    import numpy as np
+
+    whole = isinstance(source, np.memmap) and isinstance(source.base, mmap.mmap) and source.flags.c_contiguous
+    if whole and source.filename is not None:
+        at = source.offset + first * source.strides[0]
+        part = np.memmap(source.filename, source.dtype, "r", at, (last - first, source.shape[1]))
+        return torch.from_numpy(np.array(part))
+    return torch.from_numpy(np.array(source[first:last]))
+
+
+class _Stream(Known):
+    """The walk over a stream's blocks, each sorted and normalised as it comes."""
+
+    def __init__(
+        self, stream: StreamedReferences, x: Tensor, labels: Tensor, unit: bool, impl: str,
+        prepare: Callable[[Tensor], Tensor] | None,
+    ) -> None:  # fmt: skip
+        self.labels, self.order = torch.sort(labels, stable=True)
+        self.stream, self.unit, self.impl, self.prepare = stream, unit, impl, prepare
+
+    def known(self) -> tuple[Tensor, Tensor]:
+        return self.stream.sorted_labels(self.labels.device)
+
+    def singly(self) -> _Stream:
+        return self
+
+    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
+        raise AssertionError("references that are read have no gradient")
+
+    def settle(self) -> list[Found]:
+        return []
+
+    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
+        stream, first = self.stream, 0
+        with _progress(stream.progress, stream.count(x.shape[1])) as step, torch.no_grad():
+            for block in _ahead(stream.blocks(x.shape[1])):
+                last = first + block.shape[0]
+                if block.dim() != 2 or block.shape[1] != x.shape[1] or last > len(stream):
+                    raise ValueError(
+                        f"source must give ({len(stream)}, {x.shape[1]}) rows in all, "
+                        f"got {checks.what(block)} after {first}"
+                    )
+                labels, order = torch.sort(stream.labels[first:last].to(x.device), stable=True)
+                block = block.to(x.device, x.dtype, non_blocking=True)
+                block = block if self.prepare is None else self.prepare(block)
+                rows = sorted_rows(block, order, unit=self.unit, impl=self.impl)
+                yield Piece(rows, labels, order + first)
+                first = last
+                step()
+        if first != len(stream):
+            raise ValueError(f"source must give as many rows as there are labels, {len(stream)}, got {first}")
+
+
+def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same, each read while the one before it is computed."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
+
+
+class _progress:
+    """Counts blocks, for a bar or for the caller's function."""
+
+    def __init__(self, kind: bool | Callable[[int, int], object], total: int) -> None:
+        self.total, self.done, self.call, self.bar = total, 0, None, None
+        if callable(kind):
+            self.call = kind
+        elif kind:
+            try:
+                from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+            except ImportError as error:
+                raise ImportError("progress=True needs rich (pip install rich), or a function of your own") from error
+            self.bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+            self.task = self.bar.add_task("references", total=total or None)
+
+    def __enter__(self) -> Callable[[], None]:
+        if self.bar is not None:
+            self.bar.start()
+        return self.step
+
+    def step(self) -> None:
+        self.done += 1
+        if self.call is not None:
+            self.call(self.done, self.total)
+        if self.bar is not None:
+            self.bar.advance(self.task)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
