@@ -89,9 +89,9 @@ void bind_pass(py::module_& m, const char* name) {
                         std::get<3>(l)};
   };
   py::class_<P>(m, name)
-      .def(py::init([](const std::string& isa, int64_t n, int64_t m, int64_t end, bool square, Address lo, Address hi,
-                       Address order, Address row_square, Address ref_square, bool squared, Address x, Address y,
-                       int64_t d, int64_t size, int64_t lanes) {
+      .def(py::init([](const std::string& isa, int64_t n, int64_t m, int64_t end, bool square, int64_t split,
+                       Address lo, Address hi, Address order, Address row_square, Address ref_square, bool squared,
+                       Address x, Address y, int64_t d, int64_t size, int64_t lanes) {
         const Problem<T> problem{n,
                                  m,
                                  end,
@@ -101,7 +101,8 @@ void bind_pass(py::module_& m, const char* name) {
                                  at<int64_t>(order),
                                  at<T>(row_square),
                                  at<T>(ref_square),
-                                 squared};
+                                 squared,
+                                 split};
         return P(kernels<T>(isa), problem, at<T>(x), at<T>(y), d, size, lanes);
       }))
       .def("add",
@@ -178,7 +179,7 @@ void whole_loss(const std::string& isa, const std::array<int, 5>& shape, const s
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "flashpair's CPU kernels: addresses and sizes in, nothing owned.";
-  m.attr("INTERFACE") = 2;  // extension.py's: a build of other sources is refused
+  m.attr("INTERFACE") = 3;  // extension.py's: a build of other sources is refused
   m.attr("MAX_TILE") = MAX_TILE;
   m.def("instruction_sets", &instruction_sets, "What this build holds and this processor runs, best first.");
   m.def(

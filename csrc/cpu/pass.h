@@ -32,10 +32,10 @@ template <class T>
 class Pass {
  public:
   Pass(Kernels<T> kernels, Problem<T> problem, const T* x, const T* y, int64_t d, int64_t size, int64_t lanes)
-      : kernels_(kernels), p_(problem), x_(x), y_(y), d_(d), grid_{p_.n, p_.m, size, lanes, p_.square} {
+      : kernels_(kernels), p_(problem), x_(x), y_(y), d_(d), grid_{p_.n, p_.m, size, lanes, p_.square, p_.split} {
     int64_t positives = 0;
     for (int64_t i = 0; i < p_.n; ++i) positives += p_.hi[i] - p_.lo[i];
-    wide_ = WIDE_BAND * positives > p_.n * p_.m;
+    wide_ = WIDE_BAND * positives > (p_.split ? 2 * p_.split * (p_.n - p_.split) : p_.n * p_.m);
   }
 
   // Forward state and gradients are filled in by `forward` and `backward`.
@@ -106,7 +106,8 @@ class Pass {
   // Adds to the gradients, which come zeroed: dx (N, D), dy (M, D) (null: not wanted; never for a square problem), and
   // what the reductions point to. Reductions whose grad is null have no part.
   void backward(int threads, const T* values, T* dx, T* dy, const LiveLists<T>& live) {
-    const int64_t n = p_.n, lanes = grid_.lanes, blocks = std::max(n / BAND_ROWS + 1, grid_.row_blocks());
+    const int64_t n = p_.n, lanes = grid_.lanes;
+    const int64_t blocks = std::max(Band<T>{p_, grid_.size}.count(), grid_.row_blocks());
     std::vector<T> lane_dx(dx && lanes > 1 ? lanes * n * d_ : 0), pull(p_.row_square ? lanes * n : 0);
     std::vector<T> ref_pull(p_.row_square && dy ? p_.m : 0);
     std::vector<std::vector<T>> lane_offset(given_.size());
@@ -263,8 +264,10 @@ class Pass {
           Place place;
           if (!grid_.at(k, place)) return std::make_pair(int64_t{-1}, int64_t{-1});
           const int64_t row = place.lane * grid_.row_blocks() + place.row_block;
-          if (p_.square) return std::make_pair(row, place.row_block == place.col_block ? int64_t{-1} : place.col_block);
-          return std::make_pair(row, columns_written ? rows + place.col_block : int64_t{-1});
+          if (grid_.triangle())
+            return std::make_pair(row, place.row_block == place.col_block ? int64_t{-1} : place.col_block);
+          const bool columns_touched = columns_written || p_.square;  // of two groups: the other's rows
+          return std::make_pair(row, columns_touched ? rows + place.col_block : int64_t{-1});
         },
         [&](int64_t k) {
           Place place;

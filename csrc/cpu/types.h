@@ -13,6 +13,8 @@ constexpr int64_t MAX_TILE = 512;  // rows or columns of a tile, and entries of 
 
 // N anchors sorted by label against M references sorted by label: row i's positives are columns [lo_i, hi_i),
 // its negatives the rest of [0, end). Square: the references are the anchors, and i is no pair of itself.
+// Split (square problems): two groups of anchors, rows [0, split) and [split, N), each sorted by itself; the pairs are
+// those of one group with the other, so an interval lies in the other group. An empty first group is split = N, too.
 template <class T>
 struct Problem {
   int64_t n, m, end;
@@ -21,6 +23,7 @@ struct Problem {
   const int64_t* order;              // (M,) place of each reference in the caller's order
   const T *row_square, *ref_square;  // (N,), (M,) squared norms, null for dot products
   bool squared = false;              // with them: z is the squared distance
+  int64_t split = 0;                 // 0: one group
 };
 
 enum StepOp : int {

@@ -118,6 +118,7 @@ class Work:
     """One problem on one device: its configuration and its launches."""
 
     def __init__(self, p: Problem, terms: Terms, given: Given) -> None:
+        p.refuse_groups("schedules of the GPU take")
         self.p, self.terms, self.given = p, terms, given
         self.n, self.d = p.x.shape
         self.m = p.refs.shape[0]

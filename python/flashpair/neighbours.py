@@ -89,5 +89,5 @@ def _screened(x: Tensor, y: Tensor | None, k: int, distance: str) -> Nearest:
     p = Problem(x.contiguous(), None if y is None else y.contiguous(), none, none, None, torch.arange(m), distance)
     values, indices, squares = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64), p.row_and_ref_squares()
     work = tiled.cpu_pass(p, squares, lanes=1)
-    work.nearest(tiled.threads(n, m, x.shape[1]), extension.instruction_set(), k, address(values), address(indices))
+    work.nearest(tiled.threads(n * m, x.shape[1]), extension.instruction_set(), k, address(values), address(indices))
     return Nearest(values, indices)

@@ -32,6 +32,10 @@ class Problem(NamedTuple):
     """Sorted embeddings x (N, D), y (M, D) or None for x itself, intervals lo, hi (N,), and the caller's order (M,).
 
     end: () int64 or None, references from there on take no part.
+    split: 0, or of a problem without y and end, two groups of anchors, rows [0, split) and [split, N), each sorted by
+        itself. Its pairs are those of one group with the other: a row's references are the other group, in which its
+        interval lies, in the rows' numbers. Where the first group is empty, split is N, as where the last one is.
+        `tiled` on the CPU takes it; others refuse.
     """
 
     x: Tensor
@@ -46,6 +50,16 @@ class Problem(NamedTuple):
     @property
     def refs(self) -> Tensor:
         return self.x if self.y is None else self.y
+
+    @property
+    def pairs(self) -> int:
+        """How many there are, counted from both ends in a square problem."""
+        n = self.x.shape[0]
+        return 2 * self.split * (n - self.split) if self.split else n * self.refs.shape[0]
+
+    def refuse_groups(self, who: str) -> None:
+        if self.split:
+            raise NotImplementedError(f"{who} no problem of two groups, got split={self.split}")
 
     def row_and_ref_squares(self) -> tuple[Tensor | None, Tensor | None]:
         """Squared norms (N,), (M,) for Euclidean distances, None for dot products."""

@@ -1,6 +1,7 @@
 """`tiled` on the CPU: a vendor product into a tile that stays in cache, one fused C++ epilogue over it, in parallel.
 
-Computes: the row reductions of an N x M problem, and their gradients; csrc/cpu/pass.h is the loop over tiles.
+Computes: the row reductions of an N x M problem, or of two groups of anchors with each other, and their gradients;
+csrc/cpu/pass.h is the loop over tiles.
 Never materialises: more than one tile of similarities and one of weights a thread.
 Keeps for backward: the row values; of a tile in which a mining window leaves few pairs, those pairs, so that backward
 need not visit it (`live_capacity` bounds them to a fixed number a row).
@@ -34,12 +35,14 @@ class Grid(NamedTuple):
     live_capacity: int
 
 
-def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW) -> Grid:
-    """How N x M pairs are cut: into tiles that stay in a core's second-level cache."""
-    size = 512 if n * m > 16384**2 else 256 if n * m > 1024**2 else 128
-    rows, cols = -(-n // size), -(-m // size)
+def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW, split: int = 0) -> Grid:
+    """How N x M pairs are cut, or those of two groups (Problem's split): into tiles that stay in a core's second-level
+    cache."""
+    pairs = 2 * split * (n - split) if split else n * m
+    size = 512 if pairs > 16384**2 else 256 if pairs > 1024**2 else 128
+    rows, cols = -(-(split or n) // size), -(-(m - split) // size)
     lanes = 1 if square else max(1, min(16 // max(rows, 1), cols // 4))
-    slots = rows * (rows + 1) // 2 if square else rows * cols
+    slots = rows * (rows + 1) // 2 if square and not split else rows * cols
     capacity = live_per_row * (n if square else n + m) // max(slots, 1)
     return Grid(size, lanes, slots, min(capacity, size * size // 8))
 
@@ -85,34 +88,40 @@ def _listed(terms: Terms) -> int:
     return weighted[0] if len(weighted) == 1 and terms[weighted[0]].window else -1
 
 
-def _kept_sizes(n: int, m: int, square: bool, terms: Terms, keep: bool, screen: bool) -> list[tuple[int, ...]]:
+def _kept_sizes(
+    n: int, m: int, square: bool, split: int, terms: Terms, keep: bool, screen: bool
+) -> list[tuple[int, ...]]:
     """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction, and of every screened tile."""
-    g = grid(n, m, square, SCREENED_PAIRS_PER_ROW if screen else LIVE_PAIRS_PER_ROW)
+    g = grid(n, m, square, SCREENED_PAIRS_PER_ROW if screen else LIVE_PAIRS_PER_ROW, split)
     listing = keep and (bool(_weighted(terms)) if screen else _listed(terms) >= 0)
     slots, capacity = (g.slots, g.live_capacity) if listing else (0, 0)
     extremes = len(terms) if keep and any(t.indexed for t in terms) else 0
     return [(extremes, n), (slots,), (slots, capacity), (slots, capacity)]
 
 
-def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool, *, screen: bool = False) -> list[Like]:
-    sizes = _kept_sizes(x.shape[0], (x if y is None else y).shape[0], y is None, terms, keep, screen)
+def kept_like(
+    x: Tensor, y: Tensor | None, terms: Terms, keep: bool, *, screen: bool = False, split: int = 0
+) -> list[Like]:
+    sizes = _kept_sizes(x.shape[0], (x if y is None else y).shape[0], y is None, split, terms, keep, screen)
     return list(zip(sizes, (torch.int64, torch.int32, torch.int32, x.dtype), strict=True))
 
 
 def cpu_pass(p: Problem, squares: tuple[Tensor | None, Tensor | None], lanes: int | None = None) -> Any:
     """The C++ pass over these tensors, whose memory the caller holds."""
-    (n, d), refs = p.x.shape, p.x if p.y is None else p.y
-    m, g = refs.shape[0], grid(n, refs.shape[0], p.y is None)
+    (n, d), refs = p.x.shape, p.refs
+    if p.split and (p.y is not None or p.end is not None or not 0 < p.split <= n):
+        raise ValueError(f"two groups take no y and no end, and split from 1 to N = {n}, got split={p.split}")
+    m, g = refs.shape[0], grid(n, refs.shape[0], p.y is None, split=p.split)
     module = extension.require()
     return (module.PassDouble if p.x.dtype == torch.float64 else module.PassFloat)(
-        extension.instruction_set(), n, m, m if p.end is None else int(p.end), p.y is None,
+        extension.instruction_set(), n, m, m if p.end is None else int(p.end), p.y is None, p.split,
         address(p.lo), address(p.hi), address(p.order), address(squares[0]), address(squares[1]),
         p.distance == "squared_euclidean", address(p.x), address(refs), d, g.size, lanes or g.lanes,
     )  # fmt: skip
 
 
-def threads(n: int, m: int, d: int) -> int:
-    return 1 if n * m * d < INLINE_WORK else torch.get_num_threads()
+def threads(pairs: int, d: int) -> int:
+    return 1 if pairs * d < INLINE_WORK else torch.get_num_threads()
 
 
 def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, Kept]:
@@ -128,21 +137,23 @@ def run(
 
     screen: the instruction set of its products, or none; refs: the references' Int8Rows where they are at hand.
     """
-    n, m = p.x.shape[0], (p.x if p.y is None else p.y).shape[0]
-    sizes = _kept_sizes(n, m, p.y is None, terms, keep, bool(screen))
+    if screen:
+        p.refuse_groups("screened takes")
+    squares = p.row_and_ref_squares()
+    work, operands = cpu_pass(p, squares), _operands(terms, given)
+    n, m = p.x.shape[0], p.refs.shape[0]
+    sizes = _kept_sizes(n, m, p.y is None, p.split, terms, keep, bool(screen))
     values = p.x.new_empty(len(terms), n)
     kept = Kept(
         torch.empty(sizes[0], dtype=torch.int64), torch.full(sizes[1], -1, dtype=torch.int32),
         torch.empty(sizes[2], dtype=torch.int32), p.x.new_empty(sizes[3]),
     )  # fmt: skip
-    squares = p.row_and_ref_squares()
-    work, operands = cpu_pass(p, squares), _operands(terms, given)
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
         work.add(*operands[k], address(index), 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     places = address(kept.extreme) if sizes[0][0] else 0
-    tally = work.forward(threads(n, m, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
+    tally = work.forward(threads(p.pairs, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
     return values, kept, tuple(tally)
 
 
@@ -151,7 +162,7 @@ def backward(
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
-    n, m, k = p.x.shape[0], (p.x if p.y is None else p.y).shape[0], len(terms)
+    n, m, k = p.x.shape[0], p.refs.shape[0], len(terms)
     dx = torch.zeros_like(p.x) if need[0] else None
     dy = torch.zeros_like(p.y) if need[1] and p.y is not None else None
     dscale = torch.zeros(k, dtype=torch.float64) if need[2] else None
@@ -166,7 +177,7 @@ def backward(
             address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),
             address(None if dref_offset is None else dref_offset[i]),
         )  # fmt: skip
-    work.backward(threads(n, m, p.x.shape[1]), values.data_ptr(), address(dx), address(dy), kept.lists())
+    work.backward(threads(p.pairs, p.x.shape[1]), values.data_ptr(), address(dx), address(dy), kept.lists())
     return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)
 
 
@@ -176,6 +187,6 @@ def run_whole(call: Whole) -> Results:
     results = call.room(x.dtype)
     extension.require().whole_loss(
         extension.instruction_set(), call.shape, call.code, call.numbers,
-        *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), threads(n, m, d),
+        *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), threads(n * m, d),
     )  # fmt: skip
     return results
