@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+from collections import Counter
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from helpers import CRITERIA, PAIR_CRITERIA, assert_same, batch, gradients, made
 from torch import nn
 
 import flashpair
-from flashpair import functional
+from flashpair import dispatch, functional
 from flashpair.check import value_and_gradient
+from flashpair.pairs import Pairs
 
 IMPLS = ["reference", pytest.param("tiled", marks=needs_extension)]
 DIFFERENTIATED = [name for name, make in CRITERIA.items() if make().differentiates]
@@ -168,6 +170,34 @@ def test_compiles_into_one_graph(name):
     compiled = torch.compile(criterion, fullgraph=True, backend="inductor" if name in INDUCTOR else "aot_eager")
     for f, t in zip(value_and_gradient(compiled, x, labels), truth, strict=True):
         torch.testing.assert_close(f, t)
+
+
+@needs_extension
+@pytest.mark.parametrize("refs", [False, True])
+@pytest.mark.parametrize("variant", ["mc", "ovo"])
+def test_one_pair_a_class_is_that_many_rows_on_the_cpu_and_still_compiles(variant, refs, monkeypatch):
+    monkeypatch.setattr(dispatch, "WHOLE_PAIRS", -1)
+    x, labels = batch(90, 8, 3, torch.float64)
+    labels[:5] = 100 + torch.arange(5)  # single, without a reference
+    given = dict(zip(("ref_emb", "ref_labels"), batch(70, 8, 3, torch.float64, seed=1), strict=True)) if refs else {}
+    criterion, sizes, select = flashpair.NPairsLoss(variant, impl="tiled"), [], Pairs.select
+
+    def seen(self, rows, *rest):
+        sizes.append(rows.shape[0])
+        return select(self, rows, *rest)
+
+    monkeypatch.setattr(Pairs, "select", seen)
+    counts = Counter(labels.tolist())
+    pairs = len(counts & Counter(given["ref_labels"].tolist())) if refs else sum(k > 1 for k in counts.values())
+    found = []
+    for form in (criterion, torch.compile(criterion, fullgraph=True, backend="aot_eager")):
+        a = x.clone().requires_grad_()
+        loss = form(a, labels, **given)
+        found.append((loss.detach(), *torch.autograd.grad(loss, a)))
+    assert 10 < pairs < 35
+    assert sizes[0] == pairs
+    for eager, compiled in zip(*found, strict=True):
+        assert_same(compiled, eager)
 
 
 @needs_extension

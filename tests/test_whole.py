@@ -30,6 +30,12 @@ def test_tiled_takes_small_batches_whole(monkeypatch):
             called.clear()
             MultiSimilarityLoss(impl=name)(x, labels)
             assert bool(called) == takes
+    for n, m, takes in ((2049, 0, True), (2050, 0, False), (4096, 1024, True), (1025, 1025, False)):  # one pair a class
+        x, labels = batch(n, 4, 4, torch.float32)
+        y, ref_labels = batch(m, 4, 4, torch.float32) if m else (None, None)
+        called.clear()
+        NPairsLoss()(x, labels, ref_emb=y, ref_labels=ref_labels)
+        assert bool(called) == takes
     learned = torch.nn.Parameter(torch.tensor(2.0))
     called.clear()
     MultiSimilarityLoss(alpha=learned)(x[:8], labels[:8])

@@ -14,7 +14,7 @@ IMPLEMENTATIONS = ("reference", "tiled", "screened", "fused", "onchip")
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
 # Up to where `auto` takes onchip: N, M, and multiply-adds of a product. Launches cost more than arithmetic there.
 ONCHIP_SIDE, ONCHIP_WORK = 2048, 2**28
-# Up to where `tiled` on the CPU takes a loss whole: N x M, and N, M. Beyond, its steps cost nothing beside the pairs.
+# Up to where `tiled` on the CPU takes a loss whole: its pairs, and N, M. Beyond, its steps cost nothing beside the pairs.
 WHOLE_PAIRS, WHOLE_SIDE = 1024**2, 8192
 
 
@@ -98,8 +98,10 @@ def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
     return impl
 
 
-def choose_whole(impl: str, x: Tensor, y: Tensor | None) -> str:
+def choose_whole(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) -> str:
     """The implementation that is to compute a whole loss of x (N, D) and y (M, D) or None; empty for none.
+
+    one_pair: the loss takes one pair of each class, so that its rows and columns are as many as classes.
 
     Raises:
         RuntimeError: ``impl="onchip"`` that cannot run here, with every reason.
@@ -110,7 +112,8 @@ def choose_whole(impl: str, x: Tensor, y: Tensor | None) -> str:
             raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
         return impl
     if x.device.type == "cpu":
-        small = impl in ("auto", "tiled") and n * m <= WHOLE_PAIRS and max(n, m) <= WHOLE_SIDE
+        most = n * m if not one_pair else (n // 2 if y is None else min(n, m)) ** 2
+        small = impl in ("auto", "tiled") and most <= WHOLE_PAIRS and max(n, m) <= WHOLE_SIDE
         return "tiled" if small and not obstacles("tiled", x.device) else ""
     if impl != "auto" or x.device.type != "cuda" or max(n, m) > ONCHIP_SIDE or n * m * d > ONCHIP_WORK:
         return ""

@@ -165,9 +165,10 @@ class Criterion(nn.Module):
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         extra = self.regularizer(x, labels, y, ref_labels)
-        if chosen := choose_whole(self.impl, x, y):
+        formula = self.row_formula()
+        if chosen := choose_whole(self.impl, x, y, formula is not None and formula.one_pair):
             spec = whole.plan(
-                chosen, self.row_formula(), x, y, reduction=self.reduction, unit=self.normalize,
+                chosen, formula, x, y, reduction=self.reduction, unit=self.normalize,
                 distance=self.distance, penalty=extra is not None,
             )  # fmt: skip
             if isinstance(spec, whole.Spec):

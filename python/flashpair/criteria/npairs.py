@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checks
 from ..formula import RowFormula
 from ..reduction import Reduction
+from ..rows import plain
 from ..similarity import softplus, upcast
 from .base import AnyPairs, Criterion, Penalty, RowLosses
 
@@ -22,7 +23,8 @@ L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
 
 
 class _Drawn(NamedTuple):
-    """One (anchor, positive) of each class, padded to a fixed number K of places so that no host sync is needed."""
+    """One (anchor, positive) of each class in K places: as many as are taken where the host may ask for their number
+    (on the CPU), else as many as there could be, so that nobody waits for a GPU and a compiled graph is one."""
 
     anchors: Tensor  # (K,) rows
     positives: Tensor  # (K,) references
@@ -44,16 +46,19 @@ def _draw(labels: Tensor, ref_labels: Tensor | None) -> _Drawn:
         most = min(labels.shape[0], ref_labels.shape[0])
         at = torch.searchsorted(ref_ordered, ordered)
         follows = torch.searchsorted(ref_ordered, ordered, right=True) > at
+    if refs.shape[0]:
+        refs = refs[at.clamp_max(refs.shape[0] - 1)]
+    else:
+        refs = torch.zeros_like(rank)
     taken = first & follows
+    if labels.device.type == "cpu" and plain(labels):
+        anchors = order[taken]
+        return _Drawn(anchors, refs[taken], rank[: anchors.shape[0]], taken.sum())
     place = torch.where(taken, taken.cumsum(0) - 1, most)  # rows that are no anchor go to one place past the last
 
     def gather(values: Tensor) -> Tensor:
         return values.new_zeros(most + 1).index_copy(0, place, values)[:most]
 
-    if refs.shape[0]:
-        refs = refs[at.clamp_max(refs.shape[0] - 1)]
-    else:
-        refs = torch.zeros_like(rank)
     return _Drawn(gather(order), gather(refs), rank[:most], taken.sum())
 
 
