@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import checks, screened, transforms
 from .dispatch import choose, native
+from .drawn import Drawn, draw
 from .ops import RowReduce, Spec, encode
 from .plan import Plan, make_plan, one_to_one
 from .positives import positive_pairs
@@ -194,6 +195,10 @@ class Pairs:
     @property
     def refs(self) -> Tensor:
         return self.x if self.y is None else self.y
+
+    def draw(self) -> Drawn:
+        """One anchor and one positive of each class, as `select` takes them."""
+        return draw(self.labels, None if self.square else self.ref_labels)
 
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
         """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""

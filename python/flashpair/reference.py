@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .drawn import Drawn, draw
 from .reduction import BUILT_IN, Reduction, bound_places
 from .similarity import dense_pairs, logaddexp, masked_logsumexp, normalize, poison, softplus
 from .transforms import custom
@@ -173,6 +174,10 @@ class ReferencePairs:
         """Squared norms of the rows."""
         assert self.x is not None
         return (self.x * self.x).sum(1)
+
+    def draw(self) -> Drawn:
+        """One anchor and one positive of each class, as `select` takes them."""
+        return draw(self.labels, None if self.square else self.ref_labels)
 
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> ReferencePairs:
         """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""

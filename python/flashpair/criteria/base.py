@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks, whole
 from ..dispatch import check_name, choose_whole
+from ..drawn import Drawn
 from ..formula import RowFormula
 from ..pairs import Pairs, checked_pairs
 from ..reference import ReferencePairs
@@ -122,8 +123,13 @@ class Criterion(nn.Module):
 
     penalizes_references = False
 
-    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
-        """Of the embeddings as they came, not normalised: its mean is added to every valid row's loss; None: none."""
+    def penalty(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+    ) -> Penalty | None:
+        """Of the embeddings as they came, not normalised: its mean is added to every valid row's loss; None: none.
+
+        drawn: of a loss of one pair a class, which of them take part, where that hangs on other processes' samples.
+        """
         return None
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:

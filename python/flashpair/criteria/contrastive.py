@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..drawn import Drawn
 from ..reduction import Reduction
 from ..schedule import AVERAGINGS
 from ..similarity import normalize, upcast
@@ -163,7 +164,9 @@ class SNRContrastiveLoss(Criterion):
         losses = terms[0].losses + terms[1].losses
         return RowLosses(losses, (terms[0].number + terms[1].number) > 0, losses.shape[0], terms)
 
-    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
+    def penalty(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+    ) -> Penalty | None:
         if self.regularizer_weight == 0:
             return None
         x, _ = upcast(x, None)

@@ -7,59 +7,17 @@ all_pairs:  L_ip = log(1 + sum_{y_n != y_i} e^(f_i . f_n - f_i . f_p)) for every
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..drawn import Drawn, draw
 from ..formula import RowFormula
 from ..reduction import Reduction
-from ..rows import plain
 from ..similarity import softplus, upcast
 from .base import AnyPairs, Criterion, Penalty, RowLosses
 
 L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
-
-
-class _Drawn(NamedTuple):
-    """One (anchor, positive) of each class in K places: as many as are taken where the host may ask for their number
-    (on the CPU), else as many as there could be, so that nobody waits for a GPU and a compiled graph is one."""
-
-    anchors: Tensor  # (K,) rows
-    positives: Tensor  # (K,) references
-    place: Tensor  # (K,) 0, 1, ...
-    taken: Tensor  # (), how many places are taken
-
-
-def _draw(labels: Tensor, ref_labels: Tensor | None) -> _Drawn:
-    """The first two samples of each class as anchor and positive, or the first anchor and the first reference."""
-    ordered, order = torch.sort(labels, stable=True)
-    rank = torch.arange(labels.shape[0], device=labels.device)
-    first = torch.searchsorted(ordered, ordered) == rank
-    if ref_labels is None:
-        most, refs = labels.shape[0] // 2, order
-        at = rank + 1
-        follows = torch.searchsorted(ordered, ordered, right=True) > at
-    else:
-        ref_ordered, refs = torch.sort(ref_labels, stable=True)
-        most = min(labels.shape[0], ref_labels.shape[0])
-        at = torch.searchsorted(ref_ordered, ordered)
-        follows = torch.searchsorted(ref_ordered, ordered, right=True) > at
-    if refs.shape[0]:
-        refs = refs[at.clamp_max(refs.shape[0] - 1)]
-    else:
-        refs = torch.zeros_like(rank)
-    taken = first & follows
-    if labels.device.type == "cpu" and plain(labels):
-        anchors = order[taken]
-        return _Drawn(anchors, refs[taken], rank[: anchors.shape[0]], taken.sum())
-    place = torch.where(taken, taken.cumsum(0) - 1, most)  # rows that are no anchor go to one place past the last
-
-    def gather(values: Tensor) -> Tensor:
-        return values.new_zeros(most + 1).index_copy(0, place, values)[:most]
-
-    return _Drawn(gather(order), gather(refs), rank[:most], taken.sum())
 
 
 class NPairsLoss(Criterion):
@@ -124,7 +82,7 @@ class NPairsLoss(Criterion):
         return RowLosses(losses, valid, valid.shape[0])
 
     def _one_pair_a_class(self, pairs: AnyPairs) -> RowLosses:
-        drawn = _draw(pairs.labels, None if pairs.square else pairs.ref_labels)
+        drawn = pairs.draw()
         chosen = pairs.select(drawn.anchors, drawn.positives, drawn.place, drawn.taken)
         target = chosen.paired()
         if self.variant == "mc":
@@ -142,7 +100,9 @@ class NPairsLoss(Criterion):
     def penalizes_references(self) -> bool:  # type: ignore[override]
         return isinstance(self.l2_weight, Tensor) or self.l2_weight != 0.0
 
-    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
+    def penalty(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+    ) -> Penalty | None:
         if not self.penalizes_references:
             return None
         x, y = upcast(x, y)
@@ -150,10 +110,10 @@ class NPairsLoss(Criterion):
             squares = torch.cat([x, *([] if y is None else [y])]).square().sum(1)
             weight = torch.ones_like(squares)
         else:
-            drawn = _draw(labels, ref_labels)
+            drawn = draw(labels, ref_labels) if drawn is None else drawn
             refs = x if y is None else y
             squares = torch.cat([x[drawn.anchors], refs[drawn.positives]]).square().sum(1)
-            weight = (drawn.place < drawn.taken).to(x.dtype).repeat(2)
+            weight = torch.cat([(torch.arange(len(t), device=x.device) < drawn.taken) for t in drawn[:2]]).to(x.dtype)
         if self.l2_kind == "mean_norm":
             nonzero = squares > 0
             size = torch.where(nonzero, torch.where(nonzero, squares, 1.0).sqrt(), 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..drawn import Drawn
 from ..reference import ReferencePairs
 from ..similarity import inverse_norm, masked_logsumexp, normalize, poison, softplus, through_normalize, upcast
 from .base import AnyPairs, Penalty, RowLosses
@@ -93,7 +94,9 @@ class SoftTripleLoss(ClassCriterion):
         losses = softplus(neg - self.la * (own - self.margin))
         return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
 
-    def penalty(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Penalty | None:
+    def penalty(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+    ) -> Penalty | None:
         """Eq. 9: the mean distance of a class's centres."""
         k = self.centers_per_class
         if not self.tau or k == 1:

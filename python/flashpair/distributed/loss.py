@@ -117,7 +117,8 @@ class GlobalCriterion(nn.Module):
             }
             with substituted(given):
                 found, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
-                penalty = self.criterion.penalty(x, labels, y, ref_labels)
+                drawn = pairs.drawn_here() if isinstance(pairs, shared.SharedPairs) and pairs.has_drawn else None
+                penalty = self.criterion.penalty(x, labels, y, ref_labels, drawn)
             if penalty is None:
                 return found, pairs, None
             number = ranks.sum(penalty.number.detach())
@@ -155,7 +156,7 @@ class GlobalCriterion(nn.Module):
             if y is None or ref_labels is None:
                 pairs = shared.of_batch(*how, criterion.distance, unit, x, labels, sizes)
             else:
-                pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, ref_sizes)
+                pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, sizes, ref_sizes)
         return criterion.row_losses(pairs), pairs
 
 
@@ -164,17 +165,20 @@ def proxies(
 ) -> shared.SharedPairs:
     """This process's share of the proxies as anchors, against all processes' embeddings."""
     ranks = how[0]
-    first, last = slice_of(criterion.num_classes, ranks)
+    first, last = slice_of(criterion.num_classes, ranks.world, ranks.rank)
     x, weight = upcast(x, criterion.weight[first:last])
     assert weight is not None
     x = normalize(x) if criterion.normalize else x
     classes = torch.arange(first, last, device=x.device)
-    return shared.of_references(*how, "dot", False, normalize(weight), classes, x, labels, sizes)
+    own = [slice_of(criterion.num_classes, ranks.world, rank) for rank in range(ranks.world)]
+    return shared.of_references(
+        *how, "dot", False, normalize(weight), classes, x, labels, [last - first for first, last in own], sizes
+    )
 
 
-def slice_of(count: int, ranks: Ranks) -> tuple[int, int]:
-    """Which of `count` things are this process's: [first, last)."""
-    return count * ranks.rank // ranks.world, count * (ranks.rank + 1) // ranks.world
+def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
+    """Which of `count` things are a process's: [first, last)."""
+    return count * rank // world, count * (rank + 1) // world
 
 
 def agree(

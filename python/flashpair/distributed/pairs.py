@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..drawn import Drawn, draw
 from ..pieced import FetchedRows, PiecedPairs, in_pieces
+from ..pieces import NOBODY, places_of
+from ..reduction import Reduction
 from ..rows import sorted_rows
 from ..schedule import accumulator
-from ..similarity import poison
 from .ranks import Ranks, Total
 from .walks import WALKS, RankWalk
 
@@ -20,6 +22,14 @@ class SharedPairs(PiecedPairs):
     """
 
     walk: RankWalk
+
+    def __init__(
+        self, x: Tensor, order: Tensor, walk: RankWalk, square: bool, distance: str, impl: str, y: Tensor | None,
+        sizes: list[int],
+    ) -> None:  # fmt: skip
+        super().__init__(x, order, walk, square, distance, impl, y)
+        self.sizes = sizes  # of every process's anchors
+        self._drawn: tuple[Drawn, Tensor] | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -54,8 +64,61 @@ class SharedPairs(PiecedPairs):
         x, walk = self.x.to(self.dtype), self.walk.singly()
         wanted = self.walk.known()[1][partner] if len(partner) else partner
         other = FetchedRows.apply(walk, x, x, wanted)
-        sums = SharedPairs(x + other, self.plan.order, walk, False, self.distance, self.impl, x)
+        sums = SharedPairs(x + other, self.plan.order, walk, False, self.distance, self.impl, x, self.sizes)
         return sums, (x * other).sum(1), partner, step < hi - lo
+
+    def draw(self) -> Drawn:
+        """Of all processes' samples; of these, this process's anchors, and for positives the number of their class
+        among those that have a pair."""
+        if self.square:
+            found = draw(torch.cat(list(self.walk.ref_labels)), None, padded=False)
+        else:
+            own = torch.empty_like(self.labels).index_copy(0, self.plan.order, self.labels)
+            every = self.ranks.gather(own, self.sizes)
+            found = draw(torch.cat(every), torch.cat(list(self.walk.ref_labels)), padded=False)
+        at = places_of(found.anchors[None], self.walk.order)[0]
+        (number,) = torch.nonzero(at >= 0, as_tuple=True)
+        place = torch.arange(number.shape[0], device=number.device)
+        self._drawn = found, number
+        return Drawn(at[number], number, place, number.new_full((), number.shape[0]))
+
+    @property
+    def has_drawn(self) -> bool:
+        return self._drawn is not None
+
+    def drawn_here(self) -> Drawn:
+        """Of the last `draw`: which of this process's own anchors, and which of its own references, in the caller's
+        order, take part."""
+        assert self._drawn is not None
+        found, number = self._drawn
+        walk, rank = self.walk, self.ranks.rank
+        anchors = found.anchors[number] - sum(self.sizes[:rank])
+        first, last = walk.first[rank], walk.first[rank] + walk.sizes[rank]
+        mine = (found.positives >= first) & (found.positives < last)
+        return Drawn(anchors, found.positives[mine] - first, anchors[:0], anchors.new_full((), NOBODY))
+
+    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> SharedPairs:
+        """The pairs of the last `draw`: anchors and positives stay where they are."""
+        assert self._drawn is not None
+        walk, (found, number) = self.walk, self._drawn
+        owner = torch.bucketize(found.positives, torch.tensor(walk.first[1:], device=number.device), right=True)
+        of_rank = [torch.nonzero(owner == r, as_tuple=True)[0] for r in range(self.ranks.world)]
+        at = places_of(found.positives[of_rank[self.ranks.rank]][None], walk.sorted_of(self.ranks.rank)[1])[0]
+        y = self.shared_refs()
+        assert y is not None
+        chosen = type(walk)(self.ranks, number, number, of_rank, False)
+        x = self.x.to(self.dtype).index_select(0, rows)
+        sizes = [int(t) for t in torch.bincount(self._owners(found.anchors), minlength=self.ranks.world)]
+        return SharedPairs(x, labels, chosen, False, self.distance, self.impl, y.index_select(0, at), sizes)
+
+    def _owners(self, anchors: Tensor) -> Tensor:
+        ends = torch.tensor(self.sizes, device=anchors.device).cumsum(0)
+        return torch.bucketize(anchors, ends, right=True)
+
+    def paired(self) -> Tensor:
+        """Of `select`'s pairs: each anchor has one positive, wherever it is."""
+        (row,) = self.reduce(Reduction("sum", "positives"))
+        return row
 
     def at_both_ends(self, values: Tensor, other: Tensor, first: Tensor) -> Tensor:
         return torch.where(first, values, 0.0)
@@ -70,19 +133,19 @@ def of_batch(
     ordered, order = torch.sort(labels, stable=True)
     walk = WALKS[schedule](ranks, ordered, order + sum(sizes[: ranks.rank]), every, True)
     rows = sorted_rows(x.to(accumulator(x.dtype)), order, unit=unit, impl=chosen)
-    return SharedPairs(rows, order, walk, True, distance, chosen)
+    return SharedPairs(rows, order, walk, True, distance, chosen, None, sizes)
 
 
 def of_references(
     ranks: Ranks, schedule: str, impl: str, distance: str, unit: bool, x: Tensor, labels: Tensor, y: Tensor,
-    ref_labels: Tensor, sizes: list[int],
+    ref_labels: Tensor, sizes: list[int], ref_sizes: list[int],
 ) -> SharedPairs:  # fmt: skip
     """The same against all processes' references, of which this one has y (m, D) with ref_labels (m,)."""
     chosen = in_pieces(impl, x)
-    every = ranks.gather(ref_labels, sizes)
+    every = ranks.gather(ref_labels, ref_sizes)
     ordered, order = torch.sort(labels, stable=True)
-    walk = WALKS[schedule](ranks, ordered, order, every, False)
+    walk = WALKS[schedule](ranks, ordered, order + sum(sizes[: ranks.rank]), every, False)
     wide = torch.promote_types(accumulator(x.dtype), y.dtype)
     rows = sorted_rows(x.to(wide), order, unit=unit, impl=chosen)
     refs = sorted_rows(y.to(wide), torch.sort(ref_labels, stable=True).indices, unit=unit, impl=chosen)
-    return SharedPairs(rows, order, walk, False, distance, chosen, refs)
+    return SharedPairs(rows, order, walk, False, distance, chosen, refs, sizes)
