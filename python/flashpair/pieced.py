@@ -18,7 +18,6 @@ from .reduction import Reduction
 from .reference import ReferencePairs, pad_positives
 from .similarity import poison, zero_distance
 
-
 TAKEN = ("tiled", "fused")  # schedules whose calls keep nothing that hangs on all references
 
 

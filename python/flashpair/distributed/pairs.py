@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..criteria.base import Criterion
 from ..drawn import Drawn, draw
 from ..pieced import FetchedRows, PiecedPairs, in_pieces
 from ..pieces import NOBODY, places_of
 from ..reduction import Reduction
 from ..rows import sorted_rows
 from ..schedule import accumulator
+from ..similarity import normalize, upcast
 from .ranks import Ranks, Total
 from .walks import WALKS, RankWalk
 
@@ -149,3 +151,17 @@ def of_references(
     rows = sorted_rows(x.to(wide), order, unit=unit, impl=chosen)
     refs = sorted_rows(y.to(wide), torch.sort(ref_labels, stable=True).indices, unit=unit, impl=chosen)
     return SharedPairs(rows, order, walk, False, distance, chosen, refs, sizes)
+
+
+def of_proxies(
+    criterion: Criterion, weight: Tensor, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]
+) -> SharedPairs:
+    """Some of a criterion's proxies, this process's (c, D), as anchors against all processes' embeddings."""
+    ranks = how[0]
+    counts = [count for (count,) in ranks.tell([weight.shape[0]], x.device)]
+    first = sum(counts[: ranks.rank])
+    x, wide = upcast(x, weight)
+    assert wide is not None
+    x = normalize(x) if criterion.normalize else x
+    classes = torch.arange(first, first + weight.shape[0], device=x.device)
+    return of_references(*how, "dot", False, normalize(wide), classes, x, labels, counts, sizes)
