@@ -387,6 +387,17 @@ def test_checkpointing_composes():
     )
 
 
+@pytest.mark.slow
+def test_compiled_encoder():
+    """Whose generated code draws its own numbers, with and without a graph: the replay's are the first pass's."""
+    x, labels = batch(18, dtype=torch.float32)
+    watched = Watched(torch.compile(network(0.5, dtype=torch.float32)))
+    GradCache(watched, flashpair.NTXentLoss(0.3), micro_batch=6)(x, labels)
+    first, second = watched.out[:3], watched.out[3:]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(watched.inner(x), watched.inner(x))
+
+
 # What a step costs
 
 

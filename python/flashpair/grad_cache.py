@@ -125,7 +125,7 @@ class GradCache:
 
         for tower in towers:
             tower.embed(devices)
-        torch.clear_autocast_cache()  # weights that were cast without a graph, where the replay needs one
+        torch.clear_autocast_cache()  # older torches keep weights that were cast without a graph for the replay, too
         if ref_inputs is not None:
             references = {"ref_emb": towers[1].embeddings, "ref_labels": ref_labels}
         loss = self.criterion(towers[0].embeddings, labels, **references)
