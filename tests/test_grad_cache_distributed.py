@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same
-from test_grad_cache import IN, D, batch, network
+from test_grad_cache import IN, D, batch, learned_temperature, network
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -147,9 +148,9 @@ def ddp_of_a_shared_tower_reduces_once(rank):
 
 
 def sharded():
-    net = network()
+    net, mesh = network(), init_device_mesh("cpu", (len(RANKS),))
     for layer in (net[0], net[-1], net):
-        fully_shard(layer)
+        fully_shard(layer, mesh=mesh)
     return net
 
 
@@ -211,7 +212,27 @@ def fsdp_trains(rank):
         assert_same(*truth)
 
 
+def the_loss_of_all_ranks(rank):
+    """gather() within GradCache: gradients are those of one process with the batches of all ranks."""
+    from flashpair.distributed import gather
+
+    queries, references = equal_batches(0), equal_batches(1)
+    for shard in (DistributedDataParallel, None):
+        net, loss = (sharded() if shard is None else shard(network())), learned_temperature()
+        refs = {"ref_inputs": references[rank][0], "ref_labels": references[rank][1]}
+        found = GradCache(net, gather(loss), micro_batch=5)(*queries[rank], **refs)
+
+        (x, labels), (y, ref_labels) = (map(torch.cat, zip(*parts, strict=True)) for parts in (queries, references))
+        single, single_loss = network(), learned_temperature()
+        truth = single_loss(single(x), labels, ref_emb=single(y), ref_labels=ref_labels)
+        truth.backward()
+        assert_same(found, truth.detach())
+        assert_gradients(net, [p.grad for p in single.parameters()])
+        assert_gradients(loss, [single_loss.temperature.grad])
+
+
 SCENARIOS = [
+    the_loss_of_all_ranks,
     ddp_equals_one_process,
     ddp_broadcasts_buffers_at_the_next_step,
     ddp_replays_with_the_buffers_that_were_broadcast,
