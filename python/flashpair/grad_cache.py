@@ -31,7 +31,7 @@ class GradCache:
     ``loss = cache(inputs, labels)`` stands in for ``loss = criterion(encoder(inputs), labels); loss.backward()``. It
     fills ``.grad``, of the encoder's parameters and of the criterion's, with the same numbers to rounding, adding to
     what is there; zeroing them and the optimizer's step are the caller's. Activations are those of one micro-batch,
-    for one more forward pass. Besides, embeddings and their gradient (N, D) are stored, and the buffers twice.
+    for one more forward pass. Besides, embeddings and their gradient (N, D) are stored, and copies of the buffers.
 
     - *Random numbers* (dropout): each replay draws what its first pass drew, on the CPU and on every device of inputs
       and parameters; then the generators are where the first pass and the criterion have left them.
@@ -49,7 +49,7 @@ class GradCache:
             (n, D), float16 to float64, each row of which depends on its own input (but for batch normalisation). A
             tower without trainable parameters is not replayed.
         criterion: called once a step, ``criterion(embeddings, labels)``, with ``ref_emb=..., ref_labels=...`` if there
-            are references; returns a loss (). A flashpair criterion, or any callable.
+            are references; returns a loss (). A flashpair criterion, `distributed.gather` of one, or any callable.
         micro_batch: inputs whose activations are in memory at a time, at least 1; the last one may be smaller.
         ref_encoder: of `ref_inputs`, for two towers; None: the encoder itself. It may share modules with it.
         ref_micro_batch: of `ref_inputs`; None: `micro_batch`.
