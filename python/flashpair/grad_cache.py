@@ -79,10 +79,10 @@ class GradCache:
     ) -> None:
         for name, module in (("encoder", encoder), ("ref_encoder", ref_encoder)):
             if not (isinstance(module, nn.Module) or (module is None and name == "ref_encoder")):
-                raise TypeError(f"{name} must be a torch.nn.Module, got {checks._what(module)}")
+                raise TypeError(f"{name} must be a torch.nn.Module, got {checks.what(module)}")
         for name, function in (("criterion", criterion), ("scale", scale)):
             if not (callable(function) or (function is None and name == "scale")):
-                raise TypeError(f"{name} must be callable, got {checks._what(function)}")
+                raise TypeError(f"{name} must be callable, got {checks.what(function)}")
         self.encoder = encoder
         self.criterion = criterion
         self.micro_batch = checks.integer(micro_batch, "micro_batch", at_least=1)
@@ -117,7 +117,7 @@ class GradCache:
         references: dict[str, Any] = {}
         if ref_inputs is not None:
             if ref_emb is not None:
-                raise ValueError(f"ref_emb must be None with ref_inputs, got {checks._what(ref_emb)}")
+                raise ValueError(f"ref_emb must be None with ref_inputs, got {checks.what(ref_emb)}")
             towers.append(_Tower(self.ref_encoder, ref_inputs, ref_labels, self.ref_micro_batch, "ref_"))
         elif ref_emb is not None or ref_labels is not None:
             references = {"ref_emb": ref_emb, "ref_labels": ref_labels}
@@ -130,7 +130,7 @@ class GradCache:
             references = {"ref_emb": towers[1].embeddings, "ref_labels": ref_labels}
         loss = self.criterion(towers[0].embeddings, labels, **references)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise ValueError(f"criterion must return a loss of shape (), got {checks._what(loss)}")
+            raise ValueError(f"criterion must return a loss of shape (), got {checks.what(loss)}")
         _backward(loss if self.scale is None else self.scale(loss), None, devices)
         loss = loss.detach()
 
@@ -159,7 +159,7 @@ class _Tower:
         count = leaves[0].shape[0]
         if not isinstance(labels, Tensor) or labels.shape != (count,):
             raise ValueError(
-                f"{prefix}labels must be a tensor of shape ({count},) like {name}, got {checks._what(labels)}"
+                f"{prefix}labels must be a tensor of shape ({count},) like {name}, got {checks.what(labels)}"
             )
         parts = zip(*(leaf.split(size) for leaf in leaves), strict=True)
         self.encoder, self.leaves = encoder, leaves
@@ -176,7 +176,7 @@ class _Tower:
     def _embedded(self, micro_batch: Any, count: int) -> Tensor:
         out = checks.embeddings(self.encoder(micro_batch), f"what {self.name} returns", "n, D")
         if out.shape[0] != count:
-            raise ValueError(f"{self.name} must return a row for each of {count} inputs, got {checks._what(out)}")
+            raise ValueError(f"{self.name} must return a row for each of {count} inputs, got {checks.what(out)}")
         return out
 
     def replay(self, devices: list[torch.device], waiting: list[list[nn.Module]]) -> None:
@@ -206,8 +206,8 @@ def _leaves(inputs: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec]:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{takes}, got {type(leaf).__name__}{at}")
         if leaf.dim() == 0 or leaf.shape[0] != found[0][1].shape[0]:
-            first = f" beside {checks._what(found[0][1])}" if leaf is not found[0][1] else ""
-            raise ValueError(f"{takes}, got {checks._what(leaf)}{at}{first}")
+            first = f" beside {checks.what(found[0][1])}" if leaf is not found[0][1] else ""
+            raise ValueError(f"{takes}, got {checks.what(leaf)}{at}{first}")
         if leaf.requires_grad and not leaf.is_leaf:
             raise ValueError(f"{name} must be leaf tensors or require no gradient, got the result of an operation{at}")
     return [leaf for _, leaf in found], nesting
