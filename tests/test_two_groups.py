@@ -222,7 +222,7 @@ def test_from_one_class_to_hardly_a_positive(classes):
 
 
 def test_where_a_wide_band_begins():
-    """Of 4 classes 1 pair in 4 is positive: of pairs of one group with the other, counted from both ends, not of N^2."""
+    """Of 4 classes 1 pair in 4 is positive, of the pairs of one group with the other; of all N^2 it would be 1 in 9."""
     for classes in (3, 4, 5):
         groups = Groups(200, 100, 5, classes)
         groups.labels = torch.arange(300) % classes
