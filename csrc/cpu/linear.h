@@ -15,7 +15,8 @@ namespace flashpair {
 template <class T>
 bool is_linear(const Problem<T>& p, const Reduction<T>& r) {
   const bool window = r.lower || r.upper || r.lower_of >= 0 || r.upper_of >= 0;
-  return r.op == SUM && r.transform == IDENTITY && r.side != POSITIVES && !window && !p.row_square;
+  const bool in_order = !p.split;  // of two groups intervals do not follow each other
+  return in_order && r.op == SUM && r.transform == IDENTITY && r.side != POSITIVES && !window && !p.row_square;
 }
 
 template <class T>
