@@ -39,6 +39,7 @@ from .criteria import (
     TripletMarginLoss,
     TupletMarginLoss,
 )
+from .grad_cache import GradCache
 from .neighbours import Nearest, nearest
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
@@ -64,6 +65,7 @@ __all__ = [
     "Criterion",
     "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
+    "GradCache",
     "HistogramLoss",
     "IntraPairVarianceLoss",
     "LiftedStructureLoss",

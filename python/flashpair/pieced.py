@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dispatch import choose, obstacles
+from .drawn import Drawn, draw
 from .ops import Spec
 from .pairs import Pairs
-from .pieces import Job, Piece, Pieces, Walk, places_of
+from .pieces import Job, Piece, Pieces, Walk, only_once, places_of
 from .plan import Plan, one_to_one
 from .reduction import Reduction
 from .reference import ReferencePairs, pad_positives
@@ -35,10 +35,17 @@ def in_pieces(impl: str, x: Tensor) -> str:
 
 
 class Known(Walk):
-    """A walk that knows the labels of all references, sorted, and where each stands among all (M,), (M,)."""
+    """A walk that knows the labels of all references."""
 
     def known(self) -> tuple[Tensor, Tensor]:
+        """These, sorted, and where each stands among all (M,), (M,)."""
         raise NotImplementedError
+
+    def counts(self) -> tuple[Tensor, int]:
+        """How many references have each anchor's label (N,), itself among them if it is one, and how many there are."""
+        labels, _ = self.known()
+        same = torch.searchsorted(labels, self.labels, right=True) - torch.searchsorted(labels, self.labels)
+        return same, labels.shape[0]
 
     def singly(self) -> Walk:
         """The same references, met by every anchor one way, with no piece of `both`."""
@@ -56,11 +63,11 @@ class PiecedPairs(Pairs):
     def __init__(
         self, x: Tensor, order: Tensor, walk: Known, square: bool, distance: str, impl: str, y: Tensor | None = None
     ) -> None:
-        labels = walk.labels
-        refs = labels if square else walk.known()[0]
-        super().__init__(x, y, Plan(order, order, labels, refs, order, order, None, square), distance, impl, named=True)
+        labels, none = walk.labels, order.new_empty(0)
+        refs = labels if square else none
+        super().__init__(x, y, Plan(order, order, labels, refs, none, none, None, square), distance, impl, named=True)
         self.walk = walk
-        self._span: tuple[Tensor, Tensor] | None = None
+        self._counts: tuple[Tensor, int] | None = None
 
     def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
         rows: Tensor = Pieces.apply(Job(self.walk, spec), self.x, self.y, scale, *vectors)
@@ -76,27 +83,25 @@ class PiecedPairs(Pairs):
     def refs(self) -> Tensor:
         raise RuntimeError("references in pieces are never there at once")
 
-    def _interval(self) -> tuple[Tensor, Tensor]:
-        """Each anchor's positives among all references in the order of their labels, itself among them if square."""
-        if self._span is None:
-            labels, _ = self.walk.known()
-            self._span = torch.searchsorted(labels, self.labels), torch.searchsorted(labels, self.labels, right=True)
-        return self._span
+    def counts(self) -> tuple[Tensor, int]:
+        if self._counts is None:
+            self._counts = self.walk.counts()
+        return self._counts
 
     def num_positives(self) -> Tensor:
-        lo, hi = self._interval()
-        return hi - lo - int(self.square)
+        return self.counts()[0] - int(self.square)
 
     def num_negatives(self) -> Tensor:
-        lo, hi = self._interval()
-        return self.walk.known()[0].shape[0] - (hi - lo)
+        same, every = self.counts()
+        return every - same
 
     def own_places(self) -> Tensor:
         """Of a square problem: where each anchor stands among all references in the order of their labels (N,)."""
         return places_of(self.walk.order, self.walk.known()[1])
 
     def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        x, (lo, _), (_, order) = self.x.to(self.dtype), self._interval(), self.walk.known()
+        x, (labels, order) = self.x.to(self.dtype), self.walk.known()
+        lo = torch.searchsorted(labels, self.labels)
         at = lo[:, None] + torch.arange(self.most_positives(most), device=x.device)
         if self.square:
             at = at + (at >= self.own_places()[:, None])
@@ -109,6 +114,9 @@ class PiecedPairs(Pairs):
     def shared_refs(self) -> Tensor | None:
         """This process's references (M, D), of a square problem its anchors, for a walk that takes them one way."""
         return self.x.to(self.dtype) if self.square else self.y
+
+    def draw(self) -> Drawn:
+        return draw(self.labels, None if self.square else self.walk.known()[0])
 
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
         wanted = self.walk.known()[1].index_select(0, refs)
@@ -159,8 +167,8 @@ class Fetched(torch.autograd.Function):
         return dots, squares
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
+        only_once()
         x, y, wanted = ctx.saved_tensors
         dx, dy = torch.zeros_like(x), None if y is None else torch.zeros_like(y, dtype=x.dtype)
         for piece, rows, places in _visited(ctx.walk, x, y, wanted):
@@ -190,8 +198,8 @@ class FetchedRows(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None]:
+        only_once()
         x, y, wanted = ctx.saved_tensors
         if y is None:
             return None, None, None, None

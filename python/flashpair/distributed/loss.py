@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..criteria.base import AnyPairs, Criterion, Penalty, RowLosses, average
 from ..criteria.classes import ClassCriterion
 from ..criteria.proxies import ProxyAnchorLoss
 from ..pairs import Pairs
+from ..pieces import only_once
 from ..similarity import upcast
 from . import pairs as shared
 from .ranks import Ranks, Scaled, Shared, Total
@@ -244,8 +244,8 @@ class AtOnce(torch.autograd.Function):
         return ranks.sum(mine.detach())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        only_once()
         found = [ctx.found.get(k) if need else None for k, need in enumerate(ctx.needs_input_grad[3:])]
         return None, None, None, *(None if part is None else part * g for part in found)
 

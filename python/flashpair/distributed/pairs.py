@@ -65,16 +65,14 @@ class SharedPairs(PiecedPairs):
         return range(1, most + 1)
 
     def sums(self, step: int) -> tuple[SharedPairs, Tensor, Tensor, Tensor]:
-        lo, hi = self._interval()
-        at = self.own_places()
-        partner = lo + (at - lo + step) % (hi - lo).clamp_min(1)
+        (labels, order), (same, _) = self.walk.known(), self.counts()
+        lo = torch.searchsorted(labels, self.labels)
+        partner = lo + (self.own_places() - lo + step) % same
         x, walk = self.x.to(self.dtype), self.walk.singly()
-        wanted = self.walk.known()[1][partner] if len(partner) else partner
-        other = FetchedRows.apply(walk, x, x, wanted)
-        sums = SharedPairs(
-            x + other, self.plan.order, walk, False, self.distance, self.impl, x, self.sizes, self.poison
-        )
-        return sums, (x * other).sum(1), partner, step < hi - lo
+        other = FetchedRows.apply(walk, x, x, order[partner])
+        order, sizes, bad = self.plan.order, self.sizes, self.poison
+        sums = SharedPairs(x + other, order, walk, False, self.distance, self.impl, x, sizes, bad)
+        return sums, (x * other).sum(1), partner, step < same
 
     def draw(self) -> Drawn:
         """Of all processes' samples; of these, this process's anchors, and for positives the number of their class
