@@ -39,6 +39,7 @@ from .criteria import (
     TripletMarginLoss,
     TupletMarginLoss,
 )
+from .cross_batch_memory import CrossBatchMemory
 from .neighbours import Nearest, nearest
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
@@ -62,6 +63,7 @@ __all__ = [
     "ContrastiveLoss",
     "CosFaceLoss",
     "Criterion",
+    "CrossBatchMemory",
     "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
     "HistogramLoss",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import choose, obstacles
+from .drawn import Drawn
 from .ops import Spec
 from .pairs import Pairs
 from .pieces import Job, Piece, Pieces, Walk, places_of
@@ -41,6 +42,12 @@ class Known(Walk):
     def known(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def count(self) -> tuple[Tensor, int]:
+        """How many references have each anchor's label (N,), itself among them if it is one, and how many there are."""
+        labels, _ = self.known()
+        lo = torch.searchsorted(labels, self.labels)
+        return torch.searchsorted(labels, self.labels, right=True) - lo, labels.shape[0]
+
     def singly(self) -> Walk:
         """The same references, met by every anchor one way, with no piece of `both`."""
         raise NotImplementedError
@@ -62,6 +69,7 @@ class PiecedPairs(Pairs):
         super().__init__(x, y, Plan(order, order, labels, refs, order, order, None, square), distance, impl, named=True)
         self.walk = walk
         self._span: tuple[Tensor, Tensor] | None = None
+        self._counts: tuple[Tensor, int] | None = None
 
     def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
         rows: Tensor = Pieces.apply(Job(self.walk, spec), self.x, self.y, scale, *vectors)
@@ -84,25 +92,33 @@ class PiecedPairs(Pairs):
             self._span = torch.searchsorted(labels, self.labels), torch.searchsorted(labels, self.labels, right=True)
         return self._span
 
+    def _count(self) -> tuple[Tensor, int]:
+        if self._counts is None:
+            self._counts = self.walk.count()
+        return self._counts
+
     def num_positives(self) -> Tensor:
-        lo, hi = self._interval()
-        return hi - lo - int(self.square)
+        return self._count()[0] - int(self.square)
 
     def num_negatives(self) -> Tensor:
-        lo, hi = self._interval()
-        return self.walk.known()[0].shape[0] - (hi - lo)
+        same, every = self._count()
+        return every - same
 
     def own_places(self) -> Tensor:
         """Of a square problem: where each anchor stands among all references in the order of their labels (N,)."""
         return places_of(self.walk.order, self.walk.known()[1])
 
-    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        x, (lo, _), (_, order) = self.x.to(self.dtype), self._interval(), self.walk.known()
-        at = lo[:, None] + torch.arange(self.most_positives(most), device=x.device)
+    def positive_places(self, most: int) -> Tensor:
+        """Where each anchor's positives stand among all references (N, K); beyond them anywhere, or -1."""
+        (lo, _), (_, order) = self._interval(), self.walk.known()
+        at = lo[:, None] + torch.arange(most, device=lo.device)
         if self.square:
             at = at + (at >= self.own_places()[:, None])
         count = order.shape[0]
-        wanted = order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
+        return order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
+
+    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        x, wanted = self.x.to(self.dtype), self.positive_places(self.most_positives(most))
         dots, squares = Fetched.apply(self.walk.singly(), x, self.shared_refs(), wanted)
         z = of_dots(dots, (x * x).sum(1)[:, None] + squares, self.distance)
         return pad_positives(z, self.num_positives(), poison(self.x, None))
@@ -111,9 +127,13 @@ class PiecedPairs(Pairs):
         """This process's references (M, D), of a square problem its anchors, for a walk that takes them one way."""
         return self.x.to(self.dtype) if self.square else self.y
 
+    def draw(self) -> Drawn:
+        """As `Pairs.draw`, but positives by their places among all references."""
+        found = super().draw()
+        return found._replace(positives=self.walk.known()[1].index_select(0, found.positives))
+
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
-        wanted = self.walk.known()[1].index_select(0, refs)
-        y = FetchedRows.apply(self.walk.singly(), self.x, self.shared_refs(), wanted)
+        y = FetchedRows.apply(self.walk.singly(), self.x, self.shared_refs(), refs)
         x = self.x.index_select(0, rows)
         return Pairs(x, y, one_to_one(labels, count), self.distance, self.impl, poison=poison(self.x, None))
 
@@ -165,13 +185,14 @@ class Fetched(torch.autograd.Function):
         x, y, wanted = ctx.saved_tensors
         dx, dy = torch.zeros_like(x), None if y is None else torch.zeros_like(y, dtype=x.dtype)
         for piece, rows, places in _visited(ctx.walk, x, y, wanted):
-            part = torch.zeros_like(rows)
+            part = torch.zeros_like(rows) if piece.wanted else None
             for k, (here, at) in enumerate(places):
                 of_dot, of_square = (torch.where(here, t[:, k], 0.0)[:, None] for t in (g, h))
                 other = rows.index_select(0, at)
                 dx += of_dot * other
-                part.index_add_(0, at, of_dot * x + 2 * of_square * other)
-            if piece.wanted:
+                if part is not None:
+                    part.index_add_(0, at, of_dot * x + 2 * of_square * other)
+            if part is not None:
                 _handed(ctx.walk, dy, ctx.walk.give(piece, None, part))
         _handed(ctx.walk, dy, ctx.walk.settle())
         return None, dx, None if dy is None else dy.to(y.dtype), None
@@ -198,6 +219,8 @@ class FetchedRows(torch.autograd.Function):
             return None, None, None, None
         dy = torch.zeros_like(y, dtype=x.dtype)
         for piece, rows, places in _visited(ctx.walk, x, y, wanted[:, None]):
+            if not piece.wanted:
+                continue
             part = torch.zeros_like(rows)
             for here, at in places:
                 part.index_add_(0, at, torch.where(here[:, None], g, 0.0))
