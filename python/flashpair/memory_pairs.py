@@ -29,7 +29,7 @@ class MemoryWalk(Known):
     def known(self) -> tuple[Tensor, Tensor]:
         raise AssertionError("nobody sorts a memory's labels in each step")
 
-    def count(self) -> tuple[Tensor, int]:
+    def counts(self) -> tuple[Tensor, int]:
         same = torch.zeros_like(self.labels)
         for labels, _ in self.parts():
             lo, hi = span(labels, self.labels)

@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dispatch import choose, obstacles
-from .drawn import Drawn
+from .drawn import Drawn, draw
 from .ops import Spec
 from .pairs import Pairs
-from .pieces import Job, Piece, Pieces, Walk, places_of
+from .pieces import Job, Piece, Pieces, Walk, only_once, places_of
 from .plan import Plan, one_to_one
 from .reduction import Reduction
 from .reference import ReferencePairs, pad_positives
 from .similarity import poison, zero_distance
-
 
 TAKEN = ("tiled", "fused")  # schedules whose calls keep nothing that hangs on all references
 
@@ -37,16 +35,17 @@ def in_pieces(impl: str, x: Tensor) -> str:
 
 
 class Known(Walk):
-    """A walk that knows the labels of all references, sorted, and where each stands among all (M,), (M,)."""
+    """A walk that knows the labels of all references."""
 
     def known(self) -> tuple[Tensor, Tensor]:
+        """These, sorted, and where each stands among all (M,), (M,)."""
         raise NotImplementedError
 
-    def count(self) -> tuple[Tensor, int]:
+    def counts(self) -> tuple[Tensor, int]:
         """How many references have each anchor's label (N,), itself among them if it is one, and how many there are."""
         labels, _ = self.known()
-        lo = torch.searchsorted(labels, self.labels)
-        return torch.searchsorted(labels, self.labels, right=True) - lo, labels.shape[0]
+        same = torch.searchsorted(labels, self.labels, right=True) - torch.searchsorted(labels, self.labels)
+        return same, labels.shape[0]
 
     def singly(self) -> Walk:
         """The same references, met by every anchor one way, with no piece of `both`."""
@@ -64,11 +63,10 @@ class PiecedPairs(Pairs):
     def __init__(
         self, x: Tensor, order: Tensor, walk: Known, square: bool, distance: str, impl: str, y: Tensor | None = None
     ) -> None:
-        labels = walk.labels
-        refs = labels if square else walk.known()[0]
-        super().__init__(x, y, Plan(order, order, labels, refs, order, order, None, square), distance, impl, named=True)
+        labels, none = walk.labels, order.new_empty(0)
+        refs = labels if square else none
+        super().__init__(x, y, Plan(order, order, labels, refs, none, none, None, square), distance, impl, named=True)
         self.walk = walk
-        self._span: tuple[Tensor, Tensor] | None = None
         self._counts: tuple[Tensor, int] | None = None
 
     def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -85,23 +83,16 @@ class PiecedPairs(Pairs):
     def refs(self) -> Tensor:
         raise RuntimeError("references in pieces are never there at once")
 
-    def _interval(self) -> tuple[Tensor, Tensor]:
-        """Each anchor's positives among all references in the order of their labels, itself among them if square."""
-        if self._span is None:
-            labels, _ = self.walk.known()
-            self._span = torch.searchsorted(labels, self.labels), torch.searchsorted(labels, self.labels, right=True)
-        return self._span
-
-    def _count(self) -> tuple[Tensor, int]:
+    def counts(self) -> tuple[Tensor, int]:
         if self._counts is None:
-            self._counts = self.walk.count()
+            self._counts = self.walk.counts()
         return self._counts
 
     def num_positives(self) -> Tensor:
-        return self._count()[0] - int(self.square)
+        return self.counts()[0] - int(self.square)
 
     def num_negatives(self) -> Tensor:
-        same, every = self._count()
+        same, every = self.counts()
         return every - same
 
     def own_places(self) -> Tensor:
@@ -110,7 +101,8 @@ class PiecedPairs(Pairs):
 
     def positive_places(self, most: int) -> Tensor:
         """Where each anchor's positives stand among all references (N, K); beyond them anywhere, or -1."""
-        (lo, _), (_, order) = self._interval(), self.walk.known()
+        labels, order = self.walk.known()
+        lo = torch.searchsorted(labels, self.labels)
         at = lo[:, None] + torch.arange(most, device=lo.device)
         if self.square:
             at = at + (at >= self.own_places()[:, None])
@@ -129,8 +121,9 @@ class PiecedPairs(Pairs):
 
     def draw(self) -> Drawn:
         """As `Pairs.draw`, but positives by their places among all references."""
-        found = super().draw()
-        return found._replace(positives=self.walk.known()[1].index_select(0, found.positives))
+        labels, order = self.walk.known()
+        found = draw(self.labels, None if self.square else labels)
+        return found._replace(positives=order.index_select(0, found.positives))
 
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
         y = FetchedRows.apply(self.walk.singly(), self.x, self.shared_refs(), refs)
@@ -180,8 +173,8 @@ class Fetched(torch.autograd.Function):
         return dots, squares
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
+        only_once()
         x, y, wanted = ctx.saved_tensors
         dx, dy = torch.zeros_like(x), None if y is None else torch.zeros_like(y, dtype=x.dtype)
         for piece, rows, places in _visited(ctx.walk, x, y, wanted):
@@ -212,8 +205,8 @@ class FetchedRows(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None]:
+        only_once()
         x, y, wanted = ctx.saved_tensors
         if y is None:
             return None, None, None, None

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import groups, ops, schedule
 from .schedule import COUNT, LOGSUMEXP, MAX, MIN, SUM, Given, Gradients, Problem, Terms, accumulator, stages
@@ -302,6 +301,12 @@ class _Backward:
         return {4 * self.which[j] + what: row for (j, what), row in zip(self.offsets, self.doffset, strict=True)}
 
 
+def only_once() -> None:
+    """For a backward that cannot be differentiated: create_graph=True must not take its gradient for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("second derivatives need all references in one piece, in one process")
+
+
 class Pieces(torch.autograd.Function):
     """ops.RowReduce over the pieces of a walk: row values (K, N). Differentiable once."""
 
@@ -314,8 +319,8 @@ class Pieces(torch.autograd.Function):
         return values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        only_once()
         x, y, scale, values, winner, *vectors = ctx.saved_tensors
         pass_ = _Backward(ctx.job, x, y, scale, vectors, (values, winner, g))
         if pass_.which:

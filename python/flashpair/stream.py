@@ -17,6 +17,7 @@ from .rows import sorted_rows
 from .schedule import accumulator
 
 BLOCK_BYTES = 2**25  # of references that are read at a time, unless the caller says how many
+LABELS = 2**18  # that are sorted at a time to count them
 
 
 class StreamedReferences:
@@ -132,6 +133,14 @@ class _Stream(Known):
 
     def known(self) -> tuple[Tensor, Tensor]:
         return self.stream.sorted_labels(self.labels.device)
+
+    def counts(self) -> tuple[Tensor, int]:
+        """Of some labels at a time: sorted at once, they would take more memory than the references' blocks."""
+        same = torch.zeros_like(self.labels)
+        for part in self.stream.labels.split(LABELS):
+            ordered = part.to(self.labels.device).sort().values
+            same += torch.searchsorted(ordered, self.labels, right=True) - torch.searchsorted(ordered, self.labels)
+        return same, len(self.stream)
 
     def singly(self) -> _Stream:
         return self

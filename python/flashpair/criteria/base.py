@@ -123,7 +123,7 @@ class Criterion(nn.Module):
 
     penalizes_references = False
 
-    def penalty(
+    def penalty_of(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
     ) -> Penalty | None:
         """Of the embeddings as they came, not normalised: its mean is added to every valid row's loss; None: none.
@@ -134,7 +134,7 @@ class Criterion(nn.Module):
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         """What is added to every valid row's loss."""
-        found = self.penalty(x, labels, y, ref_labels)
+        found = self.penalty_of(x, labels, y, ref_labels)
         return None if found is None else found.total / found.number.clamp_min(1)
 
     def forward(

@@ -164,7 +164,7 @@ class SNRContrastiveLoss(Criterion):
         losses = terms[0].losses + terms[1].losses
         return RowLosses(losses, (terms[0].number + terms[1].number) > 0, losses.shape[0], terms)
 
-    def penalty(
+    def penalty_of(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
     ) -> Penalty | None:
         if self.regularizer_weight == 0:

@@ -100,7 +100,7 @@ class NPairsLoss(Criterion):
     def penalizes_references(self) -> bool:  # type: ignore[override]
         return isinstance(self.l2_weight, Tensor) or self.l2_weight != 0.0
 
-    def penalty(
+    def penalty_of(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
     ) -> Penalty | None:
         if not self.penalizes_references:

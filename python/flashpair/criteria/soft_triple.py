@@ -75,26 +75,30 @@ class SoftTripleLoss(ClassCriterion):
         assert isinstance(pairs, ReferencePairs)
         s = pairs.z.unflatten(1, (self.num_classes, self.centers_per_class))
         own, neg = of_similarities(s, pairs.labels, self.la, self.gamma)
-        return self._rows(own + pairs.poison, neg)
+        return self.row_losses_of(own + pairs.poison, neg)
 
     def rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
     ) -> tuple[RowLosses, AnyPairs | None]:
         if impl == "reference" or isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
             return super().rows(x, labels, y, ref_labels, impl)
+        return self.row_losses_of(*self.own_and_others(x, labels)), None
+
+    def own_and_others(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """S of each row's own class, 0 where that is none of these, and the logsumexp of la S over the others (B,)."""
         own, neg = _Chunked.apply(*self._sides(x), labels, self.la, self.gamma)
-        return self._rows(own, neg), None
+        return own, neg
 
     def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = upcast(x, self.weight)
         assert weight is not None
         return normalize(x) if self.normalize else x, weight
 
-    def _rows(self, own: Tensor, neg: Tensor) -> RowLosses:
+    def row_losses_of(self, own: Tensor, neg: Tensor) -> RowLosses:
         losses = softplus(neg - self.la * (own - self.margin))
         return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
 
-    def penalty(
+    def penalty_of(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
     ) -> Penalty | None:
         """Eq. 9: the mean distance of a class's centres."""

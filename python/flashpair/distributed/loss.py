@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import checks
-from ..criteria.base import AnyPairs, Criterion, RowLosses, average
+from ..criteria.base import AnyPairs, Criterion, Penalty, RowLosses, average
 from ..criteria.classes import ClassCriterion
 from ..criteria.proxies import ProxyAnchorLoss
 from ..pairs import Pairs
-from ..similarity import normalize, upcast
+from ..pieces import only_once
+from ..similarity import upcast
 from . import pairs as shared
 from .ranks import Ranks, Scaled, Shared, Total
 from .walks import WALKS
@@ -112,17 +112,16 @@ class GlobalCriterion(nn.Module):
             x = Scaled.apply(x, by) if x.requires_grad else x
             y = Scaled.apply(y, by) if y is not None and y.requires_grad else y
             given = {
-                place: Shared.apply(ranks, v) if v.requires_grad else v
+                place: Shared.apply(ranks, v) if v.requires_grad and self._shared(place) else v
                 for place, v in zip(learned, values, strict=True)
             }
             with substituted(given):
                 found, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
                 drawn = pairs.drawn_here() if isinstance(pairs, shared.SharedPairs) and pairs.has_drawn else None
-                penalty = self.criterion.penalty(x, labels, y, ref_labels, drawn)
+                penalty = self.criterion.penalty_of(x, labels, y, ref_labels, drawn)
             if penalty is None:
                 return found, pairs, None
-            number = ranks.sum(penalty.number.detach())
-            return found, pairs, Total.apply(ranks, penalty.total) / number.clamp_min(1)
+            return found, pairs, Total.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
 
         def share(x: Tensor, y: Tensor | None, *values: Tensor) -> Tensor:
             found, _, extra = rows(x, y, *values)
@@ -147,7 +146,7 @@ class GlobalCriterion(nn.Module):
             return criterion.rows(x, labels, y, ref_labels, criterion.impl)
         pairs: Pairs
         if isinstance(criterion, ProxyAnchorLoss):
-            pairs = proxies(criterion, how, x, labels, sizes)
+            pairs = self._proxies(how, x, labels, sizes)
         else:
             unit, prepare = criterion.preparation
             if prepare is not None:
@@ -159,21 +158,20 @@ class GlobalCriterion(nn.Module):
                 pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, sizes, ref_sizes)
         return criterion.row_losses(pairs), pairs
 
+    def _proxies(self, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]) -> shared.SharedPairs:
+        """This process's share of the proxies, which all have, as anchors against all processes' embeddings."""
+        ranks, weight = how[0], self.criterion.weight
+        assert isinstance(weight, Tensor)
+        first, last = slice_of(weight.shape[0], ranks.world, ranks.rank)
+        return shared.of_proxies(self.criterion, weight[first:last], how, x, labels, sizes)
 
-def proxies(
-    criterion: ProxyAnchorLoss, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]
-) -> shared.SharedPairs:
-    """This process's share of the proxies as anchors, against all processes' embeddings."""
-    ranks = how[0]
-    first, last = slice_of(criterion.num_classes, ranks.world, ranks.rank)
-    x, weight = upcast(x, criterion.weight[first:last])
-    assert weight is not None
-    x = normalize(x) if criterion.normalize else x
-    classes = torch.arange(first, last, device=x.device)
-    own = [slice_of(criterion.num_classes, ranks.world, rank) for rank in range(ranks.world)]
-    return shared.of_references(
-        *how, "dot", False, normalize(weight), classes, x, labels, [last - first for first, last in own], sizes
-    )
+    def _shared(self, place: Place) -> bool:
+        """Whether what learns there is the same on every process."""
+        return True
+
+    def _number(self, ranks: Ranks, penalty: Penalty) -> Tensor:
+        """Over how many all processes' penalty is a mean."""
+        return ranks.sum(penalty.number.detach())
 
 
 def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
@@ -217,27 +215,23 @@ class AtOnce(torch.autograd.Function):
     def forward(
         ctx: Any, ranks: Ranks, share: Callable[..., Tensor], needs: list[bool], *inputs: Tensor | None
     ) -> Tensor:
-        wanted = [needs[min(k, 2)] and t is not None for k, t in enumerate(inputs)]
         leaves = [None if t is None else t.detach() for t in inputs]
-        for k, t in enumerate(leaves):
-            if t is not None and wanted[k] and (k < 2 or inputs[k].requires_grad):  # type: ignore[union-attr]
-                t.requires_grad_()
-        ctx.found = [None] * len(inputs)
-        with torch.set_grad_enabled(any(wanted)):
+        wanted = {k: t for k, t in enumerate(leaves) if t is not None and needs[min(k, 2)]}
+        for t in wanted.values():  # here, too, where only others want it: they wait for this process's part
+            t.requires_grad_()
+        with torch.set_grad_enabled(bool(wanted)):
             mine = share(*leaves)
-        places = [k for k, t in enumerate(leaves) if t is not None and t.requires_grad]
-        if places and mine.requires_grad:
-            found = torch.autograd.grad(mine, [leaves[k] for k in places], allow_unused=True)
-            for k, g in zip(places, found, strict=True):
-                ctx.found[k] = g
+        ctx.found = {}
+        if wanted:
+            found = torch.autograd.grad(mine, list(wanted.values()), allow_unused=True)
+            ctx.found = dict(zip(wanted, found, strict=True))
         return ranks.sum(mine.detach())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[3:]
-        found = [None if part is None or not need else part * g for part, need in zip(ctx.found, needs, strict=True)]
-        return None, None, None, *found
+        only_once()
+        found = [ctx.found.get(k) if need else None for k, need in enumerate(ctx.needs_input_grad[3:])]
+        return None, None, None, *(None if part is None else part * g for part in found)
 
 
 class Place:
@@ -271,8 +265,7 @@ def substituted(values: dict[Place, Tensor]) -> Iterator[None]:
             place.module.__dict__[place.name] = value
         yield
     finally:
-        for place, value in before.items():
-            if value is None:
-                del place.module.__dict__[place.name]
-            else:
-                place.module.__dict__[place.name] = value
+        for place, own in before.items():
+            del place.module.__dict__[place.name]
+            if own is not None:
+                place.module.__dict__[place.name] = own

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..criteria.base import Criterion
 from ..drawn import Drawn, draw
 from ..pieced import FetchedRows, PiecedPairs, in_pieces
 from ..pieces import NOBODY, places_of
 from ..reduction import Reduction
 from ..rows import sorted_rows
 from ..schedule import accumulator
+from ..similarity import normalize, upcast
 from .ranks import Ranks, Total
 from .walks import WALKS, RankWalk
 
@@ -58,14 +60,14 @@ class SharedPairs(PiecedPairs):
         return range(1, most + 1)
 
     def sums(self, step: int) -> tuple[SharedPairs, Tensor, Tensor, Tensor]:
-        lo, hi = self._interval()
-        at = self.own_places()
-        partner = lo + (at - lo + step) % (hi - lo).clamp_min(1)
+        (labels, order), (same, _) = self.walk.known(), self.counts()
+        lo = torch.searchsorted(labels, self.labels)
+        partner = lo + (self.own_places() - lo + step) % same
         x, walk = self.x.to(self.dtype), self.walk.singly()
-        wanted = self.walk.known()[1][partner] if len(partner) else partner
+        wanted = order[partner]
         other = FetchedRows.apply(walk, x, x, wanted)
         sums = SharedPairs(x + other, self.plan.order, walk, False, self.distance, self.impl, x, self.sizes)
-        return sums, (x * other).sum(1), partner, step < hi - lo
+        return sums, (x * other).sum(1), partner, step < same
 
     def draw(self) -> Drawn:
         """Of all processes' samples; of these, this process's anchors, and for positives the number of their class
@@ -149,3 +151,17 @@ def of_references(
     rows = sorted_rows(x.to(wide), order, unit=unit, impl=chosen)
     refs = sorted_rows(y.to(wide), torch.sort(ref_labels, stable=True).indices, unit=unit, impl=chosen)
     return SharedPairs(rows, order, walk, False, distance, chosen, refs, sizes)
+
+
+def of_proxies(
+    criterion: Criterion, weight: Tensor, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]
+) -> SharedPairs:
+    """Some of a criterion's proxies, this process's (c, D), as anchors against all processes' embeddings."""
+    ranks = how[0]
+    counts = [count for (count,) in ranks.tell([weight.shape[0]], x.device)]
+    first = sum(counts[: ranks.rank])
+    x, wide = upcast(x, weight)
+    assert wide is not None
+    x = normalize(x) if criterion.normalize else x
+    classes = torch.arange(first, first + weight.shape[0], device=x.device)
+    return of_references(*how, "dot", False, normalize(wide), classes, x, labels, counts, sizes)

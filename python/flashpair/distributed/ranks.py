@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..pieces import only_once
 
 RING, HOME = 1, 2  # tags: a chunk on its way round, and what was found for one on its way back
 
@@ -95,8 +96,8 @@ class Total(torch.autograd.Function):
         return ranks.sum(values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        only_once()
         return None, ctx.ranks.sum(g)
 
 
@@ -109,8 +110,8 @@ class Shared(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        only_once()
         return None, ctx.ranks.sum(g)
 
 
@@ -136,8 +137,8 @@ class Gathered(torch.autograd.Function):
         return torch.cat(ranks.gather(rows, sizes))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        only_once()
         ranks, sizes = ctx.ranks, ctx.sizes
         parts = g.new_zeros(ranks.world, max(sizes), *g.shape[1:])
         for part, rows in zip(parts, g.split(list(sizes)), strict=True):
