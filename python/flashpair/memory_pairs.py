@@ -66,21 +66,19 @@ class MemoryPairs(PiecedPairs):
         super().__init__(x, walk.order, walk, True, distance, impl)
 
     def positive_places(self, most: int) -> Tensor:
-        k, rank = (
-            torch.arange(most, device=self.labels.device),
-            torch.arange(len(self.labels), device=self.labels.device),
-        )
-        found = torch.full((len(rank), most), -1, device=k.device)
-        before = torch.zeros_like(self.labels)
-        for part, (labels, order) in enumerate(self.walk.parts()):
-            lo, hi = span(labels, self.labels)
+        labels, n = self.labels, self.labels.shape[0]
+        k, rank = torch.arange(most, device=labels.device), torch.arange(n, device=labels.device)
+        found, before = torch.full((n, most), -1, device=k.device), torch.zeros_like(labels)
+        for part, (others, order) in enumerate(self.walk.parts()):
+            lo, hi = span(others, labels)
+            own = int(part == 0)  # of its class in the batch one is the anchor itself
             at = lo[:, None] + k - before[:, None]
-            here = (k >= before[:, None]) & (at < (hi - (part == 0))[:, None])
-            if part == 0:
+            here = (at >= lo[:, None]) & (at < (hi - own)[:, None])
+            if own:
                 at = at + (at >= rank[:, None])
-            if len(order):
-                found = torch.where(here, order[at.clamp(0, len(order) - 1)], found)
-            before = before + (hi - lo) - (part == 0)
+            if order.shape[0]:
+                found = torch.where(here, order[at.clamp(0, order.shape[0] - 1)], found)
+            before = before + (hi - lo - own)
         return found
 
     def draw(self) -> Drawn:
