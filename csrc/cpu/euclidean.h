@@ -50,21 +50,26 @@ void distances(const Problem<T>& p, const Tile<T>& t) {
   }
 }
 
-// In: w = dL/dz. Out: w = dL/dS, and the pull of each pair on its own two rows.
+// In: w = dL/dz, 0 past the tile's columns. Out: w = dL/dS, and the pull of each pair on its own two rows.
 template <class T>
 void pull(const Problem<T>& p, const Tile<T>& t, T* w, T* row_pull, T* ref_pull) {
+  using V = Vec<T>;
+  Columns<T> refs;
+  refs.fill(nullptr, T(0), t);
   for (int64_t i = 0; i < t.rows; ++i) {
     const T* z = t.z + i * t.ld;
     T* wi = w + i * t.ld;
-    T total = 0;
-    for (int64_t j = 0; j < t.cols; ++j) {
-      const T u = pull_of(p, z[j], wi[j]);
-      wi[j] = -u;
+    V total{};
+    for (int64_t v = 0; v < t.cols; v += WIDTH<T>) {
+      const V zv = load(z + v), wv = load(wi + v);
+      const V u = (zv == T(0)) | (wv == T(0)) ? V{} : p.squared ? T(2) * wv : wv / zv;
+      store<T>(wi + v, -u);
       total += u;
-      if (ref_pull) ref_pull[t.c0 + j] += u;
+      store<T>(refs.data + v, refs.at(v) + u);
     }
-    if (row_pull) row_pull[t.r0 + i] += total;
+    if (row_pull) row_pull[t.r0 + i] += hsum<T>(total);
   }
+  for (int64_t j = 0; ref_pull && j < t.cols; ++j) ref_pull[t.c0 + j] += refs.data[j];
 }
 
 }  // namespace

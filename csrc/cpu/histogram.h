@@ -41,20 +41,24 @@ struct Table {
   Table(const Table&) = delete;
 };
 
-// The cells of a vector of pairs: p + 1 in [0, nodes], 0 before the first node, and f; pairs outside of the mask, and
-// of all nodes, are in cell -1.
+// The cells of a vector of pairs at s = scale * z: p + 1 in [0, nodes], 0 before the first node, and f; pairs outside
+// of the mask, and of all nodes, are in cell -1. f is of s less the node, as it is where each node is a sum: u, which
+// may be as large as there are nodes, is rounded more and would put pairs next to a node on its other side.
 template <class T>
 struct Cells {
   typename Lanes<T>::Int cell[WIDTH<T>];
   T f[WIDTH<T>];
   template <class M>
-  INLINE Cells(Vec<T> u, int nodes, M m) {
-    const Vec<T> shifted = u + T(1);  // truncation is the floor of what is not negative
-    const Mask<T> in = (shifted > T(0)) & (shifted < T(nodes + 1));
-    const Vec<T> safe = in ? shifted : Vec<T>{};
-    const Mask<T> whole = __builtin_convertvector(safe, Mask<T>);
-    const Vec<T> rest = safe - __builtin_convertvector(whole, Vec<T>);
-    const Mask<T> kept = both<T>(in, m);
+  INLINE Cells(Vec<T> s, T shift, int nodes, M m) {
+    shift += T(1);
+    const Vec<T> about = s + shift;  // truncation is the floor of what is not negative
+    const Mask<T> in = (about > T(0)) & (about < T(nodes + 1));
+    Mask<T> whole = __builtin_convertvector(in ? about : Vec<T>{}, Mask<T>);
+    Vec<T> rest = s + (shift - __builtin_convertvector(whole, Vec<T>));
+    const Mask<T> below = rest < T(0), above = rest >= T(1);
+    whole += below - above;  // a truth is -1
+    rest += (below ? splat(T(1)) : Vec<T>{}) - (above ? splat(T(1)) : Vec<T>{});
+    const Mask<T> kept = both<T>(in & (whole >= 0) & (whole <= nodes), m);
     const Mask<T> found = kept ? whole : Mask<T>{} - 1;
     memcpy(cell, &found, sizeof cell), memcpy(f, &rest, sizeof f);
   }
@@ -69,7 +73,7 @@ void histogram(const Problem<T>& p, const Reduction<T>* r, int nodes, const Tile
     const T* z = t.z + i * t.ld;
     memset(of_row, 0, 2 * width * sizeof(T));
     sweep(p, r->side, t, i, [&](int64_t v, auto m) ALWAYS {
-      const Cells<T> c(load(z + v) * r->scale + r->shift, nodes, m);
+      const Cells<T> c(load(z + v) * r->scale, r->shift, nodes, m);
       for (int64_t k = 0; k < WIDTH<T>; ++k) {
         if (c.cell[k] < 0) continue;
         T* row = of_row + (k & 1) * width + c.cell[k];
@@ -103,7 +107,7 @@ void weigh_histogram(const Problem<T>& p, const Reduction<T>* r, int nodes, cons
     const T *z = t.z + i * t.ld, *mine = rows.at + i * (nodes + 1);
     T* wi = w + i * t.ld;
     sweep(p, r->side, t, i, [&](int64_t v, auto m) ALWAYS {
-      const Cells<T> c(load(z + v) * r->scale + r->shift, nodes, m);
+      const Cells<T> c(load(z + v) * r->scale, r->shift, nodes, m);
       for (int64_t k = 0; k < WIDTH<T>; ++k) {
         if (c.cell[k] < 0 || c.f[k] == T(0)) continue;
         T slope = mine[c.cell[k]];

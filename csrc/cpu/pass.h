@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "linear.h"
 #include "runtime.h"
 #include "sieve.h"
 #include "tiles.h"
@@ -62,7 +63,7 @@ class Pass {
         std::vector<std::vector<Reduction<T>>> by_lane(lanes);
         for (int64_t k = 0; k < count; ++k) {
           last = std::max(last, stage_of(k));
-          if (stage_of(k) != stage || over_band(given_[k]) != band) continue;
+          if (stage_of(k) != stage || over_band(given_[k]) != band || is_linear(p_, given_[k])) continue;
           Reduction<T> r = bounded(given_[k], values, bounds);
           for (int64_t lane = 0; lane < lanes; ++lane) {
             const int64_t at = (lane * count + k) * n;
@@ -95,9 +96,11 @@ class Pass {
               if (sieve) few.capacity /= SCREENED_TO_LISTED;
               live.count[slot] = static_cast<int32_t>(kernels_.list_live(p_, to_list, t, few));
             });
-      for (int64_t k = 0; k < count; ++k)
-        if (stage_of(k) == stage)
-          finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
+      for (int64_t k = 0; k < count; ++k) {
+        if (stage_of(k) != stage) continue;
+        if (is_linear(p_, given_[k])) LinearSum<T>(p_, given_[k], x_, y_, d_).forward(total.data() + k * n);
+        finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
+      }
     }
     // An entry that is not finite makes every value NaN: no mining comparison may swallow it.
     if (!is_finite) std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
@@ -118,7 +121,7 @@ class Pass {
       std::vector<std::vector<Reduction<T>>> by_lane(lanes);
       for (size_t k = 0; k < given_.size(); ++k) {
         const Reduction<T>& g = given_[k];
-        if (!g.grad || (g.op != LOGSUMEXP && g.op != SUM) || over_band(g) != band) continue;
+        if (!g.grad || (g.op != LOGSUMEXP && g.op != SUM) || over_band(g) != band || is_linear(p_, g)) continue;
         columns_written |= g.grad_ref_offset != nullptr;
         if (g.grad_offset) lane_offset[k].resize(lanes * n);
         if (g.grad_scale) block_scale[k].resize(lanes * blocks);
@@ -164,6 +167,8 @@ class Pass {
       for (double part : block_scale[k]) *given_[k].grad_scale += part;
       for (size_t i = 0; i < lane_offset[k].size(); ++i) given_[k].grad_offset[i % n] += lane_offset[k][i];
       if (given_[k].grad && given_[k].index) extreme_gradient(given_[k], dx, dy, pull, ref_pull);
+      if (given_[k].grad && is_linear(p_, given_[k]))
+        LinearSum<T>(p_, given_[k], x_, y_, d_).backward(dx, p_.square ? dx : dy);
     }
     for (size_t i = 0; i < lane_dx.size(); ++i) dx[i % (n * d_)] += lane_dx[i];
     if (dx) add_pull(pull, x_, n, dx);

@@ -33,8 +33,8 @@ struct Grid {
   }
 
   // The k-th tile, false where there is none. Square: the diagonal, then every pair of blocks once, in rounds in which
-  // no block plays twice (the circle method). Rectangular: neighbours in the order differ in lane or in column, and in
-  // row but where a round of rows ends.
+  // no block plays twice (the circle method). Rectangular: neighbours in the order differ in lane or in column, and,
+  // where there are several rows of blocks, in row.
   bool at(int64_t k, Place& p) const {
     const int64_t blocks = row_blocks();
     if (!triangle()) {

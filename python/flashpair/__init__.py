@@ -40,6 +40,7 @@ from .criteria import (
     TupletMarginLoss,
 )
 from .cross_batch_memory import CrossBatchMemory
+from .grad_cache import GradCache
 from .neighbours import Nearest, nearest
 from .pairs import Pairs, make_pairs
 from .primitive import row_reduce
@@ -66,6 +67,7 @@ __all__ = [
     "CrossBatchMemory",
     "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
+    "GradCache",
     "HistogramLoss",
     "IntraPairVarianceLoss",
     "LiftedStructureLoss",

@@ -14,7 +14,7 @@ IMPLEMENTATIONS = ("reference", "tiled", "screened", "fused", "onchip")
 WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
 # Up to where `auto` takes onchip: N, M, and multiply-adds of a product. Launches cost more than arithmetic there.
 ONCHIP_SIDE, ONCHIP_WORK = 2048, 2**28
-# Up to where `tiled` on the CPU takes a loss whole: its pairs, and N, M. Beyond, steps cost nothing beside the pairs.
+# Up to where `tiled` on the CPU takes a loss whole: its pairs, and N, M. Beyond, its steps cost nothing beside them.
 WHOLE_PAIRS, WHOLE_SIDE = 1024**2, 8192
 
 

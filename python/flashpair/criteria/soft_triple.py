@@ -16,6 +16,7 @@ from .base import AnyPairs, Penalty, RowLosses
 from .classes import ClassCriterion
 
 CHUNK_BYTES = 2**21  # of similarities at a time
+MOST_EXPONENT = 40.0  # e^40 and e^-40, their squares, and sums of them are far from where float32 ends
 
 
 class SoftTripleLoss(ClassCriterion):
@@ -86,7 +87,8 @@ class SoftTripleLoss(ClassCriterion):
 
     def own_and_others(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """S of each row's own class, 0 where that is none of these, and the logsumexp of la S over the others (B,)."""
-        own, neg = _Chunked.apply(*self._sides(x), labels, self.la, self.gamma)
+        bounded = self.normalize and 1 / self.gamma <= MOST_EXPONENT  # |s| is 1 at most
+        own, neg = _Chunked.apply(*self._sides(x), labels, self.la, self.gamma, bounded)
         return own, neg
 
     def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,14 +130,16 @@ class _Chunked(torch.autograd.Function):
     (B,) numbers; second derivatives take the dense form."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, la: float, gamma: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, la: float, gamma: float, bounded: bool
+    ) -> tuple[Tensor, Tensor]:
         own, neg = x.new_zeros(x.shape[0]), x.new_full(x.shape[:1], -torch.inf)
-        for chunk in _chunks(x, weight, labels, gamma):
+        for chunk in _chunks(x, weight, labels, gamma, bounded):
             mine = chunk.mean.gather(1, chunk.column)
             own += torch.where(chunk.inside, mine, 0.0)[:, 0]
             logits = (la * chunk.mean).scatter(1, chunk.column, torch.where(chunk.inside, -torch.inf, la * mine))
             neg = torch.logaddexp(neg, torch.logsumexp(logits, 1))
-        ctx.la, ctx.gamma = la, gamma
+        ctx.la, ctx.gamma, ctx.bounded = la, gamma, bounded
         ctx.save_for_backward(x, weight, labels, neg)
         return own, neg
 
@@ -151,36 +155,41 @@ class _Chunked(torch.autograd.Function):
             x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
             s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
             found = of_similarities(s, labels, ctx.la, ctx.gamma)
-            return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), None, None, None
+            return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
         dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
         # of an only class nothing is left over: no gradient
         height, share = torch.where(neg > -torch.inf, neg, 0.0)[:, None], (ctx.la * g_neg)[:, None]
-        for chunk in _chunks(x, weight, labels, ctx.gamma):
+        for chunk in _chunks(x, weight, labels, ctx.gamma, ctx.bounded):
             q = torch.exp(ctx.la * chunk.mean - height).mul_(share)
             q.scatter_(1, chunk.column, torch.where(chunk.inside, g_own[:, None], q.gather(1, chunk.column)))
-            w = chunk.s.sub_(chunk.mean[:, None]).div_(ctx.gamma).add_(1).mul_(chunk.pi).mul_(q[:, None]).flatten(1)
+            # dS/ds_k = pi_k (1 + t_k - S / gamma)
+            w = chunk.t.sub_((chunk.mean / ctx.gamma - 1)[:, None]).mul_(chunk.e).mul_(q.div_(chunk.total)[:, None])
+            w = w.flatten(1)
             dx.addmm_(w, chunk.unit)
             part = through_normalize(w.T @ x, chunk.unit, chunk.inverse)
-            shape = chunk.pi.shape[1:]
+            shape = chunk.e.shape[1:]
             dweight[chunk.first : chunk.first + shape[1]] = part.unflatten(0, shape).transpose(0, 1)
-        return dx, dweight, None, None, None
+        return dx, dweight, None, None, None, None
 
 
 class _Chunk(NamedTuple):
-    """Some classes: unit centres (K c, D), k before c so that softmaxes over K are of whole vectors; similarities s
-    (B, K, c), their softmax pi, the mean S (B, c); and where (B, 1) a row's own class stands, if it is `inside`."""
+    """Some classes: unit centres (K c, D), k before c so that softmaxes over K are of whole vectors; similarities
+    t = s / gamma (B, K, c), their exponentials e, less a class's highest unless these are bounded, with their `total`
+    and the mean S (B, c); and where (B, 1) a row's own class stands, if it is `inside`."""
 
     first: int
     unit: Tensor
     inverse: Tensor
-    s: Tensor
-    pi: Tensor
+    t: Tensor
+    e: Tensor
+    total: Tensor
     mean: Tensor
     inside: Tensor
     column: Tensor
 
 
-def _chunks(x: Tensor, weight: Tensor, labels: Tensor, gamma: float) -> Iterator[_Chunk]:
+def _chunks(x: Tensor, weight: Tensor, labels: Tensor, gamma: float, bounded: bool) -> Iterator[_Chunk]:
+    x = x / gamma  # not each of the similarities
     size = max(1, CHUNK_BYTES // (x.element_size() * weight.shape[1] * max(x.shape[0], 1)))
     for first in range(0, weight.shape[0], size):
         part = weight[first : first + size].transpose(0, 1)
@@ -188,9 +197,10 @@ def _chunks(x: Tensor, weight: Tensor, labels: Tensor, gamma: float) -> Iterator
         part = part.flatten(0, 1)
         inverse = inverse_norm(part)
         centres = part * inverse
-        s = (x @ centres.T).unflatten(1, shape)
-        pi = (s - s.amax(1, keepdim=True)).div_(gamma).exp_()
-        pi /= pi.sum(1, keepdim=True)
+        t = (x @ centres.T).unflatten(1, shape)
+        e = t.exp() if bounded else (t - t.amax(1, keepdim=True)).exp_()
+        total = e.sum(1)
+        mean = (e * t).sum(1).div_(total).mul_(gamma)
         inside = (labels >= first) & (labels < first + shape[1])
         column = (labels - first).clamp(0, shape[1] - 1)
-        yield _Chunk(first, centres, inverse, s, pi, (pi * s).sum(1), inside[:, None], column[:, None])
+        yield _Chunk(first, centres, inverse, t, e, total, mean, inside[:, None], column[:, None])

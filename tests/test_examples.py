@@ -1,0 +1,52 @@
+"""The examples as a user runs them: one process, and torchrun with two on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+
+NAMES = ("ddp", "fsdp", "two_towers")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")]
+
+
+@functools.cache
+def printed(name, processes):
+    """The losses by step, and the retrieval before and after."""
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, f"flashpair.examples.{name}"], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = {int(step): float(loss) for step, loss in re.findall(r"^step (\d+): loss (\S+)$", done.stdout, re.M)}
+    before, after = (
+        float(re.search(rf"^\w+ at \d+ {when}: (\S+)$", done.stdout, re.M)[1]) for when in ("before", "after")
+    )
+    assert len(done.stdout.splitlines()) == len(losses) + 2  # once, not once a process
+    return losses, before, after
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_learns(name, processes):
+    losses, before, after = printed(name, processes)
+    first, *_, last = losses.values()
+    assert len(losses) == 5
+    assert last < first / 2
+    assert after > before + 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_are_one_of_the_same_batch(name):
+    """To the four digits that are printed, the last of which may differ by one: 1e-3 at most."""
+    (one, *retrieval), (two, *other) = (printed(name, processes) for processes in (1, 2))
+    assert two == pytest.approx(one, rel=1e-3)
+    assert other == pytest.approx(retrieval, abs=0.005)
