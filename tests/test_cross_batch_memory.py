@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import CRITERIA, REFERENCE_CRITERIA, assert_as_good_as, assert_same, assert_same_bits
+from helpers import CRITERIA, REFERENCE_CRITERIA, assert_as_good_as, assert_same, assert_same_bits, relative
 from pytorch_metric_learning import losses, miners
 
 import flashpair
@@ -23,9 +23,8 @@ from flashpair.similarity import dense_pairs, normalize, poison
 pytestmark = needs_extension
 D, SIZE, CLASSES = 6, 23, 4
 RAGGED = (7, 9, 1, 6, 9, 12, 23, 3, 0, 5, 8)  # not filled, filled by parts of a batch, all of it displaced, and on
-HARDEST = [
-    name for name in REFERENCE_CRITERIA if "hard" in name
-]  # of equal pairs one has the gradient, and which is rounding
+# Of equal pairs the hardest has the gradient, and which that is is rounding; so is the angle of equal vectors.
+NO_DUPLICATES = [name for name in REFERENCE_CRITERIA if "hard" in name or name == "TupletMarginLoss"]
 
 
 @pytest.fixture(params=[4, 64], ids=["small segments", "one segment"])
@@ -106,7 +105,9 @@ def test_every_criterion_over_many_batches(name, segment):
     learned = list(memory.criterion.parameters())
     changed, before = 0, None
     for x, labels in batches():
-        if name not in HARDEST and len(x) > 3 and before is not None:  # duplicates of what came before are real pairs
+        if (
+            name not in NO_DUPLICATES and len(x) > 3 and before is not None
+        ):  # duplicates of what came before are real pairs
             x[:2], labels[:2] = before[0][-2:], before[1][-2:]
         before = (x, labels) if len(x) > 1 else before
         truth = step(oracle, x, labels, learned)
@@ -182,8 +183,10 @@ def test_values_of_pytorch_metric_learning(name, segment):
     for k, (x, labels) in enumerate(batches((7, 9, 12, 6, 9, 12, 12))):
         found, truth = step(memory, x, labels), step(library, x, labels)
         assert_same(found[0], truth[0])
-        if k == 0:
-            assert_same(found[1], 2 * truth[1])  # which takes the references for constants
+        if k == 0 and name == "Contrastive":  # whose pairs have the same weight from both of their ends
+            assert_same(found[1], 2 * truth[1])  # the library takes the references for constants
+        elif k == 0:
+            assert relative(found[1], truth[1]) > 0.1
 
 
 def test_enqueue_and_evaluation(segment):
@@ -364,33 +367,40 @@ def test_what_a_batch_makes_anew_is_bounded_by_segments(monkeypatch):
     assert len(memory) == 1000 and len(after) == 20
 
 
-LIMITED = """
-import resource, torch, flashpair
-d, n, size = 16, 256, 200_000
+FULL = """
+import torch, flashpair
+d, n, size = 32, 512, 200_000
+torch.set_num_threads(2)
+def status(word):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(word))
 memory = flashpair.CrossBatchMemory(flashpair.MultiSimilarityLoss(), d, size)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-def step(n):
+def step():
     x = torch.randn(n, d, requires_grad=True)
     memory(x, torch.randint(1000, (n,))).backward()
-step(n)
-base = peak()
-for _ in range(2 * size // 10_000):
-    labels, order = torch.sort(torch.randint(1000, (10_000,)))
-    memory.queue.make_place(10_000)
-    memory.queue.enter(torch.randn(10_000, d), labels, order)
-for _ in range(5):
-    step(n)
+step()
+empty = status("VmRSS")
+for _ in range(size // 4096 + 1):
+    memory.queue.make_place(4096)
+    labels, order = torch.sort(torch.randint(1000, (4096,)))
+    memory.queue.enter(torch.nn.functional.normalize(torch.randn(4096, d)), labels, order)
+full = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+for _ in range(3):
+    step()
 assert len(memory) == size
-print(peak() - base, size * (d * 4 + 16))
+print(full - empty, status("VmHWM") - full)
 """
 
 
-def test_memory_is_that_of_the_entries_and_no_matrix():
-    found = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True)
-    used, entries = map(int, found.stdout.split())
-    assert used < 1.5 * entries + 2**24, "a matrix would be 205 MB"
-    assert used > 0.5 * entries
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory")
+def test_a_step_takes_a_few_segments_beside_the_memory():
+    """Of the memory's size, 200,000 rows, nothing: no matrix (410 MB), no copy (26 MB)."""
+    found = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=True)
+    entries, extra = map(int, found.stdout.split())
+    row, n, size = 4 * 32 + 16, 512, 200_000
+    assert 0.9 * size * row < entries < 1.5 * size * row
+    limit = 8 * segments.SEGMENT * row + 12 * n * row + 64 * 8 * (n + segments.SEGMENT) + 8 * 4 * 512**2
+    assert limit < size * 4 * 32 and extra <= limit, f"{extra:,} bytes over {limit:,}"
 
 
 def test_without_the_extension_it_says_why(monkeypatch):
