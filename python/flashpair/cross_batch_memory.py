@@ -104,7 +104,8 @@ class CrossBatchMemory(nn.Module):
             if enqueue:
                 queue.make_place(x.shape[0])
             walk = MemoryWalk(labels_in_order, order, queue.held())
-            loss = criterion.of_pieces(x, labels, MemoryPairs(rows, walk, criterion.distance, impl))
+            pairs = MemoryPairs(rows, walk, criterion.distance, impl, criterion.impl != "auto")
+            loss = criterion.of_pieces(x, labels, pairs)
             if enqueue and x.shape[0]:
                 queue.enter(rows.detach(), labels_in_order, order)
         return loss
