@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers import CRITERIA, REFERENCE_CRITERIA, assert_as_good_as, assert_same
 from pytorch_metric_learning import losses, miners
 
 import flashpair
+from bench import memory_bank
 from flashpair import CrossBatchMemory, extension, screened, screening, segments, tiled
 from flashpair.drawn import Drawn
 from flashpair.reference import ReferencePairs
@@ -352,7 +354,7 @@ def test_same_bits(segment):
 
 
 TIGHT = ["MultiSimilarityLoss", "ContrastiveLoss(0.9, 0.2, 'cosine')", "TripletMarginLoss(triplets='hard')"]
-TIGHT += ["BinomialDevianceLoss(epsilon=0.1)", "MarginLoss"]
+TIGHT += ["BinomialDevianceLoss(epsilon=0.1)", "ContrastiveLoss"]
 
 
 @pytest.mark.parametrize("listed", [tiled.LIVE_PAIRS_PER_ROW, 1], ids=["listed", "lists too short"])
@@ -397,6 +399,29 @@ def test_segments_that_stay_are_rounded_once(monkeypatch):
         kept.append([rounded(s.rows) for s in memory.queue.segments])
     same = [a is b and len(a) == 1 for a, b in zip(kept[-1], kept[-2], strict=True)]
     assert sum(same) >= 6
+
+
+def test_evaluated_in_inference_mode_then_trained(segment):
+    memory, oracle = both(CRITERIA["MultiSimilarityLoss"])
+    for k, (x, labels) in enumerate(batches((7, 9, 12, 6, 9, 12))):
+        if k % 2:
+            with torch.inference_mode():
+                assert_same(memory(x, labels).clone(), oracle(x, labels).clone())
+            oracle.rows, oracle.labels = oracle.rows.clone(), oracle.labels.clone()
+            continue
+        for f, t in zip(step(memory, x, labels), step(oracle, x, labels), strict=True):
+            assert_same(f, t)
+
+
+def test_bench(tmp_path, capsys):
+    memory_bank.main(
+        ["--sizes", "300,700", "--batches", "16", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    )
+    (file,) = tmp_path.iterdir()
+    cases = json.loads(file.read_text())["cases"]
+    assert [(c["m"], c["n"]) for c in cases] == [(300, 16), (700, 16)]
+    assert all(t["median"] > 0 for c in cases for t in c["times"].values())
+    assert capsys.readouterr().out.count("| floor |") == 2
 
 
 def test_reset():
