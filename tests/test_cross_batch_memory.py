@@ -413,10 +413,19 @@ def test_evaluated_in_inference_mode_then_trained(segment):
             assert_same(f, t)
 
 
+def test_under_torch_compile():
+    memory, plain = (CrossBatchMemory(flashpair.MultiSimilarityLoss(), D, SIZE) for _ in range(2))
+    compiled = torch.compile(lambda a, labels: memory(2 * a, labels))
+    for x, labels in batches((7, 9, 12), dtype=torch.float32):
+        found, truth = step(compiled, x, labels), step(lambda a, labels: plain(2 * a, labels), x, labels)
+        for f, t in zip(found, truth, strict=True):
+            assert torch.allclose(f, t, rtol=1e-5, atol=1e-7)
+    assert len(memory) == SIZE
+
+
 def test_bench(tmp_path, capsys):
-    memory_bank.main(
-        ["--sizes", "300,700", "--batches", "16", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
-    )
+    options = "--sizes 300,700 --batches 16 --repeats 1 --threads 1"
+    memory_bank.main([*options.split(), "--out", str(tmp_path)])
     (file,) = tmp_path.iterdir()
     cases = json.loads(file.read_text())["cases"]
     assert [(c["m"], c["n"]) for c in cases] == [(300, 16), (700, 16)]
