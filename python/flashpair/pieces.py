@@ -173,7 +173,8 @@ class Job(NamedTuple):
         if p.split:
             values, places = groups.forward(self.spec.impl, p, terms, given, keep)
         else:
-            values, kept = ops.schedule_of(self.spec.impl, p.x.device).forward(p, terms, given, keep)
+            own = p._replace(order=groups.ranks(p.order)) if keep and not groups.joined(self.spec.impl, p) else p
+            values, kept = ops.schedule_of(self.spec.impl, p.x.device).forward(own, terms, given, keep)
             places = kept[0]
         if not keep:
             return values, None
