@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from helpers import CRITERIA, REFERENCE_CRITERIA, assert_as_good_as, assert_same
 from pytorch_metric_learning import losses, miners
 
 import flashpair
-from flashpair import CrossBatchMemory, extension, segments
+from bench import memory_bank
+from flashpair import CrossBatchMemory, extension, screened, screening, segments, tiled
 from flashpair.drawn import Drawn
 from flashpair.reference import ReferencePairs
+from flashpair.references import rounded
 from flashpair.similarity import dense_pairs, normalize, poison
 
 pytestmark = needs_extension
@@ -27,10 +30,16 @@ RAGGED = (7, 9, 1, 6, 9, 12, 23, 3, 0, 5, 8)  # not filled, filled by parts of a
 NO_DUPLICATES = [name for name in REFERENCE_CRITERIA if "hard" in name or name == "TupletMarginLoss"]
 
 
-@pytest.fixture(params=[4, 64], ids=["small segments", "one segment"])
+@pytest.fixture(params=["small segments", "one segment", "screened"])
 def segment(request, monkeypatch):
-    monkeypatch.setattr(segments, "SEGMENT", request.param)
-    return request.param
+    monkeypatch.setattr(segments, "SEGMENT", 64 if request.param == "one segment" else 4)
+    if request.param == "screened":
+        screen_everything(monkeypatch)
+
+
+def screen_everything(monkeypatch):
+    monkeypatch.setattr(screened, "WORTH_PAIRS", -1)
+    monkeypatch.setattr(screened, "WORTH_DEPTH", 1)
 
 
 def batches(sizes=RAGGED, d=D, seed=0, dtype=torch.float64):
@@ -69,9 +78,9 @@ class DensePairs(ReferencePairs):
 class Oracle:
     """The same as a CrossBatchMemory with a list of all that has come."""
 
-    def __init__(self, criterion, size):
+    def __init__(self, criterion, size, d=D):
         self.criterion, self.size = criterion, size
-        self.rows, self.labels = torch.zeros(0, D, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+        self.rows, self.labels = torch.zeros(0, d, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
 
     def __call__(self, x, labels, enqueue=True):
         unit, prepare = self.criterion.preparation
@@ -342,6 +351,77 @@ def test_same_bits(segment):
         return [t for x, labels in batches((90,) * 5, dtype=torch.float32) for t in step(memory, x, labels)]
 
     assert_same_bits(run, (1, 2, 3))
+
+
+TIGHT = ["MultiSimilarityLoss", "ContrastiveLoss(0.9, 0.2, 'cosine')", "TripletMarginLoss(triplets='hard')"]
+TIGHT += ["BinomialDevianceLoss(epsilon=0.1)", "ContrastiveLoss"]
+
+
+@pytest.mark.parametrize("listed", [tiled.LIVE_PAIRS_PER_ROW, 1], ids=["listed", "lists too short"])
+@pytest.mark.parametrize("name", TIGHT)
+def test_screened_where_few_pairs_live(name, listed, monkeypatch):
+    """Classes so tight that most pairs are dead: what lives is listed in forward and looked up in backward."""
+    screen_everything(monkeypatch)
+    monkeypatch.setattr(segments, "SEGMENT", 300)
+    monkeypatch.setattr(tiled, "LIVE_PAIRS_PER_ROW", listed)
+    memory = CrossBatchMemory(CRITERIA[name](), 32, 700, dtype=torch.float64)
+    oracle = Oracle(memory.criterion, 700, 32)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(60, 32, generator=generator, dtype=torch.float64)
+    for _ in range(6):
+        labels = torch.randint(60, (180,), generator=generator)
+        x = centres[labels] + 0.7 * torch.randn(180, 32, generator=generator, dtype=torch.float64)
+        with screening() as seen:
+            found = step(memory, x, labels)
+        assert seen.tiles > 0
+        for f, t in zip(found, step(oracle, x, labels), strict=True):
+            assert_same(f, t)
+    assert seen.tiles > 2 and seen.whole < seen.tiles
+    if "hard" not in name:
+        assert 0 < seen.live < seen.pairs / 4
+
+
+def test_a_named_schedule_is_not_screened(monkeypatch):
+    screen_everything(monkeypatch)
+    with screening() as seen:
+        memory = CrossBatchMemory(flashpair.MultiSimilarityLoss(impl="tiled"), D, SIZE)
+        for x, labels in batches(dtype=torch.float32):
+            memory(x, labels)
+    assert seen.tiles == 0
+
+
+def test_segments_that_stay_are_rounded_once(monkeypatch):
+    screen_everything(monkeypatch)
+    monkeypatch.setattr(segments, "SEGMENT", 50)
+    memory, kept = CrossBatchMemory(flashpair.MultiSimilarityLoss(), D, 400), []
+    for x, labels in batches((20,) * 30, dtype=torch.float32):
+        memory(x, labels)
+        kept.append([rounded(s.rows) for s in memory.queue.segments])
+    same = [a is b and len(a) == 1 for a, b in zip(kept[-1], kept[-2], strict=True)]
+    assert sum(same) >= 6
+
+
+def test_evaluated_in_inference_mode_then_trained(segment):
+    memory, oracle = both(CRITERIA["MultiSimilarityLoss"])
+    for k, (x, labels) in enumerate(batches((7, 9, 12, 6, 9, 12))):
+        if k % 2:
+            with torch.inference_mode():
+                assert_same(memory(x, labels).clone(), oracle(x, labels).clone())
+            oracle.rows, oracle.labels = oracle.rows.clone(), oracle.labels.clone()
+            continue
+        for f, t in zip(step(memory, x, labels), step(oracle, x, labels), strict=True):
+            assert_same(f, t)
+
+
+def test_bench(tmp_path, capsys):
+    memory_bank.main(
+        ["--sizes", "300,700", "--batches", "16", "--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    )
+    (file,) = tmp_path.iterdir()
+    cases = json.loads(file.read_text())["cases"]
+    assert [(c["m"], c["n"]) for c in cases] == [(300, 16), (700, 16)]
+    assert all(t["median"] > 0 for c in cases for t in c["times"].values())
+    assert capsys.readouterr().out.count("| floor |") == 2
 
 
 def test_reset():

@@ -29,7 +29,7 @@ class CrossBatchMemory(nn.Module):
 
     A step takes time with N times `memory_size` pairs, and beside the memory what N rows and one segment of the memory
     take. The memory holds embeddings as the criterion compares them (normalised, if it normalises) and is part of
-    `state_dict`; training goes on from it with the same bits.
+    `state_dict`; training goes on from it with the same bits. In a compiled model it runs outside of the graph.
 
     In evaluation (``memory.eval()``) nothing enters or leaves the memory; `enqueue` says otherwise for one call.
     Whether gradients are enabled does not matter: under ``torch.no_grad()`` a training call fills the memory, too.
@@ -87,6 +87,12 @@ class CrossBatchMemory(nn.Module):
         enqueue: whether the batch enters the memory; None: in training. Where it does not, it takes nobody's place:
             its pairs are with itself and with all of the memory.
         """
+        if torch.compiler.is_compiling():  # how full the queue is changes from call to call, and is no constant
+            loss: Tensor = torch.compiler.disable(self._loss)(embeddings, labels, enqueue)
+            return loss
+        return self._loss(embeddings, labels, enqueue)
+
+    def _loss(self, embeddings: Tensor, labels: Tensor, enqueue: bool | None) -> Tensor:
         x, labels, _, _ = self.criterion.check(embeddings, labels, None, None)
         checks.width(x, self.embedding_size)
         enqueue = self.training if enqueue is None else checks.flag(enqueue, "enqueue")
@@ -104,7 +110,8 @@ class CrossBatchMemory(nn.Module):
             if enqueue:
                 queue.make_place(x.shape[0])
             walk = MemoryWalk(labels_in_order, order, queue.held())
-            loss = criterion.of_pieces(x, labels, MemoryPairs(rows, walk, criterion.distance, impl))
+            pairs = MemoryPairs(rows, walk, criterion.distance, impl, criterion.impl != "auto")
+            loss = criterion.of_pieces(x, labels, pairs)
             if enqueue and x.shape[0]:
                 queue.enter(rows.detach(), labels_in_order, order)
         return loss
@@ -137,10 +144,11 @@ class CrossBatchMemory(nn.Module):
         if missing or prefix + "_extra_state" not in state_dict:
             return
         rows, labels = kept
-        if rows.shape[1:] != (self.embedding_size,) or rows.shape[0] > self.memory_size:
+        fits = rows.dim() == 2 and rows.shape[1] == self.embedding_size and rows.shape[0] <= self.memory_size
+        if not fits or labels.shape != rows.shape[:1]:
             error_msgs.append(
                 f"{prefix}memory must have at most memory_size = {self.memory_size} rows of embedding_size = "
-                f"{self.embedding_size}, got {checks.what(rows)}"
+                f"{self.embedding_size}, got {checks.what(rows)} with labels {checks.what(labels)}"
             )
             return
         like = self.queue.empty

@@ -31,7 +31,7 @@ def ranks(order: Tensor) -> Tensor:
 
 
 def joined(impl: str, problem: Problem) -> bool:
-    return impl == "tiled" and problem.x.device.type == "cpu"
+    return impl in ("tiled", "screened") and problem.x.device.type == "cpu"
 
 
 def forward(impl: str, p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, Tensor]:

@@ -62,8 +62,9 @@ class MemoryPairs(PiecedPairs):
 
     walk: MemoryWalk
 
-    def __init__(self, x: Tensor, walk: MemoryWalk, distance: str, impl: str) -> None:
+    def __init__(self, x: Tensor, walk: MemoryWalk, distance: str, impl: str, named: bool) -> None:
         super().__init__(x, walk.order, walk, True, distance, impl)
+        self.screens = not named and x.device.type == "cpu"
 
     def positive_places(self, most: int) -> Tensor:
         labels, n = self.labels, self.labels.shape[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import screened
 from .dispatch import choose, obstacles
 from .drawn import Drawn, draw
 from .ops import Spec
@@ -60,6 +61,8 @@ class PiecedPairs(Pairs):
         y: (M, D) sorted references of this process, where the walk has need of them.
     """
 
+    screens = False  # nobody named `tiled`, so that pieces may be screened
+
     def __init__(
         self, x: Tensor, order: Tensor, walk: Known, square: bool, distance: str, impl: str, y: Tensor | None = None
     ) -> None:
@@ -74,7 +77,10 @@ class PiecedPairs(Pairs):
         return rows.unbind(0)
 
     def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
-        return self.impl
+        """`impl`, or `screened` in place of `tiled`, for those pieces that are worth it."""
+        if not self.screens or self.impl != "tiled" or screened.refusals(reductions, self.x.shape[1]):
+            return self.impl
+        return "screened"
 
     def dense(self) -> ReferencePairs:
         raise RuntimeError("references in pieces have no dense matrix")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .references import keep_rounded
 
 SEGMENT = 8192  # rows: of 128 float32 numbers 4 MB, which one step makes anew
 
@@ -70,6 +72,11 @@ class Queue:
         self.late = self.empty = Segment(torch.zeros(0, width, dtype=dtype), nothing, nothing)
         self.segments = [self.empty] * -(-size // self.segment)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept with rows, which has no copy and no file."""
+        plain = {k: Segment(*(t.detach() for t in s)) for k, s in (("empty", self.empty), ("late", self.late))}
+        return {**vars(self), **plain, "segments": [Segment(*(t.detach() for t in s)) for s in self.segments]}
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Moves or casts what is kept."""
         self.empty, self.late, *self.segments = (
@@ -94,6 +101,7 @@ class Queue:
             if coming[k] < len(late):
                 new = late.take(positions(home == k, coming[k]))
             self.segments[k] = merged(old, positions(old.stamps >= first, len(old) - going[k]), new)
+            keep_rounded(self.segments[k].rows)
         self.late, self.length = self.empty, self.count - first
 
     def enter(self, rows: Tensor, labels: Tensor, order: Tensor) -> None:
@@ -134,6 +142,7 @@ class Queue:
         for k in range(len(self.segments)):
             at = positions(home[:joined] == k, counts[k])
             self.segments[k] = self._sorted(everything, at) if counts[k] else self.empty
+            keep_rounded(self.segments[k].rows)
         self.late = self._sorted(everything, torch.arange(joined, m, device=labels.device)) if late else self.empty
 
     def _sorted(self, s: Segment, at: Tensor) -> Segment:
