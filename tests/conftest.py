@@ -97,3 +97,13 @@ COMPILING = pytest.StashKey[Compiling]()
 def compiled(pytestconfig):
     """What tests/aot.py reports of each chip."""
     return pytestconfig.stash[COMPILING].report()
+
+
+@pytest.fixture(scope="session")
+def team():
+    """Processes that share a batch."""
+    import ranks_harness
+
+    made = ranks_harness.Team()
+    yield made
+    made.close()

@@ -56,14 +56,15 @@ def assert_as_good_as(found: Tensor, eager: Tensor, truth: Tensor) -> None:
     assert relative(found, truth) <= bound, f"{relative(found, truth):.2e} over {bound:.2e}"
 
 
-def assert_same(found: Tensor, truth: Tensor) -> None:
-    """Two float64 results of the same sums in another order: equal to a thousand roundings of the largest entry."""
+def assert_same(found: Tensor, truth: Tensor, least: float = 0.0) -> None:
+    """Two float64 results of the same sums in another order: equal to a thousand roundings of the largest entry, or of
+    `least`, the size of what they are sums of, where these may cancel."""
     assert found.shape == truth.shape
     assert torch.equal(found.isfinite(), truth.isfinite())
     finite = truth.isfinite()
     assert torch.equal(found[~finite].nan_to_num(), truth[~finite].nan_to_num())
     if finite.any():
-        scale = truth[finite].abs().max().item()
+        scale = max(truth[finite].abs().max().item(), least)
         error = (found[finite] - truth[finite]).abs().max().item()
         assert error <= 1000 * torch.finfo(torch.float64).eps * scale + 1e-16, f"{error:.2e} at a scale of {scale:.2e}"
 

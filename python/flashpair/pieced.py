@@ -119,7 +119,7 @@ class PiecedPairs(Pairs):
         x, wanted = self.x.to(self.dtype), self.positive_places(self.most_positives(most))
         dots, squares = Fetched.apply(self.walk.singly(), x, self.shared_refs(), wanted)
         z = of_dots(dots, (x * x).sum(1)[:, None] + squares, self.distance)
-        return pad_positives(z, self.num_positives(), poison(self.x, None))
+        return pad_positives(z, self.num_positives(), poison(self.x, None) if self.poison is None else self.poison)
 
     def shared_refs(self) -> Tensor | None:
         """This process's references (M, D), of a square problem its anchors, for a walk that takes them one way."""

@@ -23,6 +23,7 @@ from .walks import WALKS
 
 GRADIENTS = ("mean", "sum")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REFUSED = [-1] * 8  # in place of what `agree` tells
 
 
 def gather(
@@ -76,7 +77,8 @@ class GlobalCriterion(nn.Module):
     Differentiable once. The call waits for the device once, for the number of rows of each process.
 
     Raises:
-        ValueError: on every process, where embeddings differ in width, dtype, or in whether references are given.
+        TypeError, ValueError: on every process, where one refuses its arguments, or where embeddings differ in width or
+            dtype, or in whether references are given.
         RuntimeError: an `impl` that does not take references in pieces (`tiled` and `fused` do).
     """
 
@@ -97,9 +99,15 @@ class GlobalCriterion(nn.Module):
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             loss: Tensor = self.criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
             return loss
-        x, labels, y, ref_labels = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
+        ranks = Ranks(self.group)
+        try:
+            x, labels, y, ref_labels = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
+        except (TypeError, ValueError):
+            if isinstance(embeddings, Tensor):  # or the others would wait for this process until their time is up
+                ranks.tell(REFUSED, embeddings.device)
+            raise
         with torch.autocast(x.device.type, enabled=False):
-            return self._loss(Ranks(self.group), x, labels, y, ref_labels)
+            return self._loss(ranks, x, labels, y, ref_labels)
 
     def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         learned = learned_of(self.criterion)
@@ -187,16 +195,24 @@ def agree(
     Raises:
         ValueError: on every process, where these cannot be one batch.
     """
-    facts = [x.shape[0], -1 if y is None else y.shape[0], x.shape[1], DTYPES.index(x.dtype)]
-    every = ranks.tell([*facts, *map(int, needs), int(learned)], x.device)
-    for name, column, of in (("width", 2, str), ("dtype", 3, lambda k: str(DTYPES[k]))):
-        if len({row[column] for row in every}) > 1:
-            got = ", ".join(of(row[column]) for row in every)
-            raise ValueError(f"embeddings must have the same {name} on every process, got {got}")
+    dtypes = [-1 if t is None else DTYPES.index(t.dtype) for t in (x, y)]
+    facts = [x.shape[0], -1 if y is None else y.shape[0], x.shape[1], *dtypes, *map(int, needs), int(learned)]
+    every = ranks.tell(facts, x.device)
+    if refused := [str(rank) for rank, row in enumerate(every) if row == REFUSED]:
+        raise ValueError(f"arguments were refused on process {', '.join(refused)}, whose own error says why")
     if len({row[1] < 0 for row in every}) > 1:
         raise ValueError("ref_emb must be given on every process or on none")
-    some = [any(row[k] for row in every) for k in (4, 5, 6)]
+    widths, types, ref_types = ([row[k] for row in every] for k in (2, 3, 4))
+    _alike("embeddings", "width", widths, str)
+    _alike("embeddings", "dtype", types, lambda k: str(DTYPES[k]))
+    _alike("ref_emb", "dtype", ref_types, lambda k: str(DTYPES[k]))
+    some = [any(row[k] for row in every) for k in (5, 6, 7)]
     return [row[0] for row in every], [max(row[1], 0) for row in every], some
+
+
+def _alike(name: str, what: str, every: list[int], shown: Callable[[int], str]) -> None:
+    if len(set(every)) > 1:
+        raise ValueError(f"{name} must have the same {what} on every process, got {', '.join(map(shown, every))}")
 
 
 def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:

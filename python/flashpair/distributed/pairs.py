@@ -12,7 +12,7 @@ from ..pieces import NOBODY, places_of
 from ..reduction import Reduction
 from ..rows import sorted_rows
 from ..schedule import accumulator
-from ..similarity import normalize, upcast
+from ..similarity import normalize, poison, upcast
 from .ranks import Ranks, Total
 from .walks import WALKS, RankWalk
 
@@ -24,13 +24,17 @@ class SharedPairs(PiecedPairs):
     """
 
     walk: RankWalk
+    poison: Tensor
 
     def __init__(
         self, x: Tensor, order: Tensor, walk: RankWalk, square: bool, distance: str, impl: str, y: Tensor | None,
-        sizes: list[int],
+        sizes: list[int], bad: Tensor,
     ) -> None:  # fmt: skip
         super().__init__(x, order, walk, square, distance, impl, y)
-        self.sizes = sizes  # of every process's anchors
+        self.sizes, self.poison = (
+            sizes,
+            bad,
+        )  # of every process's anchors; NaN where anybody's embeddings are not finite
         self._drawn: tuple[Drawn, Tensor] | None = None
 
     @property
@@ -47,7 +51,8 @@ class SharedPairs(PiecedPairs):
         peak = torch.where(peak.isinf(), 0.0, peak)
         some = values != -torch.inf
         mass = self.total(torch.where(some, torch.exp(torch.where(some, values, peak) - peak), 0.0))
-        return torch.where(mass > 0, torch.where(mass > 0, mass, 1.0).log() + peak, -torch.inf)
+        nothing = torch.where(mass.isnan(), mass, -torch.inf)
+        return torch.where(mass > 0, torch.where(mass > 0, mass, 1.0).log() + peak, nothing)
 
     def most_positives(self, most: int | None = None) -> int:
         if most is not None:
@@ -64,9 +69,9 @@ class SharedPairs(PiecedPairs):
         lo = torch.searchsorted(labels, self.labels)
         partner = lo + (self.own_places() - lo + step) % same
         x, walk = self.x.to(self.dtype), self.walk.singly()
-        wanted = order[partner]
-        other = FetchedRows.apply(walk, x, x, wanted)
-        sums = SharedPairs(x + other, self.plan.order, walk, False, self.distance, self.impl, x, self.sizes)
+        other = FetchedRows.apply(walk, x, x, order[partner])
+        order, sizes, bad = self.plan.order, self.sizes, self.poison
+        sums = SharedPairs(x + other, order, walk, False, self.distance, self.impl, x, sizes, bad)
         return sums, (x * other).sum(1), partner, step < same
 
     def draw(self) -> Drawn:
@@ -111,7 +116,9 @@ class SharedPairs(PiecedPairs):
         chosen = type(walk)(self.ranks, number, number, of_rank, False)
         x = self.x.to(self.dtype).index_select(0, rows)
         sizes = [int(t) for t in torch.bincount(self._owners(found.anchors), minlength=self.ranks.world)]
-        return SharedPairs(x, labels, chosen, False, self.distance, self.impl, y.index_select(0, at), sizes)
+        return SharedPairs(
+            x, labels, chosen, False, self.distance, self.impl, y.index_select(0, at), sizes, self.poison
+        )
 
     def _owners(self, anchors: Tensor) -> Tensor:
         ends = torch.tensor(self.sizes, device=anchors.device).cumsum(0)
@@ -135,7 +142,7 @@ def of_batch(
     ordered, order = torch.sort(labels, stable=True)
     walk = WALKS[schedule](ranks, ordered, order + sum(sizes[: ranks.rank]), every, True)
     rows = sorted_rows(x.to(accumulator(x.dtype)), order, unit=unit, impl=chosen)
-    return SharedPairs(rows, order, walk, True, distance, chosen, None, sizes)
+    return SharedPairs(rows, order, walk, True, distance, chosen, None, sizes, ranks.sum(poison(rows, None)))
 
 
 def of_references(
@@ -150,7 +157,7 @@ def of_references(
     wide = torch.promote_types(accumulator(x.dtype), y.dtype)
     rows = sorted_rows(x.to(wide), order, unit=unit, impl=chosen)
     refs = sorted_rows(y.to(wide), torch.sort(ref_labels, stable=True).indices, unit=unit, impl=chosen)
-    return SharedPairs(rows, order, walk, False, distance, chosen, refs, sizes)
+    return SharedPairs(rows, order, walk, False, distance, chosen, refs, sizes, ranks.sum(poison(rows, refs)))
 
 
 def of_proxies(

@@ -1,0 +1,52 @@
+"""What a process holds: of all rows with "all_gather", and with "ring" the same however many processes there are."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import needs_extension
+from ranks_cases import SCHEDULES
+
+import flashpair
+from bench.memory import peak_of
+from flashpair.distributed import gather
+
+pytestmark = [
+    needs_extension,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory"),
+]
+ROWS, WIDTH = 500, 2048
+COPIES = 14  # of a process's rows: sorted ones, three packets, two processes' as one problem, their gradients
+COPY = 4 * ROWS * WIDTH  # bytes of a process's rows, beside which all else is small
+SLACK = 2**21
+
+
+def _peaks(make):
+    """The most bytes that forward and backward of a call added to this process, with each schedule."""
+    rank, found = dist.get_rank(), []
+    for schedule in SCHEDULES:
+        shared = gather(make(), schedule=schedule)
+        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        x.grad = torch.zeros_like(x)
+        labels = (torch.arange(ROWS) + rank * ROWS // 2) // 4
+
+        def step(shared=shared, x=x, labels=labels):
+            shared(x, labels).backward()
+
+        shared(x[:300], labels[:300]).backward()  # code, threads and buffers are there before anything is counted
+        found.append(peak_of(step).extra)
+    return found
+
+
+@pytest.mark.parametrize("make", [flashpair.MultiSimilarityLoss, flashpair.NTXentLoss])
+def test_a_ring_s_memory_does_not_grow_with_the_processes(team, make):
+    few, many = (torch.tensor(team.run(world, _peaks, make)).amax(0) for world in (4, 8))
+    (gathered, ring), (more_gathered, more_ring) = few.tolist(), many.tolist()
+    print(few / COPY, many / COPY)
+    for peak in (ring, more_ring):
+        assert peak <= COPIES * COPY + SLACK, f"{ring / COPY:.1f}, then {more_ring / COPY:.1f} copies"
+    # four processes' rows more, and as many of their gradient
+    assert more_gathered >= gathered + 6 * COPY, f"{gathered / COPY:.1f}, then {more_gathered / COPY:.1f} copies"
