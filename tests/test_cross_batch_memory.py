@@ -17,7 +17,7 @@ from pytorch_metric_learning import losses, miners
 
 import flashpair
 from bench import memory_bank
-from flashpair import CrossBatchMemory, extension, screened, screening, segments, tiled
+from flashpair import CrossBatchMemory, extension, pieces, screened, screening, segments
 from flashpair.drawn import Drawn
 from flashpair.reference import ReferencePairs
 from flashpair.references import rounded
@@ -357,13 +357,13 @@ TIGHT = ["MultiSimilarityLoss", "ContrastiveLoss(0.9, 0.2, 'cosine')", "TripletM
 TIGHT += ["BinomialDevianceLoss(epsilon=0.1)", "ContrastiveLoss"]
 
 
-@pytest.mark.parametrize("listed", [tiled.LIVE_PAIRS_PER_ROW, 1], ids=["listed", "lists too short"])
+@pytest.mark.parametrize("listed", [pieces.LIVE_PAIRS_PER_ROW, 0], ids=["listed", "lists too short"])
 @pytest.mark.parametrize("name", TIGHT)
 def test_screened_where_few_pairs_live(name, listed, monkeypatch):
     """Classes so tight that most pairs are dead: what lives is listed in forward and looked up in backward."""
     screen_everything(monkeypatch)
     monkeypatch.setattr(segments, "SEGMENT", 300)
-    monkeypatch.setattr(tiled, "LIVE_PAIRS_PER_ROW", listed)
+    monkeypatch.setattr(pieces, "LIVE_PAIRS_PER_ROW", listed)
     memory = CrossBatchMemory(CRITERIA[name](), 32, 700, dtype=torch.float64)
     oracle = Oracle(memory.criterion, 700, 32)
     generator = torch.Generator().manual_seed(0)
@@ -462,7 +462,7 @@ d, n, size = 32, 512, 200_000
 torch.set_num_threads(2)
 def status(word):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(word))
-memory = flashpair.CrossBatchMemory(flashpair.MultiSimilarityLoss(), d, size)
+memory = flashpair.CrossBatchMemory(flashpair.MultiSimilarityLoss(impl=IMPL), d, size)
 def step():
     x = torch.randn(n, d, requires_grad=True)
     memory(x, torch.randint(1000, (n,))).backward()
@@ -482,14 +482,20 @@ print(full - empty, status("VmHWM") - full)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory")
-def test_a_step_takes_a_few_segments_beside_the_memory():
-    """Of the memory's size, 200,000 rows, nothing: no matrix (410 MB), no copy (26 MB)."""
-    found = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("impl", ["tiled", "auto"])
+def test_a_step_takes_a_few_segments_beside_the_memory(impl):
+    """Of the memory's size, 200,000 rows, nothing: no matrix (410 MB), no copy (26 MB); but what screening keeps."""
+    found = subprocess.run(
+        [sys.executable, "-c", FULL.replace("IMPL", repr(impl))], capture_output=True, text=True, check=True
+    )
     entries, extra = map(int, found.stdout.split())
     row, n, size = 4 * 32 + 16, 512, 200_000
     assert 0.9 * size * row < entries < 1.5 * size * row
     limit = 8 * segments.SEGMENT * row + 12 * n * row + 64 * 8 * (n + segments.SEGMENT) + 8 * 4 * 512**2
-    assert limit < size * 4 * 32 and extra <= limit, f"{extra:,} bytes over {limit:,}"
+    assert limit < size * 4 * 32
+    if impl == "auto":  # coordinates in int8 and two numbers a row, and lists of live pairs
+        limit += size * (32 + 16) + size * 8 * pieces.LIVE_PAIRS_PER_ROW
+    assert limit < 4 * n * size / 8 and extra <= limit, f"{extra:,} bytes over {limit:,}"
 
 
 def test_without_the_extension_it_says_why(monkeypatch):

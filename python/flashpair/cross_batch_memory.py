@@ -27,8 +27,11 @@ class CrossBatchMemory(nn.Module):
     one left are real pairs. N-pair losses with one pair a class take the batch's own positive where there is one, else
     the oldest of the memory.
 
-    A step takes time with N times `memory_size` pairs, and beside the memory what N rows and one segment of the memory
-    take. The memory holds embeddings as the criterion compares them (normalised, if it normalises) and is part of
+    A step takes time with N times `memory_size` pairs, and beside the memory what N rows and a segment of it take. Of
+    losses that are screened (mined ones, hinges, extremes, on the CPU) it keeps an int8 form of the memory, a quarter
+    of its size, and until backward the live pairs, up to 64 bytes an entry.
+
+    The memory holds embeddings as the criterion compares them (normalised, if it normalises) and is part of
     `state_dict`; training goes on from it with the same bits. In a compiled model it runs outside of the graph.
 
     In evaluation (``memory.eval()``) nothing enters or leaves the memory; `enqueue` says otherwise for one call.

@@ -7,7 +7,7 @@ logarithms, of extremes the better one stays. Pieces are merged in float64.
 Never materialises: more than the piece that the walk has brought. A window bound to another reduction of the call needs
 that one's value over all pieces, so each stage of a call walks once, and backward walks once more.
 Keeps for backward: the rows' values, and of extremes which reference attained them; of a call that is screened, the
-live pairs of each piece, as many as `tiled` keeps of it.
+live pairs of each piece, up to a fixed number a row and reference.
 Deterministic: pieces are merged in the walk's order.
 """
 
@@ -22,6 +22,9 @@ from torch import Tensor
 from . import groups, ops, schedule, screened, tiled
 from .schedule import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Gradients, Problem, Terms, accumulator, stages
 
+LIVE_PAIRS_PER_ROW = (
+    8  # that are kept of a screened piece, of 8 bytes in float32: fewer than `tiled` of what is at hand
+)
 NOBODY = torch.iinfo(torch.int64).max  # the place of no reference
 
 
@@ -188,7 +191,7 @@ class Job(NamedTuple):
             places = found.extreme
             if lists:
                 slots = max(found.live_count.shape[0], 1)
-                live = found.trimmed(tiled.LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
+                live = found.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
         elif p.split:
             values, places = groups.forward(self.spec.impl, p, terms, given, keep)
         else:
