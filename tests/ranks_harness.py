@@ -75,7 +75,7 @@ class Team:
     def run(self, world: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What the job returned on each of `world` processes."""
         self.ask(world, job, *arguments)
-        found = self.answers(world, failing=2)
+        found = self.answers(world, 3 * self.seconds, failing=2)  # in which who waits for others has an error first
         if failed := [f for f in found if _failed(f)]:
             self.end()
             said = max(failed, key=lambda f: isinstance(f, Failure))

@@ -9,14 +9,16 @@ from ranks_cases import BATCHES, SCHEDULES, WORLDS, Call, assert_as_one, cluster
 
 pytestmark = needs_extension
 every_world = pytest.mark.parametrize("world", WORLDS)
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
-def calls(name, batch, reductions=None):
-    """Of a criterion's own reduction, which goes with none of the others' rounding, and of those named."""
-    some = [{}, *({"reduction": word} for word in reductions or ())]
+def calls(name, batch, reductions):
+    """A criterion's own reduction and those named, each with one schedule: the other one has its turn with another
+    number of processes or another criterion, since every call is some dozen messages."""
+    turn = len(batch.sizes) + list(CRITERIA).index(name)
+    some = [{}, *({"reduction": word} for word in reductions)]
     return [
-        Call(name, batch, schedule, options, ("mean", "sum")[(k + j) % 2])
-        for j, schedule in enumerate(SCHEDULES)
+        Call(name, batch, SCHEDULES[(turn + k) % 2], options, ("mean", "sum")[(turn + k) // 2 % 2])
         for k, options in enumerate(some)
     ]
 
@@ -30,8 +32,21 @@ def test_every_criterion_in_every_reduction(team, world, name):
 @every_world
 @pytest.mark.parametrize("kind", [kind for kind in BATCHES if kind != "uneven"])
 def test_every_criterion_on_odd_batches(team, world, kind):
-    b = BATCHES[kind](world)
-    assert_as_one(team, [call for name in CRITERIA for call in calls(name, b, ["none"])])
+    """With four processes, where two visit each other with half of their rows, every one; with two or three half of
+    them. Each by turns in its own reduction, and without one."""
+    b, turn = BATCHES[kind](world), list(BATCHES).index(kind)
+    some = [name for k, name in enumerate(CRITERIA) if world == 4 or (turn + k + world) % 2]
+    assert_as_one(team, [calls(name, b, ["none"])[(turn + k) % 2] for k, name in enumerate(some)])
+
+
+@every_world
+@every_schedule
+def test_schedules_and_gradients_are_the_same_with_each_other(team, world, schedule):
+    """What `calls` takes by turns, together: in forms that take different ways through walks and pieces."""
+    names = ["MultiSimilarityLoss", "NPairsLoss", "TripletMarginLoss(triplets='hard')", "HistogramLoss", "ArcFaceLoss"]
+    ways = [(options, by) for options in ({}, {"reduction": "none"}) for by in ("mean", "sum")]
+    b = clustered(world)
+    assert_as_one(team, [Call(name, b, schedule, options, by) for name in names for options, by in ways])
 
 
 @every_world
@@ -40,7 +55,7 @@ def test_two_towers(team, world, name):
     assert_as_one(team, calls(name, towers(world), ["none", "sum", "mean_valid"]))
 
 
-@every_world
+@pytest.mark.parametrize("world", [3])
 @pytest.mark.parametrize("refs", ["none on one process", "one in all", "none at all"])
 def test_every_criterion_with_few_references(team, world, refs):
     sizes = {"none on one process": [0, *[9] * (world - 1)], "one in all": [0] * (world - 1) + [1]}
@@ -48,7 +63,7 @@ def test_every_criterion_with_few_references(team, world, refs):
     assert_as_one(team, [call for name in REFERENCE_CRITERIA for call in calls(name, b, ["none"])])
 
 
-@every_world
+@pytest.mark.parametrize("world", [4])
 @pytest.mark.parametrize("need", [(True, False), (False, True)], ids=["anchors learn", "references learn"])
 def test_one_tower_learns(team, world, need):
     b = towers(world)

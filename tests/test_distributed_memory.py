@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import pytest
@@ -19,13 +20,17 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory"),
 ]
 ROWS, WIDTH = 500, 2048
-COPIES = 14  # of a process's rows: sorted ones, three packets, two processes' as one problem, their gradients
+COPIES = 12  # of a process's rows: sorted ones, packets, two processes' as one problem, and their gradients
 COPY = 4 * ROWS * WIDTH  # bytes of a process's rows, beside which all else is small
 SLACK = 2**21
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def _peaks(make):
     """The most bytes that forward and backward of a call added to this process, with each schedule."""
+    ctypes.CDLL(None).mallopt(
+        M_MMAP_THRESHOLD, 2**17
+    )  # what is freed goes back at once, so that only what lives counts
     rank, found = dist.get_rank(), []
     for schedule in SCHEDULES:
         shared = gather(make(), schedule=schedule)
@@ -43,10 +48,10 @@ def _peaks(make):
 
 @pytest.mark.parametrize("make", [flashpair.MultiSimilarityLoss, flashpair.NTXentLoss])
 def test_a_ring_s_memory_does_not_grow_with_the_processes(team, make):
-    few, many = (torch.tensor(team.run(world, _peaks, make)).amax(0) for world in (4, 8))
+    few, many = (torch.tensor(team.run(world, _peaks, make)).amax(0) for world in (6, 8))
     (gathered, ring), (more_gathered, more_ring) = few.tolist(), many.tolist()
-    print(few / COPY, many / COPY)
-    for peak in (ring, more_ring):
-        assert peak <= COPIES * COPY + SLACK, f"{ring / COPY:.1f}, then {more_ring / COPY:.1f} copies"
-    # four processes' rows more, and as many of their gradient
-    assert more_gathered >= gathered + 6 * COPY, f"{gathered / COPY:.1f}, then {more_gathered / COPY:.1f} copies"
+    words = f"{ring / COPY:.1f}, then {more_ring / COPY:.1f} copies"
+    assert ring <= COPIES * COPY + SLACK, words
+    assert abs(more_ring - ring) <= COPY / 2 + SLACK, words
+    # two processes' rows more, and as many of their gradient
+    assert more_gathered >= gathered + 4 * COPY, f"{gathered / COPY:.1f}, then {more_gathered / COPY:.1f} copies"
