@@ -4,7 +4,7 @@ All of them are there from the start, each with one core and one thread. In each
 batch by itself while the others wait, then some or all of them compute it together, once with each schedule; so a
 machine that slows down slows them all. Before anything is timed, loss and gradient of each are checked against float64
 (check.py). Beside the times stand the peak memory of a process and the bytes that it sends (sent.py).
-`--table FILE.json` only prints the table.
+`--table FILE.json` only prints the table, `--counts FILE.json` what was counted beside SCALING.md's formulas.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", choices=DATA, default=default.data, help="trained: mining leaves few pairs")
     add_common(p, default)
     p.add_argument("--table", type=Path, metavar="FILE.json", help="only print this file's Markdown table")
+    p.add_argument("--counts", type=Path, metavar="FILE.json", help="only print what it counted, beside the formulas")
     return p
 
 
@@ -71,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = vars(p.parse_args(arguments))
     if given["table"]:
         print(ranks_report.markdown(report.read(given["table"])))
+        return
+    if given["counts"]:
+        print(ranks_report.counts(report.read(given["counts"])))
         return
     options = options_of(p, {**given, "sizes": (given["n"],), "dims": (given["dim"],), "threads": 1, "loss": "ms"})
     plan = Plan(options, given["losses"], given["worlds"])

@@ -5,8 +5,21 @@ from __future__ import annotations
 from . import machine
 from .options import Options
 from .report import BUSY, Document
+from .sent import PASSES
 from .units import duration, size
 
+COUNTED = (
+    "processes",
+    "loss",
+    "schedule",
+    "sent",
+    "by formula",
+    "pairs a pass",
+    "by formula",
+    "pieces",
+    "memory",
+    "rows",
+)
 HEAD = ("loss", "", "median", "rows a second", "speedup", "of processor time", "memory", "sent", "by formula")
 
 
@@ -38,3 +51,29 @@ def markdown(document: Document) -> str:
     if busy > BUSY:
         told.append(f"Times are doubtful: other processes kept up to {busy:.1f} cores busy.")
     return "\n".join(lines) + "\n\n" + "\n\n".join(told)
+
+
+def counts(document: Document) -> str:
+    """What SCALING.md's formulas say beside what was counted."""
+    options = Options.of(document["options"])
+    lines = ["| " + " | ".join(COUNTED) + " |", "|---:|---|---|" + "---:|" * (len(COUNTED) - 3)]
+    rows = [
+        (r["processes"], case, r) for case in document["cases"] for r in case["variants"].values() if r["processes"] > 1
+    ]
+    for world, case, r in sorted(rows, key=lambda row: row[0]):
+        each, sent = case["n"] / world, r["sent"]
+        passes = sum(map(len, PASSES[case["loss"]]))
+        cells = [
+            str(world), f"`{case['shown']}`", r["how"], f"{sent['bytes']:,}", f"{sent['formula']:,.0f}",
+            f"{sum(sent['pairs'].values()) / passes:,.0f}", f"{each * case['n'] / 2:,.0f}",
+            str(sum(sent["pieces"].values())), size(r["memory"]["peak_extra"]),
+            size(each * case["d"] * options.torch_dtype.itemsize),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    n, d = options.sizes[0], options.dims[0]
+    told = (
+        f"One step, N = {n:,}, D = {d}, {options.dtype}, by bench.ranks. Bytes that a process sends; pairs that a pass "
+        "over the references meets, counted once for both their ends; pieces of all passes; the peak of a process's "
+        "memory beyond inputs, tile buffers included; one copy of its rows."
+    )
+    return "\n".join(lines) + "\n\n" + told
