@@ -85,7 +85,7 @@ def upstream(rows: Sequence[int], shape: torch.Size, rank: int | None) -> Tensor
     return drawn[:-1] if rank is None else part(drawn[:-1], rows, rank)
 
 
-def _gradients(call: Call, loss: Tensor, seed: Tensor, x: Tensor, y: Tensor | None, criterion: Criterion) -> Found:
+def gradients_of(call: Call, loss: Tensor, seed: Tensor, x: Tensor, y: Tensor | None, criterion: Criterion) -> Found:
     empty = x.new_zeros(0)
     learned = [p for p in criterion.parameters() if p.requires_grad]
     wanted = [x, empty if y is None else y, *learned]
@@ -111,7 +111,7 @@ def steps(calls: Sequence[Call]) -> list[Found]:
             more = {"ref_emb": y, "ref_labels": part(b.ref_labels, b.ref_sizes, rank)}
         shared = gather(criterion, schedule=call.schedule, gradients=call.gradients)
         loss = shared(x, part(b.labels, b.sizes, rank), **more)
-        found.append(_gradients(call, loss, upstream(rows_of(call, criterion), loss.shape, rank), x, y, criterion))
+        found.append(gradients_of(call, loss, upstream(rows_of(call, criterion), loss.shape, rank), x, y, criterion))
     return found
 
 
@@ -122,7 +122,7 @@ def truth(call: Call) -> Found:
     y = None if b.y is None else b.y.clone().requires_grad_(call.need[1])
     more = {} if y is None else {"ref_emb": y, "ref_labels": b.ref_labels}
     loss = criterion(x, b.labels, **more)
-    return _gradients(call, loss, upstream(rows_of(call, criterion), loss.shape, None), x, y, criterion)
+    return gradients_of(call, loss, upstream(rows_of(call, criterion), loss.shape, None), x, y, criterion)
 
 
 def assert_as_one(team: Team, calls: Sequence[Call]) -> None:

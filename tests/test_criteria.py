@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import CRITERIA, PAIR_CRITERIA, assert_same, batch, gradients, made
+from helpers import CRITERIA, PAIR_CRITERIA, assert_as_good_as, assert_same, batch, gradients, made
 from torch import nn
 
 import flashpair
@@ -198,6 +198,24 @@ def test_one_pair_a_class_is_that_many_rows_on_the_cpu_and_still_compiles(varian
     assert sizes[0] == pairs
     for eager, compiled in zip(*found, strict=True):
         assert_same(compiled, eager)
+
+
+@needs_extension
+@pytest.mark.parametrize(("normalize", "gamma"), [(True, 0.1), (True, 0.01), (False, 0.1)])
+def test_soft_triple_of_any_height_is_as_good_as_dense_code(normalize, gamma, monkeypatch):
+    """s / gamma up to 10, which has exponentials in float32; up to 100, or of vectors of any length, which has none."""
+    monkeypatch.setattr("flashpair.criteria.soft_triple.CHUNK_BYTES", 4 * 40 * 3 * 5)  # five of twelve classes
+    x, labels = batch(40, 16, 4, torch.float64)
+    x[3] *= 40
+    found = {}
+    for impl, dtype in (("reference", torch.float64), ("reference", torch.float32), ("auto", torch.float32)):
+        torch.manual_seed(2)
+        loss = flashpair.SoftTripleLoss(12, 16, 3, gamma=gamma, normalize=normalize, impl=impl).to(dtype)
+        value, gradient = value_and_gradient(loss, x.to(dtype), labels)
+        found[impl, dtype] = value, gradient, loss.weight.grad
+    truth, eager, ours = found.values()
+    for f, e, t in zip(ours, eager, truth, strict=True):
+        assert_as_good_as(f, e, t)
 
 
 @needs_extension

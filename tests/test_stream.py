@@ -207,10 +207,11 @@ class TestMemory:
         return peak_of(step).extra
 
     def test_of_a_file_is_that_of_blocks(self, tmp_path):
-        block, most = self.BLOCK * self.D * 4, 32 * self.BLOCK
+        block, most = self.BLOCK * self.D * 4, 64 * self.BLOCK
         small, large = self._peak(4 * self.BLOCK, tmp_path), self._peak(most, tmp_path)
-        assert small < 8 * block + 2**22, (small, block)
-        assert large < 8 * block + 2**22 < most * self.D * 4 / 3, (large, block)
+        bound = 16 * block + 2**23  # the reader's thread has a heap of its own, which keeps what was freed
+        assert small < bound, (small, block)
+        assert large < bound < most * self.D * 4 / 3, (large, block)
 
 
 def test_what_cannot_be(problem):

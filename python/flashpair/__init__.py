@@ -39,6 +39,7 @@ from .criteria import (
     TripletMarginLoss,
     TupletMarginLoss,
 )
+from .cross_batch_memory import CrossBatchMemory
 from .grad_cache import GradCache
 from .neighbours import Nearest, nearest
 from .pairs import Pairs, make_pairs
@@ -63,6 +64,7 @@ __all__ = [
     "ContrastiveLoss",
     "CosFaceLoss",
     "Criterion",
+    "CrossBatchMemory",
     "FastAPLoss",
     "GeneralizedLiftedStructureLoss",
     "GradCache",

@@ -39,13 +39,18 @@ def draw(labels: Tensor, ref_labels: Tensor | None, padded: bool = True) -> Draw
         refs = refs[at.clamp_max(refs.shape[0] - 1)]
     else:
         refs = torch.zeros_like(rank)
-    taken = first & follows
-    if not padded or (labels.device.type == "cpu" and plain(labels)):
-        anchors = order[taken]
-        return Drawn(anchors, refs[taken], rank[: anchors.shape[0]], taken.sum())
+    return picked(order, refs, first & follows, most, padded)
+
+
+def picked(anchors: Tensor, positives: Tensor, taken: Tensor, most: int, padded: bool = True) -> Drawn:
+    """Those of anchors (N,) and their positives (N,) that are `taken` (N,), at most `most`; padded: see `draw`."""
+    rank = torch.arange(taken.shape[0], device=taken.device)
+    if not padded or (taken.device.type == "cpu" and plain(taken)):
+        anchors = anchors[taken]
+        return Drawn(anchors, positives[taken], rank[: anchors.shape[0]], taken.sum())
     place = torch.where(taken, taken.cumsum(0) - 1, most)  # rows that are no anchor go to one place past the last
 
     def gather(values: Tensor) -> Tensor:
         return values.new_zeros(most + 1).index_copy(0, place, values)[:most]
 
-    return Drawn(gather(order), gather(refs), rank[:most], taken.sum())
+    return Drawn(gather(anchors), gather(positives), rank[:most], taken.sum())

@@ -23,8 +23,15 @@ def kept_of(module: Any, p: Problem, terms: Terms, places: Tensor | None) -> lis
     return kept if places is None else [places, *kept[1:]]
 
 
+def ranks(order: Tensor) -> Tensor:
+    """0 to M - 1 in the order of places (M,), which may be of more references than these. Schedules on a GPU take the
+    first for an index, and for 32 bits."""
+    rank = torch.arange(order.shape[0], device=order.device)
+    return torch.empty_like(order).index_copy(0, torch.argsort(order), rank)
+
+
 def joined(impl: str, problem: Problem) -> bool:
-    return impl == "tiled" and problem.x.device.type == "cpu"
+    return impl in ("tiled", "screened") and problem.x.device.type == "cpu"
 
 
 def forward(impl: str, p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, Tensor]:
@@ -77,7 +84,7 @@ def _sides(p: Problem, terms: Terms, given: Given) -> list[tuple[Problem, Terms,
     found: list[Any] = []
     for own, refs, shift in ((one, other, p.split), (other, one, 0)):
         problem = Problem(
-            p.x[own], p.x[refs], p.lo[own] - shift, p.hi[own] - shift, None, p.order[refs].contiguous(), p.distance
+            p.x[own], p.x[refs], p.lo[own] - shift, p.hi[own] - shift, None, ranks(p.order[refs]), p.distance
         )
         found.append((problem, terms, sliced(terms, given, own, refs)))
     return found

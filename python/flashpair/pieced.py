@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import screened
 from .dispatch import choose, obstacles
 from .drawn import Drawn, draw
 from .ops import Spec
@@ -60,6 +61,8 @@ class PiecedPairs(Pairs):
         y: (M, D) sorted references of this process, where the walk has need of them.
     """
 
+    screens = False  # nobody named `tiled`, so that pieces may be screened
+
     def __init__(
         self, x: Tensor, order: Tensor, walk: Known, square: bool, distance: str, impl: str, y: Tensor | None = None
     ) -> None:
@@ -74,7 +77,10 @@ class PiecedPairs(Pairs):
         return rows.unbind(0)
 
     def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
-        return self.impl
+        """`impl`, or `screened` in place of `tiled`, for those pieces that are worth it."""
+        if not self.screens or self.impl != "tiled" or screened.refusals(reductions, self.x.shape[1]):
+            return self.impl
+        return "screened"
 
     def dense(self) -> ReferencePairs:
         raise RuntimeError("references in pieces have no dense matrix")
@@ -99,14 +105,18 @@ class PiecedPairs(Pairs):
         """Of a square problem: where each anchor stands among all references in the order of their labels (N,)."""
         return places_of(self.walk.order, self.walk.known()[1])
 
-    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        x, (labels, order) = self.x.to(self.dtype), self.walk.known()
+    def positive_places(self, most: int) -> Tensor:
+        """Where each anchor's positives stand among all references (N, K); beyond them anywhere, or -1."""
+        labels, order = self.walk.known()
         lo = torch.searchsorted(labels, self.labels)
-        at = lo[:, None] + torch.arange(self.most_positives(most), device=x.device)
+        at = lo[:, None] + torch.arange(most, device=lo.device)
         if self.square:
             at = at + (at >= self.own_places()[:, None])
         count = order.shape[0]
-        wanted = order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
+        return order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
+
+    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        x, wanted = self.x.to(self.dtype), self.positive_places(self.most_positives(most))
         dots, squares = Fetched.apply(self.walk.singly(), x, self.shared_refs(), wanted)
         z = of_dots(dots, (x * x).sum(1)[:, None] + squares, self.distance)
         return pad_positives(z, self.num_positives(), poison(self.x, None) if self.poison is None else self.poison)
@@ -116,11 +126,13 @@ class PiecedPairs(Pairs):
         return self.x.to(self.dtype) if self.square else self.y
 
     def draw(self) -> Drawn:
-        return draw(self.labels, None if self.square else self.walk.known()[0])
+        """As `Pairs.draw`, but positives by their places among all references."""
+        labels, order = self.walk.known()
+        found = draw(self.labels, None if self.square else labels)
+        return found._replace(positives=order.index_select(0, found.positives))
 
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
-        wanted = self.walk.known()[1].index_select(0, refs)
-        y = FetchedRows.apply(self.walk.singly(), self.x, self.shared_refs(), wanted)
+        y = FetchedRows.apply(self.walk.singly(), self.x, self.shared_refs(), refs)
         x = self.x.index_select(0, rows)
         return Pairs(x, y, one_to_one(labels, count), self.distance, self.impl, poison=poison(self.x, None))
 
@@ -172,13 +184,14 @@ class Fetched(torch.autograd.Function):
         x, y, wanted = ctx.saved_tensors
         dx, dy = torch.zeros_like(x), None if y is None else torch.zeros_like(y, dtype=x.dtype)
         for piece, rows, places in _visited(ctx.walk, x, y, wanted):
-            part = torch.zeros_like(rows)
+            part = torch.zeros_like(rows) if piece.wanted else None
             for k, (here, at) in enumerate(places):
                 of_dot, of_square = (torch.where(here, t[:, k], 0.0)[:, None] for t in (g, h))
                 other = rows.index_select(0, at)
                 dx += of_dot * other
-                part.index_add_(0, at, of_dot * x + 2 * of_square * other)
-            if piece.wanted:
+                if part is not None:
+                    part.index_add_(0, at, of_dot * x + 2 * of_square * other)
+            if part is not None:
                 _handed(ctx.walk, dy, ctx.walk.give(piece, None, part))
         _handed(ctx.walk, dy, ctx.walk.settle())
         return None, dx, None if dy is None else dy.to(y.dtype), None
@@ -205,6 +218,8 @@ class FetchedRows(torch.autograd.Function):
             return None, None, None, None
         dy = torch.zeros_like(y, dtype=x.dtype)
         for piece, rows, places in _visited(ctx.walk, x, y, wanted[:, None]):
+            if not piece.wanted:
+                continue
             part = torch.zeros_like(rows)
             for here, at in places:
                 part.index_add_(0, at, torch.where(here[:, None], g, 0.0))

@@ -6,7 +6,8 @@ Computes: what one call on all references would, since a row's reductions merge:
 logarithms, of extremes the better one stays. Pieces are merged in float64.
 Never materialises: more than the piece that the walk has brought. A window bound to another reduction of the call needs
 that one's value over all pieces, so each stage of a call walks once, and backward walks once more.
-Keeps for backward: the rows' values, and of extremes which reference attained them.
+Keeps for backward: the rows' values, and of extremes which reference attained them; of a call that is screened, the
+live pairs of each piece, up to a fixed number a row and reference.
 Deterministic: pieces are merged in the walk's order.
 """
 
@@ -18,9 +19,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import groups, ops, schedule
-from .schedule import COUNT, LOGSUMEXP, MAX, MIN, SUM, Given, Gradients, Problem, Terms, accumulator, stages
+from . import groups, ops, schedule, screened, tiled
+from .schedule import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Gradients, Problem, Terms, accumulator, stages
 
+LIVE_PAIRS_PER_ROW = (
+    8  # that are kept of a screened piece, of 8 bytes in float32: fewer than `tiled` of what is at hand
+)
 NOBODY = torch.iinfo(torch.int64).max  # the place of no reference
 
 
@@ -167,21 +171,40 @@ class Job(NamedTuple):
             vectors = [torch.cat(pair) for pair in zip(vectors, piece.along, strict=False)]
         return Given(given.scale, given.scales, vectors)
 
-    def forward(self, p: Problem, terms: Terms, given: Given) -> tuple[Tensor, Tensor | None]:
-        """Values (K, N), and which references attained extremes (K, N), by their place among all."""
-        keep = any(t.indexed for t in terms)
-        if p.split:
+    def screens(self, p: Problem, terms: Terms) -> bool:
+        """Whether a piece of a call that may be screened is: `terms` are those of one stage."""
+        some = self.spec.impl == "screened" and not p.split and any(t.side != POSITIVES for t in terms)
+        return some and screened.worthwhile("tiled", p.x, p.refs)
+
+    def schedule(self, p: Problem) -> Any:
+        return tiled if self.spec.impl == "screened" else ops.schedule_of(self.spec.impl, p.x.device)
+
+    def forward(
+        self, p: Problem, terms: Terms, given: Given, lists: bool
+    ) -> tuple[Tensor, Tensor | None, tiled.Kept | None]:
+        """Values (K, N), and which references attained extremes (K, N), by their place among all; where it is screened
+        and `lists` are wanted, the live pairs."""
+        keep, live = any(t.indexed for t in terms), None
+        if self.screens(p, terms):
+            lists = lists and any(t.weighted and t.side != POSITIVES for t in terms)
+            values, found = screened.forward(p, terms, given, keep or lists)
+            places = found.extreme
+            if lists:
+                slots = max(found.live_count.shape[0], 1)
+                live = found.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
+        elif p.split:
             values, places = groups.forward(self.spec.impl, p, terms, given, keep)
         else:
-            values, kept = ops.schedule_of(self.spec.impl, p.x.device).forward(p, terms, given, keep)
+            own = p._replace(order=groups.ranks(p.order)) if keep and not groups.joined(self.spec.impl, p) else p
+            values, kept = self.schedule(p).forward(own, terms, given, keep)
             places = kept[0]
         if not keep:
-            return values, None
-        return values, torch.where(places < 0, NOBODY, p.order[places.clamp_min(0)])
+            return values, None, live
+        return values, torch.where(places < 0, NOBODY, p.order[places.clamp_min(0)]), live
 
     def backward(
         self, p: Problem, terms: Terms, given: Given, values: Tensor, winner: Tensor | None, grads: Tensor,
-        need: Sequence[bool],
+        need: Sequence[bool], live: tiled.Kept | None,
     ) -> Gradients:  # fmt: skip
         places = None if winner is None else places_of(winner, p.order)
         rows = [row.contiguous() for row in grads]
@@ -190,23 +213,37 @@ class Job(NamedTuple):
                 second = torch.arange(places.shape[1], device=places.device) >= p.split
                 places = torch.where((places >= p.split) == second, -1, places)
             return groups.backward(self.spec.impl, p, terms, given, values, places, rows, need)
-        module = ops.schedule_of(self.spec.impl, p.x.device)
+        module = self.schedule(p)
         kept = groups.kept_of(module, p, terms, places)
+        if live is not None:  # in which positives are not listed
+            listed = [kept[0], *live[1:]]
+            sides = [[g if (t.side == POSITIVES) == own else None for g, t in zip(rows, terms, strict=True)]
+                     for own in (True, False)]  # fmt: skip
+            band = module.backward(p, terms, given, values, kept, sides[0], need)
+            rest = module.backward(p, terms, given, values, listed, sides[1], need)
+            return Gradients(*(None if a is None else a + b for a, b in zip(band, rest, strict=True)))
         found: Gradients = module.backward(p, terms, given, values, kept, rows, need)
         return found
 
 
-def reduce_pieces(job: Job, x: Tensor, y: Tensor | None, terms: Terms, given: Given) -> tuple[Tensor, Tensor | None]:
-    """Values (K, N) over all pieces, and which references attained extremes."""
-    state = _State(terms, x.shape[0], x)
+Lists = dict[int, tiled.Kept]  # of pieces by their number in the walk
+
+
+def reduce_pieces(
+    job: Job, x: Tensor, y: Tensor | None, terms: Terms, given: Given, keep: bool
+) -> tuple[Tensor, Tensor | None, Lists]:
+    """Values (K, N) over all pieces, which references attained extremes, and to `keep` what pieces have left alive."""
+    state, lists = _State(terms, x.shape[0], x), Lists()
     for stage in stages(terms):
         some, operands = resolved(terms, given, stage, state.values())
         count = len(stage)
         along = torch.stack(list(operands.vectors)) if operands.vectors else None
-        for piece in job.walk.pieces(x, y, along):
+        for number, piece in enumerate(job.walk.pieces(x, y, along)):
             n = x[piece.own].shape[0]
             if n and piece.labels.shape[0]:
-                values, winner = job.forward(job.problem(x, piece), some, job.operands(operands, piece))
+                values, winner, live = job.forward(job.problem(x, piece), some, job.operands(operands, piece), keep)
+                if live is not None:  # of one stage alone, see screened.refusals
+                    lists[number] = live
             else:
                 nothing = _State(some, n + piece.labels.shape[0] * piece.both, x)
                 values, winner = nothing.values(), nothing.winner
@@ -218,7 +255,7 @@ def reduce_pieces(job: Job, x: Tensor, y: Tensor | None, terms: Terms, given: Gi
             for own, numbers, _ in job.walk.give(piece, out, None):
                 assert numbers is not None
                 state.merge(stage, own, numbers[:count], None if winner is None else as_integers(numbers[count:]))
-    return state.values(), state.winner
+    return state.values(), state.winner, lists
 
 
 class _Backward:
@@ -227,7 +264,7 @@ class _Backward:
     def __init__(
         self, job: Job, x: Tensor, y: Tensor | None, scale: Tensor | None, vectors: Sequence[Tensor], kept: Any
     ) -> None:
-        values, winner, g = kept
+        values, winner, self.lists, g = kept
         every = schedule.decode(job.spec.code, job.spec.shifts, job.spec.slots)
         self.which = [k for k, t in enumerate(every) if t.weighted or t.indexed]
         given = Given(scale, job.spec.scales, vectors)
@@ -251,8 +288,8 @@ class _Backward:
 
     def run(self) -> None:
         walk = self.job.walk
-        for piece in walk.pieces(self.x, self.y, self.along()):
-            numbers, rows = self._piece(piece)
+        for number, piece in enumerate(walk.pieces(self.x, self.y, self.along())):
+            numbers, rows = self._piece(piece, self.lists.get(number))
             if piece.both or piece.wanted:
                 self._add(walk.give(piece, numbers, rows))
         self._add(walk.settle())
@@ -264,7 +301,7 @@ class _Backward:
             if rows is not None:
                 (self.dx if self.dy is None else self.dy)[own] += rows
 
-    def _piece(self, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
+    def _piece(self, piece: Piece, live: tiled.Kept | None) -> tuple[Tensor | None, Tensor | None]:
         """Adds a piece's part, and returns the part of the piece's own anchors or references."""
         own, m = piece.own, piece.labels.shape[0]
         n, v, k = self.x[own].shape[0], len(self.given.vectors), len(self.which)
@@ -281,7 +318,7 @@ class _Backward:
         wants = [any(what == kind for _, what in self.offsets) for kind in (0, 1)]
         found = self.job.backward(
             self.job.problem(self.x, piece), self.terms, self.job.operands(self.given, piece), values.contiguous(),
-            winner, grads, [True, piece.wanted and not piece.both, self.dscale is not None, *wants],
+            winner, grads, [True, piece.wanted and not piece.both, self.dscale is not None, *wants], live,
         )  # fmt: skip
         assert found.x is not None
         self.dx[own] += found.x[:n]
@@ -313,7 +350,8 @@ class Pieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Job, x: Tensor, y: Tensor | None, scale: Tensor | None, *vectors: Tensor) -> Tensor:
         terms = schedule.decode(job.spec.code, job.spec.shifts, job.spec.slots)
-        values, winner = reduce_pieces(job, x, y, terms, Given(scale, job.spec.scales, vectors))
+        given = Given(scale, job.spec.scales, vectors)
+        values, winner, ctx.lists = reduce_pieces(job, x, y, terms, given, any(ctx.needs_input_grad))
         ctx.job = job
         ctx.save_for_backward(x, y, scale, values, winner, *vectors)
         return values
@@ -322,7 +360,7 @@ class Pieces(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         only_once()
         x, y, scale, values, winner, *vectors = ctx.saved_tensors
-        pass_ = _Backward(ctx.job, x, y, scale, vectors, (values, winner, g))
+        pass_ = _Backward(ctx.job, x, y, scale, vectors, (values, winner, ctx.lists, g))
         if pass_.which:
             pass_.run()
         by_slot = pass_.by_slot()

@@ -72,7 +72,7 @@ class References(checks.Labelled):
             with torch.inference_mode(False), torch.no_grad():  # training may follow
                 labels, order = torch.sort(self._labels, stable=True)
                 rows = sorted_rows(self.embeddings.to(dtype), order, unit=unit, impl=impl)
-            rows.__dict__[_ROUNDED] = {}
+            keep_rounded(rows)
             self._kept[key] = Ordered(order, labels, rows)
         return self._kept[key]
 
@@ -95,6 +95,11 @@ def owner(y: Tensor | None, labels: Tensor | None) -> References | None:
     return found if found is not None and found.labels is labels else None
 
 
+def keep_rounded(rows: Tensor) -> None:
+    """From now on int8 forms of `rows`, which must not change, are kept with them."""
+    rows.__dict__[_ROUNDED] = {}
+
+
 def rounded(rows: Tensor | None) -> dict[Any, Any] | None:
-    """Where int8 forms of `rows` are kept: of References' ordered rows; None for others."""
+    """Where int8 forms of `rows` are kept (`keep_rounded`); None for others."""
     return None if rows is None else rows.__dict__.get(_ROUNDED)

@@ -66,6 +66,12 @@ class Kept(NamedTuple):
     live_entry: Tensor  # (slots, capacity) int32
     live_z: Tensor  # (slots, capacity)
 
+    def trimmed(self, most: int) -> Kept:
+        """With lists as long as the longest of up to `most` pairs a tile; tiles of more are visited whole again."""
+        count = self.live_count.masked_fill(self.live_count > most, -1)
+        longest = max(0, int(count.max())) if count.numel() else 0
+        return Kept(self.extreme, count, self.live_entry[:, :longest].clone(), self.live_z[:, :longest].clone())
+
     def lists(self) -> tuple[int, int, int, int]:
         if not self.live_count.numel():
             return 0, 0, 0, 0

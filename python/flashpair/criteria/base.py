@@ -193,8 +193,11 @@ class Criterion(nn.Module):
         x, labels, _, _ = self.check(embeddings, labels, None, None)
         with torch.autocast(x.device.type, enabled=False):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
-            extra = self.regularizer(x, labels, None, None)
-            return reduce_losses(self.row_losses(pairs), self.reduction, pairs, extra)
+            return self.of_pieces(x, labels, pairs)
+
+    def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
+        """The loss of embeddings whose pairs come in pieces."""
+        return reduce_losses(self.row_losses(pairs), self.reduction, pairs, self.regularizer(x, labels, None, None))
 
     def _by_rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str

@@ -162,8 +162,8 @@ class _Chunked(torch.autograd.Function):
         for chunk in _chunks(x, weight, labels, ctx.gamma, ctx.bounded):
             q = torch.exp(ctx.la * chunk.mean - height).mul_(share)
             q.scatter_(1, chunk.column, torch.where(chunk.inside, g_own[:, None], q.gather(1, chunk.column)))
-            # dS/ds_k = pi_k (1 + t_k - S / gamma)
-            w = chunk.t.sub_((chunk.mean / ctx.gamma - 1)[:, None]).mul_(chunk.e).mul_(q.div_(chunk.total)[:, None])
+            # dS/ds_k = pi_k (1 + (s_k - S) / gamma)
+            w = chunk.t.sub_((chunk.inner - 1)[:, None]).mul_(chunk.e).mul_(q.div_(chunk.total)[:, None])
             w = w.flatten(1)
             dx.addmm_(w, chunk.unit)
             part = through_normalize(w.T @ x, chunk.unit, chunk.inverse)
@@ -174,8 +174,8 @@ class _Chunked(torch.autograd.Function):
 
 class _Chunk(NamedTuple):
     """Some classes: unit centres (K c, D), k before c so that softmaxes over K are of whole vectors; similarities
-    t = s / gamma (B, K, c), their exponentials e, less a class's highest unless these are bounded, with their `total`
-    and the mean S (B, c); and where (B, 1) a row's own class stands, if it is `inside`."""
+    t = s / gamma (B, K, c), less a class's highest unless they are bounded, their exponentials e with their `total`,
+    their mean `inner` (B, c), the mean S (B, c) of s; and where (B, 1) a row's own class stands, if it is `inside`."""
 
     first: int
     unit: Tensor
@@ -183,6 +183,7 @@ class _Chunk(NamedTuple):
     t: Tensor
     e: Tensor
     total: Tensor
+    inner: Tensor
     mean: Tensor
     inside: Tensor
     column: Tensor
@@ -198,9 +199,13 @@ def _chunks(x: Tensor, weight: Tensor, labels: Tensor, gamma: float, bounded: bo
         inverse = inverse_norm(part)
         centres = part * inverse
         t = (x @ centres.T).unflatten(1, shape)
-        e = t.exp() if bounded else (t - t.amax(1, keepdim=True)).exp_()
+        top = None if bounded else t.amax(1)
+        if top is not None:
+            t -= top[:, None]
+        e = t.exp()
         total = e.sum(1)
-        mean = (e * t).sum(1).div_(total).mul_(gamma)
+        inner = (e * t).sum(1).div_(total)
+        mean = (inner if top is None else inner + top) * gamma
         inside = (labels >= first) & (labels < first + shape[1])
         column = (labels - first).clamp(0, shape[1] - 1)
-        yield _Chunk(first, centres, inverse, t, e, total, mean, inside[:, None], column[:, None])
+        yield _Chunk(first, centres, inverse, t, e, total, inner, mean, inside[:, None], column[:, None])

@@ -1,0 +1,162 @@
+"""Cross-batch memory (Wang et al., CVPR 2020): a batch against itself and against the batches before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .criteria.base import Criterion
+from .memory_pairs import MemoryPairs, MemoryWalk
+from .pieced import in_pieces
+from .rows import sorted_rows
+from .schedule import accumulator
+from .segments import Queue
+
+
+class CrossBatchMemory(nn.Module):
+    """Cross-batch memory (Wang et al., 2020, "Cross-Batch Memory for Embedding Learning"): `criterion` of a batch
+    against a queue of the newest `memory_size` embeddings, itself among them: ``loss = memory(embeddings, labels)``.
+
+    The batch takes the place of the oldest entries before its loss is computed. Its pairs with itself are those of
+    the criterion without a memory: no embedding is its own pair, and the gradient reaches both ends. Earlier entries
+    are constants, so that each has pairs with the anchors of the batch alone. Duplicates of the batch that an earlier
+    one left are real pairs. N-pair losses with one pair a class take the batch's own positive where there is one, else
+    the oldest of the memory.
+
+    A step takes time with N times `memory_size` pairs, and beside the memory what N rows and a segment of it take. Of
+    losses that are screened (mined ones, hinges, extremes, on the CPU) it keeps an int8 form of the memory, a quarter
+    of its size, and until backward the live pairs, up to 64 bytes an entry.
+
+    The memory holds embeddings as the criterion compares them (normalised, if it normalises) and is part of
+    `state_dict`; training goes on from it with the same bits. In a compiled model it runs outside of the graph.
+
+    In evaluation (``memory.eval()``) nothing enters or leaves the memory; `enqueue` says otherwise for one call.
+    Whether gradients are enabled does not matter: under ``torch.no_grad()`` a training call fills the memory, too.
+
+    Args:
+        criterion: any of this package's that takes references, or of your own; its parameters are this module's.
+        embedding_size: D; `memory_size`: entries of the queue, at least the largest batch.
+        dtype: of the memory; calls compute in float32, or in float64 for float64 embeddings.
+
+    Raises:
+        TypeError, ValueError: a criterion that takes no references or has a penalty on them, sizes under 1, embeddings
+            of another width, a batch larger than the memory.
+        RuntimeError: an `impl` of the criterion that takes no references in pieces (`tiled` and `fused` do), or none
+            here that does.
+    """
+
+    def __init__(
+        self, criterion: Criterion, embedding_size: int, memory_size: int, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        if not isinstance(criterion, Criterion):
+            raise TypeError(f"criterion must be a flashpair.Criterion, got {type(criterion).__name__}")
+        if not criterion.takes_references:
+            raise ValueError(
+                f"criterion must take references, and {type(criterion).__name__} is defined within a batch"
+            )
+        if criterion.penalizes_references:
+            raise ValueError(f"criterion must have no penalty on references, as this {type(criterion).__name__} has")
+        if dtype not in checks.FLOATS:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
+        self.criterion = criterion
+        self.embedding_size = checks.integer(embedding_size, "embedding_size", at_least=1)
+        self.memory_size = checks.integer(memory_size, "memory_size", at_least=1)
+        self.reset(dtype)
+
+    def reset(self, dtype: torch.dtype | None = None) -> None:
+        """Forgets all entries."""
+        before = getattr(self, "queue", None)
+        self.queue = Queue(self.memory_size, self.embedding_size, dtype or self.dtype)
+        if before is not None:
+            self.queue.apply(lambda t: t.to(before.empty.labels.device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the memory."""
+        return self.queue.empty.rows.dtype
+
+    def __len__(self) -> int:
+        """How many entries the memory holds."""
+        return self.queue.length
+
+    def forward(self, embeddings: Tensor, labels: Tensor, *, enqueue: bool | None = None) -> Tensor:
+        """The loss of embeddings (N, D) with integer labels (N,), as `Criterion.forward` returns it.
+
+        enqueue: whether the batch enters the memory; None: in training. Where it does not, it takes nobody's place:
+            its pairs are with itself and with all of the memory.
+        """
+        if torch.compiler.is_compiling():  # how full the queue is changes from call to call, and is no constant
+            loss: Tensor = torch.compiler.disable(self._loss)(embeddings, labels, enqueue)
+            return loss
+        return self._loss(embeddings, labels, enqueue)
+
+    def _loss(self, embeddings: Tensor, labels: Tensor, enqueue: bool | None) -> Tensor:
+        x, labels, _, _ = self.criterion.check(embeddings, labels, None, None)
+        checks.width(x, self.embedding_size)
+        enqueue = self.training if enqueue is None else checks.flag(enqueue, "enqueue")
+        if enqueue and x.shape[0] > self.memory_size:
+            raise ValueError(f"embeddings must be at most memory_size = {self.memory_size} rows, got {checks.what(x)}")
+        criterion, queue = self.criterion, self.queue
+        impl = in_pieces(criterion.impl, x)
+        unit, prepare = criterion.preparation
+        if queue.empty.labels.device != x.device:
+            queue.apply(lambda t: t.to(x.device))
+        with torch.autocast(x.device.type, enabled=False):
+            labels_in_order, order = torch.sort(labels, stable=True)
+            wide = x.to(accumulator(x.dtype))
+            rows = sorted_rows(wide if prepare is None else prepare(wide), order, unit=unit, impl=impl)
+            if enqueue:
+                queue.make_place(x.shape[0])
+            walk = MemoryWalk(labels_in_order, order, queue.held())
+            pairs = MemoryPairs(rows, walk, criterion.distance, impl, criterion.impl != "auto")
+            loss = criterion.of_pieces(x, labels, pairs)
+            if enqueue and x.shape[0]:
+                queue.enter(rows.detach(), labels_in_order, order)
+        return loss
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> CrossBatchMemory:
+        super()._apply(fn, recurse)
+        self.queue.apply(fn)
+        return self
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.queue.count, "late": len(self.queue.late)}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._counts = state["count"], state["late"]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "memory"], destination[prefix + "labels"] = self.queue.in_order()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        kept = [state_dict.pop(prefix + name, None) for name in ("memory", "labels")]
+        missing = [prefix + name for name, t in zip(("memory", "labels"), kept, strict=True) if t is None]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys += missing
+        if missing or prefix + "_extra_state" not in state_dict:
+            return
+        rows, labels = kept
+        fits = rows.dim() == 2 and rows.shape[1] == self.embedding_size and rows.shape[0] <= self.memory_size
+        if not fits or labels.shape != rows.shape[:1]:
+            error_msgs.append(
+                f"{prefix}memory must have at most memory_size = {self.memory_size} rows of embedding_size = "
+                f"{self.embedding_size}, got {checks.what(rows)} with labels {checks.what(labels)}"
+            )
+            return
+        like = self.queue.empty
+        self.queue.restore(rows.to(like.rows), labels.to(like.labels), *self._counts)
+
+    def extra_repr(self) -> str:
+        held = f"{len(self)} held" if len(self) < self.memory_size else "full"
+        return f"embedding_size={self.embedding_size}, memory_size={self.memory_size} ({held}), dtype={self.dtype}"
