@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .drawn import Drawn, picked
 from .pieced import Known, PiecedPairs
-from .pieces import Found, Piece
 from .segments import Segment
+from .walk import Found, Piece
 
 
 class MemoryWalk(Known):

@@ -13,11 +13,12 @@ from .dispatch import choose, obstacles
 from .drawn import Drawn, draw
 from .ops import Spec
 from .pairs import Pairs
-from .pieces import Job, Piece, Pieces, Walk, only_once, places_of
+from .pieces import Job, Pieces
 from .plan import Plan, one_to_one
 from .reduction import Reduction
 from .reference import ReferencePairs, pad_positives
 from .similarity import poison, zero_distance
+from .walk import Piece, Walk, only_once, places_of
 
 TAKEN = ("tiled", "fused")  # schedules whose calls keep nothing that hangs on all references
 

@@ -13,69 +13,17 @@ Deterministic: pieces are merged in the walk's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import groups, ops, schedule, screened, tiled
 from .schedule import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Gradients, Problem, Terms, accumulator, stages
+from .walk import NOBODY, Found, Piece, Walk, as_integers, as_numbers, only_once, places_of
 
-LIVE_PAIRS_PER_ROW = (
-    8  # that are kept of a screened piece, of 8 bytes in float32: fewer than `tiled` of what is at hand
-)
-NOBODY = torch.iinfo(torch.int64).max  # the place of no reference
-
-
-class Piece(NamedTuple):
-    """Some of the references, and the anchors that meet them.
-
-    Args:
-        y: (M, D), sorted by label; None: the anchors themselves, each but for itself.
-        labels: (M,) int64; `order`: (M,) int64, their places among all references: the lowest wins among equals.
-        own: the anchors that meet them, of the sorted ones.
-        both: they are anchors, too, whose references `own` are; what is found for them goes to `Walk.give`.
-        along: (V, M): of `both`, the numbers of its anchors that go along with them.
-        end: () int64 or None: references from there on take no part.
-        wanted: a gradient of `y` is wanted, and goes to `Walk.give`.
-    """
-
-    y: Tensor | None
-    labels: Tensor
-    order: Tensor
-    own: slice = slice(None)
-    both: bool = False
-    along: Tensor | None = None
-    end: Tensor | None = None
-    wanted: bool = False
-    source: Any = None  # the walk's own word of whose it is
-
-
-class Found(NamedTuple):
-    """What was found elsewhere for this process's anchors `own`, or where it has references beside them, for these:
-    numbers (V, n), and their part of the gradient (n, D)."""
-
-    own: slice
-    numbers: Tensor | None
-    rows: Tensor | None
-
-
-class Walk(Protocol):
-    """Where the references come from. Anchors are sorted by label; `order` (N,) is their place among all anchors."""
-
-    labels: Tensor
-    order: Tensor
-
-    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
-        """Every piece once. y: this process's references, if there are any beside the anchors; along (V, N): numbers of
-        the anchors, for those that meet them elsewhere."""
-
-    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
-        """Hands over what was found for a piece, and returns what others found for this walk's anchors meanwhile."""
-
-    def settle(self) -> list[Found]:
-        """After the last piece of a backward walk: what is still out."""
+LIVE_PAIRS_PER_ROW = 8  # that are kept of a screened piece, of 8 bytes in float32: fewer than of what is at hand
 
 
 class _State:
@@ -124,25 +72,6 @@ def resolved(terms: Terms, given: Given, which: Sequence[int], values: Tensor) -
         found.append(t._replace(lower_of=-1, upper_of=-1, slots=tuple(slots)))
     scale = None if given.scale is None else torch.stack([given.scale[k] for k in which])
     return tuple(found), Given(scale, [given.scales[k] for k in which], vectors)
-
-
-def as_numbers(whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers (K, N) as rows of numbers of that dtype, bit by bit, for `Walk`'s numbers; `as_integers` reads them."""
-    return whole.T.contiguous().view(dtype).T
-
-
-def as_integers(numbers: Tensor) -> Tensor:
-    return numbers.T.contiguous().view(torch.int64).T
-
-
-def places_of(winner: Tensor, order: Tensor) -> Tensor:
-    """Where in `order` (M,) each of winner (K, N) stands; -1: nowhere. Contiguous, as schedules take it."""
-    if order.shape[0] == 0:
-        return torch.full_like(winner, -1)
-    ordered, place = torch.sort(order)
-    winner = winner.contiguous()
-    at = torch.searchsorted(ordered, winner).clamp_max(order.shape[0] - 1)
-    return torch.where(ordered[at] == winner, place[at], -1)
 
 
 class Job(NamedTuple):
@@ -336,12 +265,6 @@ class _Backward:
     def by_slot(self) -> dict[int, Tensor]:
         """The gradients of vectors, by their `Spec.slots`."""
         return {4 * self.which[j] + what: row for (j, what), row in zip(self.offsets, self.doffset, strict=True)}
-
-
-def only_once() -> None:
-    """For a backward that cannot be differentiated: create_graph=True must not take its gradient for a constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("second derivatives need all references in one piece, in one process")
 
 
 class Pieces(torch.autograd.Function):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import checks
 from .pieced import Known, PiecedPairs, in_pieces
-from .pieces import Found, Piece
 from .rows import sorted_rows
 from .schedule import accumulator
+from .walk import Found, Piece
 
 BLOCK_BYTES = 2**25  # of references that are read at a time, unless the caller says how many
 LABELS = 2**18  # that are sorted at a time to count them

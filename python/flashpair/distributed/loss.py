@@ -15,8 +15,8 @@ from ..criteria.base import AnyPairs, Criterion, Penalty, RowLosses, average
 from ..criteria.classes import ClassCriterion
 from ..criteria.proxies import ProxyAnchorLoss
 from ..pairs import Pairs
-from ..pieces import only_once
 from ..similarity import upcast
+from ..walk import only_once
 from . import pairs as shared
 from .ranks import Ranks, Scaled, Shared, Total
 from .walks import WALKS

@@ -8,11 +8,11 @@ from torch import Tensor
 from ..criteria.base import Criterion
 from ..drawn import Drawn, draw
 from ..pieced import FetchedRows, PiecedPairs, in_pieces
-from ..pieces import NOBODY, places_of
 from ..reduction import Reduction
 from ..rows import sorted_rows
 from ..schedule import accumulator
 from ..similarity import normalize, poison, upcast
+from ..walk import NOBODY, places_of
 from .ranks import Ranks, Total
 from .walks import WALKS, RankWalk
 

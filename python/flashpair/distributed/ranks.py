@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..pieces import only_once
+from ..walk import only_once
 
 RING, HOME = 1, 2  # tags: a chunk on its way round, and what was found for one on its way back
 

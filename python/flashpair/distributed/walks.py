@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..pieced import Known
-from ..pieces import Found, Piece
+from ..walk import Found, Piece
 from .ranks import HOME, RING, Exchange, Ranks
 
 WHOLE = slice(None)
