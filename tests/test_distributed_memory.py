@@ -46,7 +46,7 @@ def _peaks(make):
     return found
 
 
-@pytest.mark.parametrize("make", [flashpair.MultiSimilarityLoss, flashpair.NTXentLoss])
+@pytest.mark.parametrize("make", [flashpair.NTXentLoss])
 def test_a_ring_s_memory_does_not_grow_with_the_processes(team, make):
     few, many = (torch.tensor(team.run(world, _peaks, make)).amax(0) for world in (6, 8))
     (gathered, ring), (more_gathered, more_ring) = few.tolist(), many.tolist()

@@ -31,10 +31,8 @@ class SharedPairs(PiecedPairs):
         sizes: list[int], bad: Tensor,
     ) -> None:  # fmt: skip
         super().__init__(x, order, walk, square, distance, impl, y)
-        self.sizes, self.poison = (
-            sizes,
-            bad,
-        )  # of every process's anchors; NaN where anybody's embeddings are not finite
+        self.sizes = sizes  # of every process's anchors
+        self.poison = bad  # NaN where anybody's embeddings are not finite
         self._drawn: tuple[Drawn, Tensor] | None = None
 
     @property
@@ -116,9 +114,8 @@ class SharedPairs(PiecedPairs):
         chosen = type(walk)(self.ranks, number, number, of_rank, False)
         x = self.x.to(self.dtype).index_select(0, rows)
         sizes = [int(t) for t in torch.bincount(self._owners(found.anchors), minlength=self.ranks.world)]
-        return SharedPairs(
-            x, labels, chosen, False, self.distance, self.impl, y.index_select(0, at), sizes, self.poison
-        )
+        y = y.index_select(0, at)
+        return SharedPairs(x, labels, chosen, False, self.distance, self.impl, y, sizes, self.poison)
 
     def _owners(self, anchors: Tensor) -> Tensor:
         ends = torch.tensor(self.sizes, device=anchors.device).cumsum(0)
