@@ -62,7 +62,7 @@ def tiles(request, monkeypatch):
 def schedule(request, monkeypatch):
     """`fused`, or `blocked` in its place with blocks of two tiles."""
     if request.param == "blocked":
-        monkeypatch.setattr(ops, "_schedule", lambda impl, device: blocked)
+        monkeypatch.setattr(ops, "schedule_of", lambda impl, device: blocked)
         monkeypatch.setattr(blocked, "BLOCK", 64)
     return request.param
 

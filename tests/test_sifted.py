@@ -30,7 +30,7 @@ SCREENABLE = [c for c in ORACLE["cases"] if c["loss"] in ("ms", "lifted_star_m")
 def tiles(monkeypatch):
     """Small ones, of several chunks of D, so that little batches have blocks of every kind; under the name of `fused`,
     which is what takes CPU tensors in the interpreter."""
-    monkeypatch.setattr(ops, "_schedule", lambda impl, device: sifted)
+    monkeypatch.setattr(ops, "schedule_of", lambda impl, device: sifted)
     monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(32, 32, 32, (4, 1)))
     monkeypatch.setattr(sieve, "CROWDED", 8)
     monkeypatch.setattr(configs, "choose", lambda *_: configs.Config(32, 32, 32, 32, (4, 1), (4, 1)))
@@ -251,7 +251,7 @@ def test_rows_of_every_size(distance, dtype, found, monkeypatch):
     for t in terms:
         (f,) = row_reduce(x, labels, t, distance=distance, impl="fused")
         with monkeypatch.context() as all_pairs:
-            all_pairs.setattr(ops, "_schedule", lambda impl, device: fused)
+            all_pairs.setattr(ops, "schedule_of", lambda impl, device: fused)
             (e,) = row_reduce(x, labels, t, distance=distance, impl="fused")
         same = f == e
         if dtype == torch.float32:  # a pair at a threshold may fall on either side of it
