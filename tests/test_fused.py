@@ -327,10 +327,15 @@ def test_float32_is_multiplied_as_torch_is_told_to():
 
 @both
 def test_backward_sees_the_bits_that_forward_saw(schedule, tiles):
-    """A window at exactly a similarity: its own pair stays outside in both passes, and a hair under it, inside."""
+    """A window at exactly a similarity: its own pair stays outside in both passes, and a hair under it, inside.
+
+    Of whole sixteenths, whose products are exact: the interpreter's are numpy's, whose bits hang on a block's shape and
+    on the processor. tests/test_gpu.py has real ones.
+    """
     x, labels = batch(90, 40, 4, torch.float32)
+    x = (16 * x).round() / 16
     highest = Reduction("max", "negatives", detach=True)
-    for shift, nothing in ((0.0, True), (-1e-6, False)):
+    for shift, nothing in ((0.0, True), (-1e-3, False)):
         a = x.clone().requires_grad_()
         r = Reduction("sum", "negatives", scale=2.0, lower=Bound(highest, shift))
         rows = row_reduce(a, labels, highest, r, impl="fused")[1]

@@ -272,6 +272,7 @@ def test_windows_beyond_float32(window):
 @pytest.mark.parametrize("distance", ["dot", "euclidean"])
 def test_equal_extremes_send_their_gradient_to_the_lowest_index(op, distance):
     x = torch.randn(100, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = (16 * x).round() / 16  # exact products: the bits of the interpreter's, numpy's, hang on a block's shape
     x[20:90] = x[20].clone()
     x[[30, 70]] *= 3
     order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
