@@ -17,7 +17,7 @@ from .pieces import Job, Pieces
 from .plan import Plan, one_to_one
 from .reduction import Reduction
 from .reference import ReferencePairs, pad_positives
-from .similarity import poison, zero_distance
+from .similarity import of_dots, poison
 from .walk import Piece, Walk, only_once, places_of
 
 TAKEN = ("tiled", "fused")  # schedules whose calls keep nothing that hangs on all references
@@ -136,17 +136,6 @@ class PiecedPairs(Pairs):
         y = FetchedRows.apply(self.walk.singly(), self.x, self.shared_refs(), refs)
         x = self.x.index_select(0, rows)
         return Pairs(x, y, one_to_one(labels, count), self.distance, self.impl, poison=poison(self.x, None))
-
-
-def of_dots(s: Tensor, squares: Tensor, distance: str) -> Tensor:
-    """z of pairs from their dot products and the sums of their squared norms, as `similarity.dense_pairs` has it."""
-    if distance == "dot":
-        return s
-    d2 = squares - 2 * s
-    if distance == "squared_euclidean":
-        return d2.relu()
-    apart = d2 > zero_distance(d2.dtype) * squares
-    return torch.where(apart, torch.where(apart, d2, 1.0).sqrt(), 0.0)
 
 
 def _visited(walk: Walk, x: Tensor, y: Tensor | None, wanted: Tensor) -> Iterator[tuple[Piece, Tensor, list[Any]]]:

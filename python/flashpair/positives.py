@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .similarity import zero_distance
+from .similarity import of_dots
 
 
 class _PositivePairs(torch.autograd.Function):
@@ -42,9 +42,4 @@ def positive_pairs(x: Tensor, y: Tensor, at: Tensor, distance: str) -> Tensor:
     s: Tensor = _PositivePairs.apply(x, None if y is x else y, at)
     if distance == "dot":
         return s
-    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[at]
-    d2 = squares - 2 * s
-    if distance == "squared_euclidean":
-        return d2.relu()
-    apart = d2 > zero_distance(d2.dtype) * squares
-    return torch.where(apart, torch.where(apart, d2, 1.0).sqrt(), 0.0)
+    return of_dots(s, (x * x).sum(1)[:, None] + (y * y).sum(1)[at], distance)

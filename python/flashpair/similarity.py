@@ -74,9 +74,13 @@ def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D
         with torch.autocast(x.device.type, enabled=False):
             return dense_pairs(x, y, distance)
     s = x @ y.T
+    return s if distance == "dot" else of_dots(s, (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :], distance)
+
+
+def of_dots(s: Tensor, squares: Tensor, distance: str) -> Tensor:
+    """z of pairs from their dot products and the sums |x|^2 + |y|^2 of their squared norms."""
     if distance == "dot":
         return s
-    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :]
     d2 = squares - 2 * s
     if distance == "squared_euclidean":
         return d2.relu()
