@@ -101,11 +101,16 @@ class Criterion(nn.Module):
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
         """The pairs of a call whose arguments `check` has returned."""
-        unit, prepare = self.preparation
-        if prepare is not None:
-            x, y = upcast(x, y)
-            x, y = prepare(x), None if y is None else prepare(y)
+        x, y, unit = self.prepared(x, y)
         return checked_pairs(x, labels, y, ref_labels, self.distance, unit, impl)
+
+    def prepared(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+        """Embeddings and references after `preparation`, and whether they are still to be normalised."""
+        unit, prepare = self.preparation
+        if prepare is None:
+            return x, y, unit
+        x, y = upcast(x, y)
+        return prepare(x), None if y is None else prepare(y), unit
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
@@ -230,13 +235,20 @@ class Criterion(nn.Module):
 
 def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
     """The loss of some rows; `extra` () is added to each valid one. pairs: None for rows in the caller's order."""
-    if extra is not None and not (rows.terms and reduction in ("nonzero", "mean_pairs")):
-        rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra.to(rows.losses.dtype), 0.0))
-        extra = None
+    rows, extra = with_extra(rows, reduction, extra)
     if reduction == "none":
         return rows.losses if pairs is None else pairs.restore(rows.losses)
     loss = average(rows, reduction)
-    return loss if extra is None else loss + extra.to(loss.dtype)  # an average of terms has no rows to add it to
+    return loss if extra is None else loss + extra.to(loss.dtype)
+
+
+def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[RowLosses, Tensor | None]:
+    """The rows with `extra` () added to each valid one, and what of it is left for their average: all of it where that
+    is one of terms, which has no rows to add it to."""
+    if extra is None or (rows.terms and reduction in ("nonzero", "mean_pairs")):
+        return rows, extra
+    losses = rows.losses + torch.where(rows.valid, extra.to(rows.losses.dtype), 0.0)
+    return rows._replace(losses=losses), None
 
 
 def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:

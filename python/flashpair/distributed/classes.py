@@ -16,7 +16,7 @@ from ..criteria.soft_triple import SoftTripleLoss
 from ..reduction import Reduction
 from . import pairs as shared
 from .loss import GlobalCriterion, Place, slice_of
-from .ranks import Gathered, Ranks, Total
+from .ranks import Gathered, Ranks, Total, merged
 
 
 def shard_classes(
@@ -126,13 +126,3 @@ class MergedPairs:
                 raise ValueError(f"classes that are shared out take sums and logsumexps, got op {r.op!r}")
             found.append(Total.apply(self.ranks, row) if r.op == "sum" else merged(self.ranks, row))
         return tuple(found)
-
-
-def merged(ranks: Ranks, row: Tensor) -> Tensor:
-    """The logsumexp over all processes of values (N,), -inf among them."""
-    peak = ranks.max(row.detach())
-    peak = torch.where(peak == -torch.inf, 0.0, peak)
-    some = row != -torch.inf
-    mass: Tensor = Total.apply(ranks, torch.where(some, torch.exp(torch.where(some, row, peak) - peak), 0.0))
-    whole = mass > 0
-    return torch.where(whole, torch.where(whole, mass, 1.0).log() + peak, torch.where(mass.isnan(), mass, -torch.inf))

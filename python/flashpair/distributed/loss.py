@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checks
-from ..criteria.base import AnyPairs, Criterion, Penalty, RowLosses, average
+from ..criteria.base import AnyPairs, Criterion, Penalty, RowLosses, average, with_extra
 from ..criteria.classes import ClassCriterion
 from ..criteria.proxies import ProxyAnchorLoss
 from ..pairs import Pairs
-from ..similarity import upcast
 from ..walk import only_once
 from . import pairs as shared
 from .ranks import Ranks, Scaled, Shared, Total
@@ -140,7 +139,7 @@ class GlobalCriterion(nn.Module):
             x = x.detach().requires_grad_() if needs[0] and not x.requires_grad else x
             y = y.detach().requires_grad_() if y is not None and needs[1] and not y.requires_grad else y
             found, pairs, extra = rows(x, y, *values)
-            losses = found.losses if extra is None else found.losses + torch.where(found.valid, extra, 0.0)
+            losses = with_extra(found, "none", extra)[0].losses
             return losses if pairs is None else pairs.restore(losses)
         loss: Tensor = AtOnce.apply(ranks, share, needs, x, y, *values)
         return loss
@@ -156,10 +155,7 @@ class GlobalCriterion(nn.Module):
         if isinstance(criterion, ProxyAnchorLoss):
             pairs = self._proxies(how, x, labels, sizes)
         else:
-            unit, prepare = criterion.preparation
-            if prepare is not None:
-                x, y = upcast(x, y)
-                x, y = prepare(x), None if y is None else prepare(y)
+            x, y, unit = criterion.prepared(x, y)
             if y is None or ref_labels is None:
                 pairs = shared.of_batch(*how, criterion.distance, unit, x, labels, sizes)
             else:
@@ -217,9 +213,7 @@ def _alike(name: str, what: str, every: list[int], shown: Callable[[int], str]) 
 
 def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
     """This process's share of the one number that its rows and the others' give; the shares add up to it."""
-    if extra is not None and not (rows.terms and reduction in ("nonzero", "mean_pairs")):
-        rows = rows._replace(losses=rows.losses + torch.where(rows.valid, extra.to(rows.losses.dtype), 0.0))
-        extra = None
+    rows, extra = with_extra(rows, reduction, extra)
     share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
     return share if extra is None else share + extra.to(share.dtype) / ranks.world
 

@@ -13,7 +13,7 @@ from ..rows import sorted_rows
 from ..schedule import accumulator
 from ..similarity import normalize, poison, upcast
 from ..walk import NOBODY, places_of
-from .ranks import Ranks, Total
+from .ranks import Ranks, Total, merged
 from .walks import WALKS, RankWalk
 
 
@@ -44,13 +44,7 @@ class SharedPairs(PiecedPairs):
         return total
 
     def total_logsumexp(self, values: Tensor) -> Tensor:
-        peak = torch.cat([values.detach(), values.new_full((1,), -torch.inf)]).max()
-        peak = self.ranks.max(peak)
-        peak = torch.where(peak.isinf(), 0.0, peak)
-        some = values != -torch.inf
-        mass = self.total(torch.where(some, torch.exp(torch.where(some, values, peak) - peak), 0.0))
-        nothing = torch.where(mass.isnan(), mass, -torch.inf)
-        return torch.where(mass > 0, torch.where(mass > 0, mass, 1.0).log() + peak, nothing)
+        return merged(self.ranks, super().total_logsumexp(values)[None])[0]
 
     def most_positives(self, most: int | None = None) -> int:
         if most is not None:

@@ -144,3 +144,13 @@ class Gathered(torch.autograd.Function):
         for part, rows in zip(parts, g.split(list(sizes)), strict=True):
             part[: rows.shape[0]] = rows
         return None, ranks.scatter_sum(parts, sizes[ranks.rank]), None
+
+
+def merged(ranks: Ranks, row: Tensor) -> Tensor:
+    """The logsumexp over all processes of values (N,), -inf among them."""
+    peak = ranks.max(row.detach())
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    some = row != -torch.inf
+    mass: Tensor = Total.apply(ranks, torch.where(some, torch.exp(torch.where(some, row, peak) - peak), 0.0))
+    whole = mass > 0
+    return torch.where(whole, torch.where(whole, mass, 1.0).log() + peak, torch.where(mass.isnan(), mass, -torch.inf))
