@@ -38,10 +38,11 @@ def started() -> Iterator[Process]:
         yield Process(device, 0, 1)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Process(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    yield Process(device, dist.get_rank(), dist.get_world_size())
+    # One that fails goes without this, or it would wait for the others. DistributedDataParallel keeps gloo's threads
+    # alive past destroy_process_group(): one that still lets go of a tensor while the interpreter ends aborts it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 class Digits(NamedTuple):
