@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import flashpair
 from flashpair import dispatch
+from flashpair.metrics import retrieval
 
 from . import demo_plot
-from .retrieval import Retrieval, retrieval
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = "flashpair,reference,pytorch-metric-learning,floor"
@@ -130,8 +130,9 @@ def network(seed: int, nudged: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, digits: Digits, dtype: torch.dtype = torch.float32) -> Retrieval:
-    return retrieval(net(digits.images.to(dtype)), digits.labels)
+def evaluate(net: nn.Module, digits: Digits, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    found = retrieval(net(digits.images.to(dtype)), digits.labels)._asdict()
+    return {name: found[name] for name in demo_plot.METRICS}
 
 
 def train(digits: Digits, setting: Setting, steps: int, seed: int, tick: Callable[[str], object]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def train(digits: Digits, setting: Setting, steps: int, seed: int, tick: Callabl
         curves["eager"].append(reference(fixed, labels).item())
         curves["truth"].append(reference(fixed.double(), labels).item())
         tick(setting.name)
-    return {**curves, "after": evaluate(net, digits, setting.dtype)._asdict()}
+    return {**curves, "after": evaluate(net, digits, setting.dtype)}
 
 
 def difference(found: list[float], expected: list[float]) -> float:
@@ -179,7 +180,7 @@ def study(digits: Digits, steps: int, seed: int, tick: Callable[[str], object]) 
         "implementation": implementation(),
         "steps": steps,
         "seed": seed,
-        "start": {name: found._asdict() for name, found in start.items()},
+        "start": start,
         "runs": runs,
     }
 

@@ -13,7 +13,8 @@ class Nearest : Pass<T> {
  public:
   explicit Nearest(const Pass<T>& pass) : Pass<T>(pass) {}
 
-  // Best first: similarities, or distances, (N, k), and references (N, k). k is at most the pairs of a row.
+  // Best first: similarities, or distances, (N, k), and references (N, k). k is at most the pairs of a row, M below
+  // 2^31.
   void run(int threads, const Int8Kernels& int8, int64_t k, T* value, int64_t* index) {
     const bool finite = this->finite();
     if (k == 0 || !finite) {
@@ -23,7 +24,8 @@ class Nearest : Pass<T> {
     }
     sign_ = p_.row_square ? T(-1) : T(1);
     k_ = k;
-    best_.resize(p_.n * k), held_.assign(p_.n, 0);
+    room_ = k + std::max(k, LEAST_SPARE);
+    best_.resize(p_.n * room_), held_.assign(p_.n, 0);
     worst_.assign(p_.n, -sign_ * std::numeric_limits<T>::infinity());
     Reduction<T> reach{};
     reach.op = p_.row_square ? MIN : MAX, reach.side = ALL, reach.peak = worst_.data();
@@ -36,15 +38,18 @@ class Nearest : Pass<T> {
           look(screen, t, reinterpret_cast<int32_t*>(scratch));
           screen.renew(t, 0);
         });
-    for (int64_t i = 0; i < p_.n; ++i) {
-      Found* row = best_.data() + i * k;
-      std::sort_heap(row, row + held_[i]);
-      for (int64_t j = 0; j < k; ++j) value[i * k + j] = sign_ * -row[j].first, index[i * k + j] = row[j].second;
-    }
+    in_chunks(p_.n, threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        Found* row = best_.data() + i * room_;
+        if (held_[i] > k) std::nth_element(row, row + k - 1, row + held_[i]);
+        std::sort(row, row + k);
+        for (int64_t j = 0; j < k; ++j) value[i * k + j] = sign_ * -row[j].first, index[i * k + j] = row[j].second;
+      }
+    });
   }
 
  private:
-  using Found = std::pair<T, int64_t>;  // minus what is maximised, and the reference: the best is the least
+  using Found = std::pair<T, int32_t>;  // minus what is maximised, and the reference: the best is the least
   using Pass<T>::p_;
 
   void look(const Screen<T>& screen, const Tile<T>& t, int32_t* entry) {
@@ -67,24 +72,25 @@ class Nearest : Pass<T> {
     }
   }
 
+  // What may be among the best is kept until a row is full, then the k best of it: a constant number of steps each.
   void enter(int64_t row, int64_t other, T z) {
-    Found* heap = best_.data() + row * k_;
-    const Found now{-sign_ * z, other};
+    Found* best = best_.data() + row * room_;
+    const Found now{-sign_ * z, static_cast<int32_t>(other)};
     int64_t& held = held_[row];
-    if (held == k_) {
-      if (!(now < heap[0])) return;
-      std::pop_heap(heap, heap + held--);
-    }
-    heap[held++] = now;
-    std::push_heap(heap, heap + held);
-    if (held == k_) worst_[row] = -sign_ * heap[0].first;
+    if (-sign_ * worst_[row] < now.first) return;
+    best[held++] = now;
+    if (held < room_) return;
+    std::nth_element(best, best + k_ - 1, best + held);
+    held = k_;
+    worst_[row] = -sign_ * best[k_ - 1].first;
   }
 
   T sign_ = 1;
-  int64_t k_ = 0;
-  std::vector<Found> best_;    // (N, k) heaps, the worst on top
+  static constexpr int64_t LEAST_SPARE = 16;
+  int64_t k_ = 0, room_ = 0;
+  std::vector<Found> best_;    // (N, room), of which `held`: the k best so far are among them
   std::vector<int64_t> held_;  // (N,)
-  std::vector<T> worst_;       // (N,) what a full row's next has to reach
+  std::vector<T> worst_;       // (N,) what a row's next has to reach
 };
 
 }  // namespace flashpair

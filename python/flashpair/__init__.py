@@ -4,7 +4,7 @@ criterion = flashpair.MultiSimilarityLoss()
 loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
 """
 
-from . import distributed, functional, miners
+from . import distributed, functional, metrics, miners, samplers
 from .criteria import (
     AngularLoss,
     ArcFaceLoss,
@@ -99,10 +99,12 @@ __all__ = [
     "functional",
     "histogram",
     "make_pairs",
+    "metrics",
     "miners",
     "nearest",
     "pair_weights",
     "register_transform",
     "row_reduce",
+    "samplers",
     "screening",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .schedule import Problem, address
 from .screened import MOST_DEPTH
 from .similarity import dense_pairs, normalize, upcast
 
-BLOCK_BYTES = 2**28  # of similarities that the reference sorts at a time
+BLOCK_BYTES = 2**28  # what a block of rows may need beside its result
 
 
 class Nearest(NamedTuple):
@@ -48,6 +49,19 @@ def nearest(
     Raises:
         TypeError, ValueError: bad arguments, named. RuntimeError: ``"screened"`` where it cannot run.
     """
+    with torch.no_grad():
+        x, y, screened = prepared(embeddings, k, ref_emb, distance, unit, impl)
+        values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
+        for first, found in blocks(x, y, k, distance, screened=screened):
+            rows = slice(first, first + found.values.shape[0])
+            values[rows], indices[rows] = found
+    return Nearest(values, indices)
+
+
+def prepared(
+    embeddings: Any, k: Any, ref_emb: Any, distance: str, unit: bool, impl: str
+) -> tuple[Tensor, Tensor | None, bool]:
+    """Rows and references as `blocks` takes them, after every check, and whether it is to screen."""
     x = checks.embeddings(embeddings)
     given = ref_emb.embeddings if isinstance(ref_emb, checks.Labelled) else ref_emb
     y = None if given is None else checks.references(given, x)
@@ -60,27 +74,49 @@ def nearest(
     reasons += [f"screened takes D up to {MOST_DEPTH:,}"] if x.shape[1] > MOST_DEPTH else []
     if impl == "screened" and reasons:
         raise RuntimeError(f"impl='screened' cannot run: {'; '.join(reasons)}")
-    with torch.no_grad():
-        x, y = upcast(x.detach(), None if y is None else y.detach())
-        if unit:
-            x, y = normalize(x), None if y is None else normalize(y)
-        return _sorted_blocks(x, y, k, distance) if reasons or impl == "reference" else _screened(x, y, k, distance)
+    if m >= 2**31:
+        raise ValueError(f"ref_emb must have fewer than 2^31 rows, got {m:,}")
+    x, y = upcast(x.detach(), None if y is None else y.detach())
+    if unit:
+        x, y = normalize(x), None if y is None else normalize(y)
+    return x, y, not reasons and impl != "reference"
 
 
-def _sorted_blocks(x: Tensor, y: Tensor | None, k: int, distance: str) -> Nearest:
+def blocks(x: Tensor, y: Tensor | None, k: int, distance: str, *, screened: bool) -> Iterator[tuple[int, Nearest]]:
+    """The same, checked, of a block of rows at a time: the first row, and what is nearest to it and those after it."""
     refs = x if y is None else y
-    rows = max(1, BLOCK_BYTES // max(1, refs.shape[0] * refs.itemsize))
-    values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
-    worst = -torch.inf if distance == "dot" else torch.inf
-    for first in range(0, x.shape[0], rows):
-        z = dense_pairs(x[first : first + rows], refs, distance)
-        if y is None:
-            z.diagonal(first).fill_(worst)
-        found, places = z.sort(dim=1, descending=distance == "dot", stable=True)
-        values[first : first + rows], indices[first : first + rows] = found[:, :k], places[:, :k]
-    if not (x.isfinite().all() and refs.isfinite().all()):
-        return Nearest(values.fill_(torch.nan), indices.fill_(-1))
-    return Nearest(values, indices)
+    finite = x.isfinite().all() and refs.isfinite().all()
+    # A screened row keeps twice k pairs of 8 or 16 bytes; a sorted one its similarities, twice, and their order.
+    row_bytes = 32 * max(1, k) if screened else 4 * refs.shape[0] * refs.itemsize
+    size = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for first in range(0, x.shape[0], size):
+        rows = x[first : first + size]
+        if not finite:
+            values = rows.new_full((rows.shape[0], k), torch.nan)
+            yield first, Nearest(values, torch.full_like(values, -1, dtype=torch.int64))
+        elif screened and y is None and size < x.shape[0]:
+            # One more than asked, of all: a row is then left out itself, by its index, wherever it stands.
+            yield first, _without_self(_screened(rows, refs, k + 1, distance), first)
+        elif screened:
+            yield first, _screened(rows, y, k, distance)
+        else:
+            yield first, _sorted(rows, refs, k, distance, None if y is not None else first)
+
+
+def _sorted(rows: Tensor, refs: Tensor, k: int, distance: str, self_at: int | None) -> Nearest:
+    z = dense_pairs(rows, refs, distance)
+    if self_at is not None:
+        z.diagonal(self_at).fill_(-torch.inf if distance == "dot" else torch.inf)
+    values, indices = z.sort(dim=1, descending=distance == "dot", stable=True)
+    return Nearest(values[:, :k], indices[:, :k])
+
+
+def _without_self(found: Nearest, first: int) -> Nearest:
+    values, indices = found
+    itself = indices == torch.arange(first, first + indices.shape[0], device=indices.device)[:, None]
+    itself[:, -1] |= ~itself.any(dim=1)
+    shape = indices.shape[0], indices.shape[1] - 1
+    return Nearest(values[~itself].view(shape), indices[~itself].view(shape))
 
 
 def _screened(x: Tensor, y: Tensor | None, k: int, distance: str) -> Nearest:

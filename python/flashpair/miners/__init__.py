@@ -6,6 +6,7 @@ hand them to a loss of another package: the tuples are those that pytorch-metric
 
 from .base import MinedPairs, Miner, Triplets
 from .distance_weighted import DistanceWeightedMiner
+from .hard_classes import hard_classes
 from .multi_similarity import MultiSimilarityMiner
 from .triplet import BatchHardMiner, TripletMarginMiner
 
@@ -17,4 +18,5 @@ __all__ = [
     "MultiSimilarityMiner",
     "TripletMarginMiner",
     "Triplets",
+    "hard_classes",
 ]

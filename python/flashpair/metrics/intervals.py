@@ -1,0 +1,38 @@
+"""How sure a mean over repeated runs is. Needs SciPy."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """``mean`` plus or minus ``half_width``, in the units of the runs."""
+
+    mean: float
+    half_width: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+
+
+def confidence_interval(runs: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of independent runs: t times their standard deviation over the root of n.
+
+    Args:
+        runs: at least two numbers, or one, which has no interval (NaN).
+        confidence: between 0 and 1.
+
+    Raises:
+        ValueError: no runs, or a confidence that is none. ImportError: without SciPy.
+    """
+    from scipy import stats
+
+    if not len(runs) or not 0 < confidence < 1:
+        raise ValueError(f"runs must not be empty and confidence between 0 and 1, got {list(runs)} and {confidence}")
+    if len(runs) == 1:
+        return Interval(float(runs[0]), math.nan)
+    t = stats.t.ppf((1 + confidence) / 2, len(runs) - 1)
+    return Interval(statistics.fmean(runs), float(t) * statistics.stdev(runs) / math.sqrt(len(runs)))

@@ -1,0 +1,63 @@
+"""What ranked metrics share: checks, and the nearest references' labels, a block of queries at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, neighbours
+
+DISTANCES = {"cosine": ("dot", True), "dot": ("dot", False), "euclidean": ("euclidean", False)}
+
+
+class Search(NamedTuple):
+    """Queries and the gallery that they are ranked in, checked.
+
+    Args:
+        queries: (N, D). labels: (N,) int64, as `classes`.
+        gallery: (M, D), or None: the queries, of which none is its own.
+        gallery_labels: (M,) int64. relevant: (N,) int64, how many of the gallery have the query's label.
+        distance: "cosine", "dot" or "euclidean".
+    """
+
+    queries: Tensor
+    labels: Tensor
+    gallery: Tensor | None
+    gallery_labels: Tensor
+    relevant: Tensor
+    distance: str
+    impl: str
+
+    @property
+    def size(self) -> int:
+        """How many references a query is ranked against."""
+        return self.gallery_labels.shape[0] - (self.gallery is None)
+
+    def ranked(self, depth: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of a block of queries, which ones, and what is nearest to them, best first: labels (B, depth) and scores,
+        similarities or minus distances."""
+        metric, unit = DISTANCES[self.distance]
+        with torch.no_grad():
+            x, y, screened = neighbours.prepared(self.queries, depth, self.gallery, metric, unit, self.impl)
+            for first, found in neighbours.blocks(x, y, depth, metric, screened=screened):
+                scores = -found.values if metric == "euclidean" else found.values
+                yield slice(first, first + len(scores)), self.gallery_labels[found.indices], scores
+
+
+def search(embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, distance: str, impl: str) -> Search:
+    """Raises what a criterion's call raises, and ValueError for embeddings that are not finite or no references."""
+    x, labels, y, refs_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
+    checks.word(distance, DISTANCES, "distance")
+    for name, rows in (("embeddings", x), ("ref_emb", y)):
+        if rows is not None and not rows.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    of = labels if refs_labels is None else refs_labels
+    if x.shape[0] == 0 or of.shape[0] <= (y is None):
+        raise ValueError(f"there must be queries, and references to each, got {x.shape[0]} and {of.shape[0]}")
+    known, sizes = of.unique(return_counts=True)
+    place = torch.searchsorted(known, labels).clamp(max=known.shape[0] - 1)
+    relevant = torch.where(known[place] == labels, sizes[place], 0) - int(y is None)
+    return Search(x.detach(), labels, None if y is None else y.detach(), of, relevant, distance, impl)

@@ -1,0 +1,73 @@
+"""Verification: is a positive nearer than negatives drawn beside it?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..pairs import make_pairs
+from ..reduction import Reduction
+from ..references import References
+from .ranking import DISTANCES, search
+
+PASS_BYTES = 2**26  # of bounds that one pass over the pairs compares with
+
+
+def verification_rate(
+    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None, ref_labels: Tensor | None = None,
+    *, negatives: Sequence[int] = (1,), distance: str = "cosine", impl: str = "auto",
+) -> dict[int, float]:  # fmt: skip
+    """Verification rate VRF (Sohn, Improved Deep Metric Learning with Multi-class N-pair Loss Objective, NIPS 2016).
+
+    A query with a positive and K negatives succeeds if the positive is nearer than all of them; chance is 1 / (K + 1).
+    What Sohn estimates by drawing is exact here: the mean over all positive pairs of C(b, K) / C(n, K), where b of the
+    query's n negatives are less near than the positive. As with hinges, pairs whose similarities are the same but for
+    rounding may fall on either side.
+
+    The references are counted in passes over tiles, none stored; the similarities of all positive pairs are, N times
+    the most that a query has.
+
+    Args:
+        embeddings, labels: (N, D), (N,) queries. ref_emb, ref_labels: (M, D), (M,); None: the other embeddings.
+        negatives: the Ks.
+        distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
+        impl: as `flashpair.Criterion` takes it.
+
+    Returns:
+        The rate of each K, from 0 to 1.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named; no positive pair, or a query with fewer negatives than K.
+    """
+    counts = [checks.integer(k, "negatives", at_least=1) for k in negatives]
+    found = search(embeddings, labels, ref_emb, ref_labels, distance, "auto")
+    metric, unit = DISTANCES[distance]
+    refs_labels = None if found.gallery is None else found.gallery_labels
+    with torch.no_grad():
+        pairs = make_pairs(
+            found.queries, found.labels, ref_emb=found.gallery, ref_labels=refs_labels, normalize=unit, impl=impl,
+            distance="squared_euclidean" if metric == "euclidean" else metric,  # the same order, no rounded roots
+        )  # fmt: skip
+        z, there = pairs.positives()
+        of, others = there.sum(1), pairs.num_negatives()
+        if not there.any():
+            raise ValueError("labels must hold some class twice, got no positive pair")
+        fewest = int(others[of > 0].min())
+        if max(counts, default=0) > fewest:
+            raise ValueError(f"negatives must be at most {fewest}, as a query has no more, got {max(counts)}")
+        side = "lower" if metric == "euclidean" else "upper"
+        totals = torch.zeros(len(counts), dtype=torch.float64, device=z.device)
+        for bounds, valid in zip(
+            *(t.T.split(max(1, PASS_BYTES // (z.itemsize * len(z)))) for t in (z, there)), strict=True
+        ):
+            less_near = pairs.reduce(*(Reduction("count", "negatives", detach=True, **{side: row}) for row in bounds))
+            beaten = torch.stack(less_near).double()
+            for place, k in enumerate(counts):
+                chance = torch.ones_like(beaten)
+                for t in range(k):
+                    chance *= (beaten - t).clamp(min=0) / (others - t).clamp(min=1)
+                totals[place] += chance[valid].sum()
+        return dict(zip(counts, (totals / of.sum()).tolist(), strict=True))

@@ -1,0 +1,65 @@
+"""Hard negative class mining (Sohn, Improved Deep Metric Learning with Multi-class N-pair Loss Objective, 2016)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..similarity import upcast
+
+AGGREGATES = ("max", "sum")
+
+
+def hard_classes(
+    anchors: Tensor, positives: Tensor, count: int, *, aggregate: str = "max", start: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Classes that are confused with one another: one, and then by turns the one that violates the triplet constraint
+    most with those chosen before.
+
+    Class c violates it with a chosen class s by f_s · f_c+ - f_s · f_s+. The paper leaves open what several chosen
+    classes come to: the most of them, or their sum. Equally violating classes are drawn from. One product of a row with
+    all classes a step, so C · D memory and count · C · D multiplications.
+
+    Args:
+        anchors, positives: (C, D) embeddings of two samples of each class, float16 to float64.
+        count: how many to choose, 1 to C.
+        aggregate: ``"max"`` or ``"sum"``.
+        start: the first class; None: drawn.
+        generator: of the CPU; None: torch's own.
+
+    Returns:
+        (count,) int64 on the embeddings' device, in the order they were chosen.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named; embeddings that are not finite.
+    """
+    for name, given in (("anchors", anchors), ("positives", positives)):
+        checks.embeddings(given, name, "C, D")
+    if anchors.shape != positives.shape or anchors.device != positives.device:
+        raise ValueError(f"positives must be like anchors, {checks.what(anchors)}, got {checks.what(positives)}")
+    f, positive = upcast(torch.stack([anchors, positives]).detach(), None)[0]
+    if not (f.isfinite().all() and positive.isfinite().all()):
+        raise ValueError("anchors and positives must be finite, got NaN or infinity")
+    checks.word(aggregate, AGGREGATES, "aggregate")
+    classes = f.shape[0]
+    if checks.integer(count, "count", at_least=1) > classes:
+        raise ValueError(f"count must be at most {classes}, the number of classes, got {count}")
+    if start is None:
+        start = int(torch.randint(classes, (1,), generator=generator))
+    elif checks.integer(start, "start") >= classes:
+        raise ValueError(f"start must be below {classes}, the number of classes, got {start}")
+    order = torch.randperm(classes, generator=generator).to(f.device)  # the first of equals is then any of them
+    f, positive = f[order], positive[order]
+    own = (f * positive).sum(1)
+    chosen = torch.empty(count, dtype=torch.int64, device=f.device)
+    chosen[0] = (order == start).int().argmax()
+    violation = f.new_full((classes,), 0.0 if aggregate == "sum" else -torch.inf)
+    for k in range(1, count):
+        last = chosen[k - 1 : k]
+        more = (positive @ f[last].T)[:, 0] - own[last]
+        violation = violation + more if aggregate == "sum" else torch.maximum(violation, more)
+        violation[chosen[:k]] = -torch.inf
+        chosen[k] = violation.argmax()
+    return order[chosen]

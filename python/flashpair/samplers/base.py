@@ -1,0 +1,116 @@
+"""What every sampler shares: samples by class, batches of an epoch from a seed, and the share of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .. import checks
+
+
+class Classes:
+    """Which samples (int64 places in the data set) each class has, sorted by label.
+
+    Attributes:
+        labels: (C,) of each class. sizes: (C,) how many samples it has.
+    """
+
+    def __init__(self, labels: Any, at_least: int = 1) -> None:
+        """labels: (N,) integers, a tensor or a sequence; classes of fewer samples than `at_least` are left out."""
+        given = torch.as_tensor(labels)
+        given = checks.labels(given, given.reshape(-1, 1), whose="samples").cpu()
+        found, sizes = given.unique(return_counts=True)
+        order = given.argsort(stable=True)
+        firsts = sizes.cumsum(0) - sizes
+        kept = sizes >= at_least
+        self.labels, self.sizes, self._firsts, self._order = found[kept], sizes[kept], firsts[kept], order
+        self.samples = int(self.sizes.sum())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def some(self, count: int, generator: torch.Generator) -> Tensor:
+        """Places of `count` classes, no two the same."""
+        return torch.randperm(len(self), generator=generator)[:count]
+
+    def draw(self, classes: Tensor, each: int, generator: torch.Generator) -> Tensor:
+        """(len(classes), each) samples: none of a class twice while it has others."""
+        drawn = []
+        for first, size in zip(self._firsts[classes].tolist(), self.sizes[classes].tolist(), strict=True):
+            rounds = [torch.randperm(size, generator=generator) for _ in range(-(-each // size))]
+            drawn.append(first + torch.cat(rounds)[:each])
+        return self._order[torch.stack(drawn)]
+
+
+class ClassSampler(Sampler[list[int]]):
+    """Batches of samples' places, for ``DataLoader(dataset, batch_sampler=...)``; a subclass draws them in `draw`.
+
+    Batches hang on the seed and the epoch alone. A new iteration is a new epoch; `set_epoch` says which, to go on where
+    a training stopped. With several processes each makes the same batch of all of them and takes its own share, so all
+    have to iterate alike.
+    """
+
+    def __init__(
+        self, classes: Classes, share: int, batches: int | None, seed: int, num_replicas: int | None, rank: int | None
+    ) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self.classes, self.share = classes, share
+        self.num_replicas = (dist.get_world_size() if joined else 1) if num_replicas is None else num_replicas
+        checks.integer(self.num_replicas, "num_replicas", at_least=1)
+        self.rank = (dist.get_rank() if joined else 0) if rank is None else rank
+        checks.integer(self.rank, "rank", range(self.num_replicas))
+        self.seed, self.epoch = checks.integer(seed, "seed"), 0
+        self.batches = checks.most(batches, "batches") or max(1, classes.samples // (share * self.num_replicas))
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch, from 0 on, of the next iteration."""
+        self.epoch = checks.integer(epoch, "epoch")
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed((self.seed << 24) + self.epoch)
+        self.epoch += 1
+        for _ in range(self.batches):
+            yield self.draw(generator)
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        """This process's share of a batch of all."""
+        raise NotImplementedError
+
+    def mine(self, drawn: Tensor, rows: int) -> Tensor:
+        """This process's rows of what is drawn for all, which all have to draw, or their generators part."""
+        return drawn[self.rank * rows :][:rows]
+
+    def need(self, wanted: int, what: str) -> None:
+        if wanted > len(self.classes):
+            raise ValueError(f"{what}, {wanted} classes in all processes, got labels of {len(self.classes)}")
+
+
+class Flat(Sampler[int]):
+    """The same samples one at a time, for ``DataLoader(dataset, sampler=Flat(batches), batch_size=...)`` where a
+    framework takes no batch sampler.
+
+    Args:
+        batches: a `ClassSampler`. The loader's batch_size has to be that of its batches for them to stay together.
+    """
+
+    def __init__(self, batches: ClassSampler) -> None:
+        self.batches = batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.batches.share
+
+    def __iter__(self) -> Iterator[int]:
+        for batch in self.batches:
+            yield from batch

@@ -1,0 +1,65 @@
+"""Batches of classes that the network takes for one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..miners.hard_classes import AGGREGATES, hard_classes
+from .base import Classes, ClassSampler
+
+EMBEDDED = 1024  # samples that `embed` is given at a time
+
+
+class HardClassSampler(ClassSampler):
+    """Hard negative class mining (Sohn, 2016, section 3.2.3), before each batch.
+
+    Two samples of each of `candidates` random classes are embedded; of these classes one is chosen at random and then
+    the ones that violate the triplet constraint most (`flashpair.miners.hard_classes`); the batch has new samples of
+    those. Memory is that of the candidates' embeddings. A DataLoader with workers asks some batches ahead, so that the
+    network which mines is some steps old.
+
+    Args:
+        labels: (N,) integers, of the data set's samples; classes of one sample are never drawn.
+        embed: from places in the data set, int64 (n,) with n up to 1,024, to embeddings (n, D), float16 to float64, on
+            any device. Called without gradients, in whatever mode the network is.
+        classes: in a batch of one process; processes have different ones.
+        m: samples of a class: with 2 the anchors come first, then the positives, as in `NPairsSampler`.
+        candidates: classes to choose from; by default ten times what is chosen, or all.
+        aggregate: ``"max"`` or ``"sum"`` over the classes chosen before.
+        batches, seed, num_replicas, rank: as of `MPerClassSampler`. All processes embed the same candidates, and choose
+            the same classes as long as their networks compute the same numbers.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named; fewer classes of two samples than a batch has.
+    """
+
+    def __init__(
+        self, labels: Any, embed: Callable[[Tensor], Tensor], classes: int, *, m: int = 2,
+        candidates: int | None = None, aggregate: str = "max", batches: int | None = None, seed: int = 0,
+        num_replicas: int | None = None, rank: int | None = None,
+    ) -> None:  # fmt: skip
+        self.count, self.m = checks.integer(classes, "classes", at_least=1), checks.integer(m, "m", at_least=1)
+        self.embed, self.aggregate = embed, checks.word(aggregate, AGGREGATES, "aggregate")
+        super().__init__(Classes(labels, at_least=2), classes * m, batches, seed, num_replicas, rank)
+        chosen = classes * self.num_replicas
+        self.need(chosen, "classes of two samples or more are needed")
+        self.candidates = min(checks.most(candidates, "candidates") or 10 * chosen, len(self.classes))
+        if self.candidates < chosen:
+            raise ValueError(f"candidates must be at least the classes of all processes, {chosen}, got {candidates}")
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        candidates = self.classes.some(self.candidates, generator)
+        places = self.classes.draw(candidates, 2, generator).T.flatten()
+        with torch.no_grad():
+            found = [self.embed(some) for some in places.split(EMBEDDED)]
+            anchors, positives = torch.cat(found).chunk(2)
+            chosen = hard_classes(
+                anchors, positives, self.count * self.num_replicas, aggregate=self.aggregate, generator=generator
+            ).cpu()
+        drawn = self.classes.draw(candidates[chosen], self.m, generator)
+        return self.mine(drawn, self.count).T.flatten().tolist()

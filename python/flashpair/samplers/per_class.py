@@ -1,0 +1,76 @@
+"""Batches of several samples of each of some classes: M of each, or N-pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import checks
+from .base import Classes, ClassSampler
+
+
+class MPerClassSampler(ClassSampler):
+    """`m` samples of each of ``batch_size / m`` classes: N x M batches, for every loss of pairs.
+
+    Classes are drawn uniformly, whatever their sizes, none twice in a batch; so are a class's samples, unless it has
+    fewer than `m`. A batch lists them class by class.
+
+    Args:
+        labels: (N,) integers, of the data set's samples.
+        m: samples of a class.
+        batch_size: of one process; those of all processes together are a multiple of `m`. Processes have classes of
+            their own, or share one that does not fit.
+        batches: in an epoch; by default as many as the data set fills.
+        seed: from 0 on.
+        num_replicas, rank: how many processes, and which one this is; by default torch.distributed's, or one.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named; fewer classes than a batch has.
+    """
+
+    def __init__(
+        self, labels: Any, m: int, batch_size: int, *, batches: int | None = None, seed: int = 0,
+        num_replicas: int | None = None, rank: int | None = None,
+    ) -> None:  # fmt: skip
+        self.m = checks.integer(m, "m", at_least=1)
+        share = checks.integer(batch_size, "batch_size", at_least=1)
+        super().__init__(Classes(labels), share, batches, seed, num_replicas, rank)
+        whole = share * self.num_replicas
+        if whole % m:
+            raise ValueError(f"batch_size must, of all processes, be a multiple of m = {m}, got {whole}")
+        self.need(whole // m, f"batch_size and m ask for {whole} / {m}")
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        classes = self.classes.some(self.share * self.num_replicas // self.m, generator)
+        drawn = self.classes.draw(classes, self.m, generator).flatten()
+        return self.mine(drawn, self.share).tolist()
+
+
+class NPairsSampler(ClassSampler):
+    """N-pair batches (Sohn, 2016): two different samples of each of N classes, so 2 N forward passes.
+
+    First one of each class, the anchors, then in the same order the other, the positives: ``x.chunk(2)`` parts them.
+    Classes of one sample are never drawn.
+
+    Args:
+        labels: (N,) integers, of the data set's samples.
+        classes: how many in a batch of one process; processes have different ones.
+        batches, seed, num_replicas, rank: as of `MPerClassSampler`.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named; fewer classes of two samples than a batch has.
+    """
+
+    def __init__(
+        self, labels: Any, classes: int, *, batches: int | None = None, seed: int = 0, num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:  # fmt: skip
+        self.count = checks.integer(classes, "classes", at_least=1)
+        super().__init__(Classes(labels, at_least=2), 2 * classes, batches, seed, num_replicas, rank)
+        self.need(classes * self.num_replicas, "classes of two samples or more are needed")
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        chosen = self.classes.some(self.count * self.num_replicas, generator)
+        drawn = self.classes.draw(chosen, 2, generator)
+        return self.mine(drawn, self.count).T.flatten().tolist()
