@@ -131,7 +131,12 @@ def network(seed: int, nudged: bool = False) -> nn.Module:
 
 @torch.no_grad()
 def evaluate(net: nn.Module, digits: Digits, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    found = retrieval(net(digits.images.to(dtype)), digits.labels)._asdict()
+    return judged(net(digits.images.to(dtype)), digits.labels)
+
+
+def judged(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """P@1, R-Precision and MAP@R, as JSON takes them."""
+    found = retrieval(embeddings, labels)._asdict()
     return {name: found[name] for name in demo_plot.METRICS}
 
 

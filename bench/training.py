@@ -127,7 +127,7 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
     return {
         "title": training.title, "n": training.n, "d": training.d, "per_class": training.per_class, "steps": steps,
         "learning_rate": training.learning_rate,
-        "retrieval": {"before": before._asdict(), "after": training.evaluate(training.net)._asdict()},
+        "retrieval": {"before": before, "after": training.evaluate(training.net)},
         "peer": "" if peer.ok else peer.words,
         "run_seconds": {v: over_the_run(points, v) for v in (*OURS, PEER)},
         "points": points,

@@ -54,5 +54,5 @@ def test_training_raises_retrieval_of_unseen_digits():
     with demo.one_thread():
         before = demo.evaluate(demo.network(0), digits)
         run = demo.train(digits, demo.SETTINGS[0], 100, 0, lambda name: None)
-    assert run["after"]["map_at_r"] > before.map_at_r
+    assert run["after"]["map_at_r"] > before["map_at_r"]
     assert run["losses"][-1] < run["losses"][0]
