@@ -1,4 +1,4 @@
-"""Command line: `python -m flashpair info` and `python -m flashpair check`."""
+"""Command line: `python -m flashpair info`, `check` and `reality-check`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from . import check, info
+from .reality_check import command
 
 
 def main() -> int:
@@ -18,12 +19,13 @@ def main() -> int:
     checked.add_argument(
         "criterion", nargs="*", help="FILE.py:Name or module:Name, a Criterion of your own that Name(impl=...) makes"
     )
+    command.add(commands.add_parser(command.NAME, help=command.HELP, description=command.HELP))
     given = parser.parse_args()
     if given.command == "info":
         return info.main()
     try:
-        return check.main(given.criterion)
-    except ValueError as error:
+        return command.main(given) if given.command == command.NAME else check.main(given.criterion)
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
 
 

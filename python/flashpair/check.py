@@ -4,11 +4,9 @@ own, `python -m flashpair check my_loss.py:MyLoss` or `package.module:MyLoss`.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from .criteria.base import Criterion
 from .dispatch import IMPLEMENTATIONS, obstacles
 from .forms import CRITERIA
+from .named import criterion
 
 
 def batch(n: int, d: int, per_class: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -73,41 +72,14 @@ def refusal(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> s
     return ""
 
 
-def found(target: str) -> Callable[..., Criterion]:
-    """The class that FILE.py:Name or module:Name means.
-
-    Raises:
-        ValueError: it is not there, or is no `Criterion`.
-    """
-    where, _, name = target.rpartition(":")
-    if not where or not name.isidentifier():
-        raise ValueError(f"a criterion is FILE.py:Name or module:Name, got {target!r}")
-    if where.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-        if spec is None or spec.loader is None or not Path(where).is_file():
-            raise ValueError(f"there is no file {where}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"there is no module {where}: {error}") from error
-    kind = getattr(module, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Criterion)):
-        raise ValueError(f"{name} of {where} must be a subclass of flashpair.Criterion, got {kind!r}")
-    return kind
-
-
 def main(targets: Sequence[str] = ()) -> int:
     """0 if every criterion passes with every implementation that can run on this machine's CPU and GPU.
 
-    targets: users' own criteria (see `found`), which are then checked alone; each is made as ``Name(impl=...)``.
+    targets: users' own criteria, FILE.py:Name or module:Name, which are then checked alone; each is made as
+    ``Name(impl=...)``.
     """
     failed = 0
-    checked = {target: found(target) for target in targets} or CRITERIA
+    checked = {target: criterion(target) for target in targets} or CRITERIA
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for device, impl in itertools.product(devices, IMPLEMENTATIONS):
         if reasons := obstacles(impl, torch.device(device)):

@@ -1,0 +1,94 @@
+"""What came out: a table, a picture, and all numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..metrics import Interval, confidence_interval
+from .data import Data
+from .protocol import Protocol
+from .study import METRICS, UNTRAINED, Outcome
+
+TITLES = {"precision_at_1": "P@1", "r_precision": "R-Precision", "map_at_r": "MAP@R"}
+COLOURS = {"separated": "#1b6ca8", "concatenated": "#d1495b"}
+
+
+def percent(runs: Sequence[float]) -> Interval:
+    return confidence_interval([100 * run for run in runs])
+
+
+def table(outcomes: Sequence[Outcome], protocol: Protocol) -> Table:
+    """Test metrics in percent with their 95 % intervals, the best separated MAP@R first."""
+    sizes = protocol.embedding_size, protocol.embedding_size * protocol.folds
+    found = Table(
+        "loss", *(f"{TITLES[m]}, {size}-d" for size in sizes for m in METRICS),
+        title=f"Test classes, %, mean of {protocol.repeats} repeats ± half of the 95 % interval", box=None,
+    )  # fmt: skip
+    for column in found.columns[1:]:
+        column.justify = "right"
+    for outcome in ranked(outcomes):
+        kinds = outcome.separated, outcome.concatenated
+        found.add_row(outcome.name, *(str(percent(kind[m])) for kind in kinds for m in METRICS))
+    return found
+
+
+def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return sorted(outcomes, key=lambda o: (o.name != UNTRAINED, percent(o.separated["map_at_r"]).mean), reverse=True)
+
+
+def settings_table(outcomes: Sequence[Outcome]) -> Table:
+    """What was found to be the best of each loss."""
+    found = Table("loss", "trials", "validation MAP@R, %", "hyper-parameters", box=None)
+    for outcome in outcomes:
+        if outcome.name != UNTRAINED:
+            values = ", ".join(f"{name} {value:.3g}" for name, value in outcome.values.items())
+            found.add_row(outcome.name, str(outcome.trials), f"{100 * outcome.validation:.2f}", values)
+    return found
+
+
+def document(outcomes: Sequence[Outcome], data: Data, protocol: Protocol) -> dict[str, Any]:
+    return {
+        "what": "A Metric Learning Reality Check (Musgrave et al., ECCV 2020), by flashpair",
+        "units": "metrics from 0 to 1 on the test classes, one number a repeat; intervals: mean and half-width, 95 %",
+        "data": {"title": data.title, "samples": len(data.labels), "classes": int(data.labels.max()) + 1},
+        "protocol": vars(protocol),
+        "losses": [
+            {**o._asdict(), "intervals": {
+                kind: {m: confidence_interval(runs)._asdict() for m, runs in getattr(o, kind).items()}
+                for kind in COLOURS}}
+            for o in outcomes
+        ],
+    }  # fmt: skip
+
+
+def draw(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, path: Path) -> None:
+    """MAP@R of each loss, separated and concatenated, with intervals, as a PNG."""
+    from matplotlib.figure import Figure
+
+    shown = ranked(outcomes)[::-1]
+    figure = Figure(figsize=(7.5, 1.6 + 0.42 * len(shown)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (kind, colour) in enumerate(COLOURS.items()):
+        intervals = [percent(getattr(outcome, kind)["map_at_r"]) for outcome in shown]
+        heights = [row + 0.12 * (1 - 2 * place) for row in range(len(shown))]
+        size = protocol.embedding_size * (protocol.folds if kind == "concatenated" else 1)
+        axes.errorbar(
+            [i.mean for i in intervals], heights, xerr=[i.half_width for i in intervals], fmt="o", color=colour,
+            markersize=4, capsize=3, label=f"{kind}, {size}-d",
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), [outcome.name for outcome in shown])
+    axes.set_xlabel(f"MAP@R on the test classes, %; mean of {protocol.repeats} repeats, 95 % interval")
+    axes.set_title(f"{data.title}: {protocol.trials} trials a loss, {protocol.folds} folds", fontsize=11)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def write(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, out: Path) -> None:
+    (out / "results.json").write_text(json.dumps(document(outcomes, data, protocol), indent=1) + "\n")
+    draw(outcomes, data, protocol, out / "results.png")

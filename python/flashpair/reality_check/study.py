@@ -1,0 +1,249 @@
+"""Every loss searched for its best hyper-parameters, trained again with them, and tested; all of it on disk.
+
+What is done is kept, a fold at a time: a run that was killed goes on where it was, and comes to the numbers that it
+would have come to, as each training, and each choice of hyper-parameters, hangs on its own seed and on finished trials
+alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..metrics import retrieval
+from .data import Data, partitions
+from .losses import Candidate, Range, candidate
+from .networks import Standardized, network
+from .protocol import Protocol
+from .training import OWN_RATE, embed, made, places_of, train
+
+UNTRAINED = "untrained"
+METRICS = ("precision_at_1", "r_precision", "map_at_r")
+MakeNetwork = Callable[[Sequence[int], int], nn.Module]
+
+
+class Outcome(NamedTuple):
+    """A loss in a comparison.
+
+    Attributes:
+        name: of the loss, or ``"untrained"``.
+        values: the best hyper-parameters. validation: their MAP@R, the mean over folds. trials: out of how many.
+        separated: of each metric one number a repeat, 0 to 1: on the test classes, the mean over the folds' models.
+        concatenated: the same of all models' embeddings, of unit length, one after the other.
+    """
+
+    name: str
+    values: dict[str, float]
+    validation: float
+    trials: int
+    separated: dict[str, list[float]]
+    concatenated: dict[str, list[float]]
+
+
+class Progress:
+    """What a run says of itself as it goes; this one says nothing.
+
+    `level` is one of ``"losses"``, ``"settings"`` (trials, then repeats), ``"folds"`` or ``"epochs"``.
+    """
+
+    def at(self, level: str, done: int, of: int, what: str = "") -> None:
+        pass
+
+
+def run(
+    data: Data, losses: Sequence[str], protocol: Protocol, out: Path, make: MakeNetwork = network,
+    progress: Progress | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Compares losses: class-disjoint cross-validation on the first half of the classes, test on the second.
+
+    Args:
+        data: what is trained on, validated and tested with.
+        losses: names that `candidate` knows.
+        protocol: what all of them get.
+        out: a folder for all results. What it already has of the same data and protocol (but for `trials` and
+            `repeats`, which may be raised) is not done again.
+        make: a network of a sample's shape and an embedding size.
+        progress: is told how far it is.
+
+    Returns:
+        The untrained networks' outcome, and each loss's.
+
+    Raises:
+        ValueError: a loss that is not known, data of too few classes, or a folder of another run. ImportError: without
+            optuna.
+    """
+    known = {name: candidate(name) for name in losses}
+    partitions(int(data.labels.max()) + 1, protocol.folds)
+    _claim(out, data, protocol, make)
+    progress = progress or Progress()
+    outcomes = []
+    for done, (name, loss) in enumerate({UNTRAINED: None, **known}.items()):
+        progress.at("losses", done, len(known) + 1, name)
+        outcomes.append(_Study(name, loss, data, protocol, out, make, progress).outcome())
+    progress.at("losses", len(known) + 1, len(known) + 1)
+    return outcomes
+
+
+def _claim(out: Path, data: Data, protocol: Protocol, make: MakeNetwork) -> None:
+    """Notes whose results a folder has."""
+    settings = {
+        "data": data.title, "samples": data.fingerprint(), "network": f"{make.__module__}.{make.__qualname__}",
+        "protocol": {name: value for name, value in asdict(protocol).items() if name not in ("trials", "repeats")},
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    before = _read(out / "settings.json")
+    if before is None:
+        _write(out / "settings.json", settings)
+    elif before != settings:
+        other = [name for name in settings if before.get(name) != settings[name]]
+        raise ValueError(f"{out} has results of another run, with other {', '.join(other)}; give another folder")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(path: Path, document: Any) -> None:
+    """Wholly, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def _seed(*of: object) -> int:
+    """A seed of its own for everything that is named."""
+    return int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:4], "big") >> 1
+
+
+class _Study:
+    """One loss, or no training where it is None."""
+
+    def __init__(
+        self, name: str, loss: Candidate | None, data: Data, protocol: Protocol, out: Path, make: MakeNetwork,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self.name, self.loss, self.data, self.protocol = name, loss, data, protocol
+        self.make, self.progress = make, progress
+        self.tested, self.folds = partitions(int(data.labels.max()) + 1, protocol.folds)
+        self.folder = out / re.sub(r"[^\w.-]+", "_", name)
+        self.space: dict[str, Range] = dict(loss.space) if loss else {}
+        if loss is not None:
+            middle = {key: (r.low * r.high) ** 0.5 if r.log else (r.low + r.high) / 2 for key, r in self.space.items()}
+            if any(True for _ in made(loss, middle, len(self.folds[0]), protocol.embedding_size).parameters()):
+                self.space[OWN_RATE] = Range(1e-3, 1.0, log=True)
+
+    def outcome(self) -> Outcome:
+        values, validation, trials = self.search() if self.loss else ({}, 0.0, 0)
+        repeats = []
+        for repeat in range(self.protocol.repeats):
+            self.progress.at("settings", repeat, self.protocol.repeats, "repeat")
+            repeats.append(self.repeat(repeat, values))
+        self.progress.at("settings", self.protocol.repeats, self.protocol.repeats, "repeat")
+        kinds = ({m: [r[kind][m] for r in repeats] for m in METRICS} for kind in ("separated", "concatenated"))
+        return Outcome(self.name, values, validation, trials, *kinds)
+
+    def search(self) -> tuple[dict[str, float], float, int]:
+        """The best hyper-parameters, their validation MAP@R, and how many were tried."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{self.folder / 'trials.db'}", study_name=self.name, direction="maximize",
+            load_if_exists=True,
+        )  # fmt: skip
+        for left in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # by a run that was killed
+            study.tell(left.number, state=optuna.trial.TrialState.FAIL)
+        ranges: dict[str, optuna.distributions.BaseDistribution] = {
+            key: optuna.distributions.FloatDistribution(r.low, r.high, log=r.log) for key, r in self.space.items()
+        }
+        wanted = self.protocol.trials if ranges else 1
+        kinds = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
+        complete = (optuna.trial.TrialState.COMPLETE,)
+        while (done := len(study.get_trials(deepcopy=False, states=complete))) < wanted:
+            self.progress.at("settings", done, wanted, "trial")
+            study.sampler = kinds[self.protocol.sampler](seed=_seed(self.protocol.seed, self.name, done))
+            trial = study.ask(ranges)
+            study.tell(trial, self.validated(done, trial.params))
+        finished = study.get_trials(states=complete)[:wanted]
+        best = max(finished, key=lambda trial: (trial.value, -trial.number))
+        assert best.value is not None
+        return best.params, best.value, len(finished)
+
+    def validated(self, trial: int, values: Mapping[str, float]) -> float:
+        """MAP@R of a trial, the mean over the folds."""
+        scores = []
+        for fold in range(len(self.folds)):
+            file = self.folder / "trials" / f"{trial}-fold-{fold}.json"
+            kept = _read(file)
+            if kept is None or kept["values"] != values:
+                _, epoch, score = self.trained(fold, values, ("trial", trial))
+                kept = {"values": values, "map_at_r": max(score, 0.0), "epoch": epoch}
+                _write(file, kept)
+            scores.append(kept["map_at_r"])
+        return statistics.fmean(scores)
+
+    def repeat(self, repeat: int, values: Mapping[str, float]) -> dict[str, Any]:
+        """The test metrics of one model a fold, trained with the best hyper-parameters."""
+        file = self.folder / "repeats" / f"{repeat}.json"
+        kept = _read(file)
+        if kept is not None and kept["values"] == values:
+            return dict(kept)
+        tested = places_of(self.data, self.tested)
+        labels = self.data.labels[tested]
+        embeddings, parts = [], []
+        for fold in range(len(self.folds)):
+            part = self.folder / "repeats" / f"{repeat}-fold-{fold}.pt"
+            stored = torch.load(part) if part.exists() else None
+            if stored is None or stored["values"] != values:
+                best = self.trained(fold, values, ("repeat", repeat))[0]
+                stored = {"values": values, "embeddings": embed(best, self.data, tested)}
+                part.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(stored, part.with_suffix(".part"))
+                os.replace(part.with_suffix(".part"), part)
+            embeddings.append(torch.nn.functional.normalize(stored["embeddings"], dim=1))
+            parts.append(part)
+        each = [_judged(one, labels) for one in embeddings]
+        found = {
+            "values": dict(values),
+            "separated": {m: statistics.fmean(one[m] for one in each) for m in METRICS},
+            "concatenated": _judged(torch.cat(embeddings, dim=1), labels),
+        }
+        _write(file, found)
+        for part in parts:
+            part.unlink()
+        return found
+
+    def trained(self, fold: int, values: Mapping[str, float], of: tuple[str, int]) -> tuple[nn.Module, int, float]:
+        """The best network of a fold, its epoch, its validation MAP@R."""
+        folds, protocol = self.folds, self.protocol
+        self.progress.at("folds", fold, len(folds), "fold")
+        seed = _seed(protocol.seed, self.name, *of, fold)
+        learned = [c for other, classes in enumerate(folds) if other != fold for c in classes]
+        if self.loss is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                untrained = self.make(self.data.samples.shape[1:], protocol.embedding_size)
+            return Standardized(untrained, self.data.of(places_of(self.data, learned))).to(self.data.device), 0, 0.0
+        best = train(
+            self.data, learned, folds[fold], self.loss, values, protocol, self.make, seed,
+            lambda epoch: self.progress.at("epochs", epoch, protocol.max_epochs, "epoch"),
+        )  # fmt: skip
+        self.progress.at("folds", fold + 1, len(folds), "fold")
+        return best
+
+
+def _judged(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    found = retrieval(embeddings, labels, recall_at=())._asdict()
+    return {m: found[m] for m in METRICS}
