@@ -50,3 +50,13 @@ def test_two_processes_are_one_of_the_same_batch(name):
     (one, *retrieval), (two, *other) = (printed(name, processes) for processes in (1, 2))
     assert two == pytest.approx(one, rel=1e-3)
     assert other == pytest.approx(retrieval, abs=0.005)
+
+
+@pytest.mark.parametrize("name, processes", [("plain", 1)])
+def test_learns_what_carries_over_to_unseen_classes(name, processes):
+    losses, before, after = printed(name, processes)
+    first, *_, last = losses.values()
+    assert len(losses) == 5
+    assert last < 0.85 * first
+    assert after > before + 0.08
+    assert after > 0.84  # what the pixels themselves give
