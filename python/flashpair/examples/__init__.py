@@ -5,4 +5,6 @@
 
 `plain`: a loop over a DataLoader, one process. `ddp`: DistributedDataParallel. `fsdp`: fully_shard. `two_towers`: a
 retrieval model with GradCache. They need scikit-learn (``pip install flashpair[demo]``), but for `two_towers`.
+
+`lightning_module`: the same as `plain` in PyTorch Lightning (``pip install flashpair[examples]``).
 """
