@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,10 @@ if not torch.cuda.is_available():  # before anything imports Triton, which looks
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if "FLASHPAIR_ONCHIP" not in os.environ and (module := emulated.module()):
         os.environ["FLASHPAIR_ONCHIP"] = str(module)
+    if importlib.util.find_spec("triton"):
+        import interpreter
+
+        interpreter.patch_once_a_launch()
 
 from flashpair import extension, onchip, whole
 
