@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import emulated
 import pytest
+
+# Before torch's OpenMP looks: threads that wait for the next loop by spinning take the cores from other workers' tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if not torch.cuda.is_available():  # before anything imports Triton, which looks once
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if "FLASHPAIR_ONCHIP" not in os.environ and (module := emulated.module()):
         os.environ["FLASHPAIR_ONCHIP"] = str(module)
+    if importlib.util.find_spec("triton"):
+        import interpreter
+
+        interpreter.patch_once_a_launch()
 
 from flashpair import extension, onchip, whole
 
@@ -51,52 +57,35 @@ def chip(monkeypatch):
     forget()
 
 
-class Compiling:
-    """tests/aot.py on some chips, in processes that run beside the other tests: two minutes of a core for each chip."""
+# What takes longest, in this order; the rest follows, so that no worker of pytest-xdist is left with a long one alone.
+LONGEST = ("test_aot", "team", "test_fused", "test_sifted", "test_packaging", "test_criteria", "test_whole")
+LONGEST += ("test_memory", "test_races", "test_onchip", "test_examples", "test_cross_batch_memory", "test_cli")
 
-    WORKERS = 2
 
-    def __init__(self, chips):
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = ["nice", sys.executable, str(Path(__file__).parent / "aot.py")]
-        self.running = []
-        for k in range(self.WORKERS):
-            out = tempfile.TemporaryFile("w+")
-            self.running.append(
-                (subprocess.Popen([*command, *chips[k :: self.WORKERS]], stdout=out, env=environment), out)
-            )
-
-    def report(self):
-        found = []
-        for process, out in self.running:
-            assert process.wait() == 0
-            out.seek(0)
-            found += json.load(out)
-        return found
+def _group(nodeid):
+    """Tests of one worker: a file's, whose fixtures and caches are made once, and all those that share a `team`."""
+    name = Path(nodeid.partition("::")[0]).stem
+    return "team" if name.startswith("test_distributed") or name == "test_shard_classes" else name
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name == "test_aot.py")
+    groups = {item: _group(item.nodeid) for item in items}
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
-def pytest_collection_finish(session):
-    modules = {item.module for item in session.items if item.path.name == "test_aot.py"}
-    if modules and not session.config.option.collectonly:
-        session.config.stash[COMPILING] = Compiling(modules.pop().CHIPS)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
 
+    class Groups(LoadScopeScheduling):
+        """In the order of collection; a chip of test_aot.py takes a minute or two, and is a group of its own."""
 
-def pytest_sessionfinish(session):
-    for process, _ in getattr(session.config.stash.get(COMPILING, None), "running", ()):
-        process.kill()
+        def _split_scope(self, nodeid):
+            group = _group(nodeid)
+            return nodeid.rpartition("[")[2] if group == "test_aot" else group
 
-
-COMPILING = pytest.StashKey[Compiling]()
-
-
-@pytest.fixture(scope="session")
-def compiled(pytestconfig):
-    """What tests/aot.py reports of each chip."""
-    return pytestconfig.stash[COMPILING].report()
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")
