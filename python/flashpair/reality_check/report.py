@@ -22,23 +22,22 @@ def percent(runs: Sequence[float]) -> Interval:
     return confidence_interval([100 * run for run in runs])
 
 
-def table(outcomes: Sequence[Outcome], protocol: Protocol) -> Table:
-    """Test metrics in percent with their 95 % intervals, the best separated MAP@R first."""
-    sizes = protocol.embedding_size, protocol.embedding_size * protocol.folds
-    found = Table(
-        "loss", *(f"{TITLES[m]}, {size}-d" for size in sizes for m in METRICS),
-        title=f"Test classes, %, mean of {protocol.repeats} repeats ± half of the 95 % interval", box=None,
-    )  # fmt: skip
-    for column in found.columns[1:]:
-        column.justify = "right"
-    for outcome in ranked(outcomes):
-        kinds = outcome.separated, outcome.concatenated
-        found.add_row(outcome.name, *(str(percent(kind[m])) for kind in kinds for m in METRICS))
-    return found
+def tables(outcomes: Sequence[Outcome], protocol: Protocol) -> list[Table]:
+    """Test metrics in percent with their 95 % intervals, separated and concatenated, the best MAP@R first."""
+    made = []
+    for kind, models in (("separated", 1), ("concatenated", protocol.folds)):
+        title = f"{kind}: {models * protocol.embedding_size} numbers, {models} model{'s' * (models > 1)}"
+        found = Table(title, *(f"{TITLES[m]}, %" for m in METRICS), box=None)
+        for column in found.columns[1:]:
+            column.justify = "right"
+        for outcome in ranked(outcomes, kind):
+            found.add_row(outcome.name, *(str(percent(getattr(outcome, kind)[m])) for m in METRICS))
+        made.append(found)
+    return made
 
 
-def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    return sorted(outcomes, key=lambda o: (o.name != UNTRAINED, percent(o.separated["map_at_r"]).mean), reverse=True)
+def ranked(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
+    return sorted(outcomes, key=lambda o: percent(getattr(o, kind)["map_at_r"]).mean, reverse=True)
 
 
 def settings_table(outcomes: Sequence[Outcome]) -> Table:
@@ -70,7 +69,7 @@ def draw(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, path: Path
     """MAP@R of each loss, separated and concatenated, with intervals, as a PNG."""
     from matplotlib.figure import Figure
 
-    shown = ranked(outcomes)[::-1]
+    shown = ranked(outcomes, "separated")[::-1]
     figure = Figure(figsize=(7.5, 1.6 + 0.42 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     for place, (kind, colour) in enumerate(COLOURS.items()):
