@@ -40,6 +40,15 @@ def fresh_compiler():
 
 
 @pytest.fixture
+def one_thread():
+    """For networks so small that they gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def chip(monkeypatch):
     """Makes the emulated device one of so many multiprocessors, with so much shared memory a block."""
 

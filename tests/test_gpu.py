@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import CRITERIA, assert_as_good_as, assert_same, batch, forms
 
-from flashpair import Bound, MultiSimilarityLoss, Reduction, row_reduce
+from flashpair import Bound, MultiSimilarityLoss, Reduction, metrics, neighbours, row_reduce
 from flashpair.check import value_and_gradient
 from flashpair.dispatch import obstacles
+from flashpair.miners import hard_classes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -314,3 +315,34 @@ def test_auto_and_mixed_precision():
     wide = torch.randn(100, 640, device="cuda").requires_grad_()
     criterion(wide, torch.arange(100, device="cuda") // 4).backward()
     assert wide.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("distance", ["dot", "euclidean"])
+def test_metrics_and_class_mining_as_on_the_host(distance, monkeypatch):
+    """Whole numbers, exact on both, many of them equal, which go by index; queries in several blocks."""
+    monkeypatch.setattr(neighbours, "BLOCK_BYTES", 2**20)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (900, 6), generator=generator).float()
+    labels = torch.randint(200, (900,), generator=generator)
+    found = []
+    for device in ("cpu", "cuda"):
+        rows, of = x.to(device), labels.to(device)
+        given = rows[:500], of[:500], rows[500:], of[500:]
+        found.append((
+            metrics.retrieval(rows, of, distance=distance, impl="reference"),
+            metrics.retrieval(*given, distance=distance, impl="reference", average="macro"),
+            metrics.knn_accuracy(*given, k=7, distance=distance, impl="reference"),
+            metrics.identification(*given, distance=distance, impl="reference", false_alarm_rates=(0.1,)),
+            metrics.verification_rate(rows, of, negatives=(1, 5), distance=distance),
+            hard_classes(rows[:400], rows[400:800], 30, generator=torch.Generator().manual_seed(1)).tolist(),
+        ))  # fmt: skip
+    assert found[0][-1] == found[1][-1]
+    for host, device in zip(*(entry[:-1] for entry in found), strict=True):
+        assert _numbers(device) == pytest.approx(_numbers(host), abs=1e-12)
+
+
+def _numbers(found):
+    """All numbers of a nested result, in order."""
+    if isinstance(found, dict):
+        return [number for value in found.values() for number in _numbers(value)]
+    return [number for value in found for number in _numbers(value)] if isinstance(found, tuple) else [found]

@@ -22,18 +22,11 @@ from flashpair.metrics import confidence_interval, retrieval
 from flashpair.reality_check import LOSSES, Data, Protocol, candidate, load, partitions, run, study, training
 from flashpair.reality_check.study import METRICS, Progress
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = Protocol(
     trials=3, repeats=2, embedding_size=6, batch_size=16, iterations=6, evaluate_every=1, patience=1, max_epochs=4
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the command has it: networks this small gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def features(classes=18, each=12, seed=0):
