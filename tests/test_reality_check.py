@@ -15,6 +15,7 @@ import pytest
 import torch
 from golden import load as oracle
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 import flashpair
@@ -65,27 +66,16 @@ def test_oracle_split():
 
 
 def test_digits():
-    data = load("digits")
-    assert data.samples.shape == (7188, 1, 8, 8)
-    assert data.labels.bincount().tolist() == [n for n in np.bincount(load_digits_target()) for _ in range(4)]
-    first = torch.tensor(load_digits_images()[0]).float() / 16
-    for turn in range(4):
+    data, digits = load("digits"), load_digits()
+    assert data.samples.shape == (14376, 1, 8, 8)
+    assert data.labels.bincount().tolist() == [n for n in np.bincount(digits.target) for _ in range(8)]
+    first = torch.tensor(digits.images[0]).float() / 16
+    for turn in range(8):
         moved = data.samples[turn, 0]
-        whole = torch.nn.functional.pad(torch.rot90(first, turn), (1, 1, 1, 1))
+        image = torch.rot90(first, turn % 4)
+        whole = torch.nn.functional.pad(image.flip(1) if turn > 3 else image, (1, 1, 1, 1))
         windows = [whole[r : r + 8, c : c + 8] for r in range(3) for c in range(3)]
         assert any(torch.equal(moved, window) for window in windows)
-
-
-def load_digits_target():
-    from sklearn.datasets import load_digits
-
-    return load_digits().target
-
-
-def load_digits_images():
-    from sklearn.datasets import load_digits
-
-    return load_digits().images
 
 
 def test_arrays(tmp_path):
