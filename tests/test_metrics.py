@@ -219,7 +219,7 @@ def test_closed_and_open_set_by_definition():
     best = [(y[o[0]] @ query).item() for o, query in zip(order, x, strict=True)]
     right = [bool(ref_labels[o[0]] == label) for o, label in zip(order, labels, strict=True)]
     impostors = [score for score, known in zip(best, genuine, strict=True) if not known]
-    rates = (0.0, 0.1, 0.3, 2 / 3, 1.0)
+    rates = (0.0, 0.1, 0.3, 2 / 3, 0.999)
     found = metrics.identification(x, labels, y, ref_labels, false_alarm_rates=rates, distance="dot")
     assert len(impostors) == found.impostors > 10
     assert found.rank1 == pytest.approx(sum(r for r, g in zip(right, genuine, strict=True) if g) / sum(genuine))
@@ -242,6 +242,7 @@ def test_clusters_of_clusters():
     one, two = (metrics.clustering(near, labels, seeds=seeds) for seeds in (1, 2))
     assert one.nmi < 0.9
     assert one != two
+    assert metrics.clustering_scores(labels[:12], labels[:12]) == (1.0,) * 6, "where no two are alike"
     clusters = torch.randint(9, (240,), generator=generator)
     scores = metrics.clustering_scores(labels, clusters)
     index = fowlkes_mallows_score(labels.numpy(), clusters.numpy())
@@ -278,6 +279,10 @@ def test_what_cannot_be():
         (lambda: metrics.identification(x, labels + 9, y, ref_labels), "without a subject of the gallery"),
         (lambda: metrics.clustering_scores(labels[:0], labels[:0]), "labels must be of some samples"),
         (lambda: metrics.confidence_interval([]), "runs must not be empty"),
+        (lambda: metrics.retrieval(x * 1e20, labels), "and so must their squares"),
+        (lambda: metrics.verification_rate(x, labels, y * 1e20, ref_labels), "ref_emb must be finite, and so must"),
+        (lambda: metrics.knn_labels(x, None), "ref_emb must be the embeddings of known classes"),
+        (lambda: metrics.identification(x, labels, y, ref_labels, false_alarm_rates=(1.0,)), "must be below 1"),
     ]:
         with pytest.raises(ValueError, match=words):
             call()

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from golden import load as oracle
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -20,13 +21,21 @@ from torch import nn
 
 import flashpair
 from flashpair.metrics import confidence_interval, retrieval
-from flashpair.reality_check import LOSSES, Data, Protocol, candidate, load, partitions, run, study, training
+from flashpair.reality_check import LOSSES, Data, Protocol, candidate, load, partitions, report, run, study, training
 from flashpair.reality_check.study import METRICS, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = Protocol(
-    trials=3, repeats=2, embedding_size=6, batch_size=16, iterations=6, evaluate_every=1, patience=1, max_epochs=4
+    trials=3,
+    repeats=2,
+    embedding_size=6,
+    batch_size=16,
+    iterations=6,
+    evaluate_every=1,
+    patience=1,
+    max_epochs=4,
+    learning_rate=1e-3,
 )
 
 
@@ -67,8 +76,8 @@ def test_oracle_split():
 
 def test_digits():
     data, digits = load("digits"), load_digits()
-    assert data.samples.shape == (14376, 1, 8, 8)
-    assert data.labels.bincount().tolist() == [n for n in np.bincount(digits.target) for _ in range(8)]
+    assert data.samples.shape == (8 * int((digits.target < 8).sum()), 1, 8, 8)
+    assert data.labels.bincount().tolist() == [n for n in np.bincount(digits.target)[:8] for _ in range(8)]
     first = torch.tensor(digits.images[0]).float() / 16
     for turn in range(8):
         moved = data.samples[turn, 0]
@@ -76,6 +85,8 @@ def test_digits():
         whole = torch.nn.functional.pad(image.flip(1) if turn > 3 else image, (1, 1, 1, 1))
         windows = [whole[r : r + 8, c : c + 8] for r in range(3) for c in range(3)]
         assert any(torch.equal(moved, window) for window in windows)
+    tested, folds = partitions(64)
+    assert [{label // 8 for label in classes} for classes in (*folds, tested)] == [{0}, {1}, {2}, {3}, {4, 5, 6, 7}]
 
 
 def test_arrays(tmp_path):
@@ -280,6 +291,9 @@ class Plain(flashpair.NTXentLoss):
 
 class Bad(flashpair.NTXentLoss):
     search_space = {"temperature": (0.0, 1.0, True)}
+
+class Misspelt(flashpair.NTXentLoss):
+    search_space = {"temprature": (0.1, 1.0)}
 """
 
 
@@ -289,6 +303,11 @@ def test_a_loss_of_ones_own(tmp_path):
     _, own, plain = run(features(), [f"{path}:Own", f"{path}:Plain"], SMALL, tmp_path / "out")
     assert 1 <= own.values["alpha"] <= 4 and 10 <= own.values["beta"] <= 50
     assert (own.trials, plain.trials, plain.values) == (3, 1, {})
+    with pytest.raises(ValueError, match="Misspelt cannot be made of temprature"):
+        run(features(), ["contrastive", f"{path}:Misspelt"], SMALL, tmp_path / "other", progress=Trainings(1))
+    path.write_text(OWN.replace("NTXentLoss", "SupConLoss"))
+    with pytest.raises(ValueError, match="results of another run, with other source"):
+        run(features(), [f"{path}:Plain"], SMALL, tmp_path / "out")
     for name, words in [
         (f"{path}:Bad", "search_space of .* must map names"),
         (f"{path}:Missing", "has no Missing"),
@@ -299,9 +318,21 @@ def test_a_loss_of_ones_own(tmp_path):
 
 
 def test_what_cannot_be(tmp_path):
-    with pytest.raises(ValueError, match="at least 16 classes for 4 folds, got 15"):
-        run(features(15), ["contrastive"], SMALL, tmp_path)
-    for changed, words in [({"trials": 0}, "trials must be at least 1"), ({"sampler": "grid"}, "sampler must be one")]:
+    lone = features(each=1)
+    lone.labels[0] = 1
+    for data, words in [
+        (features(15), "at least 16 classes for 4 folds, got 15"),
+        (lone, "two samples of some class of each part, got none in the test"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            run(data, ["contrastive"], SMALL, tmp_path)
+    with FileLock(tmp_path / "lock"), pytest.raises(ValueError, match="another process is at work in"):
+        run(features(), ["contrastive"], SMALL, tmp_path)
+    for changed, words in [
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"sampler": "grid"}, "sampler must be one"),
+        ({"per_class": 5}, "per_class must divide batch_size = 32"),
+    ]:
         with pytest.raises(ValueError, match=words):
             Protocol(**changed)
 
@@ -346,6 +377,14 @@ def test_command_survives_a_kill(tmp_path):
 
 def features_of(tmp_path):
     return load(str(tmp_path / "data.npz"))
+
+
+def test_one_repeat_has_no_interval():
+    one = study.Outcome("one", {}, 0.5, 1, *({m: [0.25] for m in METRICS} for _ in range(2)))
+    document = report.document([one], features(), SMALL)
+    interval = document["losses"][0]["intervals"]["separated"]["map_at_r"]
+    assert interval == {"mean": 0.25, "half_width": None}
+    assert str(report.percent([0.25])) == "25.00"
 
 
 def test_command_refuses(tmp_path):

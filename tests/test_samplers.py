@@ -207,6 +207,7 @@ def test_what_cannot_be():
         (lambda: MPerClassSampler(labels, 1, 8, num_replicas=2, rank=2), "rank must be one of 0, 1"),
         (lambda: MPerClassSampler(labels, 0, 8), "m must be at least 1"),
         (lambda: MPerClassSampler(labels, 1, 8, seed=-1), "seed must be at least 0"),
+        (lambda: MPerClassSampler(labels, 1, 8, seed=2**39), "seed must be below 2"),
         (lambda: MPerClassSampler(labels[None], 1, 8), "labels must have shape"),
         (lambda: NPairsSampler(labels, 30), "classes of two samples or more are needed, 30 .* got labels of 29"),
         (lambda: HardClassSampler(labels, embed, 30), "classes of two samples or more are needed"),

@@ -86,8 +86,9 @@ def blocks(x: Tensor, y: Tensor | None, k: int, distance: str, *, screened: bool
     """The same, checked, of a block of rows at a time: the first row, and what is nearest to it and those after it."""
     refs = x if y is None else y
     finite = x.isfinite().all() and refs.isfinite().all()
-    # A screened row keeps twice k pairs of 8 or 16 bytes; a sorted one its similarities, twice, and their order.
-    row_bytes = 32 * max(1, k) if screened else 4 * refs.shape[0] * refs.itemsize
+    # A screened row keeps pairs of up to 16 bytes (nearest.h: room_); a sorted one its similarities, twice, and their
+    # order.
+    row_bytes = 16 * (k + max(k, 16)) if screened else 4 * refs.shape[0] * refs.itemsize
     size = max(1, BLOCK_BYTES // max(1, row_bytes))
     for first in range(0, x.shape[0], size):
         rows = x[first : first + size]

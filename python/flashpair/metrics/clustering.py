@@ -47,7 +47,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
     (apart, joined), (split, together) = pair_confusion_matrix(truth, found).tolist()
 
     def share(part: int, whole: int) -> float:
-        return part / whole if whole else 0.0
+        return part / whole if whole else 1.0  # where there are no such pairs, none is wrong
 
     return Clustering(
         nmi=float(normalized_mutual_info_score(truth, found)),
@@ -55,7 +55,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
         precision=share(together, together + joined),
         recall=share(together, together + split),
         rand_index=share(apart + together, apart + together + joined + split),
-        purity=contingency_matrix(truth, found, sparse=True).max(axis=0).sum() / len(truth),
+        purity=float(contingency_matrix(truth, found, sparse=True).max(axis=0).sum() / len(truth)),
     )
 
 

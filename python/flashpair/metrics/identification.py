@@ -57,6 +57,8 @@ def identification(
         TypeError, ValueError: bad arguments, named; embeddings that are not finite; no genuine probe, or no impostor.
     """
     rates = [checks.plain_number(x, "false_alarm_rates", at_least=0.0) for x in false_alarm_rates]
+    if max(rates, default=0.0) >= 1:
+        raise ValueError(f"false_alarm_rates must be below 1, got {max(rates)}")
     if ref_emb is None:
         raise ValueError("ref_emb must be the gallery, got None")
     found = search(embeddings, labels, ref_emb, ref_labels, distance, impl)

@@ -15,7 +15,7 @@ class Interval(NamedTuple):
     half_width: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.half_width:.2f}"
+        return f"{self.mean:.2f}" if math.isnan(self.half_width) else f"{self.mean:.2f} ± {self.half_width:.2f}"
 
 
 def confidence_interval(runs: Sequence[float], confidence: float = 0.95) -> Interval:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, neighbours
+from ..similarity import upcast
 
 DISTANCES = {"cosine": ("dot", True), "dot": ("dot", False), "euclidean": ("euclidean", False)}
 
@@ -48,12 +49,13 @@ class Search(NamedTuple):
 
 
 def search(embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, distance: str, impl: str) -> Search:
-    """Raises what a criterion's call raises, and ValueError for embeddings that are not finite or no references."""
+    """Raises what a criterion's call raises, and ValueError for embeddings that overflow or no references."""
     x, labels, y, refs_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
     checks.word(distance, DISTANCES, "distance")
     for name, rows in (("embeddings", x), ("ref_emb", y)):
-        if rows is not None and not rows.isfinite().all():
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
+        wide = None if rows is None else upcast(rows.detach(), None)[0]
+        if wide is not None and not (torch.linalg.vecdot(wide, wide) < torch.finfo(wide.dtype).max / 4).all():
+            raise ValueError(f"{name} must be finite, and so must their squares, got NaN, infinity or overflow")
     of = labels if refs_labels is None else refs_labels
     if x.shape[0] == 0 or of.shape[0] <= (y is None):
         raise ValueError(f"there must be queries, and references to each, got {x.shape[0]} and {of.shape[0]}")

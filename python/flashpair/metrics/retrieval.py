@@ -158,7 +158,9 @@ def knn_labels(
     Raises:
         TypeError, ValueError: bad arguments, named; embeddings that are not finite.
     """
-    nobody = torch.zeros(embeddings.shape[:1], dtype=torch.int64, device=embeddings.device)
+    if ref_emb is None:
+        raise ValueError("ref_emb must be the embeddings of known classes, got None")
+    nobody = torch.zeros(checks.embeddings(embeddings).shape[0], dtype=torch.int64, device=embeddings.device)
     return _votes(search(embeddings, nobody, ref_emb, ref_labels, distance, impl), k)
 
 

@@ -49,7 +49,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Raises ValueError for what cannot be compared, and ImportError, which says what to install."""
-    try:
+    try:  # all that is needed in the end, too
+        import matplotlib  # noqa: F401
+        import optuna  # noqa: F401
+        import scipy  # noqa: F401
+
         from .progress import Bars
     except ImportError as error:
         raise ImportError(f"{error}; install flashpair[reality-check]") from error

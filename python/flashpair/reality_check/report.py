@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 from ..metrics import Interval, confidence_interval
 from .data import Data
 from .protocol import Protocol
+from .record import write as write_whole
 from .study import METRICS, UNTRAINED, Outcome
 
 TITLES = {"precision_at_1": "P@1", "r_precision": "R-Precision", "map_at_r": "MAP@R"}
@@ -50,6 +50,12 @@ def settings_table(outcomes: Sequence[Outcome]) -> Table:
     return found
 
 
+def interval(runs: Sequence[float]) -> dict[str, float | None]:
+    """As JSON takes it, which has no NaN."""
+    found = confidence_interval(runs)
+    return {"mean": found.mean, "half_width": found.half_width if len(runs) > 1 else None}
+
+
 def document(outcomes: Sequence[Outcome], data: Data, protocol: Protocol) -> dict[str, Any]:
     return {
         "what": "A Metric Learning Reality Check (Musgrave et al., ECCV 2020), by flashpair",
@@ -58,7 +64,7 @@ def document(outcomes: Sequence[Outcome], data: Data, protocol: Protocol) -> dic
         "protocol": vars(protocol),
         "losses": [
             {**o._asdict(), "intervals": {
-                kind: {m: confidence_interval(runs)._asdict() for m, runs in getattr(o, kind).items()}
+                kind: {m: interval(runs) for m, runs in getattr(o, kind).items()}
                 for kind in COLOURS}}
             for o in outcomes
         ],
@@ -89,5 +95,5 @@ def draw(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, path: Path
 
 
 def write(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, out: Path) -> None:
-    (out / "results.json").write_text(json.dumps(document(outcomes, data, protocol), indent=1) + "\n")
+    write_whole(out / "results.json", document(outcomes, data, protocol))
     draw(outcomes, data, protocol, out / "results.png")

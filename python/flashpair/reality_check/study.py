@@ -8,16 +8,17 @@ alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from ..metrics import retrieval
@@ -25,6 +26,7 @@ from .data import Data, partitions
 from .losses import Candidate, Range, candidate
 from .networks import Standardized, network
 from .protocol import Protocol
+from .record import claim, read, seed_of, source_of, write
 from .training import OWN_RATE, embed, made, places_of, train
 
 UNTRAINED = "untrained"
@@ -82,48 +84,41 @@ def run(
         ValueError: a loss that is not known, data of too few classes, or a folder of another run. ImportError: without
             optuna.
     """
-    known = {name: candidate(name) for name in losses}
-    partitions(int(data.labels.max()) + 1, protocol.folds)
-    _claim(out, data, protocol, make)
+    import_module("optuna")  # now, not after the first trainings
+
     progress = progress or Progress()
-    outcomes = []
-    for done, (name, loss) in enumerate({UNTRAINED: None, **known}.items()):
-        progress.at("losses", done, len(known) + 1, name)
-        outcomes.append(_Study(name, loss, data, protocol, out, make, progress).outcome())
-    progress.at("losses", len(known) + 1, len(known) + 1)
-    return outcomes
-
-
-def _claim(out: Path, data: Data, protocol: Protocol, make: MakeNetwork) -> None:
-    """Notes whose results a folder has."""
-    settings = {
-        "data": data.title, "samples": data.fingerprint(), "network": f"{make.__module__}.{make.__qualname__}",
-        "protocol": {name: value for name, value in asdict(protocol).items() if name not in ("trials", "repeats")},
-    }  # fmt: skip
+    known = {UNTRAINED: None, **{name: candidate(name) for name in losses}}
+    _enough(data, protocol)
     out.mkdir(parents=True, exist_ok=True)
-    before = _read(out / "settings.json")
-    if before is None:
-        _write(out / "settings.json", settings)
-    elif before != settings:
-        other = [name for name in settings if before.get(name) != settings[name]]
-        raise ValueError(f"{out} has results of another run, with other {', '.join(other)}; give another folder")
+    try:
+        with FileLock(out / "lock", timeout=0):
+            claim(out / "settings.json", _settings(data, protocol, make))
+            studies = [_Study(name, loss, data, protocol, out, make, progress) for name, loss in known.items()]
+            outcomes = []
+            for done, study in enumerate(studies):
+                progress.at("losses", done, len(studies), study.name)
+                outcomes.append(study.outcome())
+            progress.at("losses", len(studies), len(studies))
+            return outcomes
+    except Timeout:
+        raise ValueError(f"another process is at work in {out}; wait for it, or give another folder") from None
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+def _enough(data: Data, protocol: Protocol) -> None:
+    """Refuses data of which nothing could be retrieved."""
+    sizes = data.labels.bincount()
+    tested, folds = partitions(len(sizes), protocol.folds)
+    for what, classes in (("the test", tested), *((f"fold {f}", classes) for f, classes in enumerate(folds))):
+        if sizes[list(classes)].max() < 2:
+            raise ValueError(f"labels must have two samples of some class of each part, got none in {what}")
 
 
-def _write(path: Path, document: Any) -> None:
-    """Wholly, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(unfinished, path)
-
-
-def _seed(*of: object) -> int:
-    """A seed of its own for everything that is named."""
-    return int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:4], "big") >> 1
+def _settings(data: Data, protocol: Protocol, make: MakeNetwork) -> dict[str, Any]:
+    varied = ("trials", "repeats")
+    return {
+        "data": data.title, "samples": data.fingerprint(), "network": "own" if make is network else source_of(make),
+        "protocol": {name: value for name, value in asdict(protocol).items() if name not in varied},
+    }  # fmt: skip
 
 
 class _Study:
@@ -136,12 +131,22 @@ class _Study:
         self.name, self.loss, self.data, self.protocol = name, loss, data, protocol
         self.make, self.progress = make, progress
         self.tested, self.folds = partitions(int(data.labels.max()) + 1, protocol.folds)
-        self.folder = out / re.sub(r"[^\w.-]+", "_", name)
+        digest = f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}" if ":" in name else ""
+        self.folder = out / (re.sub(r"[^\w.-]+", "_", name) + digest)
         self.space: dict[str, Range] = dict(loss.space) if loss else {}
         if loss is not None:
             middle = {key: (r.low * r.high) ** 0.5 if r.log else (r.low + r.high) / 2 for key, r in self.space.items()}
-            if any(True for _ in made(loss, middle, len(self.folds[0]), protocol.embedding_size).parameters()):
+            try:
+                criterion = made(loss, middle, len(self.folds[0]), protocol.embedding_size)
+            except TypeError as error:
+                raise ValueError(f"{name} cannot be made of {', '.join(self.space) or 'nothing'}: {error}") from error
+            if any(True for _ in criterion.parameters()):
                 self.space[OWN_RATE] = Range(1e-3, 1.0, log=True)
+            kept = {
+                "name": name, "source": source_of(loss.make) if ":" in name else "",
+                "space": {key: list(searched) for key, searched in self.space.items()},
+            }  # fmt: skip
+            claim(self.folder / "loss.json", kept)
 
     def outcome(self) -> Outcome:
         values, validation, trials = self.search() if self.loss else ({}, 0.0, 0)
@@ -173,7 +178,7 @@ class _Study:
         complete = (optuna.trial.TrialState.COMPLETE,)
         while (done := len(study.get_trials(deepcopy=False, states=complete))) < wanted:
             self.progress.at("settings", done, wanted, "trial")
-            study.sampler = kinds[self.protocol.sampler](seed=_seed(self.protocol.seed, self.name, done))
+            study.sampler = kinds[self.protocol.sampler](seed=seed_of(self.protocol.seed, self.name, done))
             trial = study.ask(ranges)
             study.tell(trial, self.validated(done, trial.params))
         finished = study.get_trials(states=complete)[:wanted]
@@ -186,25 +191,27 @@ class _Study:
         scores = []
         for fold in range(len(self.folds)):
             file = self.folder / "trials" / f"{trial}-fold-{fold}.json"
-            kept = _read(file)
+            kept = read(file)
             if kept is None or kept["values"] != values:
                 _, epoch, score = self.trained(fold, values, ("trial", trial))
                 kept = {"values": values, "map_at_r": max(score, 0.0), "epoch": epoch}
-                _write(file, kept)
+                write(file, kept)
             scores.append(kept["map_at_r"])
         return statistics.fmean(scores)
 
     def repeat(self, repeat: int, values: Mapping[str, float]) -> dict[str, Any]:
         """The test metrics of one model a fold, trained with the best hyper-parameters."""
         file = self.folder / "repeats" / f"{repeat}.json"
-        kept = _read(file)
+        kept = read(file)
+        parts = [self.folder / "repeats" / f"{repeat}-fold-{fold}.pt" for fold in range(len(self.folds))]
         if kept is not None and kept["values"] == values:
+            for part in parts:
+                part.unlink(missing_ok=True)
             return dict(kept)
         tested = places_of(self.data, self.tested)
         labels = self.data.labels[tested]
-        embeddings, parts = [], []
-        for fold in range(len(self.folds)):
-            part = self.folder / "repeats" / f"{repeat}-fold-{fold}.pt"
+        embeddings = []
+        for fold, part in enumerate(parts):
             stored = torch.load(part) if part.exists() else None
             if stored is None or stored["values"] != values:
                 best = self.trained(fold, values, ("repeat", repeat))[0]
@@ -213,14 +220,13 @@ class _Study:
                 torch.save(stored, part.with_suffix(".part"))
                 os.replace(part.with_suffix(".part"), part)
             embeddings.append(torch.nn.functional.normalize(stored["embeddings"], dim=1))
-            parts.append(part)
         each = [_judged(one, labels) for one in embeddings]
         found = {
             "values": dict(values),
             "separated": {m: statistics.fmean(one[m] for one in each) for m in METRICS},
             "concatenated": _judged(torch.cat(embeddings, dim=1), labels),
         }
-        _write(file, found)
+        write(file, found)
         for part in parts:
             part.unlink()
         return found
@@ -229,7 +235,7 @@ class _Study:
         """The best network of a fold, its epoch, its validation MAP@R."""
         folds, protocol = self.folds, self.protocol
         self.progress.at("folds", fold, len(folds), "fold")
-        seed = _seed(protocol.seed, self.name, *of, fold)
+        seed = seed_of(protocol.seed, self.name, *of, fold)
         learned = [c for other, classes in enumerate(folds) if other != fold for c in classes]
         if self.loss is None:
             with torch.random.fork_rng(devices=[]):

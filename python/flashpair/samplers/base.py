@@ -65,6 +65,8 @@ class ClassSampler(Sampler[list[int]]):
         self.rank = (dist.get_rank() if joined else 0) if rank is None else rank
         checks.integer(self.rank, "rank", range(self.num_replicas))
         self.seed, self.epoch = checks.integer(seed, "seed"), 0
+        if seed >= 2**39:
+            raise ValueError(f"seed must be below 2^39, which leaves room for epochs, got {seed}")
         self.batches = checks.most(batches, "batches") or max(1, classes.samples // (share * self.num_replicas))
 
     def set_epoch(self, epoch: int) -> None:

@@ -22,7 +22,7 @@ class MPerClassSampler(ClassSampler):
         batch_size: of one process; those of all processes together are a multiple of `m`. Processes have classes of
             their own, or share one that does not fit.
         batches: in an epoch; by default as many as the data set fills.
-        seed: from 0 on.
+        seed: from 0 to below 2^39.
         num_replicas, rank: how many processes, and which one this is; by default torch.distributed's, or one.
 
     Raises:
