@@ -75,7 +75,7 @@ def main(given: argparse.Namespace) -> int:
         data = replace(data, device=given.device)
         outcomes = run(data, names, protocol, out, make, bars)
     report.write(outcomes, data, protocol, out)
-    console.print(f"{data.title}: test classes, mean of {protocol.repeats} repeats ± half of the 95 % interval\n")
+    console.print(f"{data.title}\nTest classes: mean of {protocol.repeats} repeats ± half of the 95 % interval\n")
     for table in (*report.tables(outcomes, protocol), report.settings_table(outcomes)):
         console.print(table, "")
     console.print(f"Numbers: {out / 'results.json'}, picture: {out / 'results.png'}", soft_wrap=True)

@@ -26,8 +26,7 @@ def tables(outcomes: Sequence[Outcome], protocol: Protocol) -> list[Table]:
     """Test metrics in percent with their 95 % intervals, separated and concatenated, the best MAP@R first."""
     made = []
     for kind, models in (("separated", 1), ("concatenated", protocol.folds)):
-        title = f"{kind}: {models * protocol.embedding_size} numbers, {models} model{'s' * (models > 1)}"
-        found = Table(title, *(f"{TITLES[m]}, %" for m in METRICS), box=None)
+        found = Table(f"{kind}, {models * protocol.embedding_size}-d", *(f"{TITLES[m]}, %" for m in METRICS), box=None)
         for column in found.columns[1:]:
             column.justify = "right"
         for outcome in ranked(outcomes, kind):
