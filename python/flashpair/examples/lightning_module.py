@@ -16,7 +16,7 @@ import flashpair
 from flashpair.distributed import gather
 from flashpair.samplers import MPerClassSampler
 
-from .setting import convolutional, precision_at_10, turned_digits
+from .setting import convolutional, leave, precision_at_10, turned_digits
 
 EPOCHS, BATCHES, BATCH, PER_CLASS = 4, 25, 320, 8
 
@@ -86,6 +86,8 @@ def main() -> None:
     module.print(f"precision at 10 before: {retrieval():.4f}")
     trainer.fit(module)
     module.print(f"precision at 10 after: {retrieval():.4f}")
+    if world > 1:
+        leave()
 
 
 if __name__ == "__main__":

@@ -39,8 +39,15 @@ def started() -> Iterator[Process]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield Process(device, dist.get_rank(), dist.get_world_size())
-    # One that fails goes without this, or it would wait for the others. DistributedDataParallel keeps gloo's threads
-    # alive past destroy_process_group(): one that still lets go of a tensor while the interpreter ends aborts it.
+    leave()
+
+
+def leave() -> None:
+    """Ends the process group, of a process that has not failed: one that has would wait for the others.
+
+    DistributedDataParallel keeps gloo's threads alive past destroy_process_group(). One that still lets go of a tensor
+    while the interpreter ends aborts it, hence the barrier.
+    """
     dist.barrier()
     dist.destroy_process_group()
 
