@@ -8,7 +8,6 @@ than others. Recall@1 is of as many unseen classes of the same kind; nothing is 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import flashpair
 from flashpair.metrics import confidence_interval, retrieval
 from flashpair.samplers import ClassSampler, HardClassSampler, NPairsSampler
 
-from . import machine
+from . import machine, report
 
 ROOT = Path(__file__).resolve().parent
 KINDS = ("random", "max", "sum")
@@ -98,8 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         "machine": machine.describe(), "recall": found,
         **{name: getattr(given, name) for name in ("steps", "batch", "seeds")},
     }  # fmt: skip
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    report.save(document, given.out)
     table = Table("Recall@1, %", *KINDS, "max less random", box=None)
     for name, of in found.items():
         gain = [100 * (a - b) for a, b in zip(of["max"], of["random"], strict=True)]

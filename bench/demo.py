@@ -8,7 +8,6 @@ implementation that flashpair chooses and again with the dense reference, from t
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ import flashpair
 from flashpair import dispatch
 from flashpair.metrics import retrieval
 
-from . import demo_plot
+from . import demo_plot, report
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = "flashpair,reference,pytorch-metric-learning,floor"
@@ -260,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f'impl="auto" is [bold]{implementation()}[/] here{why}.\n')
     document = run_study(console, digits, given.steps, given.seed)
     explain(console, document)
-    (given.out / "demo.json").write_text(json.dumps(document, indent=1) + "\n")
+    report.save(document, given.out / "demo.json")
     demo_plot.draw(document, given.out / "demo.png")
     console.print(f"\nPicture: {given.out / 'demo.png'}, numbers: {given.out / 'demo.json'}")
 

@@ -9,7 +9,6 @@ more. The data are tight classes, so that mining leaves few pairs, as it does on
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch.nn.functional import normalize
 
 import flashpair
 
-from . import machine
+from . import machine, report
 
 D, CLASSES, NOISE = 128, 5000, 0.2
 LOSSES = {"NTXentLoss": flashpair.NTXentLoss, "MultiSimilarityLoss": flashpair.MultiSimilarityLoss}
@@ -112,9 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
                     f"| {base['process'] / t['process']:.2f} |",
                     flush=True,
                 )
-    options.out.mkdir(parents=True, exist_ok=True)
     when = document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
-    (options.out / f"memory-bank-{when}.json").write_text(json.dumps(document, indent=1) + "\n")
+    report.save(document, options.out / f"memory-bank-{when}.json")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ blocks of torch.mm and torch.topk, which is how they are usually found, and one 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from flashpair import metrics
 
-from . import machine, memory
+from . import machine, memory, report
 
 ROOT = Path(__file__).resolve().parent
 BLOCK = 2**25  # similarities at a time
@@ -106,8 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         **{name: getattr(given, name) for name in ("n", "d", "per_class", "recall_at")},
         "process_bytes": resident, "found": found,
     }  # fmt: skip
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
+    report.save(document, given.out)
     Console().print(f"{given.n:,} x {given.n:,}, D = {given.d}, {given.per_class} a class", table, sep="\n")
     return 0
 

@@ -31,8 +31,11 @@ def stem(document: Document) -> str:
 
 
 def write(document: Document, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem(document)}.json"
+    return save(document, folder / f"{stem(document)}.json")
+
+
+def save(document: Document, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 

@@ -8,7 +8,6 @@ whole, and the time of the bare products. Before that the first references are c
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
@@ -23,7 +22,7 @@ from torch import Tensor
 import flashpair
 from flashpair import StreamedReferences
 
-from . import machine
+from . import machine, report
 from .memory import status_bytes
 from .units import duration, size
 
@@ -166,9 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
         document = run(s, Path(folder))
     print(table(document))
     if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
         stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-        (given.out / f"stream-{'-'.join(s.losses)}-{stamp}.json").write_text(json.dumps(document, indent=1) + "\n")
+        report.save(document, given.out / f"stream-{'-'.join(s.losses)}-{stamp}.json")
 
 
 if __name__ == "__main__":

@@ -50,11 +50,10 @@ def main() -> None:
 
         def recall_at_1() -> float:
             """How many unseen queries find their document before all other unseen ones."""
+            numbers = torch.arange(UNSEEN, device=process.device)
             with torch.no_grad():
-                found = flashpair.nearest(
-                    query_encoder(queries[:UNSEEN]), 1, ref_emb=document_encoder(documents[:UNSEEN]), unit=True
-                ).indices[:, 0]
-            return (found == torch.arange(UNSEEN, device=found.device)).double().mean().item()
+                found, of = query_encoder(queries[:UNSEEN]), document_encoder(documents[:UNSEEN])
+            return flashpair.metrics.retrieval(found, numbers, of, numbers, recall_at=(1,)).recall[1]
 
         process.say(f"recall at 1 before: {recall_at_1():.4f}")
         generator = torch.Generator().manual_seed(1)  # the same on every rank, so that they agree who takes which

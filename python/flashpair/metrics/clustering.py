@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..similarity import upcast
 
 
 class Clustering(NamedTuple):
@@ -76,7 +77,7 @@ def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: 
 
     x, labels, _, _ = checks.batch(embeddings, labels, None, None)
     seeds = checks.integer(seeds, "seeds", at_least=1)
-    x = x.detach().double() if x.dtype == torch.float64 else x.detach().float()
+    x = upcast(x.detach(), None)[0]
     samples = (torch.nn.functional.normalize(x, dim=1) if unit else x).cpu().numpy()
     classes = labels.unique().shape[0]
     found = [

@@ -90,10 +90,9 @@ def _digits() -> Data:
     turned = torch.stack([*turns, *(image.flip(3) for image in turns)], dim=1).flatten(0, 1)
     labels = (8 * torch.from_numpy(found.target[kept]).long()[:, None] + torch.arange(8)).flatten()
     generator = torch.Generator().manual_seed(0)
-    down, right = torch.randint(3, (2, len(turned), 1, 1, 1), generator=generator)
-    framed, pixels = torch.nn.functional.pad(turned, (1, 1, 1, 1)), torch.arange(8)
-    rows = framed.gather(2, (down + pixels[:, None]).expand(-1, 1, 8, 10))
-    moved = rows.gather(3, (right + pixels).expand(-1, 1, 8, 8))
+    down, right = torch.randint(3, (2, len(turned)), generator=generator)
+    windows = torch.nn.functional.pad(turned, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)
+    moved = windows[torch.arange(len(turned)), :, down, right]
     return Data("scikit-learn's digits, turned and moved", moved, labels)
 
 

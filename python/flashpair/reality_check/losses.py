@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import flashpair
-from flashpair.criteria.base import Criterion
-from flashpair.criteria.classes import ClassCriterion
-
+from .. import criteria
+from ..criteria import ClassCriterion, Criterion
 from ..named import criterion
 
 
@@ -37,59 +35,59 @@ class Candidate(NamedTuple):
 MARGIN, POSITIVE, SCALE = Range(0.0, 1.0), Range(0.01, 1.0, log=True), Range(1.0, 100.0, log=True)
 
 LOSSES: dict[str, Candidate] = {
-    "angular": Candidate(flashpair.AngularLoss, {"alpha": Range(10.0, 60.0)}),
+    "angular": Candidate(criteria.AngularLoss, {"alpha": Range(10.0, 60.0)}),
     "arcface": Candidate(
-        flashpair.ArcFaceLoss, {"margin": Range(0.0, 57.0), "scale": Range(1.0, 256.0, log=True)}, True
+        criteria.ArcFaceLoss, {"margin": Range(0.0, 57.0), "scale": Range(1.0, 256.0, log=True)}, True
     ),
     "binomial_deviance": Candidate(
-        flashpair.BinomialDevianceLoss, {"alpha": SCALE, "beta": SCALE, "base": MARGIN}
+        criteria.BinomialDevianceLoss, {"alpha": SCALE, "beta": SCALE, "base": MARGIN}
     ),
-    "circle": Candidate(flashpair.CircleLoss, {"m": MARGIN, "gamma": Range(1.0, 256.0, log=True)}),
-    "contrastive": Candidate(flashpair.ContrastiveLoss, {"pos_margin": MARGIN, "neg_margin": Range(0.2, 1.8)}),
+    "circle": Candidate(criteria.CircleLoss, {"m": MARGIN, "gamma": Range(1.0, 256.0, log=True)}),
+    "contrastive": Candidate(criteria.ContrastiveLoss, {"pos_margin": MARGIN, "neg_margin": Range(0.2, 1.8)}),
     "cosface": Candidate(
-        flashpair.CosFaceLoss, {"margin": MARGIN, "scale": Range(1.0, 256.0, log=True)}, True
+        criteria.CosFaceLoss, {"margin": MARGIN, "scale": Range(1.0, 256.0, log=True)}, True
     ),
-    "fast_ap": Candidate(lambda num_bins: flashpair.FastAPLoss(round(num_bins)), {"num_bins": Range(4.0, 50.0)}),
+    "fast_ap": Candidate(lambda num_bins: criteria.FastAPLoss(round(num_bins)), {"num_bins": Range(4.0, 50.0)}),
     "generalized_lifted_structure": Candidate(
-        lambda margin: flashpair.GeneralizedLiftedStructureLoss(margin, "euclidean"), {"margin": Range(0.0, 2.0)}
+        lambda margin: criteria.GeneralizedLiftedStructureLoss(margin, "euclidean"), {"margin": Range(0.0, 2.0)}
     ),
-    "histogram": Candidate(lambda n_bins: flashpair.HistogramLoss(round(n_bins)), {"n_bins": Range(10.0, 200.0)}),
+    "histogram": Candidate(lambda n_bins: criteria.HistogramLoss(round(n_bins)), {"n_bins": Range(10.0, 200.0)}),
     "margin": Candidate(
-        lambda margin, beta: flashpair.MarginLoss(margin, beta=beta, learn_beta=True),
+        lambda margin, beta: criteria.MarginLoss(margin, beta=beta, learn_beta=True),
         {"margin": Range(0.0, 0.6), "beta": Range(0.4, 1.6)},
     ),
     "multi_similarity": Candidate(
-        flashpair.MultiSimilarityLoss,
+        criteria.MultiSimilarityLoss,
         {"alpha": Range(0.5, 50.0, log=True), "beta": SCALE, "base": MARGIN, "epsilon": MARGIN},
     ),
     "multi_similarity_unmined": Candidate(
-        lambda **given: flashpair.MultiSimilarityLoss(**given, epsilon=None),
+        lambda **given: criteria.MultiSimilarityLoss(**given, epsilon=None),
         {"alpha": Range(0.5, 50.0, log=True), "beta": SCALE, "base": MARGIN},
     ),
-    "n_pairs": Candidate(flashpair.NPairsLoss, {"l2_weight": Range(1e-4, 1.0, log=True)}),
-    "nca": Candidate(flashpair.NCALoss, {"softmax_scale": SCALE}),
-    "normalized_softmax": Candidate(flashpair.NormalizedSoftmaxLoss, {"temperature": POSITIVE}, True),
-    "nt_xent": Candidate(flashpair.NTXentLoss, {"temperature": POSITIVE}),
-    "proxy_anchor": Candidate(flashpair.ProxyAnchorLoss, {"margin": MARGIN, "alpha": SCALE}, True),
-    "proxy_nca": Candidate(flashpair.ProxyNCALoss, {"softmax_scale": SCALE}, True),
+    "n_pairs": Candidate(criteria.NPairsLoss, {"l2_weight": Range(1e-4, 1.0, log=True)}),
+    "nca": Candidate(criteria.NCALoss, {"softmax_scale": SCALE}),
+    "normalized_softmax": Candidate(criteria.NormalizedSoftmaxLoss, {"temperature": POSITIVE}, True),
+    "nt_xent": Candidate(criteria.NTXentLoss, {"temperature": POSITIVE}),
+    "proxy_anchor": Candidate(criteria.ProxyAnchorLoss, {"margin": MARGIN, "alpha": SCALE}, True),
+    "proxy_nca": Candidate(criteria.ProxyNCALoss, {"softmax_scale": SCALE}, True),
     "snr_contrastive": Candidate(
-        flashpair.SNRContrastiveLoss,
+        criteria.SNRContrastiveLoss,
         {"pos_margin": Range(0.0, 0.5), "neg_margin": MARGIN, "regularizer_weight": Range(1e-3, 1.0, log=True)},
     ),
     "soft_triple": Candidate(
-        lambda centers_per_class, **given: flashpair.SoftTripleLoss(
+        lambda centers_per_class, **given: criteria.SoftTripleLoss(
             centers_per_class=round(centers_per_class), **given
         ),
         {"centers_per_class": Range(1.0, 10.0), "la": SCALE, "gamma": POSITIVE, "margin": MARGIN},
         True,
     ),
-    "sup_con": Candidate(flashpair.SupConLoss, {"temperature": POSITIVE}),
-    "triplet": Candidate(flashpair.TripletMarginLoss, {"margin": Range(0.0, 1.0)}),
+    "sup_con": Candidate(criteria.SupConLoss, {"temperature": POSITIVE}),
+    "triplet": Candidate(criteria.TripletMarginLoss, {"margin": Range(0.0, 1.0)}),
     "triplet_hard": Candidate(
-        lambda margin: flashpair.TripletMarginLoss(margin, triplets="hard"), {"margin": Range(0.0, 1.0)}
+        lambda margin: criteria.TripletMarginLoss(margin, triplets="hard"), {"margin": Range(0.0, 1.0)}
     ),
     "tuplet_margin": Candidate(
-        flashpair.TupletMarginLoss, {"margin": Range(0.0, 30.0), "scale": SCALE}
+        criteria.TupletMarginLoss, {"margin": Range(0.0, 30.0), "scale": SCALE}
     ),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def tables(outcomes: Sequence[Outcome], protocol: Protocol) -> list[Table]:
 
 
 def ranked(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
-    return sorted(outcomes, key=lambda o: percent(getattr(o, kind)["map_at_r"]).mean, reverse=True)
+    return sorted(outcomes, key=lambda o: statistics.fmean(getattr(o, kind)["map_at_r"]), reverse=True)
 
 
 def settings_table(outcomes: Sequence[Outcome]) -> Table:

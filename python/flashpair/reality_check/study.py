@@ -27,7 +27,7 @@ from .losses import Candidate, Range, candidate
 from .networks import Standardized, network
 from .protocol import Protocol
 from .record import claim, read, seed_of, source_of, write
-from .training import OWN_RATE, embed, made, places_of, train
+from .training import OWN_RATE, Trained, embed, made, places_of, train
 
 UNTRAINED = "untrained"
 METRICS = ("precision_at_1", "r_precision", "map_at_r")
@@ -193,8 +193,8 @@ class _Study:
             file = self.folder / "trials" / f"{trial}-fold-{fold}.json"
             kept = read(file)
             if kept is None or kept["values"] != values:
-                _, epoch, score = self.trained(fold, values, ("trial", trial))
-                kept = {"values": values, "map_at_r": max(score, 0.0), "epoch": epoch}
+                best = self.trained(fold, values, ("trial", trial))
+                kept = {"values": values, "map_at_r": max(best.map_at_r, 0.0), "epoch": best.epoch}
                 write(file, kept)
             scores.append(kept["map_at_r"])
         return statistics.fmean(scores)
@@ -214,7 +214,7 @@ class _Study:
         for fold, part in enumerate(parts):
             stored = torch.load(part) if part.exists() else None
             if stored is None or stored["values"] != values:
-                best = self.trained(fold, values, ("repeat", repeat))[0]
+                best = self.trained(fold, values, ("repeat", repeat)).network
                 stored = {"values": values, "embeddings": embed(best, self.data, tested)}
                 part.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(stored, part.with_suffix(".part"))
@@ -231,8 +231,8 @@ class _Study:
             part.unlink()
         return found
 
-    def trained(self, fold: int, values: Mapping[str, float], of: tuple[str, int]) -> tuple[nn.Module, int, float]:
-        """The best network of a fold, its epoch, its validation MAP@R."""
+    def trained(self, fold: int, values: Mapping[str, float], of: tuple[str, int]) -> Trained:
+        """A fold's best network, or an untrained one."""
         folds, protocol = self.folds, self.protocol
         self.progress.at("folds", fold, len(folds), "fold")
         seed = seed_of(protocol.seed, self.name, *of, fold)
@@ -241,7 +241,8 @@ class _Study:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 untrained = self.make(self.data.samples.shape[1:], protocol.embedding_size)
-            return Standardized(untrained, self.data.of(places_of(self.data, learned))).to(self.data.device), 0, 0.0
+            scaled = Standardized(untrained, self.data.of(places_of(self.data, learned)))
+            return Trained(scaled.to(self.data.device), 0, 0.0)
         best = train(
             self.data, learned, folds[fold], self.loss, values, protocol, self.make, seed,
             lambda epoch: self.progress.at("epochs", epoch, protocol.max_epochs, "epoch"),
