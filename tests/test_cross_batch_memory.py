@@ -6,9 +6,8 @@ import copy
 import io
 import json
 import pickle
-import subprocess
-import sys
 
+import peaks
 import pytest
 import torch
 from conftest import needs_extension
@@ -457,44 +456,39 @@ def test_what_a_batch_makes_anew_is_bounded_by_segments(monkeypatch):
 
 
 FULL = """
-import torch, flashpair
-d, n, size = 32, 512, 200_000
+impl, (d, n, size) = sys.argv[1], map(int, sys.argv[2:])
 torch.set_num_threads(2)
-def status(word):
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(word))
-memory = flashpair.CrossBatchMemory(flashpair.MultiSimilarityLoss(impl=IMPL), d, size)
+memory = flashpair.CrossBatchMemory(flashpair.MultiSimilarityLoss(impl=impl), d, size)
 def step():
     x = torch.randn(n, d, requires_grad=True)
     memory(x, torch.randint(1000, (n,))).backward()
 step()
-empty = status("VmRSS")
+empty = resident()
 for _ in range(size // 4096 + 1):
     memory.queue.make_place(4096)
     labels, order = torch.sort(torch.randint(1000, (4096,)))
     memory.queue.enter(torch.nn.functional.normalize(torch.randn(4096, d)), labels, order)
-full = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-for _ in range(3):
-    step()
+print(resident() - empty)
+def steps():
+    for _ in range(3):
+        step()
+print(peak_of(steps).extra)
 assert len(memory) == size
-print(full - empty, status("VmHWM") - full)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory")
+@peaks.only_linux
 @pytest.mark.parametrize("impl", ["tiled", "auto"])
 def test_a_step_takes_a_few_segments_beside_the_memory(impl):
     """Of the memory's size, 200,000 rows, nothing: no matrix (410 MB), no copy (26 MB); but what screening keeps."""
-    found = subprocess.run(
-        [sys.executable, "-c", FULL.replace("IMPL", repr(impl))], capture_output=True, text=True, check=True
-    )
-    entries, extra = map(int, found.stdout.split())
-    row, n, size = 4 * 32 + 16, 512, 200_000
+    d, n, size = 32, 512, 200_000
+    entries, extra = peaks.printed(FULL, impl, d, n, size)
+    row = 4 * d + 16
     assert 0.9 * size * row < entries < 1.5 * size * row
     limit = 8 * segments.SEGMENT * row + 12 * n * row + 64 * 8 * (n + segments.SEGMENT) + 8 * 4 * 512**2
-    assert limit < size * 4 * 32
+    assert limit < size * 4 * d
     if impl == "auto":  # coordinates in int8 and two numbers a row, and lists of live pairs
-        limit += size * (32 + 16) + size * 8 * pieces.LIVE_PAIRS_PER_ROW
+        limit += size * (d + 16) + size * 8 * pieces.LIVE_PAIRS_PER_ROW
     assert limit < 4 * n * size / 8 and extra <= limit, f"{extra:,} bytes over {limit:,}"
 
 

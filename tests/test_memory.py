@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import peaks
 import pytest
 from conftest import needs_extension
 
-pytestmark = [
-    needs_extension,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory"),
-]
+pytestmark = [needs_extension, peaks.only_linux]
 
 SCRIPT = """
-import sys, torch, flashpair
-n, m, d, loss = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+n, m, d, criterion = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), eval("flashpair." + sys.argv[4])
 torch.set_num_threads(2)
-def high_water():
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-def resident():
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmRSS"))
-criterion = eval("flashpair." + loss)
 def step(n, m):
     labels = torch.arange(n) // 4
     x = torch.randn(n, d)
@@ -35,11 +24,8 @@ def step(n, m):
 list(step(600, 700 if m else 0))          # code, threads and tile buffers are there before anything is counted
 steps = step(n, m)
 next(steps)
-before = resident()
 for phase in ("forward", "backward"):
-    open("/proc/self/clear_refs", "w").write("5")
-    next(steps)
-    print(phase, high_water() - before)
+    print(peak_of(lambda: next(steps)).extra)
 """
 
 LOSSES = [
@@ -65,46 +51,32 @@ def bound(n: int, m: int, d: int) -> int:
 def test_peak_by_formula(loss, n, m, d):
     if m and loss.startswith(("Lifted", "Angular")):
         pytest.skip("defined within a batch")
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(n), str(m), str(d), loss], capture_output=True, text=True, check=True
-    )
-    peaks = dict(line.split() for line in run.stdout.splitlines())
+    found = peaks.printed(SCRIPT, n, m, d, loss)
     pairs = 4 * n * (m or n)
     assert bound(n, m, d) < pairs / 3, "the sizes must tell the formula from a dense matrix"
-    for phase in ("forward", "backward"):
-        assert int(peaks[phase]) <= bound(n, m, d), f"{phase}: {int(peaks[phase]):,} bytes over {bound(n, m, d):,}"
+    for phase, peak in zip(("forward", "backward"), found, strict=True):
+        assert peak <= bound(n, m, d), f"{phase}: {peak:,} bytes over {bound(n, m, d):,}"
 
 
 CLASSES = """
-import sys, torch, flashpair
 from flashpair import classes
 from flashpair.criteria import soft_triple
 classes.CHUNK_BYTES, c, d, b = (int(a) for a in sys.argv[1:5])
 torch.set_num_threads(2)
-def status(word):
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(word))
 make = eval("lambda c: flashpair." + sys.argv[5])
 def step(criterion, labels):
     x = torch.randn(b, d, requires_grad=True)
-    yield
     criterion(x, labels).backward()
-    yield
-list(step(make(3000), torch.arange(b) % 3000))
-steps = step(make(c), torch.arange(b) * 7 % c)
-next(steps)
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-next(steps)
-print(status("VmHWM") - before)
+step(make(3000), torch.arange(b) % 3000)
+criterion, labels = make(c), torch.arange(b) * 7 % c
+print(peak_of(lambda: step(criterion, labels)).extra)
 """
 
 
 @pytest.mark.parametrize("loss", ["ArcFaceLoss(c, d)", "ProxyAnchorLoss(c, d)", "SoftTripleLoss(c, d, 1)"])
 def test_many_classes_cost_their_gradient(loss):
-    """Beside the weights: their gradient, twenty chunks of weights and similarities, and a batch."""
+    """Beside the weights: their gradient, sixteen chunks of weights and similarities, and a batch."""
     chunk, c, d, b = 2**21, 300_000, 64, 64
-    arguments = [str(a) for a in (chunk, c, d, b)]
-    run = subprocess.run([sys.executable, "-c", CLASSES, *arguments, loss], capture_output=True, text=True, check=True)
-    gradient, peak = 4 * c * d, int(run.stdout)
-    limit = gradient + 20 * chunk + bound(b, 0, d)
+    gradient, (peak,) = 4 * c * d, peaks.printed(CLASSES, chunk, c, d, b, loss)
+    limit = gradient + 16 * chunk + bound(b, 0, d)
     assert limit < 2 * gradient and peak <= limit, f"{peak:,} bytes over {limit:,}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import golden
+import peaks
 import pytest
 import torch
 from conftest import needs_extension
@@ -415,26 +414,23 @@ def test_says_what_it_is():
 
 
 SCRIPT = """
-import sys, torch, flashpair
 from flashpair.miners import base
 miner, n, d, per_class = eval("flashpair.miners." + sys.argv[1]), *map(int, sys.argv[2:5])
 base.BLOCK_BYTES = int(sys.argv[5])
 torch.set_num_threads(1)
-def memory(name):
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(name))
 labels = torch.arange(n) // per_class
 generator = torch.Generator().manual_seed(0)
 x = torch.randn(n, d, generator=generator)[labels] + 0.5 * torch.randn(n, d, generator=generator)
 miner(x[:100], labels[:100])
-before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-found = miner.blocks(x, labels) if sys.argv[6:] else [miner(x, labels)]
-mined = sum(len(indices) for block in found for indices in block)
-print(memory("VmHWM") - before, mined)
+def mine():
+    global mined
+    found = miner.blocks(x, labels) if sys.argv[6:] else [miner(x, labels)]
+    mined = sum(len(indices) for block in found for indices in block)
+print(peak_of(mine).extra, mined)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory")
+@peaks.only_linux
 @pytest.mark.parametrize(
     ("miner", "n", "per_class", "iterated"),
     [
@@ -447,13 +443,10 @@ print(memory("VmHWM") - before, mined)
     ],
 )
 def test_peak_by_formula(miner, n, per_class, iterated):
-    """Five copies of the embeddings, what is returned twice over, and forty blocks: eight that live, and what the C
-    library's allocator leaves unused between them."""
+    """Five copies of the embeddings, what is returned twice over, and sixteen blocks."""
     d, block = 32, 2**20
-    args = [miner, *map(str, (n, d, per_class, block)), *["blocks"] * iterated]
-    run = subprocess.run([sys.executable, "-c", SCRIPT, *args], capture_output=True, text=True, check=True)
-    peak, mined = map(int, run.stdout.split())
-    bound = 5 * 4 * n * d + 40 * block + (0 if iterated else 2 * 8 * mined)
+    peak, mined = peaks.printed(SCRIPT, miner, n, d, per_class, block, *["blocks"] * iterated)
+    bound = 5 * 4 * n * d + 16 * block + (0 if iterated else 2 * 8 * mined)
     dense = 8 * mined if iterated else 4 * n * n
     assert bound < dense / 2, "the sizes must tell the formula from what is not to exist"
     assert peak <= bound, f"{peak:,} bytes over {bound:,}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import peaks
 import pytest
 import torch
 from conftest import needs_extension
@@ -10,7 +11,6 @@ from helpers import REFERENCE_CRITERIA, assert_as_good_as, assert_same, batch, g
 from torch import nn
 
 import flashpair
-from bench.memory import peak_of
 from flashpair import StreamedReferences
 
 pytestmark = needs_extension
@@ -183,35 +183,35 @@ def test_same_bits_and_untouched_inputs(problem):
     assert all(torch.equal(a, b) for a, b in zip(before, (y, ref_labels, x), strict=True))
 
 
-class TestMemory:
+FILE = """
+import numpy as np
+from flashpair import StreamedReferences
+path, (n, m, d, block) = sys.argv[1], map(int, sys.argv[2:])
+torch.set_num_threads(2)
+bank = np.memmap(path, np.float32, "w+", shape=(m, d))
+for first in range(0, m, block):
+    bank[first : first + block] = torch.randn(block, d).numpy()
+bank.flush()
+bank = np.memmap(path, np.float32, "r", shape=(m, d))
+x, labels = torch.randn(n, d), torch.arange(n) // 4
+refs = StreamedReferences(bank, torch.arange(m) % 1000, block=block)
+criterion = flashpair.NTXentLoss()
+def step():
+    criterion(x.clone().requires_grad_(), labels, ref_emb=refs).backward()
+step()
+print(peak_of(step).extra)
+"""
+
+
+@peaks.only_linux
+def test_memory_of_a_file_is_that_of_blocks(tmp_path):
     """Beside the anchors' own: some blocks, whatever M is."""
-
-    N, D, BLOCK = 64, 64, 8192
-
-    def _peak(self, m, tmp_path):
-        bank = np.memmap(tmp_path / f"bank{m}", np.float32, "w+", shape=(m, self.D))
-        for first in range(0, m, self.BLOCK):
-            part = bank[first : first + self.BLOCK]
-            part[:] = torch.randn(len(part), self.D, generator=torch.Generator().manual_seed(first)).numpy()
-        bank.flush()
-        bank = np.memmap(tmp_path / f"bank{m}", np.float32, "r", shape=(m, self.D))
-        x, labels = batch(self.N, self.D, 4, torch.float32)
-        ref_labels = torch.arange(m) % 1000
-        refs = StreamedReferences(bank, ref_labels, block=self.BLOCK)
-        criterion = flashpair.NTXentLoss()
-
-        def step():
-            criterion(x.clone().requires_grad_(), labels, ref_emb=refs).backward()
-
-        step()
-        return peak_of(step).extra
-
-    def test_of_a_file_is_that_of_blocks(self, tmp_path):
-        block, most = self.BLOCK * self.D * 4, 64 * self.BLOCK
-        small, large = self._peak(4 * self.BLOCK, tmp_path), self._peak(most, tmp_path)
-        bound = 16 * block + 2**23  # the reader's thread has a heap of its own, which keeps what was freed
-        assert small < bound, (small, block)
-        assert large < bound < most * self.D * 4 / 3, (large, block)
+    n, d, size = 64, 64, 8192
+    block, most = 4 * size * d, 64 * size
+    small, large = (peaks.printed(FILE, tmp_path / f"bank{m}", n, m, d, size)[0] for m in (4 * size, most))
+    bound = 8 * block + 2**21
+    assert small < bound, (small, block)
+    assert large < bound < most * d * 4 / 3, (large, block)
 
 
 def test_what_cannot_be(problem):
