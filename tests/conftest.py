@@ -31,6 +31,12 @@ needs_extension = pytest.mark.skipif(
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Whatever ran before it, a test and the fixtures made for it draw the same numbers."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """torch.compile's caches are per code object, and all criteria share one forward."""
