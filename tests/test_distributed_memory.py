@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 
+import peaks
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,10 +15,7 @@ import flashpair
 from bench.memory import peak_of
 from flashpair.distributed import gather
 
-pytestmark = [
-    needs_extension,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's peak of resident memory"),
-]
+pytestmark = [needs_extension, peaks.only_linux]
 ROWS, WIDTH = 500, 2048
 COPIES = 12  # of a process's rows: sorted ones, packets, two processes' as one problem, and their gradients
 COPY = 4 * ROWS * WIDTH  # bytes of a process's rows, beside which all else is small
@@ -28,9 +25,7 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 def _peaks(make):
     """The most bytes that forward and backward of a call added to this process, with each schedule."""
-    ctypes.CDLL(None).mallopt(
-        M_MMAP_THRESHOLD, 2**17
-    )  # what is freed goes back at once, so that only what lives counts
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)  # what is freed goes back at once: see peaks
     rank, found = dist.get_rank(), []
     for schedule in SCHEDULES:
         shared = gather(make(), schedule=schedule)
