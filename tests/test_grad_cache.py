@@ -439,6 +439,21 @@ def test_activations_are_those_of_one_micro_batch():
     assert peak_saved(lambda: GradCache(wide, criterion, micro_batch=size)(x, labels)) == one
 
 
+def test_no_micro_batch_is_kept_for_itself():
+    """Small tensors that outlive activations would leave holes in the heap where these were."""
+    returned = []
+
+    class Watching(nn.Linear):
+        def forward(self, x):
+            assert sum(out() is not None for out in returned) <= 1
+            out = super().forward(x)
+            returned.append(weakref.ref(out))
+            return out
+
+    GradCache(Watching(IN, D), lambda x, labels: x.square().sum(), micro_batch=4)(torch.randn(11, IN), torch.arange(11))
+    assert len(returned) == 6
+
+
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -534,3 +549,13 @@ def test_an_encoder_that_loses_rows():
 
     with pytest.raises(ValueError, match=r"^ref_encoder must return a row for each of 4 inputs, got float64 \(2, 6\)"):
         GradCache(nn.Identity(), LOSS, micro_batch=4, ref_encoder=Halves())(X, LABELS, ref_inputs=X, ref_labels=LABELS)
+
+
+@pytest.mark.parametrize("other", [lambda x: x[:, :1], torch.Tensor.float], ids=["width", "dtype"])
+def test_an_encoder_that_changes(other):
+    class Changes(nn.Module):
+        def forward(self, x):
+            return x if len(x) == 4 else other(x)
+
+    with pytest.raises(ValueError, match=r"^encoder must return one width and dtype for all inputs, got float.* after"):
+        GradCache(Changes(), LOSS, micro_batch=4)(X, LABELS)

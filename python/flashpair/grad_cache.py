@@ -168,9 +168,20 @@ class _Tower:
 
     def embed(self, devices: list[torch.device]) -> None:
         self.start = ForwardState([self.encoder], devices)
+        first = 0
         with torch.no_grad():
-            parts = [self._embedded(*each) for each in zip(self.micro_batches, self.counts, strict=True)]
-            self.embeddings = torch.cat(parts)
+            for micro_batch, count in zip(self.micro_batches, self.counts, strict=True):
+                part = self._embedded(micro_batch, count)
+                if first == 0:  # one piece: small ones that are kept would leave holes where activations were
+                    self.embeddings = part.new_empty(sum(self.counts), part.shape[1])
+                whole = self.embeddings
+                if part.shape[1] != whole.shape[1] or part.dtype != whole.dtype:
+                    raise ValueError(
+                        f"{self.name} must return one width and dtype for all inputs, got {checks.what(part)} after "
+                        f"{whole.dtype} of width {whole.shape[1]}"
+                    )
+                whole[first : first + count] = part
+                first += count
         self.embeddings.requires_grad_(any(t.requires_grad for t in (*self.encoder.parameters(), *self.leaves)))
 
     def _embedded(self, micro_batch: Any, count: int) -> Tensor:
