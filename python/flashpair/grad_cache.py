@@ -46,8 +46,8 @@ class GradCache:
 
     Args:
         encoder: called with one micro-batch of the inputs, in their nesting, as its only argument; returns embeddings
-            (n, D), float16 to float64, each row of which depends on its own input (but for batch normalisation). A
-            tower without trainable parameters is not replayed.
+            (n, D), float16 to float64, of one D and dtype for all, each row of which depends on its own input (but for
+            batch normalisation). A tower without trainable parameters is not replayed.
         criterion: called once a step, ``criterion(embeddings, labels)``, with ``ref_emb=..., ref_labels=...`` if there
             are references; returns a loss (). A flashpair criterion, `distributed.gather` of one, or any callable.
         micro_batch: inputs whose activations are in memory at a time, at least 1; the last one may be smaller.
