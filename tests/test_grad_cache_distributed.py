@@ -9,8 +9,8 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from grad_cache_cases import IN, D, batch, learned_temperature, network
 from helpers import assert_same
-from test_grad_cache import IN, D, batch, learned_temperature, network
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
