@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import flashpair
 
 from . import machine, memory, report
+from .probe import is_memory
 from .units import duration, size
 
 ROOT = Path(__file__).resolve().parent
@@ -86,7 +87,7 @@ def train(s: Settings) -> dict[str, Any] | None:
             peaks.append(memory.peak_of(partial(_append, losses, s, network, *batch)))
             optimizer.step()
     except (RuntimeError, MemoryError) as error:
-        if "alloc" in str(error) or isinstance(error, MemoryError):
+        if is_memory(error):
             return None
         raise
     seconds = statistics.median(peak.seconds for peak in peaks)

@@ -111,8 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f"| {base['process'] / t['process']:.2f} |",
                     flush=True,
                 )
-    when = document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
-    report.save(document, options.out / f"memory-bank-{when}.json")
+    report.save(document, options.out / f"memory-bank-{report.stamp(document)}.json")
 
 
 if __name__ == "__main__":

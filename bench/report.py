@@ -21,13 +21,17 @@ BUSY = 0.2  # cores that others may use before times are doubtful
 NARROWEST = 124  # columns under which rich would cut numbers off
 
 
+def stamp(document: Document) -> str:
+    """When it ran, as file names have it."""
+    return document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
+
+
 def stem(document: Document) -> str:
     o = document["options"]
     against = "" if o["ref"] is None else f"-ref{o['ref']}"
-    when = document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
     where = "-cuda" if o.get("device") == "cuda" else ""
     where += "" if o.get("phase", "step") == "step" else f"-{o['phase']}"
-    return f"{o['loss']}-{document.get('kind', o['data'])}-{o['dtype']}{against}{where}-{when}"
+    return f"{o['loss']}-{document.get('kind', o['data'])}-{o['dtype']}{against}{where}-{stamp(document)}"
 
 
 def write(document: Document, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+THRESHOLD = 2**17  # bytes
 ROOT = Path(__file__).resolve().parent.parent
 PRELUDE = """
 import sys, torch, flashpair
@@ -28,7 +29,7 @@ only_linux = pytest.mark.skipif(
 def printed(script: str, *arguments: object) -> list[int]:
     """The numbers that `script` prints, whose sys.argv[1:] are the arguments."""
     command = [sys.executable, "-c", PRELUDE + script, *map(str, arguments)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(THRESHOLD)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]

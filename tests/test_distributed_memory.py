@@ -25,7 +25,7 @@ M_MMAP_THRESHOLD = -3  # of malloc.h
 
 def _peaks(make):
     """The most bytes that forward and backward of a call added to this process, with each schedule."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)  # what is freed goes back at once: see peaks
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, peaks.THRESHOLD)
     rank, found = dist.get_rank(), []
     for schedule in SCHEDULES:
         shared = gather(make(), schedule=schedule)
