@@ -63,8 +63,9 @@ def _row_reduce_backward(  # type: ignore[no-untyped-def]
 def _row_reduce_fake(  # type: ignore[no-untyped-def]
     x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl, keep
 ):
-    likes = schedule_of(impl, x.device).kept_like(x, y, schedule.decode(code, shifts, slots), keep)
-    values = x.new_empty(len(scales), x.shape[0], dtype=accumulator(x.dtype))
+    terms = schedule.decode(code, shifts, slots)
+    likes = schedule_of(impl, x.device).kept_like(x, y, terms, keep)
+    values = x.new_empty(schedule.num_rows(terms), x.shape[0], dtype=accumulator(x.dtype))
     return values, *(x.new_empty(shape, dtype=dtype) for shape, dtype in likes)
 
 
@@ -136,7 +137,7 @@ class RowReduce(torch.autograd.Function):
         if keep:
             ctx.spec = spec
             ctx.save_for_backward(lo, hi, end, order, x, y, scale, *vectors, values, *kept)
-        rows = _rows(values)
+        rows = _rows(values[: len(spec.scales)])
         count = OPS.index("count")
         codes = range(0, len(spec.code), CODES)
         ctx.mark_non_differentiable(

@@ -3,6 +3,11 @@
 A schedule is a module with `forward(problem, terms, given, keep) -> (values, kept)`, `backward(problem, terms, given,
 values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
 One that can compute a whole loss at once has `run_whole(call) -> Results` (whole.py).
+
+`values` holds the K terms' values (N,), and behind them two rows for each logsumexp, in the order of the terms (`tops`):
+its largest term's z (of a transform: phi), and the log of its sum relative to that term. Backward takes a softmax as
+exp((z - top) * scale - rest): scale * z itself may be so large that the value has no digits left for the sum, and
+rounds differently wherever a compiler multiplies and adds at once. An empty set has top 0 and rest inf.
 """
 
 from __future__ import annotations
@@ -151,6 +156,20 @@ def stages(terms: Terms) -> list[list[int]]:
     for t in terms:
         depth.append(1 + max((depth[of] for of in (t.lower_of, t.upper_of) if of >= 0), default=-1))
     return [[k for k in range(len(terms)) if depth[k] == stage] for stage in range(max(depth, default=-1) + 1)]
+
+
+def tops(terms: Terms) -> tuple[int, ...]:
+    """Which row of `values` is each logsumexp's top, the next one being its rest; -1 for other terms."""
+    rows, following = [], len(terms)
+    for t in terms:
+        rows.append(following if t.op == LOGSUMEXP else -1)
+        following += 2 * (t.op == LOGSUMEXP)
+    return tuple(rows)
+
+
+def num_rows(terms: Terms) -> int:
+    """Of `values`."""
+    return len(terms) + 2 * sum(t.op == LOGSUMEXP for t in terms)
 
 
 NUMBERS = {dtype: k for k, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16))}
