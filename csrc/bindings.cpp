@@ -106,8 +106,8 @@ void bind_pass(py::module_& m, const char* name) {
         return P(kernels<T>(isa), problem, at<T>(x), at<T>(y), d, size, lanes);
       }))
       .def("add",
-           [](P& pass, const Term& t, const Program* program, Address index, Address value, Address grad,
-              Address grad_scale, Address grad_offset, Address grad_ref_offset) {
+           [](P& pass, const Term& t, const Program* program, Address index, Address value, Address top, Address rest,
+              Address grad, Address grad_scale, Address grad_offset, Address grad_ref_offset) {
              const auto [op, side, transform, scale, offset, ref_offset, lower, upper, lower_of, upper_of, lower_shift,
                          upper_shift, shift] = t;
              pass.add({op,
@@ -128,6 +128,8 @@ void bind_pass(py::module_& m, const char* name) {
                        at<int64_t>(index),
                        at<T>(value),
                        at<T>(grad),
+                       at<T>(top),
+                       at<T>(rest),
                        at<double>(grad_scale),
                        at<T>(grad_offset),
                        at<T>(grad_ref_offset),
@@ -149,6 +151,12 @@ void bind_pass(py::module_& m, const char* name) {
           "nearest",
           [](const P& pass, int threads, const std::string& isa, int64_t k, Address values, Address index) {
             Nearest<T>(pass).run(threads, int8_kernels(isa), k, at<T>(values), at<int64_t>(index));
+          },
+          Release())
+      .def(
+          "similarities",  // z of row rows[k] and reference cols[k], the same bits as in a tile
+          [](const P& pass, int threads, int64_t count, Address rows, Address cols, Address z) {
+            pass.similarities(threads, count, at<int64_t>(rows), at<int64_t>(cols), at<T>(z));
           },
           Release())
       .def(
@@ -179,7 +187,7 @@ void whole_loss(const std::string& isa, const std::array<int, 5>& shape, const s
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "flashpair's CPU kernels: addresses and sizes in, nothing owned.";
-  m.attr("INTERFACE") = 3;  // extension.py's: a build of other sources is refused
+  m.attr("INTERFACE") = 4;  // extension.py's: a build of other sources is refused
   m.attr("MAX_TILE") = MAX_TILE;
   m.def("instruction_sets", &instruction_sets, "What this build holds and this processor runs, best first.");
   m.def(

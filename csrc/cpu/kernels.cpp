@@ -9,14 +9,13 @@
 namespace flashpair {
 namespace FLASHPAIR_ISA {
 
-Kernels<float> kernels_float() {
-  return {distances<float>, reduce<float>, list_live<float>, similar<float>,      reduce_listed<float>,
-          keep_live<float>, weigh<float>,  scatter<float>,   dot_products<float>, add_product<float>};
+template <class T>
+Kernels<T> kernels() {
+  return {similarities<T>, reduce<T>,    list_live<T>,    similar<T>, pair_similarities<T>, reduce_listed<T>,
+          keep_live<T>,    weigh<T>,     scatter_near<T>, scatter<T>, add_product<T>,       VECTOR_BYTES > 16};
 }
-Kernels<double> kernels_double() {
-  return {distances<double>, reduce<double>, list_live<double>, similar<double>,      reduce_listed<double>,
-          keep_live<double>, weigh<double>,  scatter<double>,   dot_products<double>, add_product<double>};
-}
+Kernels<float> kernels_float() { return kernels<float>(); }
+Kernels<double> kernels_double() { return kernels<double>(); }
 
 }  // namespace FLASHPAIR_ISA
 }  // namespace flashpair

@@ -1,8 +1,6 @@
 // Pairs that a mining window lets through, kept from forward to backward when a tile holds few of them: then backward
 // needs neither that tile's similarities again nor its gradient products, only 2 D multiply-adds a pair.
 #pragma once
-#include "euclidean.h"
-#include "products.h"
 #include "weigh.h"
 
 namespace flashpair {
@@ -63,20 +61,21 @@ struct EndLanes {
 
 template <class T>
 struct AnchorLanes : EndLanes<T> {
-  Vec<T> grad, value;
+  Vec<T> grad, top, rest;
   AnchorLanes(const Reduction<T>& r, const int64_t* of, int64_t count) : EndLanes<T>(r, of, count) {
-    grad = value = Vec<T>{};
+    grad = top = rest = Vec<T>{};
     for (int64_t k = 0; k < count; ++k) {
-      if (r.op == LOGSUMEXP) value[k] = r.value[of[k]];
-      grad[k] = value[k] == -INF<T> ? T(0) : r.grad[of[k]];
+      const int64_t row = of[k];
+      if (r.op == LOGSUMEXP && r.rest[row] < INF<T>) top[k] = r.top[row], rest[k] = r.rest[row];
+      grad[k] = r.op == LOGSUMEXP && r.rest[row] == INF<T> ? T(0) : r.grad[row];
     }
   }
   // dL/ds of these anchors' pairs, and what they give to the two offsets.
   template <class Phi>
   Vec<T> weight(const Reduction<T>& r, const Phi& phi, Vec<T> z, Vec<T> ref, Vec<T>& to_own, Vec<T>& to_ref) const {
-    const Vec<T> s = z * r.scale;
     const Mask<T> in = this->inside(z) & (grad != T(0));
-    if (r.op == LOGSUMEXP) return select<T>(in, exp(s - value) * grad, Vec<T>{});
+    if (r.op == LOGSUMEXP) return select<T>(in, exp((z - top) * r.scale - rest) * grad, Vec<T>{});
+    const Vec<T> s = z * r.scale;
     const Vec<T> slope = phi.template slope<T>(s, this->own, ref, to_own, to_ref);
     to_own = select<T>(in, to_own * grad, Vec<T>{}), to_ref = select<T>(in, to_ref * grad, Vec<T>{});
     return select<T>(in, slope * grad, Vec<T>{});
@@ -106,15 +105,13 @@ class TileSums {
 
 template <class T, class Phi>
 void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live, int64_t total,
-                  int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull,
-                  const Phi& phi) {
+                  int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, const Phi& phi) {
   using V = Vec<T>;
   if (total == 0) return;
   const bool to_columns = t.mirror || !t.symmetric;
   TileSums<T> own_rows(r.grad_offset, t.r0, t.rows), own_columns(t.mirror ? r.grad_offset : nullptr, t.c0, t.cols);
   TileSums<T> ref_rows(t.symmetric ? r.grad_ref_offset : nullptr, t.r0, t.rows);
   TileSums<T> ref_columns(to_columns ? r.grad_ref_offset : nullptr, t.c0, t.cols);
-  TileSums<T> pull_rows(row_pull, t.r0, t.rows), pull_columns(ref_pull, t.c0, t.cols);
   V dscale{};
   for (int64_t first = 0; first < total; first += WIDTH<T>) {
     const int64_t count = total - first < WIDTH<T> ? total - first : WIDTH<T>;
@@ -135,11 +132,9 @@ void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
       const int64_t i = row[k] - t.r0, j = column[k] - t.c0;
       own_rows.add(i, g_own[k]), own_columns.add(j, c_own[k]);
       ref_rows.add(i, c_ref[k]), ref_columns.add(j, g_ref[k]);
-      const T w = (g[k] + c[k]) * r.scale, u = p.row_square ? pull_of(p, static_cast<T>(z[k]), w) : -w;
-      if (w == T(0)) continue;
-      if (p.row_square) pull_rows.add(i, u), pull_columns.add(j, u);
-      if (dx) add_scaled(dx + row[k] * d, y + column[k] * d, -u, d);
-      if (dy) add_scaled(dy + column[k] * d, x + row[k] * d, -u, d);
+      const T w = (g[k] + c[k]) * r.scale;
+      if (w != T(0)) add_pair(p, static_cast<T>(z[k]), w, x + row[k] * d, y + column[k] * d, d,
+                              dx ? dx + row[k] * d : nullptr, dy ? dy + column[k] * d : nullptr);
     }
   }
   if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
@@ -147,9 +142,8 @@ void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
 
 template <class T>
 void scatter(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Live<T>& live, int64_t total,
-             int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull) {
-  with_transform(
-      r, [&](auto phi) { scatter_with(p, r, t, live, total, block, x, y, d, dx, dy, row_pull, ref_pull, phi); });
+             int64_t block, const T* x, const T* y, int64_t d, T* dx, T* dy) {
+  with_transform(r, [&](auto phi) { scatter_with(p, r, t, live, total, block, x, y, d, dx, dy, phi); });
 }
 
 }  // namespace

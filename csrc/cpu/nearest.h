@@ -64,12 +64,10 @@ class Nearest : Pass<T> {
       for (int64_t e = 0; e < found; ++e) meet(t.r0 + (entry[e] >> 16), t.c0 + (entry[e] & 0xffff), t.z[e]);
       return;
     }
-    for (int64_t i = 0; i < t.rows; ++i) {  // all pairs, by the same sum, so that equal rows are equally near
-      for (int64_t j = 0; j < t.cols; ++j) entry[j] = static_cast<int32_t>(i << 16 | j);
-      this->kernels_.similar(p_, t, entry, t.cols, this->x_, this->y_, this->d_, t.z);
+    this->similarities(t, reinterpret_cast<T*>(entry));
+    for (int64_t i = 0; i < t.rows; ++i)
       for (int64_t j = 0; j < t.cols; ++j)
-        if (!p_.square || t.r0 + i != t.c0 + j) meet(t.r0 + i, t.c0 + j, t.z[j]);
-    }
+        if (!p_.square || t.r0 + i != t.c0 + j) meet(t.r0 + i, t.c0 + j, t.z[i * t.ld + j]);
   }
 
   // What may be among the best is kept until a row is full, then the k best of it: a constant number of steps each.

@@ -42,7 +42,15 @@ class Pass {
   // Forward state and gradients are filled in by `forward` and `backward`.
   void add(const Reduction<T>& r) { given_.push_back(r); }
 
-  // Values (K, N) and, where not null, the extremes' references (K, N). `listed`: the reduction whose live pairs go to
+  // How many rows `values` has: one a reduction, and two more for each logsumexp (schedule.py).
+  int64_t rows_of_values() const { return top_row(static_cast<int64_t>(given_.size())); }
+  int64_t top_row(int64_t k) const {
+    int64_t row = static_cast<int64_t>(given_.size());
+    for (int64_t before = 0; before < k; ++before) row += given_[before].op == LOGSUMEXP ? 2 : 0;
+    return row;
+  }
+
+  // Values (rows of tiled.py's values, N) and, where not null, the extremes' references (K, N). `listed`: the reduction whose live pairs go to
   // `live`, or -1. Screened, pairs of all reductions off the band are listed.
   void forward(int threads, T* values, int64_t* index, const LiveLists<T>& live, int listed,
                const Screening& screening = {}) {
@@ -77,18 +85,18 @@ class Pass {
       const auto band = with_state(true), grid = with_state(false);
       const bool list = listed >= 0 && stage_of(listed) == stage && !(wide_ && weighs_positives());
       const Reduction<T> to_list = list ? bounded(given_[listed], values, bounds) : Reduction<T>{};
-      auto reduce = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t) {
-        similarities(t);
+      auto reduce = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t, T* scratch) {
+        similarities(t, scratch);
         kernels_.reduce(p_, reductions.data(), static_cast<int>(reductions.size()), t);
       };
-      if (!band[0].empty()) each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T*) { reduce(band[0], t); });
+      if (!band[0].empty()) each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T* scratch) { reduce(band[0], t, scratch); });
       const bool sift = sieve && !grid[0].empty() && sieve->begin(grid);
       if (!grid[0].empty())
         each_grid_tile(
             threads, grid[0], false, [](int64_t) { return true; },
             [&](const Tile<T>& t, const Place& place, T* scratch) {
               const bool sifted = sift && sieve->sift(grid[place.lane], t, place, scratch, live);
-              if (!sifted) reduce(grid[place.lane], t);
+              if (!sifted) reduce(grid[place.lane], t, scratch);
               if (sift) sieve->renew(t, place);
               if (!list || sifted) return;
               const int64_t slot = grid_.slot(place);
@@ -99,18 +107,25 @@ class Pass {
       for (int64_t k = 0; k < count; ++k) {
         if (stage_of(k) != stage) continue;
         if (is_linear(p_, given_[k])) LinearSum<T>(p_, given_[k], x_, y_, d_).forward(total.data() + k * n);
-        finish(given_[k], k, peak, total, found, values + k * n, index ? index + k * n : nullptr);
+        finish(given_[k], k, peak, total, found, values, index ? index + k * n : nullptr);
       }
     }
     // An entry that is not finite makes every value NaN: no mining comparison may swallow it.
-    if (!is_finite) std::fill_n(values, count * n, std::numeric_limits<T>::quiet_NaN());
+    if (!is_finite) std::fill_n(values, rows_of_values() * n, std::numeric_limits<T>::quiet_NaN());
+  }
+
+  // z (count,) of row rows[k] and reference cols[k].
+  void similarities(int threads, int64_t count, const int64_t* rows, const int64_t* cols, T* z) const {
+    in_chunks(count, threads, [&](int64_t first, int64_t last) {
+      kernels_.pair_similarities(p_, x_, y_, d_, last - first, rows + first, cols + first, z + first);
+    });
   }
 
   // Adds to the gradients, which come zeroed: dx (N, D), dy (M, D) (null: not wanted; never for a square problem), and
   // what the reductions point to. Reductions whose grad is null have no part.
   void backward(int threads, const T* values, T* dx, T* dy, const LiveLists<T>& live) {
     const int64_t n = p_.n, lanes = grid_.lanes;
-    const int64_t blocks = std::max(Band<T>{p_, grid_.size}.count(), grid_.row_blocks());
+    const int64_t blocks = std::max(band_of_rows().count(), grid_.row_blocks());
     std::vector<T> lane_dx(dx && lanes > 1 ? lanes * n * d_ : 0), pull(p_.row_square ? lanes * n : 0);
     std::vector<T> ref_pull(p_.row_square && dy ? p_.m : 0);
     std::vector<std::vector<T>> lane_offset(given_.size());
@@ -140,13 +155,14 @@ class Pass {
     T* other_pull = ref_pull.empty() ? nullptr : ref_pull.data();
     auto spread = [&](const std::vector<Reduction<T>>& reductions, const Tile<T>& t, int64_t block, int64_t lane,
                       T* w) {
-      similarities(t);
+      similarities(t, w);
       T* mine = pull_of(lane);
-      if (!kernels_.weigh(p_, reductions.data(), static_cast<int>(reductions.size()), t, block, w, mine,
-                          t.mirror ? mine : other_pull))
-        return;
-      if (dx) add_product(w, t.ld, false, t.rows, y_ + t.c0 * d_, t.cols, dx_of(lane) + t.r0 * d_);
-      T* to = t.mirror && dx ? dx : dy;
+      const Weights found = kernels_.weigh(p_, reductions.data(), static_cast<int>(reductions.size()), t, block, w,
+                                           mine, t.mirror ? mine : other_pull);
+      T *own = dx_of(lane), *to = t.mirror && dx ? dx : dy;
+      if (found.near) kernels_.scatter_near(t, x_, y_, d_, own, to);
+      if (!found.any) return;
+      if (dx) add_product(w, t.ld, false, t.rows, y_ + t.c0 * d_, t.cols, own + t.r0 * d_);
       if (to) add_product(w, t.ld, true, t.cols, x_ + t.r0 * d_, t.rows, to + t.c0 * d_);
     };
     if (!band[0].empty())
@@ -158,15 +174,15 @@ class Pass {
           [&](const Tile<T>& t, const Place& place, T* w) {
             const int64_t slot = grid_.slot(place);
             if (!live.count || live.count[slot] < 0) return spread(grid[place.lane], t, place.row_block, place.lane, w);
-            T *mine = pull_of(place.lane), *to = dx_of(place.lane);
+            T* to = dx_of(place.lane);
             for (const Reduction<T>& r : grid[place.lane])
               kernels_.scatter(p_, r, t, live.at(slot), live.count[slot], place.row_block, x_, y_, d_, to,
-                               t.mirror ? to : dy, mine, t.mirror ? mine : other_pull);
+                               t.mirror ? to : dy);
           });
     for (size_t k = 0; k < given_.size(); ++k) {
       for (double part : block_scale[k]) *given_[k].grad_scale += part;
       for (size_t i = 0; i < lane_offset[k].size(); ++i) given_[k].grad_offset[i % n] += lane_offset[k][i];
-      if (given_[k].grad && given_[k].index) extreme_gradient(given_[k], dx, dy, pull, ref_pull);
+      if (given_[k].grad && given_[k].index) extreme_gradient(given_[k], dx, dy);
       if (given_[k].grad && is_linear(p_, given_[k]))
         LinearSum<T>(p_, given_[k], x_, y_, d_).backward(dx, p_.square ? dx : dy);
     }
@@ -217,22 +233,17 @@ class Pass {
     return r;
   }
 
-  void similarities(const Tile<T>& t) const {
-    const T *x = x_ + t.r0 * d_, *y = y_ + t.c0 * d_;
-    if (const Gemm<T> gemm = runtime().gemm<T>()) {
-      const int m = static_cast<int>(t.cols), n = static_cast<int>(t.rows), k = static_cast<int>(d_),
-                ld = static_cast<int>(t.ld);
-      const T one = 1, zero = 0;
-      gemm("T", "N", &m, &n, &k, &one, y, &k, x, &k, &zero, t.z, &ld);
-    } else {
-      kernels_.dot_products(x, t.rows, y, t.cols, d_, t.z, t.ld);
-    }
-    kernels_.distances(p_, t);
+  void similarities(const Tile<T>& t, T* scratch) const {
+    kernels_.similarities(p_, t, x_, y_, d_, scratch, scratch + grid_.area());
   }
+  Band<T> band_of_rows() const { return {p_, grid_.size, grid_.stride()}; }
+  // A tile, one more, and the columns of one as `similarities` reads them.
+  int64_t room() const { return 2 * grid_.area() + std::min(d_, DEPTH) * grid_.stride(); }
 
   // to (rows, D) += w from, or w^T from: w is (rows, inner), or (inner, rows) and read transposed.
   void add_product(const T* w, int64_t ld, bool transpose, int64_t rows, const T* from, int64_t inner, T* to) const {
-    if (const Gemm<T> gemm = runtime().gemm<T>()) {
+    const Gemm<T> gemm = kernels_.quick_products ? nullptr : runtime().gemm<T>();
+    if (gemm) {
       const int m = static_cast<int>(d_), n = static_cast<int>(rows), k = static_cast<int>(inner),
                 stride = static_cast<int>(ld);
       const T one = 1;
@@ -244,16 +255,15 @@ class Pass {
 
   template <class Visit>
   void each_band_block(int threads, bool columns_written, Visit&& visit) {
-    const Band<T> band{p_, grid_.size};
+    const Band<T> band = band_of_rows();
     // Neighbouring blocks share columns; and a narrow band is not worth waking threads for.
     if ((columns_written && !p_.square) || band.pairs() * d_ < NARROW_BAND_WORK) threads = 1;
     in_order(
         band.count(), band.count(), threads, [](int64_t k) { return std::make_pair(k, int64_t{-1}); },
         [&](int64_t k) {
-          const int64_t area = BAND_ROWS * grid_.size;
-          Buffers memory(2 * area * sizeof(T));
+          Buffers memory(room() * sizeof(T));
           T* z = static_cast<T*>(memory.get());
-          band.visit(k, z, [&](const Tile<T>& t) { visit(t, k, z + area); });
+          band.visit(k, z, [&](const Tile<T>& t) { visit(t, k, z + grid_.area()); });
         });
   }
 
@@ -277,12 +287,11 @@ class Pass {
         [&](int64_t k) {
           Place place;
           if (!grid_.at(k, place) || !wanted(grid_.slot(place))) return;
-          const int64_t area = grid_.size * grid_.size;
-          Buffers memory(2 * area * sizeof(T));
+          Buffers memory(room() * sizeof(T));
           T* z = static_cast<T*>(memory.get());
           const Tile<T> t = grid_.tile(place, z);
           if (positives_only && (p_.lo[t.r0] >= t.c0 + t.cols || p_.hi[t.r0 + t.rows - 1] <= t.c0)) return;
-          visit(t, place, z + area);
+          visit(t, place, z + grid_.area());
         });
   }
 
@@ -290,6 +299,9 @@ class Pass {
   void finish(const Reduction<T>& r, int64_t k, const std::vector<T>& peak, const std::vector<double>& total,
               const std::vector<int64_t>& found, T* values, int64_t* index) const {
     const int64_t n = p_.n, count = static_cast<int64_t>(given_.size());
+    T *top = values + top_row(k) * n, *rest = top + n;
+    values += k * n;
+    constexpr T infinite = std::numeric_limits<T>::infinity();
     for (int64_t i = 0; i < n; ++i) {
       T best = peak[k * n + i];
       double sum = total[k * n + i];
@@ -301,9 +313,11 @@ class Pass {
           sum += total[other];
         } else if (r.op == LOGSUMEXP) {
           const T high = std::max(best, p);
-          if (high > -std::numeric_limits<T>::infinity())
-            sum = sum * std::exp(static_cast<double>(best) - high) +
-                  total[other] * std::exp(static_cast<double>(p) - high);
+          auto shrunk = [&](T low) {
+            const double below = static_cast<double>(low) - high;
+            return low > -infinite ? std::exp(below * r.steepness()) : 0.0;
+          };
+          sum = sum * shrunk(best) + total[other] * shrunk(p);
           best = high;
         } else {
           const bool better = r.op == MAX ? p > best : p < best;
@@ -312,32 +326,32 @@ class Pass {
           best = better ? p : best;
         }
       }
-      values[i] = r.op == LOGSUMEXP              ? static_cast<T>(std::log(sum) + best)
-                  : r.op == SUM || r.op == COUNT ? static_cast<T>(sum)
-                                                 : best;
+      if (r.op == LOGSUMEXP) {
+        const bool some = best > -infinite;
+        const double log = std::log(sum), steep = r.steepness();
+        values[i] = some ? static_cast<T>(log + steep * best) : -infinite;
+        top[i] = some ? r.direction() * best : T(0);
+        rest[i] = some ? static_cast<T>(log) : infinite;
+      } else {
+        values[i] = r.op == SUM || r.op == COUNT ? static_cast<T>(sum) : best;
+      }
       if (index) index[i] = at;
     }
   }
   int64_t order(int64_t column) const { return p_.order[column]; }
 
   // A min's or max's gradient goes to the one pair that attained it.
-  void extreme_gradient(const Reduction<T>& r, T* dx, T* dy, std::vector<T>& pull, std::vector<T>& ref_pull) const {
+  void extreme_gradient(const Reduction<T>& r, T* dx, T* dy) const {
     T* other = p_.square ? dx : dy;
     for (int64_t i = 0; i < p_.n; ++i) {
       const int64_t j = r.index[i];
       if (j < 0) continue;
+      const T *x = x_ + i * d_, *y = y_ + j * d_;
       T w = r.grad[i];
-      if (p_.row_square) {
-        w = r.value[i] == T(0) ? T(0) : p_.squared ? -2 * w : -w / r.value[i];
-        pull[i] -= w;
-        if (p_.square)
-          pull[j] -= w;
-        else if (!ref_pull.empty())
-          ref_pull[j] -= w;
-      }
+      if (p_.row_square) w = r.value[i] == T(0) ? T(0) : p_.squared ? 2 * w : w / r.value[i];
       for (int64_t k = 0; k < d_; ++k) {
-        if (dx) dx[i * d_ + k] += w * y_[j * d_ + k];
-        if (other) other[j * d_ + k] += w * x_[i * d_ + k];
+        if (dx) dx[i * d_ + k] += w * (p_.row_square ? x[k] - y[k] : y[k]);
+        if (other) other[j * d_ + k] += w * (p_.row_square ? y[k] - x[k] : x[k]);
       }
     }
   }

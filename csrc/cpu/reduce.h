@@ -1,7 +1,7 @@
 // Forward: one tile's pairs folded into the running row reductions of its rows and, if mirrored, of its columns.
 //
 // Never stored: masks, windows, exponentials. A window that lets nothing of the tile through costs one comparison pass.
-// State: logsumexp keeps (peak, total) with value = log(total) + peak; totals are double, so a row of a million
+// State: logsumexp keeps (peak, total), value = log(total) + steepness * peak (types.h: Reduction); totals are double, so a row of a million
 // references loses nothing. Order of the pairs of a row is fixed by the caller's order of tiles: same bits each time.
 #pragma once
 #include "sweep.h"
@@ -13,16 +13,22 @@ namespace {
 INLINE float scalar_exp(float x) { return __builtin_expf(x); }
 INLINE double scalar_exp(double x) { return __builtin_exp(x); }
 
+// e^(low - high) of exponents steepness * low and steepness * high, 0 for low = -inf.
+template <class T>
+INLINE T shrunk(const Reduction<T>& r, T low, T high) {
+  return low > -INF<T> ? scalar_exp((low - high) * r.steepness()) : T(0);
+}
+
 // Fold (peak, total) of one tile into a row's state.
 template <class T>
 INLINE void merge(const Reduction<T>& r, int64_t row, T peak, T total) {
   if (!(peak > -INF<T>)) return;
   const T old = r.peak[row];
   if (peak > old) {
-    r.total[row] = r.total[row] * static_cast<double>(scalar_exp(old - peak)) + total;
+    r.total[row] = r.total[row] * static_cast<double>(shrunk(r, old, peak)) + total;
     r.peak[row] = peak;
   } else {
-    r.total[row] += static_cast<double>(total) * scalar_exp(peak - old);
+    r.total[row] += static_cast<double>(total) * shrunk(r, peak, old);
   }
 }
 
@@ -35,14 +41,15 @@ template <class T, bool LOWER, bool UPPER, bool MIRROR>
 void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   using V = Vec<T>;
   Columns<T> lower, upper, peaks, totals;
-  alignas(64) T row_peak[MAX_TILE], row_top[MAX_TILE];  // of the row's own pairs; of all that any side uses
+  alignas(64) T row_peak[MAX_TILE], row_top[MAX_TILE];  // directed z: of the row's own pairs; of all that any side uses
+  const T direction = r.direction(), steep = r.steepness();
   if (MIRROR) {
     lower.fill(r.lower, -INF<T>, t);
     upper.fill(r.upper, INF<T>, t);
     peaks.fill(nullptr, -INF<T>, t);
     totals.fill(nullptr, T(0), t);
   }
-  const V none = splat(-INF<T>), scale = splat(r.scale);
+  const V none = splat(-INF<T>);
   T high = -INF<T>, low = INF<T>;
   auto widen = [&](T peak) {
     if (!(peak > -INF<T>)) return;
@@ -55,7 +62,7 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
     const V low_i = splat(lower_of(r, t.r0 + i)), up_i = splat(upper_of(r, t.r0 + i));
     V peak = none, top = none;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
-      const V zv = load(z + v), s = zv * scale;
+      const V zv = load(z + v), s = zv * direction;
       peak = maximum<T>(peak, select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), s, none));
       if constexpr (MIRROR) {
         const auto in = inside<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
@@ -71,7 +78,7 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   if (MIRROR)
     for (int64_t j = 0; j < t.cols; ++j) widen(peaks.data[j]);
   if (!(high > -INF<T>)) return;
-  const bool shared = high - low <= SPREAD<T>;
+  const bool shared = (high - low) * steep <= SPREAD<T>;
   // 2. exponentials: one a pair where `shared`, else one for each direction
   for (int64_t i = 0; i < t.rows; ++i) {
     if (!(row_top[i] > -INF<T>)) continue;
@@ -80,11 +87,11 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
     const V shift = splat(shared ? high : row_peak[i]);
     V total{};
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
-      const V zv = load(z + v), s = zv * scale, e = exp(s - shift);
+      const V zv = load(z + v), s = zv * direction, e = exp((s - shift) * steep);
       total += select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), e, V{});
       if constexpr (MIRROR) {
         const auto in = inside<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
-        const V c = shared ? e : exp(s - peaks.at(v));
+        const V c = shared ? e : exp((s - peaks.at(v)) * steep);
         store<T>(totals.data + v, totals.at(v) + select<T>(both<T>(in, m), c, V{}));
       }
     });

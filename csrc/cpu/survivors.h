@@ -29,11 +29,13 @@ INLINE void each_vector(const Tile<T>& t, const Listed<T>& pairs, F&& f) {
 template <class T>
 void similar(const Problem<T>& p, const Tile<T>& t, const int32_t* entry, int64_t count, const T* x, const T* y,
              int64_t d, T* z) {
-  for (int64_t k = 0; k < count; ++k) {
-    const int64_t row = t.r0 + (entry[k] >> 16), column = t.c0 + (entry[k] & 0xffff);
-    if (k + 4 < count) __builtin_prefetch(y + (t.c0 + (entry[k + 4] & 0xffff)) * d);
-    z[k] = dot(x + row * d, y + column * d, d);
-    if (p.row_square) z[k] = separation(p, z[k], p.row_square[row] + p.ref_square[column]);
+  constexpr int64_t AT_ONCE = 256;
+  int64_t rows[AT_ONCE], cols[AT_ONCE];
+  for (int64_t first = 0; first < count; first += AT_ONCE) {
+    const int64_t some = clamp(count - first, 0, AT_ONCE);
+    for (int64_t k = 0; k < some; ++k)
+      rows[k] = t.r0 + (entry[first + k] >> 16), cols[k] = t.c0 + (entry[first + k] & 0xffff);
+    pair_similarities(p, x, y, d, some, rows, cols, z + first);
   }
 }
 
@@ -63,17 +65,18 @@ int64_t keep_live(const Reduction<T>* reductions, int count, const Tile<T>& t, c
 // logsumexp: every row's peak first, then one exponential an end relative to it.
 template <class T>
 void listed_logsumexp(const Reduction<T>& r, const Tile<T>& t, const Listed<T>& pairs) {
+  const T direction = r.direction(), steep = r.steepness();
   auto raise = [&](int64_t row, T s) {
     const T old = r.peak[row];
     if (!(s > old)) return;
-    r.total[row] *= static_cast<double>(scalar_exp(old - s));
+    r.total[row] *= static_cast<double>(shrunk(r, old, s));
     r.peak[row] = s;
   };
   auto add = [&](const int64_t* of, const Ends<T>& e, Mask<T> in) {
     Vec<T> peak{};
     for (int64_t k = 0; k < e.count; ++k)
       if (in[k]) peak[k] = r.peak[of[k]];
-    const Vec<T> terms = exp(e.z * r.scale - peak);
+    const Vec<T> terms = exp((e.z * direction - peak) * steep);
     for (int64_t k = 0; k < e.count; ++k)
       if (in[k]) r.total[of[k]] += terms[k];
   };
@@ -85,7 +88,7 @@ void listed_logsumexp(const Reduction<T>& r, const Tile<T>& t, const Listed<T>& 
   };
   both_ends([&](const int64_t* of, const Ends<T>& e, Mask<T> in) {
     for (int64_t k = 0; k < e.count; ++k)
-      if (in[k]) raise(of[k], e.z[k] * r.scale);
+      if (in[k]) raise(of[k], e.z[k] * direction);
   });
   both_ends(add);
 }

@@ -27,6 +27,9 @@ struct Grid {
   int64_t lane_width() const { return (col_blocks() + lanes - 1) / lanes; }
   int64_t players() const { return row_blocks() + row_blocks() % 2; }
 
+  int64_t stride() const { return (size + STRIDE - 1) / STRIDE * STRIDE; }  // of a tile's rows
+  int64_t area() const { return size * stride(); }
+
   int64_t count() const {
     if (triangle()) return row_blocks() + (row_blocks() ? (players() - 1) * (players() / 2) : 0);
     return lane_width() * lanes * row_blocks();
@@ -57,7 +60,7 @@ struct Grid {
   Tile<T> tile(const Place& p, T* z) const {
     const int64_t r0 = p.row_block * size, c0 = split + p.col_block * size;
     const bool mirror = square && r0 != c0;
-    return {z, size, r0, std::min(size, row_end() - r0), c0, std::min(size, m - c0), square, mirror};
+    return {z, stride(), r0, std::min(size, row_end() - r0), c0, std::min(size, m - c0), square, mirror};
   }
 
   // Where a tile's list of live pairs is kept.
@@ -74,7 +77,7 @@ constexpr int64_t BAND_ROWS = 16;
 template <class T>
 struct Band {
   const Problem<T>& p;
-  int64_t size;
+  int64_t size, stride;
 
   static int64_t blocks(int64_t rows) { return (rows + BAND_ROWS - 1) / BAND_ROWS; }
   int64_t count() const { return blocks(p.split) + blocks(p.n - p.split); }
@@ -97,7 +100,7 @@ struct Band {
     const auto [r0, rows] = rows_of(block);
     const int64_t last = p.hi[r0 + rows - 1];
     for (int64_t c0 = p.lo[r0]; c0 < last; c0 += size)
-      f(Tile<T>{z, size, r0, rows, c0, std::min(size, last - c0), p.square, false});
+      f(Tile<T>{z, stride, r0, rows, c0, std::min(size, last - c0), p.square, false});
   }
 };
 

@@ -9,6 +9,8 @@ enum Op : int { LOGSUMEXP, SUM, MIN, MAX, COUNT };
 enum Side : int { POSITIVES, NEGATIVES, ALL };
 enum Transform : int { IDENTITY, SOFTPLUS, HINGE, SQUARED_HINGE, TRIANGLE, LIFTED, PROGRAM };
 
+constexpr int64_t STRIDE = 32;     // numbers, two vectors at the least, up to which rows of a tile are written
+constexpr int64_t DEPTH = 128;     // coordinates whose products are one chain of additions
 constexpr int64_t MAX_TILE = 512;  // rows or columns of a tile, and entries of a tile's list of live pairs at a time
 
 // N anchors sorted by label against M references sorted by label: row i's positives are columns [lo_i, hi_i),
@@ -71,17 +73,25 @@ struct Reduction {
   const T *lower, *upper;        // (N,) or null
   int lower_of, upper_of;        // the reduction whose values, shifted, are the bound instead; -1: none
   double lower_shift, upper_shift;
-  T* peak;                 // (N,) running max of scale * z (logsumexp), or the running extreme of z
+  T* peak;                 // (N,) logsumexp: directed z (below) that the total is relative to; or the running extreme of z
   double* total;           // (N,) sum relative to the peak, sum, or count
   int64_t* index;          // (N,) column of the extreme, or null
-  const T *value, *grad;   // (N,) logsumexp without offset, and dL/dr
+  const T *value, *grad;   // (N,) the values, and dL/dr
+  const T *top, *rest;     // (N,) of logsumexp: value = scale * top + rest; rest is inf of an empty set
   double* grad_scale;      // one number a row block
   T* grad_offset;          // (N,) or null
   T* grad_ref_offset;      // (M,) or null
   const Program* program;  // of transform PROGRAM
+
+  // A logsumexp's z (of a transform: phi, as it is) in the direction in which terms grow, and what it is multiplied by
+  // then. Its exponents are
+  // (directed z - directed top) * steepness: the difference comes first, so that the largest term is e^0 at any
+  // magnitude, however a compiler rounds a multiplication beside an addition.
+  T direction() const { return transform == IDENTITY && scale < 0 ? T(-1) : T(1); }
+  T steepness() const { return transform == IDENTITY ? direction() * scale : T(1); }
 };
 
-// A block of pairs: rows r0 + [0, rows) against columns c0 + [0, cols), z at row stride ld, a multiple of a vector.
+// A block of pairs: rows r0 + [0, rows) against columns c0 + [0, cols), z at row stride ld, a multiple of STRIDE.
 // symmetric (square problems): the weight of (i, j) holds what both anchors, i and j, give to S_ij.
 // mirror (their tiles off the diagonal): the transposed block is never visited, so the tile serves its columns'
 // anchors.
@@ -108,30 +118,41 @@ struct Listed {
   int64_t count;
 };
 
+// What `weigh` has found: a weight that is not 0, and one of near pairs.
+struct Weights {
+  bool any, near;
+};
+
 template <class T>
 struct Kernels {
-  // z: dot products in, Euclidean distances out (nothing to do for dot products).
-  void (*distances)(const Problem<T>&, const Tile<T>&);
+  // The tile's z. scratch: as large as the tile; panel: min(D, DEPTH) rows of as many columns.
+  void (*similarities)(const Problem<T>&, const Tile<T>&, const T* x, const T* y, int64_t d, T* scratch, T* panel);
   void (*reduce)(const Problem<T>&, const Reduction<T>*, int count, const Tile<T>&);
   // The number of live pairs, listed; -1 when they are more than the list's capacity.
   int64_t (*list_live)(const Problem<T>&, const Reduction<T>&, const Tile<T>&, const Live<T>&);
-  // z of listed pairs, by a sum of each pair's own: the same bits from both ends, and wherever they are listed.
+  // z of listed pairs, the same bits as in a tile.
   void (*similar)(const Problem<T>&, const Tile<T>&, const int32_t* entry, int64_t count, const T* x, const T* y,
                   int64_t d, T* z);
+  // The same of row rows[k] and reference cols[k].
+  void (*pair_similarities)(const Problem<T>&, const T* x, const T* y, int64_t d, int64_t count, const int64_t* rows,
+                            const int64_t* cols, T* z);
   // `reduce` of listed pairs alone.
   void (*reduce_listed)(const Problem<T>&, const Reduction<T>&, const Tile<T>&, const Listed<T>&);
   // Lists those of the pairs that a window of some reduction lets through; returns as `list_live`.
   int64_t (*keep_live)(const Reduction<T>*, int count, const Tile<T>&, const Listed<T>&, const Live<T>&);
   // w: dL/dS of each pair, times z's derivative in S. What a Euclidean distance pulls along a row's own x is added to
-  // row_pull (N,) and ref_pull (M,), null where not wanted. False when every weight is zero.
-  bool (*weigh)(const Problem<T>&, const Reduction<T>*, int count, const Tile<T>&, int64_t block, T* w, T* row_pull,
-                T* ref_pull);
+  // row_pull (N,) and ref_pull (M,), null where not wanted, but for near pairs, whose pull is left in the tile's z.
+  Weights (*weigh)(const Problem<T>&, const Reduction<T>*, int count, const Tile<T>&, int64_t block, T* w, T* row_pull,
+                   T* ref_pull);
+  // The gradients of near pairs, whose pull `weigh` has left in z; dx (N, D) and dy (M, D), null where not wanted.
+  void (*scatter_near)(const Tile<T>&, const T* x, const T* y, int64_t d, T* dx, T* dy);
   // The same for listed pairs, whose gradients go straight to dx (N, D) and dy (M, D), null where not wanted.
   void (*scatter)(const Problem<T>&, const Reduction<T>&, const Tile<T>&, const Live<T>&, int64_t live, int64_t block,
-                  const T* x, const T* y, int64_t d, T* dx, T* dy, T* row_pull, T* ref_pull);
-  // The products, for a process without BLAS.
-  void (*dot_products)(const T* x, int64_t rows, const T* y, int64_t cols, int64_t d, T* z, int64_t ld);
-  void (*add_product)(const T* w, int64_t ld, bool transpose, int64_t rows, const T* y, int64_t cols, int64_t d, T* dx);
+                  const T* x, const T* y, int64_t d, T* dx, T* dy);
+  // to (rows, D) += w from (inner, D): w is (rows, inner), or (inner, rows) and read transposed.
+  void (*add_product)(const T* w, int64_t ld, bool transpose, int64_t rows, const T* from, int64_t inner, int64_t d,
+                      T* to);
+  bool quick_products;  // add_product is as fast as a vendor's
 };
 
 }  // namespace flashpair

@@ -10,18 +10,22 @@
 namespace flashpair {
 namespace {
 
-// What one reduction needs of each anchor, as rows or as columns: dL/dr (0 where the set was empty) and the value.
+// What one reduction needs of each anchor, as rows or as columns: dL/dr (0 where the set was empty), and a logsumexp's
+// top, directed, and rest.
 template <class T>
 struct Anchors {
-  Columns<T> lower, upper, own, grad, value;
+  Columns<T> lower, upper, own, grad, top, rest;
   void fill(const Reduction<T>& r, const Tile<T>& block) {
     lower.fill(r.lower, -INF<T>, block);
     upper.fill(r.upper, INF<T>, block);
     own.fill(r.offset, r.shift, block);
     grad.fill(r.grad, T(0), block);
-    value.fill(r.op == LOGSUMEXP ? r.value : nullptr, T(0), block);
-    for (int64_t k = 0; k < block.cols; ++k)
-      if (value.data[k] == -INF<T>) grad.data[k] = value.data[k] = T(0);
+    if (r.op != LOGSUMEXP) return;
+    top.fill(r.top, T(0), block), rest.fill(r.rest, T(0), block);
+    for (int64_t k = 0; k < block.cols; ++k) {
+      top.data[k] *= r.direction();
+      if (rest.data[k] == INF<T>) grad.data[k] = rest.data[k] = T(0);
+    }
   }
 };
 
@@ -31,31 +35,36 @@ Tile<T> rows_of(const Tile<T>& t) {
 }
 
 // logsumexp: g_i e^(s - r_i) + g_j e^(s - r_j), as one exponential times (g_i e^(h - r_i) + g_j e^(h - r_j)) where the
-// tile's values r lie close enough together around h that nothing overflows.
+// tile's values r lie close enough together around h that nothing overflows. s and r are taken relative to one anchor's
+// top, and where r are too far apart each relative to its own.
 template <class T, bool LOWER, bool UPPER, bool SYMMETRIC>
 void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int64_t block, T* w) {
   using V = Vec<T>;
+  const T direction = r.direction(), steep = r.steepness();
   Anchors<T> rows, cols;
   rows.fill(r, rows_of(t));
-  T high = -INF<T>, low = INF<T>;
-  auto widen = [&](const Anchors<T>& a, int64_t size) {
-    for (int64_t k = 0; k < size; ++k) {
-      if (a.grad.data[k] == T(0)) continue;
-      high = a.value.data[k] > high ? a.value.data[k] : high;
-      low = a.value.data[k] < low ? a.value.data[k] : low;
-    }
+  if (SYMMETRIC) cols.fill(r, t);
+  T base = T(0), high = -INF<T>, low = INF<T>;
+  auto each_anchor = [&](auto&& f) {
+    for (int64_t k = 0; k < t.rows; ++k)
+      if (rows.grad.data[k] != T(0)) f(rows.top.data[k], rows.rest.data[k]);
+    for (int64_t k = 0; SYMMETRIC && k < t.cols; ++k)
+      if (cols.grad.data[k] != T(0)) f(cols.top.data[k], cols.rest.data[k]);
   };
-  widen(rows, t.rows);
-  if (SYMMETRIC) {
-    cols.fill(r, t);
-    widen(cols, t.cols);
-  }
+  each_anchor([&](T top, T) { base = top; });
+  each_anchor([&](T top, T rest) {
+    const T value = (top - base) * steep + rest;
+    high = value > high ? value : high;
+    low = value < low ? value : low;
+  });
   if (!(high >= low)) high = low = T(0);
   const bool shared = high - low <= SPREAD<T>;
-  const V middle = splat(low + (high - low) / 2);
+  const T middle = low + (high - low) / 2;
   auto scale_to_middle = [&](Anchors<T>& a, int64_t size) {
-    for (int64_t k = 0; k < size; k += WIDTH<T>)
-      store<T>(a.grad.data + k, a.grad.at(k) == T(0) ? V{} : a.grad.at(k) * exp(middle - a.value.at(k)));
+    for (int64_t k = 0; k < size; k += WIDTH<T>) {
+      const V value = (a.top.at(k) - base) * steep + a.rest.at(k);
+      store<T>(a.grad.data + k, a.grad.at(k) == T(0) ? V{} : a.grad.at(k) * exp(middle - value));
+    }
   };
   if (shared) {
     scale_to_middle(rows, t.rows);
@@ -64,17 +73,18 @@ void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
   V dscale{};
   for (int64_t i = 0; i < t.rows; ++i) {
     const V low_i = splat(rows.lower.data[i]), up_i = splat(rows.upper.data[i]);
-    const V grad_i = splat(rows.grad.data[i]), value_i = shared ? middle : splat(rows.value.data[i]);
+    const V grad_i = splat(rows.grad.data[i]);
+    const V top_i = splat(shared ? base : rows.top.data[i]), rest_i = splat(shared ? middle : rows.rest.data[i]);
     if (!SYMMETRIC && rows.grad.data[i] == T(0)) continue;
     const T* z = t.z + i * t.ld;
     T* wi = w + i * t.ld;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
-      const V zv = load(z + v), s = zv * r.scale, e = exp(s - value_i);
+      const V zv = load(z + v), s = zv * direction, e = exp((s - top_i) * steep - rest_i);
       V sum = select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), e * grad_i, V{});
       V own = sum;
       if constexpr (SYMMETRIC) {
         const auto in = inside<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v));
-        const V c = shared ? e : exp(s - cols.value.at(v));
+        const V c = shared ? e : exp((s - cols.top.at(v)) * steep - cols.rest.at(v));
         sum += select<T>(both<T>(in, m), c * cols.grad.at(v), V{});
         if (t.mirror) own = sum;
       }
@@ -172,8 +182,8 @@ void weigh_reduction(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
 }
 
 template <class T>
-bool weigh(const Problem<T>& p, const Reduction<T>* reductions, int count, const Tile<T>& t, int64_t block, T* w,
-           T* row_pull, T* ref_pull) {
+Weights weigh(const Problem<T>& p, const Reduction<T>* reductions, int count, const Tile<T>& t, int64_t block, T* w,
+              T* row_pull, T* ref_pull) {
   using V = Vec<T>;
   const int64_t padded = (t.cols + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>;
   for (int64_t i = 0; i < t.rows; ++i) memset(w + i * t.ld, 0, padded * sizeof(T));
@@ -185,11 +195,11 @@ bool weigh(const Problem<T>& p, const Reduction<T>* reductions, int count, const
       weigh_reduction(p, reductions[k], t, block, w);
     k += nodes ? nodes : 1;
   }
-  if (p.row_square) pull(p, t, w, row_pull, ref_pull);
+  const bool near = p.row_square && pull(p, t, w, row_pull, ref_pull);
   Mask<T> live{};
   for (int64_t i = 0; i < t.rows && !any<T>(live); ++i)
     for (int64_t v = 0; v < padded; v += WIDTH<T>) live |= load(w + i * t.ld + v) != V{};
-  return any<T>(live);
+  return {any<T>(live), near};
 }
 
 }  // namespace

@@ -133,7 +133,7 @@ class WholeLoss {
     Pass<T> forward = pass();
     const auto all = reductions();
     for (const Reduction<T>& r : all) forward.add(r);
-    values_.resize(all.size() * problem_.n);
+    values_.resize(forward.rows_of_values() * problem_.n);
     forward.forward(threads_, values_.data(), nullptr, live(), list ? sum_of(whole::NEGATIVE) : -1);
     sums_.resize(problem_.n);
     if (summed_ == whole::NO_PAIR) return;
@@ -196,7 +196,11 @@ class WholeLoss {
       second.backward(threads_, sums_.data(), to_own, to_other, {});
       all[0].grad = offset.data();
     }
-    for (size_t k = 0; k < all.size(); ++k) all[k].value = values(k), backward.add(all[k]);
+    for (size_t k = 0, top = all.size(); k < all.size(); ++k) {
+      all[k].value = values(k);
+      if (all[k].op == LOGSUMEXP) all[k].top = values(top), all[k].rest = values(top + 1), top += 2;
+      backward.add(all[k]);
+    }
     backward.backward(threads_, values_.data(), to_own, to_other, live());
     auto scatter = [&](const std::vector<T>& g, const std::vector<T>& rows, const std::vector<T>& inverse,
                        const std::vector<int64_t>& order, T* to) {

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-INTERFACE = 3  # how Python and the kernels talk; csrc/bindings.cpp has the same number
+INTERFACE = 4  # how Python and the kernels talk; csrc/bindings.cpp has the same number
 
 
 def build_record() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import extension
 from .reduction import TRANSFORMS
-from .schedule import POSITIVES, Given, Gradients, Like, Problem, Results, Terms, Whole, address
+from .schedule import POSITIVES, Given, Gradients, Like, Problem, Results, Terms, Whole, address, num_rows, tops
 from .transforms import steps
 
 LIVE_PAIRS_PER_ROW = 32
@@ -149,14 +149,14 @@ def run(
     work, operands = cpu_pass(p, squares), _operands(terms, given)
     n, m = p.x.shape[0], p.refs.shape[0]
     sizes = _kept_sizes(n, m, p.y is None, p.split, terms, keep, bool(screen))
-    values = p.x.new_empty(len(terms), n)
+    values = p.x.new_empty(num_rows(terms), n)
     kept = Kept(
         torch.empty(sizes[0], dtype=torch.int64), torch.full(sizes[1], -1, dtype=torch.int32),
         torch.empty(sizes[2], dtype=torch.int32), p.x.new_empty(sizes[3]),
     )  # fmt: skip
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
-        work.add(*operands[k], address(index), 0, 0, 0, 0, 0)
+        work.add(*operands[k], address(index), 0, 0, 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     places = address(kept.extreme) if sizes[0][0] else 0
     tally = work.forward(threads(p.pairs, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
@@ -176,10 +176,10 @@ def backward(
     dref_offset = p.x.new_zeros(k, m) if need[4] else None
     kept, squares = Kept(*kept), p.row_and_ref_squares()
     work, operands = cpu_pass(p, squares), _operands(terms, given)
-    for i, t in enumerate(terms):
+    for i, (t, top) in enumerate(zip(terms, tops(terms), strict=True)):
         work.add(
-            *operands[i], address(kept.extreme[i] if t.indexed else None),
-            address(values[i]), address(None if t.detach else grads[i]),
+            *operands[i], address(kept.extreme[i] if t.indexed else None), address(values[i]),
+            *((address(values[top]), address(values[top + 1])) if top >= 0 else (0, 0)), address(None if t.detach else grads[i]),
             address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),
             address(None if dref_offset is None else dref_offset[i]),
         )  # fmt: skip
