@@ -83,8 +83,8 @@ def _tiled(groups, reductions, upstream, distance="dot", keep_of=None):
     assert [(tuple(t.shape), t.dtype) for t in kept] == [(tuple(shape), kind) for shape, kind in likes]
     if keep_of is not None:
         keep_of.append(kept)
-    back = torch.empty_like(values)
-    back[:, order] = values
+    back = torch.empty_like(values[: len(terms)])
+    back[:, order] = values[: len(terms)]
     grads = upstream(back)
     g = tiled.backward(p, terms, given, values, kept, [row[order].contiguous() for row in grads],
                        [True, False, True, True, True])  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, schedule
 from .dispatch import choose
 from .pairs import Pairs, checked_pairs
 from .plan import Plan
@@ -131,6 +131,19 @@ def _chunks(x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None, job
         yield _Chunk(first, first + count, unit, inverse, (*sides, lo, hi, None, order, scale, [], *job.spec))
 
 
+def _merged(job: _Job, one: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
+    """The values of two chunks' references in one piece; rows as schedule.py says."""
+    found, terms = one.clone(), schedule.decode(job.spec.code, job.spec.shifts, job.spec.slots)
+    for k, (t, top) in enumerate(zip(terms, schedule.tops(terms), strict=True)):
+        if top < 0:
+            found[k] = one[k] + other[k]
+        else:
+            rows = [k, top, top + 1]
+            by = 1.0 if t.mapped else job.spec.scales[k] if scale is None else scale[k]
+            found[rows] = torch.stack(schedule.merge_logsumexp(one[rows], other[rows], by))
+    return found
+
+
 class _Streamed(torch.autograd.Function):
     """Row values (K, rows) of reductions over all chunks. It keeps them; second derivatives take the dense matrix."""
 
@@ -143,12 +156,11 @@ class _Streamed(torch.autograd.Function):
             if job.proxies or not found:
                 found.append(values)
                 continue
-            for k, r in enumerate(job.reductions):
-                found[0][k] = found[0][k] + values[k] if r.op == "sum" else torch.logaddexp(found[0][k], values[k])
+            found[0] = _merged(job, found[0], values, scale)
         total = torch.cat(found, 1)
         ctx.job = job
         ctx.save_for_backward(x, labels, weight, scale, total, *kept)
-        return total
+        return total[: len(job.reductions)].clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,9 +15,10 @@ from .ops import Spec
 from .pairs import Pairs
 from .pieces import Job, Pieces
 from .plan import Plan, one_to_one
+from .positives import listed_similarities, pair_gradients
 from .reduction import Reduction
 from .reference import ReferencePairs, pad_positives
-from .similarity import of_dots, poison
+from .similarity import poison
 from .walk import Piece, Walk, only_once, places_of
 
 TAKEN = ("tiled", "fused")  # schedules whose calls keep nothing that hangs on all references
@@ -118,8 +119,7 @@ class PiecedPairs(Pairs):
 
     def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
         x, wanted = self.x.to(self.dtype), self.positive_places(self.most_positives(most))
-        dots, squares = Fetched.apply(self.walk.singly(), x, self.shared_refs(), wanted)
-        z = of_dots(dots, (x * x).sum(1)[:, None] + squares, self.distance)
+        z = Fetched.apply(self.walk.singly(), x, self.shared_refs(), wanted, self.distance)
         return pad_positives(z, self.num_positives(), poison(self.x, None) if self.poison is None else self.poison)
 
     def shared_refs(self) -> Tensor | None:
@@ -154,37 +154,37 @@ def _handed(walk: Walk, dy: Tensor | None, found: Any) -> None:
 
 
 class Fetched(torch.autograd.Function):
-    """<x_i, y_j> and |y_j|^2 (N, K) of references j = wanted (N, K), by their place among all; -1: none, and 0."""
+    """z (N, K) of rows x_i with references j = wanted (N, K), by their place among all; -1: none, and 0."""
 
     @staticmethod
-    def forward(ctx: Any, walk: Walk, x: Tensor, y: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        dots, squares = x.new_zeros(wanted.shape), x.new_zeros(wanted.shape)
+    def forward(ctx: Any, walk: Walk, x: Tensor, y: Tensor | None, wanted: Tensor, distance: str) -> Tensor:
+        z = x.new_zeros(wanted.shape)
         for _, rows, places in _visited(walk, x, y, wanted):
-            square = (rows * rows).sum(1)
-            for k, (here, at) in enumerate(places):
-                dots[:, k] += torch.where(here, (x * rows.index_select(0, at)).sum(1), 0.0)
-                squares[:, k] += torch.where(here, square[at], 0.0)
-        ctx.walk = walk
+            if not places:
+                continue
+            here, at = (torch.stack(t, 1) for t in zip(*places, strict=True))
+            z += torch.where(here, listed_similarities(x, rows, at, distance), 0.0)
+        ctx.walk, ctx.distance = walk, distance
         ctx.save_for_backward(x, y, wanted)
-        return dots, squares
+        return z
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor | None, None, None]:
         only_once()
         x, y, wanted = ctx.saved_tensors
         dx, dy = torch.zeros_like(x), None if y is None else torch.zeros_like(y, dtype=x.dtype)
         for piece, rows, places in _visited(ctx.walk, x, y, wanted):
             part = torch.zeros_like(rows) if piece.wanted else None
             for k, (here, at) in enumerate(places):
-                of_dot, of_square = (torch.where(here, t[:, k], 0.0)[:, None] for t in (g, h))
-                other = rows.index_select(0, at)
-                dx += of_dot * other
+                own = torch.where(here, g[:, k], 0.0)
+                to_x, to_other = pair_gradients(x, rows.index_select(0, at), own, ctx.distance)
+                dx += to_x
                 if part is not None:
-                    part.index_add_(0, at, of_dot * x + 2 * of_square * other)
+                    part.index_add_(0, at, to_other)
             if part is not None:
                 _handed(ctx.walk, dy, ctx.walk.give(piece, None, part))
         _handed(ctx.walk, dy, ctx.walk.settle())
-        return None, dx, None if dy is None else dy.to(y.dtype), None
+        return None, dx, None if dy is None else dy.to(y.dtype), None, None
 
 
 class FetchedRows(torch.autograd.Function):

@@ -20,21 +20,42 @@ import torch
 from torch import Tensor
 
 from . import groups, ops, schedule, screened, tiled
-from .schedule import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Gradients, Problem, Terms, accumulator, stages
+from .schedule import (
+    COUNT,
+    LOGSUMEXP,
+    MAX,
+    MIN,
+    POSITIVES,
+    SUM,
+    Given,
+    Gradients,
+    Problem,
+    Terms,
+    accumulator,
+    merge_logsumexp,
+    num_rows,
+    stages,
+    tops,
+)
 from .walk import NOBODY, Found, Piece, Walk, as_integers, as_numbers, only_once, places_of
 
 LIVE_PAIRS_PER_ROW = 8  # that are kept of a screened piece, of 8 bytes in float32: fewer than of what is at hand
 
 
 class _State:
-    """The rows' values over the pieces so far, (K, N) in float64, and which reference attained them."""
+    """The rows' values over the pieces so far, in float64 and in schedule.py's rows, and which reference attained them.
 
-    def __init__(self, terms: Terms, n: int, like: Tensor) -> None:
+    scales: (K,) numbers or tensors (), of each term.
+    """
+
+    def __init__(self, terms: Terms, scales: Sequence[float | Tensor] | Tensor, n: int, like: Tensor) -> None:
         start = {LOGSUMEXP: -torch.inf, MAX: -torch.inf, MIN: torch.inf, SUM: 0.0, COUNT: 0.0}
-        self.terms, self.dtype = terms, accumulator(like.dtype)
-        self.total = like.new_empty(len(terms), n, dtype=torch.float64)
-        for row, t in zip(self.total, terms, strict=True):
+        self.terms, self.scales, self.dtype, self.tops = terms, scales, accumulator(like.dtype), tops(terms)
+        self.total = like.new_zeros(num_rows(terms), n, dtype=torch.float64)
+        for row, t, top in zip(self.total, terms, self.tops, strict=False):
             row.fill_(start[t.op])
+            if top >= 0:
+                self.total[top + 1] = torch.inf
         self.winner = None
         if any(t.indexed for t in terms):
             self.winner = torch.full((len(terms), n), NOBODY, dtype=torch.int64, device=like.device)
@@ -43,10 +64,15 @@ class _State:
         return self.total.to(self.dtype)
 
     def merge(self, which: Sequence[int], own: slice, values: Tensor, winner: Tensor | None) -> None:
+        places = tops([self.terms[k] for k in which])
         for place, k in enumerate(which):
             op, mine, new = self.terms[k].op, self.total[k, own], values[place].double()
             if op == LOGSUMEXP:
-                mine.copy_(torch.logaddexp(mine, new))
+                rows, new_rows = [k, self.tops[k], self.tops[k] + 1], [place, places[place], places[place] + 1]
+                by = 1.0 if self.terms[k].mapped else self.scales[k]
+                merged = merge_logsumexp(self.total[rows][:, own], values[new_rows].double(), by)
+                for row, part in zip(rows, merged, strict=True):
+                    self.total[row, own] = part
             elif op in (SUM, COUNT):
                 mine += new
             else:
@@ -162,10 +188,11 @@ def reduce_pieces(
     job: Job, x: Tensor, y: Tensor | None, terms: Terms, given: Given, keep: bool
 ) -> tuple[Tensor, Tensor | None, Lists]:
     """Values (K, N) over all pieces, which references attained extremes, and to `keep` what pieces have left alive."""
-    state, lists = _State(terms, x.shape[0], x), Lists()
+    scales = given.scales if given.scale is None else given.scale
+    state, lists = _State(terms, scales, x.shape[0], x), Lists()
     for stage in stages(terms):
         some, operands = resolved(terms, given, stage, state.values())
-        count = len(stage)
+        count = num_rows(some)
         along = torch.stack(list(operands.vectors)) if operands.vectors else None
         for number, piece in enumerate(job.walk.pieces(x, y, along)):
             n = x[piece.own].shape[0]
@@ -174,7 +201,7 @@ def reduce_pieces(
                 if live is not None:  # of one stage alone, see screened.refusals
                     lists[number] = live
             else:
-                nothing = _State(some, n + piece.labels.shape[0] * piece.both, x)
+                nothing = _State(some, operands.scales, n + piece.labels.shape[0] * piece.both, x)
                 values, winner = nothing.values(), nothing.winner
             state.merge(stage, piece.own, values[:, :n], None if winner is None else winner[:, :n])
             if not piece.both:
@@ -198,7 +225,9 @@ class _Backward:
         self.which = [k for k, t in enumerate(every) if t.weighted or t.indexed]
         given = Given(scale, job.spec.scales, vectors)
         self.terms, self.given = resolved(every, given, self.which, values)
-        self.job, self.x, self.y, self.values, self.grads = job, x, y, values[self.which], g[self.which]
+        above = tops(every)
+        rows = self.which + [above[k] + more for k in self.which if above[k] >= 0 for more in (0, 1)]
+        self.job, self.x, self.y, self.values, self.grads = job, x, y, values[rows], g[self.which]
         self.winner = winner[self.which] if winner is not None and any(t.indexed for t in self.terms) else None
         # (term, 0 offset or 1 ref_offset) of each vector that wants a gradient
         self.offsets = [
@@ -234,6 +263,7 @@ class _Backward:
         """Adds a piece's part, and returns the part of the piece's own anchors or references."""
         own, m = piece.own, piece.labels.shape[0]
         n, v, k = self.x[own].shape[0], len(self.given.vectors), len(self.which)
+        r = v + self.values.shape[0]
         if not n or not m:
             return (self.doffset.new_zeros(len(self.offsets), m) if piece.both and self.offsets else None,
                     self.dx.new_zeros(m, self.x.shape[1]))  # fmt: skip
@@ -241,9 +271,9 @@ class _Backward:
         winner = None if self.winner is None else self.winner[:, own]
         if piece.both:
             assert piece.along is not None
-            values = torch.cat([values, piece.along[v : v + k]], 1)
-            grads = torch.cat([grads, piece.along[v + k : v + 2 * k]], 1)
-            winner = None if winner is None else torch.cat([winner, as_integers(piece.along[v + 2 * k :])], 1)
+            values = torch.cat([values, piece.along[v:r]], 1)
+            grads = torch.cat([grads, piece.along[r : r + k]], 1)
+            winner = None if winner is None else torch.cat([winner, as_integers(piece.along[r + k :])], 1)
         wants = [any(what == kind for _, what in self.offsets) for kind in (0, 1)]
         found = self.job.backward(
             self.job.problem(self.x, piece), self.terms, self.job.operands(self.given, piece), values.contiguous(),
@@ -277,7 +307,7 @@ class Pieces(torch.autograd.Function):
         values, winner, ctx.lists = reduce_pieces(job, x, y, terms, given, any(ctx.needs_input_grad))
         ctx.job = job
         ctx.save_for_backward(x, y, scale, values, winner, *vectors)
-        return values
+        return values[: len(terms)].clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

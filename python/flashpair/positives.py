@@ -7,39 +7,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .similarity import of_dots
+from . import extension, tiled
+from .rows import plain
+from .similarity import listed_pairs
+
+
+def listed_similarities(x: Tensor, y: Tensor, at: Tensor, distance: str) -> Tensor:
+    """z (N, K) of rows x_i (N, D) and y_j (M, D), j = at[i, k] (N, K) int64. On the CPU the bits that `tiled` has for
+    these pairs, so that a negative which is an exact copy of a positive is as near as it."""
+    if x.device.type == "cpu" and plain(x) and plain(y) and not isinstance(extension.load(), str):
+        rows = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(at)
+        return tiled.pair_similarities(x, y, rows, at, distance)
+    return torch.stack([listed_pairs(x, y.index_select(0, j), distance) for j in at.unbind(1)], 1)
+
+
+def pair_gradients(x: Tensor, other: Tensor, g: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    """What dL/dz = g (N,) of rows x (N, D) with rows `other` (N, D) gives to both. Differentiable."""
+    if distance == "dot":
+        return g[:, None] * other, g[:, None] * x
+    if distance == "squared_euclidean":
+        u = 2 * g
+    else:
+        z = listed_pairs(x, other, distance)
+        u = torch.where(z > 0, g / torch.where(z > 0, z, 1.0), 0.0)
+    to_x = u[:, None] * (x - other)
+    return to_x, -to_x
 
 
 class _PositivePairs(torch.autograd.Function):
-    """Products <x_i, y_at(i,k)> (N, K), without x's and y's rows for each of them; y None: they are x."""
+    """z (N, K) of rows x_i and y_at(i,k), without x's and y's rows for each of them; y None: they are x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, at: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, at: Tensor, distance: str) -> Tensor:
         ctx.save_for_backward(x, y, at)
-        refs = x if y is None else y
-        return torch.stack([(x * refs.index_select(0, j)).sum(1) for j in at.unbind(1)], 1)
+        ctx.distance = distance
+        return listed_similarities(x, x if y is None else y, at, distance)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, y, at = ctx.saved_tensors
         refs = x if y is None else y
         dx, dy = torch.zeros_like(x), torch.zeros_like(refs)
         for j, w in zip(at.unbind(1), g.unbind(1), strict=True):
-            if ctx.needs_input_grad[0]:
-                dx = dx + w[:, None] * refs.index_select(0, j)
+            to_x, to_other = pair_gradients(x, refs.index_select(0, j), w, ctx.distance)
+            dx = dx + to_x
             if y is None or ctx.needs_input_grad[1]:
-                dy = dy.index_add(0, j, w[:, None] * x)
-        return (dx + dy, None, None) if y is None else (dx, dy, None)
+                dy = dy.index_add(0, j, to_other)
+        return (dx + dy, None, None, None) if y is None else (dx, dy, None, None)
 
 
 def positive_pairs(x: Tensor, y: Tensor, at: Tensor, distance: str) -> Tensor:
-    """z (N, K) of rows x_i (N, D) and y_j (M, D), j = at[i, k] (N, K) int64. Differentiable twice.
-
-    Squares of distances are added up from differences' products, as everywhere: |x|^2 + |y|^2 - 2 x.y.
-    """
+    """z (N, K) of rows x_i (N, D) and y_j (M, D), j = at[i, k] (N, K) int64. Differentiable twice."""
     if y.shape[0] == 0:
         return x.new_zeros(at.shape) + x.sum(1, keepdim=True) * 0
-    s: Tensor = _PositivePairs.apply(x, None if y is x else y, at)
-    if distance == "dot":
-        return s
-    return of_dots(s, (x * x).sum(1)[:, None] + (y * y).sum(1)[at], distance)
+    z: Tensor = _PositivePairs.apply(x, None if y is x else y, at, distance)
+    return z

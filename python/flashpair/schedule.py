@@ -4,7 +4,7 @@ A schedule is a module with `forward(problem, terms, given, keep) -> (values, ke
 values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
 One that can compute a whole loss at once has `run_whole(call) -> Results` (whole.py).
 
-`values` holds the K terms' values (N,), and behind them two rows for each logsumexp, in the order of the terms (`tops`):
+`values` holds the K terms' values (N,) and, behind them, two rows for each logsumexp in the order of the terms (`tops`):
 its largest term's z (of a transform: phi), and the log of its sum relative to that term. Backward takes a softmax as
 exp((z - top) * scale - rest): scale * z itself may be so large that the value has no digits left for the sum, and
 rounds differently wherever a compiler multiplies and adds at once. An empty set has top 0 and rest inf.
@@ -158,7 +158,7 @@ def stages(terms: Terms) -> list[list[int]]:
     return [[k for k in range(len(terms)) if depth[k] == stage] for stage in range(max(depth, default=-1) + 1)]
 
 
-def tops(terms: Terms) -> tuple[int, ...]:
+def tops(terms: Sequence[Term]) -> tuple[int, ...]:
     """Which row of `values` is each logsumexp's top, the next one being its rest; -1 for other terms."""
     rows, following = [], len(terms)
     for t in terms:
@@ -167,7 +167,22 @@ def tops(terms: Terms) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def num_rows(terms: Terms) -> int:
+def merge_logsumexp(one: Tensor, other: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, top and rest of two sets' union from their own (3, N); scale: of the term, 1 of a transform."""
+    (_, top, rest), (_, other_top, other_rest) = one, other
+    empty = rest == torch.inf
+    ahead = (other_top - top) * scale  # of exponents
+    swap = (other_rest != torch.inf) & (empty | (ahead > 0))
+    high = torch.where(swap, other_top, top)
+    behind = torch.where(swap, -ahead, ahead)
+    own, added = torch.where(swap, other_rest, rest), torch.where(swap, rest, other_rest)
+    alone = added == torch.inf
+    total = torch.where(alone, own, torch.logaddexp(own, torch.where(alone, -torch.inf, added + behind)))
+    value = torch.where(total == torch.inf, -torch.inf, high * scale + total)
+    return value, high, total
+
+
+def num_rows(terms: Sequence[Term]) -> int:
     """Of `values`."""
     return len(terms) + 2 * sum(t.op == LOGSUMEXP for t in terms)
 

@@ -15,11 +15,6 @@ def upcast(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x.to(dtype), None if y is None else y.to(dtype)
 
 
-def zero_distance(dtype: torch.dtype) -> float:
-    """Under this share of ``|x|^2 + |y|^2``, ``|x|^2 + |y|^2 - 2 x.y`` is rounding noise: the distance is 0."""
-    return 8.0 * torch.finfo(dtype).eps
-
-
 def inverse_norm(x: Tensor) -> Tensor:  # (N, D) -> (N, 1)
     """1 / |x|, 0 of a row whose square underflows and NaN of one whose square overflows."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -67,25 +62,49 @@ def poison(x: Tensor, y: Tensor | None) -> Tensor:
     return (total if y is None else total + y.detach().sum(dtype=wide)) * 0
 
 
+class _Distances(torch.autograd.Function):
+    """Euclidean distances (N, M) as the norms of differences: |x|^2 + |y|^2 - 2 x.y loses them to cancellation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        z = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        ctx.save_for_backward(x, y, z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, y, z = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+            z, middle = _Distances.apply(x, y), x.detach().mean(0)
+            u = torch.where(z > 0, g / torch.where(z > 0, z, 1.0), 0.0)
+            a, b = x - middle, y - middle
+            return u.sum(1)[:, None] * a - u @ b, u.sum(0)[:, None] * b - u.T @ a
+        z = torch.where(z > 0, z, torch.inf)  # rows that are equal have no direction between them
+        g = g.contiguous()
+        dx = torch.ops.aten._cdist_backward(g, x.contiguous(), y.contiguous(), 2.0, z)
+        dy = torch.ops.aten._cdist_backward(g.T.contiguous(), y.contiguous(), x.contiguous(), 2.0, z.T.contiguous())
+        return dx, dy
+
+
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
     """All similarities (``"dot"``), Euclidean distances, whose gradient at distance 0 is 0, or their squares; autocast
     or not."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return dense_pairs(x, y, distance)
-    s = x @ y.T
-    return s if distance == "dot" else of_dots(s, (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :], distance)
-
-
-def of_dots(s: Tensor, squares: Tensor, distance: str) -> Tensor:
-    """z of pairs from their dot products and the sums |x|^2 + |y|^2 of their squared norms."""
     if distance == "dot":
-        return s
-    d2 = squares - 2 * s
-    if distance == "squared_euclidean":
-        return d2.relu()
-    apart = d2 > zero_distance(d2.dtype) * squares
-    return torch.where(apart, torch.where(apart, d2, 1.0).sqrt(), 0.0)
+        return x @ y.T
+    z: Tensor = _Distances.apply(x, y)
+    return z if distance == "euclidean" else z * z
+
+
+def listed_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (N, D) -> (N,)
+    """z of row k of x with row k of y, as `dense_pairs`."""
+    if distance == "dot":
+        return (x * y).sum(1)
+    apart = x - y
+    d2 = (apart * apart).sum(1)
+    return d2 if distance == "squared_euclidean" else torch.where(d2 > 0, torch.where(d2 > 0, d2, 1.0).sqrt(), 0.0)
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:

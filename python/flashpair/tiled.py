@@ -126,6 +126,18 @@ def cpu_pass(p: Problem, squares: tuple[Tensor | None, Tensor | None], lanes: in
     )  # fmt: skip
 
 
+def pair_similarities(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, distance: str) -> Tensor:
+    """z of x's row rows[...] with y's cols[...], int64 of one shape: the bits that a pass has for these pairs."""
+    x, y, rows, cols = (t.contiguous() for t in (x, y, rows, cols))
+    none = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # no labels, so no positives
+    p = Problem(x, y, none, none, None, cols, distance)
+    z, squares = x.new_empty(rows.shape), p.row_and_ref_squares()
+    work = cpu_pass(p, squares)
+    count = rows.numel()
+    work.similarities(threads(count, x.shape[1]), count, address(rows), address(cols), address(z))
+    return z
+
+
 def threads(pairs: int, d: int) -> int:
     return 1 if pairs * d < INLINE_WORK else torch.get_num_threads()
 
@@ -179,7 +191,8 @@ def backward(
     for i, (t, top) in enumerate(zip(terms, tops(terms), strict=True)):
         work.add(
             *operands[i], address(kept.extreme[i] if t.indexed else None), address(values[i]),
-            *((address(values[top]), address(values[top + 1])) if top >= 0 else (0, 0)), address(None if t.detach else grads[i]),
+            *((address(values[top]), address(values[top + 1])) if top >= 0 else (0, 0)),
+            address(None if t.detach else grads[i]),
             address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),
             address(None if dref_offset is None else dref_offset[i]),
         )  # fmt: skip
