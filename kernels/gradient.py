@@ -43,9 +43,12 @@ class Weighed(NamedTuple):
     ref_offset: Any = None  # (M,)
     lower: Any = None  # (N,)
     upper: Any = None  # (N,)
-    value: Any = None  # (N,), logsumexp only
-    grad: Any = None  # (N,) dL/dr; with `top`, dL/dr e^(top - value)
-    top: Any = None  # () upper bound of all values: one exponential, relative to it, serves both ends of a pair
+    top: Any = None  # (N,), logsumexp only: the z (of a transform: phi) that its sum is relative to
+    rest: Any = None  # (N,), logsumexp only: the log of that sum, inf of an empty set
+    grad: Any = None  # (N,) dL/dr; with `around`, dL/dr e^((around - top) scale - rest)
+    around: Any = (
+        None  # () the z of the largest term of all: one exponential, relative to it, serves both ends of a pair
+    )
     d_scale: Any = None  # (splits, N): each row's part
     d_offset: Any = None  # (splits, N)
     d_ref_offset: Any = None  # (splits, M)
@@ -53,29 +56,29 @@ class Weighed(NamedTuple):
 
 @triton.jit
 def anchor(slot, index, inside, ACC: tl.constexpr):
-    """Anchors' lower, upper, own offset, value in base 2 and dL/dr; 0 the last two where the set was empty."""
+    """Anchors' lower, upper, own offset, top, rest in base 2 and dL/dr; 0, inf and 0 where the set was empty."""
     lower, upper = row_vector(slot.lower, index, inside, 0.0, ACC), row_vector(slot.upper, index, inside, 0.0, ACC)
     own, grad = row_vector(slot.offset, index, inside, 0.0, ACC), row_vector(slot.grad, index, inside, 0.0, ACC)
-    value = tl.zeros(index.shape, ACC)
-    if slot.value is not None:
-        value = tl.load(slot.value + index, mask=inside, other=-INF)
-        grad = tl.where(value == -INF, 0.0, grad)
-        value = tl.where(value == -INF, 0.0, value) * LOG2E
-    return lower, upper, own, value, grad
+    top, rest2 = row_vector(slot.top, index, inside, 0.0, ACC), tl.zeros(index.shape, ACC)
+    if slot.rest is not None:
+        rest2 = tl.load(slot.rest + index, mask=inside, other=INF) * LOG2E
+        grad = tl.where(rest2 == INF, 0.0, grad)
+    return lower, upper, own, top, rest2, grad
 
 
 @triton.jit
 def slopes(
-    z, keep, slot, scale, lower, upper, own, value, grad, ref, OP: tl.constexpr, SLOPE: tl.constexpr
+    z, keep, slot, scale, lower, upper, own, top, rest2, grad, ref, OP: tl.constexpr, SLOPE: tl.constexpr
 ):  # fmt: skip
     """dL/ds of each pair from one of its ends, s = scale * z, and what of it goes to the anchor's own offset."""
     keep = inside_window(z, keep, lower, upper, slot.lower is not None, slot.upper is not None)
     if OP == LOGSUMEXP:
-        g = tl.where(keep, tl.exp2(z * (scale * LOG2E) - value) * grad, 0.0)
+        # The difference first: it is 0 for the largest term, whatever is multiplied and added at once.
+        g = tl.where(keep, tl.exp2((z - top) * (scale * LOG2E) - rest2) * grad, 0.0)
         to_own = g
     elif OP == MAPPED:
         phi, by_s, by_own = SLOPE(z * scale, own)
-        weight = tl.where(keep, tl.exp2(phi * LOG2E - value) * grad, 0.0)
+        weight = tl.where(keep, tl.exp2((phi - top) * LOG2E - rest2) * grad, 0.0)
         g, to_own = weight * by_s, weight * by_own
     else:
         _, by_s, by_own = SLOPE(z * scale, reach(own, ref, slot.ref_offset is not None))
@@ -87,21 +90,21 @@ def slopes(
 
 @triton.jit
 def weigh(
-    z, keep, slot, scale, top, rows_lower, rows_upper, rows_own, rows_value, rows_grad, rows_ref, cols, valid,
-    d_scale, d_offset, d_ref,
+    z, keep, slot, scale, around, rows_lower, rows_upper, rows_own, rows_top, rows_rest, rows_grad, rows_ref, cols,
+    valid, d_scale, d_offset, d_ref,
     OP: tl.constexpr, SLOPE: tl.constexpr, ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of a tile's pairs through one reduction, and the rows' sums with the tile added."""
-    alike: tl.constexpr = (slot.top is not None) if OP == LOGSUMEXP else ((OP != MAPPED) and (slot.offset is None))
+    alike: tl.constexpr = (slot.around is not None) if OP == LOGSUMEXP else ((OP != MAPPED) and (slot.offset is None))
     if ANCHOR and REFERENCE and alike:  # what depends on the pair alone serves both of its ends
-        lower, upper, _, _, grad = anchor(slot, cols, valid, ACC)
+        lower, upper, _, _, _, grad = anchor(slot, cols, valid, ACC)
         one = inside_window(
             z, keep, rows_lower[:, None], rows_upper[:, None], slot.lower is not None, slot.upper is not None
         )  # fmt: skip
         other = inside_window(z, keep, lower[None, :], upper[None, :], slot.lower is not None, slot.upper is not None)
         if OP == LOGSUMEXP:
-            # Of a pair of either end t <= top; of others it may be anything, and must not become inf * 0.
-            core = tl.exp2(tl.minimum(z * (scale * LOG2E) - top, 1.0))
+            # 0 at most, of a pair of either end; of others it may be anything, and must not become inf * 0.
+            core = tl.exp2(tl.minimum((z - around) * (scale * LOG2E), 1.0))
         else:
             _, by_s, _ = SLOPE(z * scale, tl.zeros((z.shape[0], z.shape[1]), ACC))
             core = tl.where(one | other, by_s, 0.0)
@@ -115,17 +118,17 @@ def weigh(
             ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
             g, to_own = slopes(
                 z, keep, slot, scale, rows_lower[:, None], rows_upper[:, None], rows_own[:, None],
-                rows_value[:, None], rows_grad[:, None], ref[None, :], OP, SLOPE,
+                rows_top[:, None], rows_rest[:, None], rows_grad[:, None], ref[None, :], OP, SLOPE,
             )  # fmt: skip
             if slot.d_scale is not None:
                 d_scale += tl.sum(g * z, 1)
             if slot.d_offset is not None:
                 d_offset += tl.sum(to_own, 1)
         if REFERENCE:
-            lower, upper, own, value, grad = anchor(slot, cols, valid, ACC)
+            lower, upper, own, top, rest2, grad = anchor(slot, cols, valid, ACC)
             other, to_own = slopes(
-                z, keep, slot, scale, lower[None, :], upper[None, :], own[None, :], value[None, :], grad[None, :],
-                rows_ref[:, None], OP, SLOPE,
+                z, keep, slot, scale, lower[None, :], upper[None, :], own[None, :], top[None, :], rest2[None, :],
+                grad[None, :], rows_ref[:, None], OP, SLOPE,
             )  # fmt: skip
             if slot.d_ref_offset is not None:
                 d_ref += tl.sum(other - to_own, 1)
@@ -189,14 +192,14 @@ def weigh_rows(
     squares = row_vector(row_squares, rows, inside, 0.0, ACC)
 
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
-    top_a, top_b = number(0.0, a.top, ACC) * LOG2E, number(0.0, b.top, ACC) * LOG2E
+    around_a, around_b = number(0.0, a.around, ACC), number(0.0, b.around, ACC)
     if ANCHOR:
-        lower_a, upper_a, own_a, value_a, grad_a = anchor(a, rows, inside, ACC)
-        lower_b, upper_b, own_b, value_b, grad_b = anchor(b, rows, inside, ACC)
+        lower_a, upper_a, own_a, top_a, rest_a, grad_a = anchor(a, rows, inside, ACC)
+        lower_b, upper_b, own_b, top_b, rest_b, grad_b = anchor(b, rows, inside, ACC)
     else:
         none = tl.zeros((BLOCK_ROWS,), ACC)
-        lower_a, upper_a, own_a, value_a, grad_a = none, none, none, none, none
-        lower_b, upper_b, own_b, value_b, grad_b = none, none, none, none, none
+        lower_a, upper_a, own_a, top_a, rest_a, grad_a = none, none, none, none, none, none
+        lower_b, upper_b, own_b, top_b, rest_b, grad_b = none, none, none, none, none, none
     ref_a, ref_b = tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC)
     if REFERENCE:
         ref_a = row_vector(a.ref_offset, rows, inside, 0.0, ACC)
@@ -218,14 +221,14 @@ def weigh_rows(
         )  # fmt: skip
         keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
         w, d_scale_a, d_offset_a, d_ref_a = weigh(
-            z, keep, a, number_a, top_a, lower_a, upper_a, own_a, value_a, grad_a, ref_a, cols, valid,
-            d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
+            z, keep, a, number_a, around_a, lower_a, upper_a, own_a, top_a, rest_a, grad_a, ref_a, cols,
+            valid, d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
         )  # fmt: skip
         if OP_B != NOTHING:
             keep = members(rows, cols, valid, low, high, col0, SIDE_B, SQUARE, True)
             w_b, d_scale_b, d_offset_b, d_ref_b = weigh(
-                z, keep, b, number_b, top_b, lower_b, upper_b, own_b, value_b, grad_b, ref_b, cols, valid,
-                d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
+                z, keep, b, number_b, around_b, lower_b, upper_b, own_b, top_b, rest_b, grad_b, ref_b, cols,
+                valid, d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
             )  # fmt: skip
             w += w_b
         acc, pull = put(
@@ -245,13 +248,13 @@ def weigh_rows(
             w = tl.zeros((BLOCK_ROWS, BLOCK_COLS), ACC)
             if SIDE_A != POSITIVES:
                 w, d_scale_a, d_offset_a, d_ref_a = weigh(
-                    z, keep, a, number_a, top_a, lower_a, upper_a, own_a, value_a, grad_a, ref_a, cols, valid,
-                    d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
+                    z, keep, a, number_a, around_a, lower_a, upper_a, own_a, top_a, rest_a, grad_a, ref_a, cols,
+                    valid, d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
                 )  # fmt: skip
             if (OP_B != NOTHING) & (SIDE_B != POSITIVES):
                 w_b, d_scale_b, d_offset_b, d_ref_b = weigh(
-                    z, keep, b, number_b, top_b, lower_b, upper_b, own_b, value_b, grad_b, ref_b, cols, valid,
-                    d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
+                    z, keep, b, number_b, around_b, lower_b, upper_b, own_b, top_b, rest_b, grad_b, ref_b, cols,
+                    valid, d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
                 )  # fmt: skip
                 w += w_b
             acc, pull = put(

@@ -84,14 +84,14 @@ def fold_survivors(
 
 @triton.jit
 def weigh_term(
-    z, here, slot, scale, lower, upper, own, value, grad, col, shares, at, d_scale, d_offset,
+    z, here, slot, scale, lower, upper, own, top, rest2, grad, col, shares, at, d_scale, d_offset,
     OP: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of survivors through one reduction, and their rows' sums; to `shares` what is the columns' offsets'."""
     ref = row_vector(slot.ref_offset, col, here, 0.0, ACC)
     g, to_own = slopes(
-        z, here, slot, scale, lower[:, None], upper[:, None], own[:, None], value[:, None], grad[:, None], ref, OP,
-        SLOPE,
+        z, here, slot, scale, lower[:, None], upper[:, None], own[:, None], top[:, None], rest2[:, None], grad[:, None],
+        ref, OP, SLOPE,
     )  # fmt: skip
     if slot.d_scale is not None:
         d_scale += tl.sum(g * z, 1)
@@ -111,8 +111,8 @@ def weigh_survivors(
     """weights (L,): dL/dS of each survivor through its anchor's reductions a, b (`Weighed`), whose sums it leaves."""
     rows, inside, begin, stop, longest = entries(starts, n, ROWS)
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
-    lower_a, upper_a, own_a, value_a, grad_a = anchor(a, rows, inside, ACC)
-    lower_b, upper_b, own_b, value_b, grad_b = anchor(b, rows, inside, ACC)
+    lower_a, upper_a, own_a, top_a, rest_a, grad_a = anchor(a, rows, inside, ACC)
+    lower_b, upper_b, own_b, top_b, rest_b, grad_b = anchor(b, rows, inside, ACC)
     d_scale_a, d_offset_a = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
     d_scale_b, d_offset_b = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
     for k in range(0, longest, PAIRS):
@@ -121,13 +121,13 @@ def weigh_survivors(
         col = tl.load(keys + at, mask=here, other=0) & 0xFFFFFFFF
         pair = tl.load(z + at, mask=here, other=0.0)
         w, d_scale_a, d_offset_a = weigh_term(
-            pair, here, a, number_a, lower_a, upper_a, own_a, value_a, grad_a, col, shares_a, at, d_scale_a,
-            d_offset_a, OP_A, SLOPE_A, ACC,
+            pair, here, a, number_a, lower_a, upper_a, own_a, top_a, rest_a, grad_a, col, shares_a, at,
+            d_scale_a, d_offset_a, OP_A, SLOPE_A, ACC,
         )  # fmt: skip
         if OP_B != NOTHING:
             w_b, d_scale_b, d_offset_b = weigh_term(
-                pair, here, b, number_b, lower_b, upper_b, own_b, value_b, grad_b, col, shares_b, at, d_scale_b,
-                d_offset_b, OP_B, SLOPE_B, ACC,
+                pair, here, b, number_b, lower_b, upper_b, own_b, top_b, rest_b, grad_b, col, shares_b, at,
+                d_scale_b, d_offset_b, OP_B, SLOPE_B, ACC,
             )  # fmt: skip
             w += w_b
         if EUCLIDEAN:

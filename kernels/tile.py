@@ -7,6 +7,7 @@ hold negatives only, and are visited without one.
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 LOGSUMEXP: tl.constexpr = tl.constexpr(0)
 SUM: tl.constexpr = tl.constexpr(1)
@@ -28,6 +29,12 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 def number(value, learned, ACC: tl.constexpr):
     """A scalar that the host knows, or one that lives on the device."""
     return tl.full([], value, ACC) if learned is None else tl.load(learned)
+
+
+@triton.jit
+def direction(scale):
+    """1, or -1 where a negative scale makes the lowest z the largest term."""
+    return tl.where(scale < 0.0, -1.0, 1.0).to(scale.dtype)
 
 
 @triton.jit
@@ -111,10 +118,20 @@ def leading_bits(x):
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
+# numpy's products, which stand in for the tensor cores then, round z_ij by where i and j stand in a tile.
+INTERPRETED: tl.constexpr = tl.constexpr(isinstance(direction, InterpretedFunction))
+
+
 @triton.jit
-def tf32_product(a, b):
-    # Without a limit the compiler moves the sum that this is part of into the tensor cores' accumulator.
-    return tl.dot(a, b, input_precision="tf32", max_num_imprecise_acc=1)
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b^T: the same bits for a pair from either end and in tiles of any shape."""
+    if INTERPRETED:
+        return acc + tl.sum(a.to(acc.dtype)[:, None, :] * b.to(acc.dtype)[None, :, :], 2)
+    elif PRECISION == "split":
+        # Without a limit the compiler moves the sum that this is part of into the tensor cores' accumulator.
+        return acc + tl.dot(a, tl.trans(b), input_precision="tf32", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -127,11 +144,11 @@ def add_products(a, b, whole, left, right, PRECISION: tl.constexpr):
     """
     if PRECISION == "split":
         a1, b1 = leading_bits(a), leading_bits(b)
-        whole += tf32_product(a1, tl.trans(b1))
-        left += tf32_product(a - a1, tl.trans(b1))
-        right += tf32_product(a1, tl.trans(b - b1))
+        whole = product(a1, b1, whole, PRECISION)
+        left = product(a - a1, b1, left, PRECISION)
+        right = product(a1, b - b1, right, PRECISION)
     else:
-        whole = tl.dot(a, tl.trans(b), whole, input_precision=PRECISION, out_dtype=whole.dtype)
+        whole = product(a, b, whole, PRECISION)
     return whole, left, right
 
 

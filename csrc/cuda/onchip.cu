@@ -78,8 +78,8 @@ template <class T>
 __device__ Row<T> reduce_row(const Formula<T>& formula, const T* z, const unsigned char* sides, int stride, bool anchor,
                              int lane) {
   Row<T> row;
-  Anchor<T>& gives = row.gives;
-  T hardest[2] = {-INFINITY, -INFINITY}, peak[2], sum[2] = {0, 0}, positives = 0, poison = 0;
+  Known<T>& gives = row.gives;
+  T hardest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, positives = 0, poison = 0;
   for (int j = lane; j < stride; j += LANES) {
     const int side = own_side(sides[j]);
     const T hard = harder(formula, side, z[j]);
@@ -94,28 +94,32 @@ __device__ Row<T> reduce_row(const Formula<T>& formula, const T* z, const unsign
     for (int side = 0; side < 2; ++side) gives.bound[side] = -(hardest[1 - side] + formula.epsilon);
     if (!(hardest[0] > gives.bound[0] && hardest[1] > gives.bound[1])) gives.bound[0] = gives.bound[1] = INFINITY;
   }
-  for (int side = 0; side < 2; ++side) peak[side] = fabs(formula.scale[side]) * hardest[side];
   for (int j = lane; j < stride; j += LANES) {
     const int side = own_side(sides[j]);
-    if (side == NO_PAIR || !(harder(formula, side, z[j]) > pick(gives.bound, side))) continue;
-    const T term = exp(pick(formula.scale, side) * z[j] - pick(peak, side));
+    if (side == NO_PAIR) continue;
+    const T hard = harder(formula, side, z[j]);
+    if (!(hard > pick(gives.bound, side))) continue;
+    const T term = exp((hard - pick(hardest, side)) * fabs(pick(formula.scale, side)));
     sum[POSITIVE] += side == POSITIVE ? term : T(0), sum[NEGATIVE] += side == POSITIVE ? T(0) : term;
   }
   for (int side = 0; side < 2; ++side) {
     sum[side] = warp_sum(sum[side]);
-    gives.lse[side] = sum[side] > 0 ? peak[side] + log(sum[side]) : T(-INFINITY);
+    const bool some = sum[side] > 0;
+    gives.top[side] = some ? harder(formula, side, hardest[side]) : T(0);
+    gives.rest[side] = some ? log(sum[side]) : T(INFINITY);
+    gives.lse[side] = some ? formula.scale[side] * gives.top[side] + gives.rest[side] : T(-INFINITY);
   }
   const int summed = summed_side(formula.loss);
   T total = 0, slopes = 0;
   if (summed != NO_PAIR) {
     for (int j = lane; j < stride; j += LANES) {
       if (own_side(sides[j]) != summed) continue;
-      const T t = pick(formula.scale, summed) * z[j] + pick(gives.lse, 1 - summed);
+      const T t = beside_other(formula, gives, summed, z[j]);
       total += softplus(t), slopes += sigmoid(t);
     }
     total = warp_sum(total), slopes = warp_sum(slopes);
   }
-  finish_row(formula, row, positives, anchor, total, slopes);
+  finish_row(formula, row, positives, anchor, total, slopes, both_sides(formula, gives));
   row.loss += poison, gives.slope[POSITIVE] += poison, gives.slope[NEGATIVE] += poison;
   return row;
 }
@@ -197,8 +201,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     work.of(LOSS, i) = row.loss, work.of(VALID, i) = row.valid, work.of(DIVIDES, i) = row.divides;
     for (int side = 0; side < 2; ++side) {
       row.gives.slope[side] *= upstream;
-      work.of(LSE + side, i) = row.gives.lse[side], work.of(SLOPE + side, i) = row.gives.slope[side];
-      work.of(BOUND + side, i) = row.gives.bound[side];
+      work.of(TOP + side, i) = row.gives.top[side], work.of(REST + side, i) = row.gives.rest[side];
+      work.of(SLOPE + side, i) = row.gives.slope[side], work.of(BOUND + side, i) = row.gives.bound[side];
     }
     gives[r] = row.gives;
   }
