@@ -17,6 +17,7 @@ from .tile import (
     LOG2E,
     LOGSUMEXP,
     MAPPED,
+    NEAR_GRADIENT,
     NOTHING,
     POSITIVES,
     clean_tile,
@@ -158,7 +159,7 @@ def weigh_rows(
     OP_A: tl.constexpr, SIDE_A: tl.constexpr, SLOPE_A: tl.constexpr,
     OP_B: tl.constexpr, SIDE_B: tl.constexpr, SLOPE_B: tl.constexpr,
     ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr,
-    ZERO: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr, EVEN_SLAB: tl.constexpr,
+    SQUARED: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr, EVEN_SLAB: tl.constexpr,
     WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -217,7 +218,7 @@ def weigh_rows(
         valid = cols < col0 + limit
         z, y_tile = similarities(
             x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
-            ZERO, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
+            SQUARE, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
         )  # fmt: skip
         keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
         w, d_scale_a, d_offset_a, d_ref_a = weigh(
@@ -232,8 +233,8 @@ def weigh_rows(
             )  # fmt: skip
             w += w_b
         acc, pull = put(
-            w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
-            row0, col0, d, slab, ZERO, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
+            w, z, acc, pull, dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
+            valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
         )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
@@ -242,7 +243,7 @@ def weigh_rows(
             valid = cols < col0 + limit
             z, y_tile = similarities(
                 x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0,
-                d, ZERO, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
+                d, SQUARE, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
             )  # fmt: skip
             keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, False)
             w = tl.zeros((BLOCK_ROWS, BLOCK_COLS), ACC)
@@ -258,8 +259,8 @@ def weigh_rows(
                 )  # fmt: skip
                 w += w_b
             acc, pull = put(
-                w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
-                valid, row0, col0, d, slab, ZERO, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
+                w, z, acc, pull, dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
+                valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
             )  # fmt: skip
 
     spoiled = tl.load(poison)
@@ -289,14 +290,39 @@ def weigh_rows(
 
 
 @triton.jit
+def add_near(w, acc, x, y, rows, inside, cols, valid, d, slab, BLOCK_D: tl.constexpr):
+    """acc + sum_j w_ij (y_j - x_i): the difference first, where w_ij y_j and w_ij x_i would cancel. A column at a time,
+    and only those that have such a pair."""
+    column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+    here, place = column < d, tl.arange(0, w.shape[1])
+    some = tl.max((w != 0.0).to(tl.int32), 0)
+    for j in tl.range(0, w.shape[1], num_stages=1):
+        if tl.sum(tl.where(place == j, some, 0), 0) > 0:
+            one = tl.sum(tl.where(place[None, :] == j, w, 0.0), 1)
+            at = tl.sum(tl.where(place == j, cols, 0), 0).to(tl.int64)
+            other = tl.load(y + at * d + column, mask=here, other=0.0).to(acc.dtype)
+            own = tl.load(
+                x + rows.to(tl.int64)[:, None] * d + column[None, :], mask=inside[:, None] & here[None, :], other=0.0
+            )  # fmt: skip
+            acc += one[:, None] * (other[None, :] - own.to(acc.dtype))
+    return acc
+
+
+@triton.jit
 def put(
-    w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
-    row0, col0, d, slab, ZERO: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    w, z, acc, pull, dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
+    row0, col0, d, slab, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_SLAB: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights where they go: through the product into acc, or into `weights`."""
     if col_squares is not None:
-        w = through_distance(w, z, ZERO)
+        w = through_distance(w, z, SQUARED)
+        own = squares[:, None] + row_vector(col_squares, cols, valid, 0.0, w.dtype)[None, :]
+        near = ((z if SQUARED else z * z) <= NEAR_GRADIENT * own) & (w != 0.0)
+        if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
+            if dx is not None:
+                acc = add_near(tl.where(near, w, 0.0), acc, x, y, rows, inside, cols, valid, d, slab, BLOCK_D)
+                w = tl.where(near, 0.0, w)
         pull -= tl.sum(w, 1)
     if weights is not None:
         at = (rows - row0).to(tl.int64)[:, None] * weights_row + (cols - col0).to(tl.int64)[None, :] * weights_col

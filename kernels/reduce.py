@@ -158,7 +158,7 @@ def reduce_rows(
     row0, row1, col0, col1, n, live_stride, list_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SIDE_A: tl.constexpr, PHI_A: tl.constexpr,
     OP_B: tl.constexpr, SIDE_B: tl.constexpr, PHI_B: tl.constexpr,
-    SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr, ZERO: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr, SQUARED: tl.constexpr, PRECISION: tl.constexpr,
     ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -200,7 +200,7 @@ def reduce_rows(
         valid = cols < col0 + limit
         z, _ = similarities(
             x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
-            ZERO, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
+            SQUARE, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
         )  # fmt: skip
         keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
         peak_a, total_a = fold(
@@ -220,7 +220,7 @@ def reduce_rows(
             valid = cols < col0 + limit
             z, _ = similarities(
                 x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0,
-                d, ZERO, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
+                d, SQUARE, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
             )  # fmt: skip
             keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, False)
             if SIDE_A != POSITIVES:

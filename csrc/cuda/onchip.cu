@@ -48,14 +48,46 @@ __device__ inline int side_of(const Job& job, const Member& a, const Member& b) 
 // Both sides of a pair in a byte: of the own row as the anchor, and of the other one.
 __device__ inline unsigned char pack(int own, int other) { return (own + 1) | (other + 1) << 2; }
 __device__ inline int own_side(unsigned char sides) { return (sides & 3) - 1; }
-__device__ inline int other_side(unsigned char sides) { return (sides >> 2) - 1; }
+__device__ inline int other_side(unsigned char sides) { return (sides >> 2 & 3) - 1; }
+constexpr unsigned char CLOSE = 1 << 4;  // so near to each other that their gradient is taken from the difference
+
+// |x - y|^2 under this share of |x|^2 + |y|^2 is added up from differences: |x|^2 + |y|^2 - 2 x.y would lose its digits.
+template <class T>
+constexpr T NEAR = T(1) / 16;
+template <class T>
+constexpr T NEAR_GRADIENT = T(1) / 256;  // of the gradient, whose terms lose the square root of it
+
+// |a - b|^2, the same bits as |b - a|^2.
+template <class T>
+__device__ T apart(const T* a, const T* b, int width) {
+  T sum = 0;
+  for (int k = 0; k < width; ++k) {
+    const T difference = a[k] - b[k];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// sum_j w_j (y_j - x) of a row's close pairs, by one warp, into `out` (d,); their weights become 0.
+template <class T>
+__device__ void add_close(T* weights, const unsigned char* sides, int stride, const T* x, const T* others, int width,
+                          int d, int lane, T* out) {
+  for (int k = lane; k < d; k += LANES) {
+    T sum = 0;
+    for (int j = 0; j < stride; ++j)
+      if (sides[j] & CLOSE) sum += weights[j] * (others[size_t(j) * width + k] - x[k]);
+    out[k] = sum;
+  }
+  warp_sum(T(0));  // all lanes have read the weights
+  for (int j = lane; j < stride; j += LANES)
+    if (sides[j] & CLOSE) weights[j] = 0;
+}
 
 // Phase 2 behind the product: z, where it is a distance, and who is what to whom. (ROWS, stride), padding is no pair.
 template <class T, int ROWS>
 __device__ void relate(const Job& job, const Work<T>& work, bool owns_anchors, int first, int stride, T* z,
                        unsigned char* sides) {
   const Set<T>&own = owns_anchors ? work.anchors : work.refs, &others = owns_anchors ? work.refs : work.anchors;
-  const T noise = 8 * (sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920928955078125e-07));
   for (int j = threadIdx.x; j < stride; j += THREADS) {
     const Member other = member(job, others, j);
     const T other_square = others.square[j];
@@ -66,8 +98,15 @@ __device__ void relate(const Job& job, const Work<T>& work, bool owns_anchors, i
       sides[at] = pack(owns_anchors && !self ? side_of(job, mine, other) : NO_PAIR,
                        (job.square || !owns_anchors) && !self ? side_of(job, other, mine) : NO_PAIR);
       if (!job.euclidean || !mine.real) continue;
-      const T squares = own.square[i] + other_square, d2 = squares - 2 * z[at];
-      z[at] = d2 > noise * squares ? sqrt(d2) : T(0);
+      const T squares = own.square[i] + other_square;
+      T d2 = squares - 2 * z[at];
+      if (self) {
+        d2 = 0;
+      } else if (other.real && !(d2 > NEAR<T> * squares)) {  // squares that overflow among them
+        d2 = apart(own.rows + size_t(i) * work.width, others.rows + size_t(j) * work.width, work.width);
+      }
+      if (d2 <= NEAR_GRADIENT<T> * squares) sides[at] |= CLOSE;
+      z[at] = sqrt(d2 > T(0) ? d2 : T(0));
     }
   }
   __syncthreads();
@@ -239,12 +278,18 @@ __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
 
   // 6. Gradient: weights times the others' rows, then through the distance and the norm.
+  for (int r = warp; job.euclidean && r < count; r += WARPS)
+    add_close(z + r * stride, sides + r * stride, stride, own.rows + size_t(first + r) * width, others.rows, width,
+              job.d, lane, out + size_t(first + r) * job.d);
+  if (job.euclidean) __syncthreads();
   product<T, ROWS>(z, others.rows, stride, width, groups_of(width, stride), mine);
   for (int r = warp; r < count; r += WARPS) {
     T pull = 0, along = 0;
     for (int j = lane; job.euclidean && j < stride; j += LANES) pull -= z[r * stride + j];
     pull = warp_sum(pull);
     const T* row = own.rows + size_t(first + r) * width;
+    if (job.euclidean)
+      for (int k = lane; k < job.d; k += LANES) mine[r * width + k] += out[size_t(first + r) * job.d + k];
     for (int k = lane; k < width; k += LANES) along += (mine[r * width + k] + pull * row[k]) * row[k];
     along = job.unit ? warp_sum(along) : T(0);
     const T scale = own.inverse[first + r] / divisor;

@@ -19,7 +19,6 @@ from .kernels.gradient import Weighed
 from .kernels.reduce import Reduced
 from .reduction import TRANSFORMS
 from .schedule import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Problem, Term, Terms, accumulator, tops
-from .similarity import zero_distance
 from .transforms import custom
 
 FINISH_ROWS = 256
@@ -134,7 +133,7 @@ class Work:
         self.squares = p.row_and_ref_squares()
         self._around: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.constants = {
-            "ZERO": -1.0 if p.distance == "squared_euclidean" else zero_distance(self.dtype),
+            "SQUARED": p.distance == "squared_euclidean",
             "PRECISION": precision(p.x.dtype),
             "ONE_CHUNK": self.d <= min(c.depth, c.slab) and c.depth == c.slab, "EVEN_D": self.d % c.depth == 0,
             "BLOCK_ROWS": c.rows, "BLOCK_COLS": c.cols, "BLOCK_K": c.depth, "ACC": TRITON[self.dtype],

@@ -4,8 +4,8 @@ A schedule is a module with `forward(problem, terms, given, keep) -> (values, ke
 values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
 One that can compute a whole loss at once has `run_whole(call) -> Results` (whole.py).
 
-`values` holds the K terms' values (N,), and behind them two rows for each logsumexp, in the order of the terms (`tops`):
-its largest term's z (of a transform: phi), and the log of its sum relative to that term. Backward takes a softmax as
+`values` holds the K terms' values (N,), and behind them two rows for each logsumexp, in the terms' order (`tops`): its
+largest term's z (of a transform: phi), and the log of its sum relative to that term. Backward takes a softmax as
 exp((z - top) * scale - rest): scale * z itself may be so large that the value has no digits left for the sum, and
 rounds differently wherever a compiler multiplies and adds at once. An empty set has top 0 and rest inf.
 """
