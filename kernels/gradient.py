@@ -154,13 +154,13 @@ def spread(w, y_tile, acc, PRECISION: tl.constexpr):
 @triton.jit
 def weigh_rows(
     x, y, d, given, given_row, given_col, weights, weights_row, weights_col, row_squares, col_squares,
-    lo, hi, row_end, col_end, listed, counts, near, poison, dx, d_pull,
+    lo, hi, row_end, col_end, listed, counts, near, poison, dx, close_dx, d_pull,
     row0, row1, col0, col1, n, m, list_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SIDE_A: tl.constexpr, SLOPE_A: tl.constexpr,
     OP_B: tl.constexpr, SIDE_B: tl.constexpr, SLOPE_B: tl.constexpr,
     ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr,
-    SQUARED: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr, EVEN_SLAB: tl.constexpr,
-    WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SQUARED: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    EVEN_SLAB: tl.constexpr, WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows [row0, row1) through reductions a and b and their pairs with columns [col0, col1).
@@ -168,8 +168,8 @@ def weigh_rows(
     Grid: (row blocks, splits of the columns, slabs of D). x: the rows' embeddings, y: the columns'; rows are anchors
     (N of them, against M references), references, or both. listed (row blocks, tiles) int32, counts (row blocks,):
     the clean tiles with a pair alive, from `list_live`; without, all are visited. near () int8: nothing is done unless
-    it is WANTED. Leaves dx (splits, rows, D); or, of `given` products, their weights, and in d_pull (rows,) what
-    Euclidean distances pull along the rows themselves.
+    it is WANTED. Leaves dx (splits, rows, D); or, of `given` products, their weights, in d_pull (rows,) what Euclidean
+    distances pull along the rows themselves, and adds what pairs that are close give to close_dx (rows, D).
     """
     if near is not None:
         if tl.load(near) != WANTED:
@@ -191,6 +191,9 @@ def weigh_rows(
     if (given is None) & ONE_CHUNK:
         x_tile = load_rows(x, rows, inside, d, 0, BLOCK_K, EVEN_D, False)
     squares = row_vector(row_squares, rows, inside, 0.0, ACC)
+    here = inside
+    if row_end is not None:
+        here = inside & (rows < tl.load(row_end))
 
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
     around_a, around_b = number(0.0, a.around, ACC), number(0.0, b.around, ACC)
@@ -233,8 +236,8 @@ def weigh_rows(
             )  # fmt: skip
             w += w_b
         acc, pull = put(
-            w, z, acc, pull, dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
-            valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
+            w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
+            rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
         )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
@@ -259,14 +262,11 @@ def weigh_rows(
                 )  # fmt: skip
                 w += w_b
             acc, pull = put(
-                w, z, acc, pull, dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
-                valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
+                w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
+                rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
             )  # fmt: skip
 
     spoiled = tl.load(poison)
-    here = inside
-    if row_end is not None:
-        here = inside & (rows < tl.load(row_end))
     if slab == 0:
         at = split.to(tl.int64) * n + rows
         leave_sums(a, at, split.to(tl.int64) * m + rows, inside, here, spoiled, d_scale_a, d_offset_a, d_ref_a, CARRY)
@@ -290,7 +290,7 @@ def weigh_rows(
 
 
 @triton.jit
-def add_near(w, acc, x, y, rows, inside, cols, valid, d, slab, BLOCK_D: tl.constexpr):
+def add_near(w, acc, x, y, rows, inside, cols, d, slab, BLOCK_D: tl.constexpr):
     """acc + sum_j w_ij (y_j - x_i): the difference first, where w_ij y_j and w_ij x_i would cancel. A column at a time,
     and only those that have such a pair."""
     column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -309,9 +309,20 @@ def add_near(w, acc, x, y, rows, inside, cols, valid, d, slab, BLOCK_D: tl.const
 
 
 @triton.jit
+def leave_near(w, close_dx, x, y, rows, here, cols, d, BLOCK_D: tl.constexpr):
+    """The same, added to close_dx (rows, d), of which these rows are this program's alone."""
+    for slab in tl.range(0, tl.cdiv(d, BLOCK_D), num_stages=1):
+        column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+        at = close_dx + rows.to(tl.int64)[:, None] * d + column[None, :]
+        mask = here[:, None] & (column[None, :] < d)
+        acc = add_near(w, tl.load(at, mask=mask, other=0.0), x, y, rows, here, cols, d, slab, BLOCK_D)
+        tl.store(at, acc, mask=mask)
+
+
+@triton.jit
 def put(
-    w, z, acc, pull, dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
-    row0, col0, d, slab, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
+    rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_SLAB: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights where they go: through the product into acc, or into `weights`."""
@@ -321,8 +332,10 @@ def put(
         near = ((z if SQUARED else z * z) <= NEAR_GRADIENT * own) & (w != 0.0)
         if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
             if dx is not None:
-                acc = add_near(tl.where(near, w, 0.0), acc, x, y, rows, inside, cols, valid, d, slab, BLOCK_D)
-                w = tl.where(near, 0.0, w)
+                acc = add_near(tl.where(near, w, 0.0), acc, x, y, rows, inside, cols, d, slab, BLOCK_D)
+            elif close_dx is not None:
+                leave_near(tl.where(near, w, 0.0), close_dx, x, y, rows, here, cols, d, BLOCK_D)
+        w = tl.where(near, 0.0, w)
         pull -= tl.sum(w, 1)
     if weights is not None:
         at = (rows - row0).to(tl.int64)[:, None] * weights_row + (cols - col0).to(tl.int64)[None, :] * weights_col

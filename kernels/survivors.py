@@ -1,8 +1,9 @@
 """The pairs that the screen could not prove dead: exact similarities, their rows' reductions, weights and gradients.
 
 Survivors stand in a sorted list of keys, row << 32 | column, LAST from its end on; those of row i from starts[i] to
-starts[i + 1]. Similarities are sums of products of the embeddings' own entries, or of their squared differences, in float32 (or
-float64), so that both ends of a pair see the same bits; they are kept beside the keys, and so are the weights.
+starts[i + 1]. Similarities are sums of products of the embeddings' own entries, or of their squared differences, in
+float32 (or float64), so that both ends of a pair see the same bits; they are kept beside the keys, and so are the
+weights.
 Every row is one program's: no atomics, same bits every time.
 """
 

@@ -159,8 +159,8 @@ def add_products(a, b, whole, left, right, PRECISION: tl.constexpr):
 @triton.jit
 def similarities(
     x, x_tile, row_squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
-    SQUARE: tl.constexpr, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    SQUARE: tl.constexpr, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(R, C): z of `rows` and `cols`, and the columns' embeddings (C, BLOCK_K) if that holds all of D at once.
 

@@ -190,10 +190,13 @@ def backward(
                 w.zero_()  # columns past the end, or off the band, are not visited
             work.weigh(
                 group, slots, anchors, at.block(s), spoiled, carry=True, pull=pull, weights=w,
-                weight_strides=(w.stride(0), 1),
+                weight_strides=(w.stride(0), 1), close_dx=None if pull is None else dx,
             )  # fmt: skip
             if (at.mirror and (sums or ref_sums)) or (not work.square and ref_sums):
-                work.weigh(group, ref_slots, references, at.transposed(s), spoiled, carry=True, pull=ref_pull)
+                work.weigh(
+                    group, ref_slots, references, at.transposed(s), spoiled, carry=True, pull=ref_pull,
+                    close_dx=None if ref_pull is None else to_refs,
+                )  # fmt: skip
             buffers.add(w, p.refs[at.j0 : at.j1], None if dx is None else dx[at.i0 : at.i1])
             if to_refs is not None and (at.mirror or not work.square):
                 buffers.add(w.T, p.x[at.i0 : at.i1], to_refs[at.j0 : at.j1])

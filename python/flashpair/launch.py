@@ -268,6 +268,7 @@ class Work:
         self, group: Sequence[int], slots: Sequence[Weighed], side: Side, block: Block, poison: Tensor, *,
         dx: Tensor | None = None, count: int = 1, lists: Lists | None = None, carry: bool = False,
         weights: Tensor | None = None, weight_strides: tuple[int, int] = (0, 0), pull: Tensor | None = None,
+        close_dx: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Gradients of a block's rows through one or two terms; see `weigh_rows`."""
         near, kernels = None, [(1, slots)]
@@ -286,7 +287,7 @@ class Work:
                 (self.blocks(block.row1 - block.row0), count, 1 if dx is None else self.slabs), self.device,
                 side.x, side.y, self.d, block.given, *block.strides, weights, *weight_strides,
                 side.row_squares, side.col_squares, side.lo, side.hi, side.row_end, side.col_end,
-                listed, counts, near, poison, dx, pull, block.row0, block.row1, block.col0, block.col1,
+                listed, counts, near, poison, dx, close_dx, pull, block.row0, block.row1, block.col0, block.col1,
                 self.n, self.m, 0 if listed is None else listed.shape[1], *self.scales(group), *operands,
                 *self._forms(group, 1), ANCHOR=side.anchor, REFERENCE=side.reference, SQUARE=self.square,
                 BAND_ONLY=all(self.terms[k].side == POSITIVES for k in group), CARRY=carry, WANTED=wanted,
