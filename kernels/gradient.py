@@ -17,6 +17,7 @@ from .tile import (
     LOG2E,
     LOGSUMEXP,
     MAPPED,
+    NEAR_GRADIENT,
     NOTHING,
     POSITIVES,
     clean_tile,
@@ -43,9 +44,12 @@ class Weighed(NamedTuple):
     ref_offset: Any = None  # (M,)
     lower: Any = None  # (N,)
     upper: Any = None  # (N,)
-    value: Any = None  # (N,), logsumexp only
-    grad: Any = None  # (N,) dL/dr; with `top`, dL/dr e^(top - value)
-    top: Any = None  # () upper bound of all values: one exponential, relative to it, serves both ends of a pair
+    top: Any = None  # (N,), logsumexp only: the z (of a transform: phi) that its sum is relative to
+    rest: Any = None  # (N,), logsumexp only: the log of that sum, inf of an empty set
+    grad: Any = None  # (N,) dL/dr; with `around`, dL/dr e^((around - top) scale - rest)
+    around: Any = (
+        None  # () the z of the largest term of all: one exponential, relative to it, serves both ends of a pair
+    )
     d_scale: Any = None  # (splits, N): each row's part
     d_offset: Any = None  # (splits, N)
     d_ref_offset: Any = None  # (splits, M)
@@ -53,29 +57,29 @@ class Weighed(NamedTuple):
 
 @triton.jit
 def anchor(slot, index, inside, ACC: tl.constexpr):
-    """Anchors' lower, upper, own offset, value in base 2 and dL/dr; 0 the last two where the set was empty."""
+    """Anchors' lower, upper, own offset, top, rest in base 2 and dL/dr; 0, inf and 0 where the set was empty."""
     lower, upper = row_vector(slot.lower, index, inside, 0.0, ACC), row_vector(slot.upper, index, inside, 0.0, ACC)
     own, grad = row_vector(slot.offset, index, inside, 0.0, ACC), row_vector(slot.grad, index, inside, 0.0, ACC)
-    value = tl.zeros(index.shape, ACC)
-    if slot.value is not None:
-        value = tl.load(slot.value + index, mask=inside, other=-INF)
-        grad = tl.where(value == -INF, 0.0, grad)
-        value = tl.where(value == -INF, 0.0, value) * LOG2E
-    return lower, upper, own, value, grad
+    top, rest2 = row_vector(slot.top, index, inside, 0.0, ACC), tl.zeros(index.shape, ACC)
+    if slot.rest is not None:
+        rest2 = tl.load(slot.rest + index, mask=inside, other=INF) * LOG2E
+        grad = tl.where(rest2 == INF, 0.0, grad)
+    return lower, upper, own, top, rest2, grad
 
 
 @triton.jit
 def slopes(
-    z, keep, slot, scale, lower, upper, own, value, grad, ref, OP: tl.constexpr, SLOPE: tl.constexpr
+    z, keep, slot, scale, lower, upper, own, top, rest2, grad, ref, OP: tl.constexpr, SLOPE: tl.constexpr
 ):  # fmt: skip
     """dL/ds of each pair from one of its ends, s = scale * z, and what of it goes to the anchor's own offset."""
     keep = inside_window(z, keep, lower, upper, slot.lower is not None, slot.upper is not None)
     if OP == LOGSUMEXP:
-        g = tl.where(keep, tl.exp2(z * (scale * LOG2E) - value) * grad, 0.0)
+        # The difference first: it is 0 for the largest term, whatever is multiplied and added at once.
+        g = tl.where(keep, tl.exp2((z - top) * (scale * LOG2E) - rest2) * grad, 0.0)
         to_own = g
     elif OP == MAPPED:
         phi, by_s, by_own = SLOPE(z * scale, own)
-        weight = tl.where(keep, tl.exp2(phi * LOG2E - value) * grad, 0.0)
+        weight = tl.where(keep, tl.exp2((phi - top) * LOG2E - rest2) * grad, 0.0)
         g, to_own = weight * by_s, weight * by_own
     else:
         _, by_s, by_own = SLOPE(z * scale, reach(own, ref, slot.ref_offset is not None))
@@ -87,21 +91,21 @@ def slopes(
 
 @triton.jit
 def weigh(
-    z, keep, slot, scale, top, rows_lower, rows_upper, rows_own, rows_value, rows_grad, rows_ref, cols, valid,
-    d_scale, d_offset, d_ref,
+    z, keep, slot, scale, around, rows_lower, rows_upper, rows_own, rows_top, rows_rest, rows_grad, rows_ref, cols,
+    valid, d_scale, d_offset, d_ref,
     OP: tl.constexpr, SLOPE: tl.constexpr, ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of a tile's pairs through one reduction, and the rows' sums with the tile added."""
-    alike: tl.constexpr = (slot.top is not None) if OP == LOGSUMEXP else ((OP != MAPPED) and (slot.offset is None))
+    alike: tl.constexpr = (slot.around is not None) if OP == LOGSUMEXP else ((OP != MAPPED) and (slot.offset is None))
     if ANCHOR and REFERENCE and alike:  # what depends on the pair alone serves both of its ends
-        lower, upper, _, _, grad = anchor(slot, cols, valid, ACC)
+        lower, upper, _, _, _, grad = anchor(slot, cols, valid, ACC)
         one = inside_window(
             z, keep, rows_lower[:, None], rows_upper[:, None], slot.lower is not None, slot.upper is not None
         )  # fmt: skip
         other = inside_window(z, keep, lower[None, :], upper[None, :], slot.lower is not None, slot.upper is not None)
         if OP == LOGSUMEXP:
-            # Of a pair of either end t <= top; of others it may be anything, and must not become inf * 0.
-            core = tl.exp2(tl.minimum(z * (scale * LOG2E) - top, 1.0))
+            # 0 at most, of a pair of either end; of others it may be anything, and must not become inf * 0.
+            core = tl.exp2(tl.minimum((z - around) * (scale * LOG2E), 1.0))
         else:
             _, by_s, _ = SLOPE(z * scale, tl.zeros((z.shape[0], z.shape[1]), ACC))
             core = tl.where(one | other, by_s, 0.0)
@@ -115,17 +119,17 @@ def weigh(
             ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
             g, to_own = slopes(
                 z, keep, slot, scale, rows_lower[:, None], rows_upper[:, None], rows_own[:, None],
-                rows_value[:, None], rows_grad[:, None], ref[None, :], OP, SLOPE,
+                rows_top[:, None], rows_rest[:, None], rows_grad[:, None], ref[None, :], OP, SLOPE,
             )  # fmt: skip
             if slot.d_scale is not None:
                 d_scale += tl.sum(g * z, 1)
             if slot.d_offset is not None:
                 d_offset += tl.sum(to_own, 1)
         if REFERENCE:
-            lower, upper, own, value, grad = anchor(slot, cols, valid, ACC)
+            lower, upper, own, top, rest2, grad = anchor(slot, cols, valid, ACC)
             other, to_own = slopes(
-                z, keep, slot, scale, lower[None, :], upper[None, :], own[None, :], value[None, :], grad[None, :],
-                rows_ref[:, None], OP, SLOPE,
+                z, keep, slot, scale, lower[None, :], upper[None, :], own[None, :], top[None, :], rest2[None, :],
+                grad[None, :], rows_ref[:, None], OP, SLOPE,
             )  # fmt: skip
             if slot.d_ref_offset is not None:
                 d_ref += tl.sum(other - to_own, 1)
@@ -150,13 +154,13 @@ def spread(w, y_tile, acc, PRECISION: tl.constexpr):
 @triton.jit
 def weigh_rows(
     x, y, d, given, given_row, given_col, weights, weights_row, weights_col, row_squares, col_squares,
-    lo, hi, row_end, col_end, listed, counts, near, poison, dx, d_pull,
+    lo, hi, row_end, col_end, listed, counts, near, poison, dx, close_dx, d_pull,
     row0, row1, col0, col1, n, m, list_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SIDE_A: tl.constexpr, SLOPE_A: tl.constexpr,
     OP_B: tl.constexpr, SIDE_B: tl.constexpr, SLOPE_B: tl.constexpr,
     ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr,
-    ZERO: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr, EVEN_SLAB: tl.constexpr,
-    WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SQUARED: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
+    EVEN_SLAB: tl.constexpr, WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows [row0, row1) through reductions a and b and their pairs with columns [col0, col1).
@@ -164,8 +168,8 @@ def weigh_rows(
     Grid: (row blocks, splits of the columns, slabs of D). x: the rows' embeddings, y: the columns'; rows are anchors
     (N of them, against M references), references, or both. listed (row blocks, tiles) int32, counts (row blocks,):
     the clean tiles with a pair alive, from `list_live`; without, all are visited. near () int8: nothing is done unless
-    it is WANTED. Leaves dx (splits, rows, D); or, of `given` products, their weights, and in d_pull (rows,) what
-    Euclidean distances pull along the rows themselves.
+    it is WANTED. Leaves dx (splits, rows, D); or, of `given` products, their weights, in d_pull (rows,) what Euclidean
+    distances pull along the rows themselves, and adds what pairs that are close give to close_dx (rows, D).
     """
     if near is not None:
         if tl.load(near) != WANTED:
@@ -187,16 +191,19 @@ def weigh_rows(
     if (given is None) & ONE_CHUNK:
         x_tile = load_rows(x, rows, inside, d, 0, BLOCK_K, EVEN_D, False)
     squares = row_vector(row_squares, rows, inside, 0.0, ACC)
+    here = inside
+    if row_end is not None:
+        here = inside & (rows < tl.load(row_end))
 
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
-    top_a, top_b = number(0.0, a.top, ACC) * LOG2E, number(0.0, b.top, ACC) * LOG2E
+    around_a, around_b = number(0.0, a.around, ACC), number(0.0, b.around, ACC)
     if ANCHOR:
-        lower_a, upper_a, own_a, value_a, grad_a = anchor(a, rows, inside, ACC)
-        lower_b, upper_b, own_b, value_b, grad_b = anchor(b, rows, inside, ACC)
+        lower_a, upper_a, own_a, top_a, rest_a, grad_a = anchor(a, rows, inside, ACC)
+        lower_b, upper_b, own_b, top_b, rest_b, grad_b = anchor(b, rows, inside, ACC)
     else:
         none = tl.zeros((BLOCK_ROWS,), ACC)
-        lower_a, upper_a, own_a, value_a, grad_a = none, none, none, none, none
-        lower_b, upper_b, own_b, value_b, grad_b = none, none, none, none, none
+        lower_a, upper_a, own_a, top_a, rest_a, grad_a = none, none, none, none, none, none
+        lower_b, upper_b, own_b, top_b, rest_b, grad_b = none, none, none, none, none, none
     ref_a, ref_b = tl.zeros((BLOCK_ROWS,), ACC), tl.zeros((BLOCK_ROWS,), ACC)
     if REFERENCE:
         ref_a = row_vector(a.ref_offset, rows, inside, 0.0, ACC)
@@ -214,23 +221,23 @@ def weigh_rows(
         valid = cols < col0 + limit
         z, y_tile = similarities(
             x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
-            ZERO, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
+            SQUARE, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
         )  # fmt: skip
         keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
         w, d_scale_a, d_offset_a, d_ref_a = weigh(
-            z, keep, a, number_a, top_a, lower_a, upper_a, own_a, value_a, grad_a, ref_a, cols, valid,
-            d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
+            z, keep, a, number_a, around_a, lower_a, upper_a, own_a, top_a, rest_a, grad_a, ref_a, cols,
+            valid, d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
         )  # fmt: skip
         if OP_B != NOTHING:
             keep = members(rows, cols, valid, low, high, col0, SIDE_B, SQUARE, True)
             w_b, d_scale_b, d_offset_b, d_ref_b = weigh(
-                z, keep, b, number_b, top_b, lower_b, upper_b, own_b, value_b, grad_b, ref_b, cols, valid,
-                d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
+                z, keep, b, number_b, around_b, lower_b, upper_b, own_b, top_b, rest_b, grad_b, ref_b, cols,
+                valid, d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
             )  # fmt: skip
             w += w_b
         acc, pull = put(
-            w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
-            row0, col0, d, slab, ZERO, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
+            w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
+            rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
         )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
@@ -239,30 +246,27 @@ def weigh_rows(
             valid = cols < col0 + limit
             z, y_tile = similarities(
                 x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0,
-                d, ZERO, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
+                d, SQUARE, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
             )  # fmt: skip
             keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, False)
             w = tl.zeros((BLOCK_ROWS, BLOCK_COLS), ACC)
             if SIDE_A != POSITIVES:
                 w, d_scale_a, d_offset_a, d_ref_a = weigh(
-                    z, keep, a, number_a, top_a, lower_a, upper_a, own_a, value_a, grad_a, ref_a, cols, valid,
-                    d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
+                    z, keep, a, number_a, around_a, lower_a, upper_a, own_a, top_a, rest_a, grad_a, ref_a, cols,
+                    valid, d_scale_a, d_offset_a, d_ref_a, OP_A, SLOPE_A, ANCHOR, REFERENCE, ACC,
                 )  # fmt: skip
             if (OP_B != NOTHING) & (SIDE_B != POSITIVES):
                 w_b, d_scale_b, d_offset_b, d_ref_b = weigh(
-                    z, keep, b, number_b, top_b, lower_b, upper_b, own_b, value_b, grad_b, ref_b, cols, valid,
-                    d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
+                    z, keep, b, number_b, around_b, lower_b, upper_b, own_b, top_b, rest_b, grad_b, ref_b, cols,
+                    valid, d_scale_b, d_offset_b, d_ref_b, OP_B, SLOPE_B, ANCHOR, REFERENCE, ACC,
                 )  # fmt: skip
                 w += w_b
             acc, pull = put(
-                w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols,
-                valid, row0, col0, d, slab, ZERO, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
+                w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
+                rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
             )  # fmt: skip
 
     spoiled = tl.load(poison)
-    here = inside
-    if row_end is not None:
-        here = inside & (rows < tl.load(row_end))
     if slab == 0:
         at = split.to(tl.int64) * n + rows
         leave_sums(a, at, split.to(tl.int64) * m + rows, inside, here, spoiled, d_scale_a, d_offset_a, d_ref_a, CARRY)
@@ -286,14 +290,52 @@ def weigh_rows(
 
 
 @triton.jit
+def add_near(w, acc, x, y, rows, inside, cols, d, slab, BLOCK_D: tl.constexpr):
+    """acc + sum_j w_ij (y_j - x_i): the difference first, where w_ij y_j and w_ij x_i would cancel. A column at a time,
+    and only those that have such a pair."""
+    column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+    here, place = column < d, tl.arange(0, w.shape[1])
+    some = tl.max((w != 0.0).to(tl.int32), 0)
+    for j in tl.range(0, w.shape[1], num_stages=1):
+        if tl.sum(tl.where(place == j, some, 0), 0) > 0:
+            one = tl.sum(tl.where(place[None, :] == j, w, 0.0), 1)
+            at = tl.sum(tl.where(place == j, cols, 0), 0).to(tl.int64)
+            other = tl.load(y + at * d + column, mask=here, other=0.0).to(acc.dtype)
+            own = tl.load(
+                x + rows.to(tl.int64)[:, None] * d + column[None, :], mask=inside[:, None] & here[None, :], other=0.0
+            )  # fmt: skip
+            acc += one[:, None] * (other[None, :] - own.to(acc.dtype))
+    return acc
+
+
+@triton.jit
+def leave_near(w, close_dx, x, y, rows, here, cols, d, BLOCK_D: tl.constexpr):
+    """The same, added to close_dx (rows, d), of which these rows are this program's alone."""
+    for slab in tl.range(0, tl.cdiv(d, BLOCK_D), num_stages=1):
+        column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
+        at = close_dx + rows.to(tl.int64)[:, None] * d + column[None, :]
+        mask = here[:, None] & (column[None, :] < d)
+        acc = add_near(w, tl.load(at, mask=mask, other=0.0), x, y, rows, here, cols, d, slab, BLOCK_D)
+        tl.store(at, acc, mask=mask)
+
+
+@triton.jit
 def put(
-    w, z, acc, pull, dx, y, y_tile, weights, weights_row, weights_col, col_squares, rows, inside, cols, valid,
-    row0, col0, d, slab, ZERO: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
+    rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_SLAB: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights where they go: through the product into acc, or into `weights`."""
     if col_squares is not None:
-        w = through_distance(w, z, ZERO)
+        w = through_distance(w, z, SQUARED)
+        own = squares[:, None] + row_vector(col_squares, cols, valid, 0.0, w.dtype)[None, :]
+        near = ((z if SQUARED else z * z) <= NEAR_GRADIENT * own) & (w != 0.0)
+        if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
+            if dx is not None:
+                acc = add_near(tl.where(near, w, 0.0), acc, x, y, rows, inside, cols, d, slab, BLOCK_D)
+            elif close_dx is not None:
+                leave_near(tl.where(near, w, 0.0), close_dx, x, y, rows, here, cols, d, BLOCK_D)
+        w = tl.where(near, 0.0, w)
         pull -= tl.sum(w, 1)
     if weights is not None:
         at = (rows - row0).to(tl.int64)[:, None] * weights_row + (cols - col0).to(tl.int64)[None, :] * weights_col

@@ -1,8 +1,10 @@
 """Forward: the row reductions of a block of rows, from one pass over the pairs.
 
-Never stored: similarities, masks, exponentials. logsumexp keeps (peak, total) in base 2, value = peak + log2(total);
-min and max keep the best of +-z and, where wanted, the lowest caller's index among equals. Each split of the columns
-leaves its own state, and `finish` merges them in order: same inputs, same bits, no atomics.
+Never stored: similarities, masks, exponentials. logsumexp keeps (peak, total): the z of its largest term, times the
+sign of the scale, and the sum relative to that term. Its exponents are (z - peak) * scale, so that the largest term is
+e^0 at any magnitude, whether or not a compiler multiplies and adds at once. min and max keep the best of +-z and, where
+wanted, the lowest caller's index among equals. Each split of the columns leaves its own state, and `finish` merges them
+in order: same inputs, same bits, no atomics.
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from .tile import (
     POSITIVES,
     SUM,
     clean_tile,
+    direction,
     inside_window,
     intervals,
     load_rows,
@@ -104,21 +107,21 @@ def fold(
         alive = tl.max(tl.max(keep.to(tl.int32), 1), 0)
         tl.store(slot.live + live_at, alive.to(tl.int8))
     if OP == LOGSUMEXP:
-        scale2 = scale * LOG2E
-        top = tl.max(tl.where(keep, z * scale2, -INF), 1)
+        steep2, signed = tl.abs(scale) * LOG2E, z * direction(scale)
+        top = tl.max(tl.where(keep, signed, -INF), 1)
         if (slot.lower is not None) | (slot.upper is not None):
             if tl.max(top, 0) > -INF:
-                peak, total = fold_exponentials(z, keep, scale2, top, peak, total)
+                peak, total = fold_exponentials(signed, keep, steep2, top, peak, total)
         else:
-            peak, total = fold_exponentials(z, keep, scale2, top, peak, total)
+            peak, total = fold_exponentials(signed, keep, steep2, top, peak, total)
     elif OP == SUM:
         ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
         phi = PHI(z * scale, reach(own[:, None], ref, slot.ref_offset is not None))
         total += tl.sum(tl.where(keep, phi, 0.0), 1)
     elif OP == MAPPED:
-        t = PHI(z * scale, own[:, None]) * LOG2E
+        t = PHI(z * scale, own[:, None])
         top = tl.max(tl.where(keep, t, -INF), 1)
-        peak, total = fold_exponentials(t, keep, 1.0, top, peak, total)
+        peak, total = fold_exponentials(t, keep, LOG2E, top, peak, total)
     elif OP == COUNT:
         total += tl.sum(tl.where(keep, 1.0, 0.0).to(ACC), 1)
     else:
@@ -136,11 +139,17 @@ def fold(
 
 
 @triton.jit
-def fold_exponentials(z, keep, scale2, top, peak, total):
+def shrunk(total, peak, base, steep2):
+    """A sum relative to `peak`, relative to `base` instead; 0 where there is none (0 * -inf is not 0)."""
+    return tl.where(peak > -INF, total * tl.exp2((peak - base) * steep2), 0.0)
+
+
+@triton.jit
+def fold_exponentials(signed, keep, steep2, top, peak, total):
     higher = tl.maximum(peak, top)
     base = tl.where(higher > -INF, higher, 0.0)
-    terms = tl.exp2(tl.where(keep, z * scale2 - base[:, None], -INF))
-    return higher, total * tl.exp2(peak - base) + tl.sum(terms, 1)
+    terms = tl.where(keep, tl.exp2((signed - base[:, None]) * steep2), 0.0)
+    return higher, shrunk(total, peak, base, steep2) + tl.sum(terms, 1)
 
 
 @triton.jit
@@ -149,7 +158,7 @@ def reduce_rows(
     row0, row1, col0, col1, n, live_stride, list_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SIDE_A: tl.constexpr, PHI_A: tl.constexpr,
     OP_B: tl.constexpr, SIDE_B: tl.constexpr, PHI_B: tl.constexpr,
-    SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr, ZERO: tl.constexpr, PRECISION: tl.constexpr,
+    SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr, SQUARED: tl.constexpr, PRECISION: tl.constexpr,
     ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +200,7 @@ def reduce_rows(
         valid = cols < col0 + limit
         z, _ = similarities(
             x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
-            ZERO, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
+            SQUARE, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_D, BLOCK_K, ACC,
         )  # fmt: skip
         keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, True)
         peak_a, total_a = fold(
@@ -211,7 +220,7 @@ def reduce_rows(
             valid = cols < col0 + limit
             z, _ = similarities(
                 x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0,
-                d, ZERO, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
+                d, SQUARE, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
             )  # fmt: skip
             keep = members(rows, cols, valid, low, high, col0, SIDE_A, SQUARE, False)
             if SIDE_A != POSITIVES:
@@ -230,18 +239,27 @@ def reduce_rows(
 
 
 @triton.jit
-def finish(peak, total, poison, value, index, n, splits, OP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """value (N,) from the states of all splits, plus `poison` (); index (N,) int64 of min and max: rank, -1 without."""
+def finish(
+    peak, total, poison, value, top, rest, index, n, splits, scale: tl.float64, learned,
+    OP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """value (N,) from the states of all splits, plus `poison` (); index (N,) int64 of min and max: rank, -1 without.
+
+    Of logsumexp, value = top * factor + rest, its largest term's z (of a transform: phi, and a factor of 1) and the log
+    of its sum relative to that one; 0 and inf of an empty set.
+    """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
     best, whole, first = tl.full((BLOCK,), -INF, ACC), tl.zeros((BLOCK,), ACC), tl.full((BLOCK,), UNRANKED, tl.int32)
     at = rows.to(tl.int64)
+    factor = number(1.0, None, ACC) if OP == MAPPED else number(scale, learned, ACC)
+    steep2 = tl.abs(factor) * LOG2E
     for _ in range(0, splits):
         if (OP == LOGSUMEXP) | (OP == MAPPED):
             own, sums = tl.load(peak + at, mask=inside, other=0.0), tl.load(total + at, mask=inside, other=0.0)
             higher = tl.maximum(best, own)
             base = tl.where(higher > -INF, higher, 0.0)
-            whole = whole * tl.exp2(best - base) + sums * tl.exp2(own - base)
+            whole = shrunk(whole, best, base, steep2) + shrunk(sums, own, base, steep2)
             best = higher
         elif (OP == SUM) | (OP == COUNT):
             whole += tl.load(total + at, mask=inside, other=0.0)
@@ -253,7 +271,13 @@ def finish(peak, total, poison, value, index, n, splits, OP: tl.constexpr, BLOCK
             best = tl.maximum(best, own)
         at += n
     if (OP == LOGSUMEXP) | (OP == MAPPED):
-        result = tl.where(whole > 0.0, (best + tl.log2(tl.where(whole > 0.0, whole, 1.0))) * LN2, -INF)
+        # Not `whole > 0`: a sum that is NaN is no empty set.
+        some = best > -INF
+        highest = tl.where(some, best, 0.0) * direction(factor)
+        logarithm = tl.log2(tl.where(some, whole, 1.0)) * LN2
+        tl.store(top + rows, highest, mask=inside)
+        tl.store(rest + rows, tl.where(some, logarithm, INF), mask=inside)
+        result = tl.where(some, highest * factor + logarithm, -INF)
     elif (OP == SUM) | (OP == COUNT):
         result = whole
     else:

@@ -1,8 +1,9 @@
 """The pairs that the screen could not prove dead: exact similarities, their rows' reductions, weights and gradients.
 
 Survivors stand in a sorted list of keys, row << 32 | column, LAST from its end on; those of row i from starts[i] to
-starts[i + 1]. Similarities are sums of products of the embeddings' own entries, multiplied and added in float32 (or
-float64), so that both ends of a pair see the same bits; they are kept beside the keys, and so are the weights.
+starts[i + 1]. Similarities are sums of products of the embeddings' own entries, or of their squared differences, in
+float32 (or float64), so that both ends of a pair see the same bits; they are kept beside the keys, and so are the
+weights.
 Every row is one program's: no atomics, same bits every time.
 """
 
@@ -11,15 +12,15 @@ import triton.language as tl
 
 from .gradient import anchor, slopes
 from .reduce import fold, leave, start
-from .tile import NOTHING, distance, number, row_vector, through_distance
+from .tile import NOTHING, number, row_vector, through_distance
 
 LAST: tl.constexpr = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
 def pair_similarities(
-    x, y, d, row_squares, col_squares, keys, z, count,
-    ZERO: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    x, y, d, keys, z, count,
+    EUCLIDEAN: tl.constexpr, SQUARED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """z (L,) of each key. Grid: (blocks of PAIRS)."""
     at = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
@@ -32,12 +33,14 @@ def pair_similarities(
             column = k + tl.arange(0, BLOCK_D)[None, :]
             mask = here[:, None] & (column < d)
             left = tl.load(x + row[:, None] * d + column, mask=mask, other=0.0).to(ACC)
-            sums += left * tl.load(y + col[:, None] * d + column, mask=mask, other=0.0).to(ACC)
+            right = tl.load(y + col[:, None] * d + column, mask=mask, other=0.0).to(ACC)
+            if EUCLIDEAN:
+                left -= right
+                right = left
+            sums += left * right
         s = tl.sum(sums, 1)
-        if col_squares is not None:
-            squares = row_vector(row_squares, row, here, 0.0, ACC) + row_vector(col_squares, col, here, 0.0, ACC)
-            d2 = squares - 2.0 * s
-            s = distance(d2, squares, ZERO)
+        if EUCLIDEAN and not SQUARED:
+            s = tl.sqrt(s)
         tl.store(z + at, s, mask=here)
 
 
@@ -84,14 +87,14 @@ def fold_survivors(
 
 @triton.jit
 def weigh_term(
-    z, here, slot, scale, lower, upper, own, value, grad, col, shares, at, d_scale, d_offset,
+    z, here, slot, scale, lower, upper, own, top, rest2, grad, col, shares, at, d_scale, d_offset,
     OP: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dL/dz of survivors through one reduction, and their rows' sums; to `shares` what is the columns' offsets'."""
     ref = row_vector(slot.ref_offset, col, here, 0.0, ACC)
     g, to_own = slopes(
-        z, here, slot, scale, lower[:, None], upper[:, None], own[:, None], value[:, None], grad[:, None], ref, OP,
-        SLOPE,
+        z, here, slot, scale, lower[:, None], upper[:, None], own[:, None], top[:, None], rest2[:, None], grad[:, None],
+        ref, OP, SLOPE,
     )  # fmt: skip
     if slot.d_scale is not None:
         d_scale += tl.sum(g * z, 1)
@@ -106,13 +109,13 @@ def weigh_term(
 def weigh_survivors(
     keys, z, starts, weights, shares_a, shares_b, n, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SLOPE_A: tl.constexpr, OP_B: tl.constexpr, SLOPE_B: tl.constexpr,
-    EUCLIDEAN: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
+    EUCLIDEAN: tl.constexpr, SQUARED: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """weights (L,): dL/dS of each survivor through its anchor's reductions a, b (`Weighed`), whose sums it leaves."""
     rows, inside, begin, stop, longest = entries(starts, n, ROWS)
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
-    lower_a, upper_a, own_a, value_a, grad_a = anchor(a, rows, inside, ACC)
-    lower_b, upper_b, own_b, value_b, grad_b = anchor(b, rows, inside, ACC)
+    lower_a, upper_a, own_a, top_a, rest_a, grad_a = anchor(a, rows, inside, ACC)
+    lower_b, upper_b, own_b, top_b, rest_b, grad_b = anchor(b, rows, inside, ACC)
     d_scale_a, d_offset_a = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
     d_scale_b, d_offset_b = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
     for k in range(0, longest, PAIRS):
@@ -121,17 +124,17 @@ def weigh_survivors(
         col = tl.load(keys + at, mask=here, other=0) & 0xFFFFFFFF
         pair = tl.load(z + at, mask=here, other=0.0)
         w, d_scale_a, d_offset_a = weigh_term(
-            pair, here, a, number_a, lower_a, upper_a, own_a, value_a, grad_a, col, shares_a, at, d_scale_a,
-            d_offset_a, OP_A, SLOPE_A, ACC,
+            pair, here, a, number_a, lower_a, upper_a, own_a, top_a, rest_a, grad_a, col, shares_a, at,
+            d_scale_a, d_offset_a, OP_A, SLOPE_A, ACC,
         )  # fmt: skip
         if OP_B != NOTHING:
             w_b, d_scale_b, d_offset_b = weigh_term(
-                pair, here, b, number_b, lower_b, upper_b, own_b, value_b, grad_b, col, shares_b, at, d_scale_b,
-                d_offset_b, OP_B, SLOPE_B, ACC,
+                pair, here, b, number_b, lower_b, upper_b, own_b, top_b, rest_b, grad_b, col, shares_b, at,
+                d_scale_b, d_offset_b, OP_B, SLOPE_B, ACC,
             )  # fmt: skip
             w += w_b
         if EUCLIDEAN:
-            w = through_distance(w, pair, ZERO)
+            w = through_distance(w, pair, SQUARED)
         tl.store(weights + at, w, mask=here)
     if a.d_scale is not None:
         tl.store(a.d_scale + rows, d_scale_a, mask=inside)
@@ -157,7 +160,8 @@ def spread_survivors(
     if stop > begin:
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d
-        acc, pull = tl.zeros((PAIRS, BLOCK_D), ACC), tl.zeros((PAIRS,), ACC)
+        acc = tl.zeros((PAIRS, BLOCK_D), ACC)
+        own = tl.load(x + row * d + column, mask=inside & EUCLIDEAN, other=0.0).to(ACC)
         for k in range(begin, stop, PAIRS):
             at = k + tl.arange(0, PAIRS)
             here = at < stop
@@ -168,12 +172,8 @@ def spread_survivors(
             w = tl.load(weights + at, mask=here, other=0.0)
             mask = here[:, None] & inside[None, :]
             tile = tl.load(y + other[:, None] * d + column[None, :], mask=mask, other=0.0)
-            acc += w[:, None] * tile.to(ACC)
-            pull += w
+            acc += w[:, None] * (tile.to(ACC) - own[None, :])
         sums = tl.sum(acc, 0)
-        if EUCLIDEAN:
-            own = tl.load(x + row * d + column, mask=inside, other=0.0)
-            sums -= tl.sum(pull, 0) * own.to(ACC)
         sums += tl.load(dx + row * d + column, mask=inside, other=0.0)
         tl.store(dx + row * d + column, sums, mask=inside)
 

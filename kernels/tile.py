@@ -7,6 +7,7 @@ hold negatives only, and are visited without one.
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 LOGSUMEXP: tl.constexpr = tl.constexpr(0)
 SUM: tl.constexpr = tl.constexpr(1)
@@ -23,11 +24,21 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 INF: tl.constexpr = tl.constexpr(float("inf"))
 
+# |x - y|^2 under this share of |x|^2 + |y|^2 is added up from differences: |x|^2 + |y|^2 - 2 x.y would lose its digits.
+NEAR: tl.constexpr = tl.constexpr(1 / 16)
+NEAR_GRADIENT: tl.constexpr = tl.constexpr(1 / 256)  # of the gradient, whose terms lose the square root of it
+
 
 @triton.jit
 def number(value, learned, ACC: tl.constexpr):
     """A scalar that the host knows, or one that lives on the device."""
     return tl.full([], value, ACC) if learned is None else tl.load(learned)
+
+
+@triton.jit
+def direction(scale):
+    """1, or -1 where a negative scale makes the lowest z the largest term."""
+    return tl.where(scale < 0.0, -1.0, 1.0).to(scale.dtype)
 
 
 @triton.jit
@@ -111,10 +122,20 @@ def leading_bits(x):
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
+# numpy's products, which stand in for the tensor cores then, round z_ij by where i and j stand in a tile.
+INTERPRETED: tl.constexpr = tl.constexpr(isinstance(direction, InterpretedFunction))
+
+
 @triton.jit
-def tf32_product(a, b):
-    # Without a limit the compiler moves the sum that this is part of into the tensor cores' accumulator.
-    return tl.dot(a, b, input_precision="tf32", max_num_imprecise_acc=1)
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b^T: the same bits for a pair from either end and in tiles of any shape."""
+    if INTERPRETED:
+        return acc + tl.sum(a.to(acc.dtype)[:, None, :] * b.to(acc.dtype)[None, :, :], 2)
+    elif PRECISION == "split":
+        # Without a limit the compiler moves the sum that this is part of into the tensor cores' accumulator.
+        return acc + tl.dot(a, tl.trans(b), input_precision="tf32", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, tl.trans(b), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -127,19 +148,19 @@ def add_products(a, b, whole, left, right, PRECISION: tl.constexpr):
     """
     if PRECISION == "split":
         a1, b1 = leading_bits(a), leading_bits(b)
-        whole += tf32_product(a1, tl.trans(b1))
-        left += tf32_product(a - a1, tl.trans(b1))
-        right += tf32_product(a1, tl.trans(b - b1))
+        whole = product(a1, b1, whole, PRECISION)
+        left = product(a - a1, b1, left, PRECISION)
+        right = product(a1, b - b1, right, PRECISION)
     else:
-        whole = tl.dot(a, tl.trans(b), whole, input_precision=PRECISION, out_dtype=whole.dtype)
+        whole = product(a, b, whole, PRECISION)
     return whole, left, right
 
 
 @triton.jit
 def similarities(
     x, x_tile, row_squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0, d,
-    ZERO: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, EVEN_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    SQUARE: tl.constexpr, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(R, C): z of `rows` and `cols`, and the columns' embeddings (C, BLOCK_K) if that holds all of D at once.
 
@@ -165,27 +186,39 @@ def similarities(
     if col_squares is not None:
         squares = row_squares[:, None] + row_vector(col_squares, cols, valid, 0.0, ACC)[None, :]
         d2 = squares - 2.0 * z
-        z = distance(d2, squares, ZERO)
+        # Squares that overflow are among the near ones.
+        near = (d2 <= NEAR * squares) | (d2 != d2) | (squares == INF)
+        near = near & inside[:, None] & valid[None, :]
+        if SQUARE:
+            self = rows[:, None] == cols[None, :]
+            d2, near = tl.where(self, 0.0, d2), near & (self == 0)
+        if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
+            d2 = tl.where(near, apart(x, y, rows, inside, cols, valid, d, ACC), d2)
+        z = d2 if SQUARED else tl.sqrt(d2)
     return z, y_tile
 
 
 @triton.jit
-def distance(d2, squares, ZERO: tl.constexpr):
-    """z from |x - y|^2 as it comes: 0 under the share ZERO of |x|^2 + |y|^2, which is noise; ZERO < 0: its square."""
-    if ZERO < 0.0:
-        return tl.maximum(d2, 0.0)
-    else:
-        return tl.sqrt(tl.where(d2 > ZERO * squares, d2, 0.0))
+def apart(x, y, rows, inside, cols, valid, d, ACC: tl.constexpr):
+    """(R, C): |x_i - y_j|^2 as the sum of squared differences, which loses no digits where rows are close."""
+    total = tl.zeros((rows.shape[0], cols.shape[0]), ACC)
+    left, right = x + rows.to(tl.int64) * d, y + cols.to(tl.int64) * d
+    for k in tl.range(0, d, num_stages=1):
+        a = tl.load(left + k, mask=inside, other=0.0).to(ACC)
+        b = tl.load(right + k, mask=valid, other=0.0).to(ACC)
+        difference = a[:, None] - b[None, :]
+        total += difference * difference
+    return total
 
 
 @triton.jit
-def through_distance(w, z, ZERO: tl.constexpr):
+def through_distance(w, z, SQUARED: tl.constexpr):
     """dL/dS from w = dL/dz: dD/dS = -1 / D, and -2 for the square; 0 at 0."""
-    apart = z > 0.0
-    if ZERO < 0.0:
-        return tl.where(apart, -2.0 * w, 0.0)
+    some = z > 0.0
+    if SQUARED:
+        return tl.where(some, -2.0 * w, 0.0)
     else:
-        return tl.where(apart, -w / tl.where(apart, z, 1.0), 0.0)
+        return tl.where(some, -w / tl.where(some, z, 1.0), 0.0)
 
 
 @triton.jit

@@ -96,7 +96,7 @@ def test_refusals_say_why(chip):
     chip(12, shared=200)
     refused(
         MultiSimilarityLoss(impl="onchip"),
-        r"1 rows of 12 similarities and of D = 8 take 244 bytes",
+        r"1 rows of 12 similarities and of D = 8 take 252 bytes",
         x[:11],
         labels[:11],
     )

@@ -48,14 +48,46 @@ __device__ inline int side_of(const Job& job, const Member& a, const Member& b) 
 // Both sides of a pair in a byte: of the own row as the anchor, and of the other one.
 __device__ inline unsigned char pack(int own, int other) { return (own + 1) | (other + 1) << 2; }
 __device__ inline int own_side(unsigned char sides) { return (sides & 3) - 1; }
-__device__ inline int other_side(unsigned char sides) { return (sides >> 2) - 1; }
+__device__ inline int other_side(unsigned char sides) { return (sides >> 2 & 3) - 1; }
+constexpr unsigned char CLOSE = 1 << 4;  // so near to each other that their gradient is taken from the difference
+
+// |x - y|^2 under this share of |x|^2 + |y|^2 is added up from differences: |x|^2 + |y|^2 - 2 x.y would lose its digits.
+template <class T>
+constexpr T NEAR = T(1) / 16;
+template <class T>
+constexpr T NEAR_GRADIENT = T(1) / 256;  // of the gradient, whose terms lose the square root of it
+
+// |a - b|^2, the same bits as |b - a|^2.
+template <class T>
+__device__ T apart(const T* a, const T* b, int width) {
+  T sum = 0;
+  for (int k = 0; k < width; ++k) {
+    const T difference = a[k] - b[k];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// sum_j w_j (y_j - x) of a row's close pairs, by one warp, into `out` (d,); their weights become 0.
+template <class T>
+__device__ void add_close(T* weights, const unsigned char* sides, int stride, const T* x, const T* others, int width,
+                          int d, int lane, T* out) {
+  for (int k = lane; k < d; k += LANES) {
+    T sum = 0;
+    for (int j = 0; j < stride; ++j)
+      if (sides[j] & CLOSE) sum += weights[j] * (others[size_t(j) * width + k] - x[k]);
+    out[k] = sum;
+  }
+  warp_sum(T(0));  // all lanes have read the weights
+  for (int j = lane; j < stride; j += LANES)
+    if (sides[j] & CLOSE) weights[j] = 0;
+}
 
 // Phase 2 behind the product: z, where it is a distance, and who is what to whom. (ROWS, stride), padding is no pair.
 template <class T, int ROWS>
 __device__ void relate(const Job& job, const Work<T>& work, bool owns_anchors, int first, int stride, T* z,
                        unsigned char* sides) {
   const Set<T>&own = owns_anchors ? work.anchors : work.refs, &others = owns_anchors ? work.refs : work.anchors;
-  const T noise = 8 * (sizeof(T) == 8 ? T(2.220446049250313e-16) : T(1.1920928955078125e-07));
   for (int j = threadIdx.x; j < stride; j += THREADS) {
     const Member other = member(job, others, j);
     const T other_square = others.square[j];
@@ -66,8 +98,15 @@ __device__ void relate(const Job& job, const Work<T>& work, bool owns_anchors, i
       sides[at] = pack(owns_anchors && !self ? side_of(job, mine, other) : NO_PAIR,
                        (job.square || !owns_anchors) && !self ? side_of(job, other, mine) : NO_PAIR);
       if (!job.euclidean || !mine.real) continue;
-      const T squares = own.square[i] + other_square, d2 = squares - 2 * z[at];
-      z[at] = d2 > noise * squares ? sqrt(d2) : T(0);
+      const T squares = own.square[i] + other_square;
+      T d2 = squares - 2 * z[at];
+      if (self) {
+        d2 = 0;
+      } else if (other.real && !(d2 > NEAR<T> * squares)) {  // squares that overflow among them
+        d2 = apart(own.rows + size_t(i) * work.width, others.rows + size_t(j) * work.width, work.width);
+      }
+      if (d2 <= NEAR_GRADIENT<T> * squares) sides[at] |= CLOSE;
+      z[at] = sqrt(d2 > T(0) ? d2 : T(0));
     }
   }
   __syncthreads();
@@ -78,8 +117,8 @@ template <class T>
 __device__ Row<T> reduce_row(const Formula<T>& formula, const T* z, const unsigned char* sides, int stride, bool anchor,
                              int lane) {
   Row<T> row;
-  Anchor<T>& gives = row.gives;
-  T hardest[2] = {-INFINITY, -INFINITY}, peak[2], sum[2] = {0, 0}, positives = 0, poison = 0;
+  Known<T>& gives = row.gives;
+  T hardest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, positives = 0, poison = 0;
   for (int j = lane; j < stride; j += LANES) {
     const int side = own_side(sides[j]);
     const T hard = harder(formula, side, z[j]);
@@ -94,28 +133,32 @@ __device__ Row<T> reduce_row(const Formula<T>& formula, const T* z, const unsign
     for (int side = 0; side < 2; ++side) gives.bound[side] = -(hardest[1 - side] + formula.epsilon);
     if (!(hardest[0] > gives.bound[0] && hardest[1] > gives.bound[1])) gives.bound[0] = gives.bound[1] = INFINITY;
   }
-  for (int side = 0; side < 2; ++side) peak[side] = fabs(formula.scale[side]) * hardest[side];
   for (int j = lane; j < stride; j += LANES) {
     const int side = own_side(sides[j]);
-    if (side == NO_PAIR || !(harder(formula, side, z[j]) > pick(gives.bound, side))) continue;
-    const T term = exp(pick(formula.scale, side) * z[j] - pick(peak, side));
+    if (side == NO_PAIR) continue;
+    const T hard = harder(formula, side, z[j]);
+    if (!(hard > pick(gives.bound, side))) continue;
+    const T term = exp((hard - pick(hardest, side)) * fabs(pick(formula.scale, side)));
     sum[POSITIVE] += side == POSITIVE ? term : T(0), sum[NEGATIVE] += side == POSITIVE ? T(0) : term;
   }
   for (int side = 0; side < 2; ++side) {
     sum[side] = warp_sum(sum[side]);
-    gives.lse[side] = sum[side] > 0 ? peak[side] + log(sum[side]) : T(-INFINITY);
+    const bool some = sum[side] > 0;
+    gives.top[side] = some ? harder(formula, side, hardest[side]) : T(0);
+    gives.rest[side] = some ? log(sum[side]) : T(INFINITY);
+    gives.lse[side] = some ? formula.scale[side] * gives.top[side] + gives.rest[side] : T(-INFINITY);
   }
   const int summed = summed_side(formula.loss);
   T total = 0, slopes = 0;
   if (summed != NO_PAIR) {
     for (int j = lane; j < stride; j += LANES) {
       if (own_side(sides[j]) != summed) continue;
-      const T t = pick(formula.scale, summed) * z[j] + pick(gives.lse, 1 - summed);
+      const T t = beside_other(formula, gives, summed, z[j]);
       total += softplus(t), slopes += sigmoid(t);
     }
     total = warp_sum(total), slopes = warp_sum(slopes);
   }
-  finish_row(formula, row, positives, anchor, total, slopes);
+  finish_row(formula, row, positives, anchor, total, slopes, both_sides(formula, gives));
   row.loss += poison, gives.slope[POSITIVE] += poison, gives.slope[NEGATIVE] += poison;
   return row;
 }
@@ -197,8 +240,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     work.of(LOSS, i) = row.loss, work.of(VALID, i) = row.valid, work.of(DIVIDES, i) = row.divides;
     for (int side = 0; side < 2; ++side) {
       row.gives.slope[side] *= upstream;
-      work.of(LSE + side, i) = row.gives.lse[side], work.of(SLOPE + side, i) = row.gives.slope[side];
-      work.of(BOUND + side, i) = row.gives.bound[side];
+      work.of(TOP + side, i) = row.gives.top[side], work.of(REST + side, i) = row.gives.rest[side];
+      work.of(SLOPE + side, i) = row.gives.slope[side], work.of(BOUND + side, i) = row.gives.bound[side];
     }
     gives[r] = row.gives;
   }
@@ -235,12 +278,18 @@ __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
 
   // 6. Gradient: weights times the others' rows, then through the distance and the norm.
+  for (int r = warp; job.euclidean && r < count; r += WARPS)
+    add_close(z + r * stride, sides + r * stride, stride, own.rows + size_t(first + r) * width, others.rows, width,
+              job.d, lane, out + size_t(first + r) * job.d);
+  if (job.euclidean) __syncthreads();
   product<T, ROWS>(z, others.rows, stride, width, groups_of(width, stride), mine);
   for (int r = warp; r < count; r += WARPS) {
     T pull = 0, along = 0;
     for (int j = lane; job.euclidean && j < stride; j += LANES) pull -= z[r * stride + j];
     pull = warp_sum(pull);
     const T* row = own.rows + size_t(first + r) * width;
+    if (job.euclidean)
+      for (int k = lane; k < job.d; k += LANES) mine[r * width + k] += out[size_t(first + r) * job.d + k];
     for (int k = lane; k < width; k += LANES) along += (mine[r * width + k] + pull * row[k]) * row[k];
     along = job.unit ? warp_sum(along) : T(0);
     const T scale = own.inverse[first + r] / divisor;

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .collect import Collector
 from .launch import Block, Work, groups, splits, weighted
-from .schedule import POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, stages
+from .schedule import NEGATIVES, POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from .similarity import poison
 
 BLOCK = 4096  # rows and columns: 64 MB of float32 similarities; a multiple of every tile
+STRIP = 512  # rows at a time of what is transposed
 
 
 def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
@@ -64,6 +65,14 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+def _mirror(s: Tensor) -> None:
+    """s (n, n), its upper triangle over the lower: both ends of a pair see the same bits, whatever the product's do."""
+    for k in range(0, s.shape[0], STRIP):
+        corner = s[k : k + STRIP, k : k + STRIP]
+        corner.copy_(torch.where(torch.ones_like(corner, dtype=torch.bool).triu(), corner, corner.T))
+        s[k + STRIP :, k : k + STRIP] = s[k : k + STRIP, k + STRIP :].T
+
+
 class _Buffers:
     """One block of similarities, one of weights in the embeddings' dtype, and one of gradients."""
 
@@ -78,7 +87,10 @@ class _Buffers:
 
     def similarities(self, work: Work, at: _Place) -> Tensor:
         x, y = work.p.x[at.i0 : at.i1], work.p.refs[at.j0 : at.j1]
-        return _product(x, y.T, self.s[: at.i1 - at.i0, : at.j1 - at.j0])
+        s = _product(x, y.T, self.s[: at.i1 - at.i0, : at.j1 - at.j0])
+        if work.square and at.i0 == at.j0:
+            _mirror(s)
+        return s
 
     def add(self, weights: Tensor, of: Tensor, to: Tensor | None) -> None:
         """to += weights of."""
@@ -90,10 +102,22 @@ class _Buffers:
             to += _product(weights, of, self.g[: to.shape[0]])
 
 
+def _compared(terms: Terms) -> bool:
+    """Whether a window sets positives against an extreme of the same pairs, or of pairs that may be equal: then all
+    similarities come from one kind of product, because two may differ in the last bit."""
+    for t in terms:
+        for of, shift in ((t.lower_of, t.lower_shift), (t.upper_of, t.upper_shift)):
+            sides = {t.side, terms[of].side} if of >= 0 else set()
+            if len(sides) == 2 and POSITIVES in sides and (NEGATIVES not in sides or shift == 0):
+                return True
+    return False
+
+
 def _split(work: Work, chosen: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Launches of terms over all pairs, and over the band of positives."""
-    band = [k for k in chosen if work.terms[k].side == POSITIVES]
-    rest = [k for k in chosen if work.terms[k].side != POSITIVES]
+    together = _compared(work.terms)
+    band = [k for k in chosen if work.terms[k].side == POSITIVES and not together]
+    rest = [k for k in chosen if k not in band]
     return groups(work.terms, rest), groups(work.terms, band)
 
 
@@ -101,7 +125,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     """Values (K, N), sorted, without logsumexp's offset; `keep`: for backward too."""
     work = Work(p, terms, given)
     (shape, _), *_ = kept_like(p.x, p.y, terms, keep)
-    values = torch.empty(len(terms), work.n, dtype=work.dtype, device=work.device)
+    values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
     ranks = torch.full(shape, -1, dtype=torch.int64, device=work.device)
     spoiled = poison(p.x, p.y).to(work.dtype)
     index = {k: ranks[k] if ranks.numel() and t.indexed else None for k, t in enumerate(terms)}
@@ -126,7 +150,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
                     work.reduce(group, states, anchors, at.transposed(s), 1, carry=True)
         for group, states in launches:
             for k, state in zip(group, states, strict=True):
-                work.finish(k, state, spoiled, values[k], index[k])
+                work.finish(k, state, spoiled, values, index[k])
     places = work.places(ranks) if ranks.numel() else ranks
     nothing = torch.empty(0, dtype=torch.int8, device=work.device)
     return values, (places, spoiled, nothing, nothing.clone())
@@ -162,14 +186,17 @@ def backward(
         for at in _places(work.n, work.m, work.square):
             s = buffers.similarities(work, at)
             w = buffers.w[: s.shape[0], : s.shape[1]]
-            if p.end is not None:
-                w.zero_()  # columns past the end are not visited
+            if p.end is not None or all(terms[k].side == POSITIVES for k in group):
+                w.zero_()  # columns past the end, or off the band, are not visited
             work.weigh(
                 group, slots, anchors, at.block(s), spoiled, carry=True, pull=pull, weights=w,
-                weight_strides=(w.stride(0), 1),
+                weight_strides=(w.stride(0), 1), close_dx=None if pull is None else dx,
             )  # fmt: skip
             if (at.mirror and (sums or ref_sums)) or (not work.square and ref_sums):
-                work.weigh(group, ref_slots, references, at.transposed(s), spoiled, carry=True, pull=ref_pull)
+                work.weigh(
+                    group, ref_slots, references, at.transposed(s), spoiled, carry=True, pull=ref_pull,
+                    close_dx=None if ref_pull is None else to_refs,
+                )  # fmt: skip
             buffers.add(w, p.refs[at.j0 : at.j1], None if dx is None else dx[at.i0 : at.i1])
             if to_refs is not None and (at.mirror or not work.square):
                 buffers.add(w.T, p.x[at.i0 : at.i1], to_refs[at.j0 : at.j1])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .kernels.gradient import Weighed
 from .launch import Block, Lists, Side, Work, groups, splits
-from .schedule import LOGSUMEXP, Gradients
+from .schedule import Gradients
 
 PARTIAL_BYTES = 64 * 2**20  # that the splits' partial gradients may take
 
@@ -36,11 +36,8 @@ class Collector:
         """The operands of a launch of `count` splits; parts start at zero, so that launches can add to each other."""
         found = []
         for k in group:
-            t = self.work.terms[k]
-            s = Weighed(
-                **self.work.shared(k, self.values), value=self.values[k] if t.op == LOGSUMEXP else None,
-                grad=self.grads[k],
-            )  # fmt: skip
+            t, (top, rest) = self.work.terms[k], self.work.relative(k, self.values)
+            s = Weighed(**self.work.shared(k, self.values), top=top, rest=rest, grad=self.grads[k])
             if side.anchor and self.scale is not None:
                 s = s._replace(d_scale=self._part(self.scale[k], count, self.work.n))
             if side.anchor and self.offset is not None and t.slots[0] >= 0:

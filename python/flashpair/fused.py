@@ -17,7 +17,7 @@ from torch import Tensor
 from .collect import Collector
 from .kernels import configs
 from .launch import Side, Work, groups, splits, weighted, windowed
-from .schedule import Given, Gradients, Like, Problem, Terms, accumulator, stages
+from .schedule import Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from .similarity import poison
 
 
@@ -45,7 +45,7 @@ def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Lik
 def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     work = Work(p, terms, given)
     (index_shape, _), (live_shape, _), *_ = kept_like(p.x, p.y, terms, keep)
-    values = torch.empty(len(terms), work.n, dtype=work.dtype, device=work.device)
+    values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
     ranks = torch.full(index_shape, -1, dtype=torch.int64, device=work.device)
     live = torch.zeros(live_shape, dtype=torch.int8, device=work.device)
     planes = {k: live[place] for place, k in enumerate(windowed(terms) if live_shape[0] else [])}

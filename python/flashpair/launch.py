@@ -18,17 +18,21 @@ from .kernels import configs, gradient, reduce, rows, tile, transforms
 from .kernels.gradient import Weighed
 from .kernels.reduce import Reduced
 from .reduction import TRANSFORMS
-from .schedule import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Problem, Term, Terms, accumulator
-from .similarity import zero_distance
+from .schedule import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Problem, Term, Terms, accumulator, tops
 from .transforms import custom
 
 FINISH_ROWS = 256
 LIST_STEP = 256
 TILES_PER_SPLIT = 4
 TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
-SPREAD = {torch.float32: 60.0, torch.float64: 600.0}  # of logsumexps, within which 2^(top - value) is a safe factor
+SPREAD = {
+    torch.float32: 60.0,
+    torch.float64: 600.0,
+}  # of logsumexps, within which e^(their difference) is a safe factor
+EXACT = 8.0  # of which the same factor's rounding is none to speak of
 Lists = dict[int, tuple[Tensor, Tensor]]  # `Work.list_live`'s, by the columns of a tile
 MAPPED, NOTHING, UNRANKED = tile.MAPPED.value, tile.NOTHING.value, reduce.UNRANKED.value
+LOG2E = tile.LOG2E.value
 
 
 @functools.lru_cache(maxsize=16)
@@ -119,7 +123,7 @@ class Work:
 
     def __init__(self, p: Problem, terms: Terms, given: Given) -> None:
         p.refuse_groups("schedules of the GPU take")
-        self.p, self.terms, self.given = p, terms, given
+        self.p, self.terms, self.given, self.tops = p, terms, given, tops(terms)
         self.n, self.d = p.x.shape
         self.m = p.refs.shape[0]
         self.device, self.dtype = p.x.device, accumulator(p.x.dtype)
@@ -127,9 +131,9 @@ class Work:
         c = self.config
         self.slabs = -(-self.d // c.slab)
         self.squares = p.row_and_ref_squares()
-        self._tops: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._around: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.constants = {
-            "ZERO": -1.0 if p.distance == "squared_euclidean" else zero_distance(self.dtype),
+            "SQUARED": p.distance == "squared_euclidean",
             "PRECISION": precision(p.x.dtype),
             "ONE_CHUNK": self.d <= min(c.depth, c.slab) and c.depth == c.slab, "EVEN_D": self.d % c.depth == 0,
             "BLOCK_ROWS": c.rows, "BLOCK_COLS": c.cols, "BLOCK_K": c.depth, "ACC": TRITON[self.dtype],
@@ -218,12 +222,19 @@ class Work:
             warps=c.forward[0], stages=c.forward[1],
         )  # fmt: skip
 
-    def finish(self, k: int, state: Reduced, poison: Tensor, value: Tensor, index: Tensor | None) -> None:
-        count = (state.total if state.peak is None else state.peak).shape[0]
+    def finish(self, k: int, state: Reduced, poison: Tensor, values: Tensor, index: Tensor | None) -> None:
+        """The rows of `values` that are a term's, from its state."""
+        t, count = self.terms[k], (state.total if state.peak is None else state.peak).shape[0]
         run(
-            reduce.finish, (-(-self.n // FINISH_ROWS),), self.device, state.peak, state.total, poison, value, index,
-            self.n, count, OP=self.terms[k].op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
+            reduce.finish, (-(-self.n // FINISH_ROWS),), self.device, state.peak, state.total, poison, values[k],
+            *self.relative(k, values), index, self.n, count, float(self.given.scales[k]), state.scale,
+            OP=MAPPED if t.mapped else t.op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
         )  # fmt: skip
+
+    def relative(self, k: int, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The top and rest (N,) of a logsumexp."""
+        at = self.tops[k]
+        return (None, None) if at < 0 else (values[at], values[at + 1])
 
     def reduce_all(
         self, group: Sequence[int], count: int, poison: Tensor, values: Tensor, index: dict[int, Tensor | None],
@@ -233,7 +244,7 @@ class Work:
         states = [self.state(k, count, index[k] is not None, values, live.get(k)) for k in group]
         self.reduce(group, states, self.anchors(), Block(0, self.n, 0, self.m), count)
         for k, state in zip(group, states, strict=True):
-            self.finish(k, state, poison, values[k], index[k])
+            self.finish(k, state, poison, values, index[k])
 
     def state(self, k: int, count: int, indexed: bool, values: Tensor, live: Tensor | None = None) -> Reduced:
         """Empty tensors for the state of a term; `indexed`: with the place of a min's or max's extreme."""
@@ -257,6 +268,7 @@ class Work:
         self, group: Sequence[int], slots: Sequence[Weighed], side: Side, block: Block, poison: Tensor, *,
         dx: Tensor | None = None, count: int = 1, lists: Lists | None = None, carry: bool = False,
         weights: Tensor | None = None, weight_strides: tuple[int, int] = (0, 0), pull: Tensor | None = None,
+        close_dx: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Gradients of a block's rows through one or two terms; see `weigh_rows`."""
         near, kernels = None, [(1, slots)]
@@ -275,7 +287,7 @@ class Work:
                 (self.blocks(block.row1 - block.row0), count, 1 if dx is None else self.slabs), self.device,
                 side.x, side.y, self.d, block.given, *block.strides, weights, *weight_strides,
                 side.row_squares, side.col_squares, side.lo, side.hi, side.row_end, side.col_end,
-                listed, counts, near, poison, dx, pull, block.row0, block.row1, block.col0, block.col1,
+                listed, counts, near, poison, dx, close_dx, pull, block.row0, block.row1, block.col0, block.col1,
                 self.n, self.m, 0 if listed is None else listed.shape[1], *self.scales(group), *operands,
                 *self._forms(group, 1), ANCHOR=side.anchor, REFERENCE=side.reference, SQUARE=self.square,
                 BAND_ONLY=all(self.terms[k].side == POSITIVES for k in group), CARRY=carry, WANTED=wanted,
@@ -284,22 +296,36 @@ class Work:
             )  # fmt: skip
 
     def _around_tops(self, group: Sequence[int], slots: Sequence[Weighed]) -> tuple[Sequence[Weighed], Tensor | None]:
-        """Operands with which one exponential, relative to the highest value of a logsumexp, serves both ends of a
-        pair; and whether no value is too far under it for that. Which of the two kernels has work is decided on the
+        """Operands with which one exponential, relative to the largest term of all rows, serves both ends of a pair;
+        and whether every row's sum is near enough to it for that. Which of the two kernels has work is decided on the
         device."""
         near, found = None, list(slots)
         for place, (k, s) in enumerate(zip(group, slots, strict=True)):
             if self.terms[k].op != LOGSUMEXP or self.terms[k].mapped:
                 continue
-            if k not in self._tops:
-                some = s.value > -torch.inf
-                top = torch.where(some, s.value, -torch.inf).amax()
-                close = (top - torch.where(some, s.value, torch.inf).amin() <= SPREAD[self.dtype]).to(torch.int8)
-                self._tops[k] = top, torch.where(some, s.grad * torch.exp(top - s.value), 0.0), close
-            top, factor, close = self._tops[k]
+            if k not in self._around:
+                self._around[k] = self._one_for_all(k, s)
+            around, factor, close = self._around[k]
             near = close if near is None else near & close
-            found[place] = s._replace(top=top, grad=factor, value=None)
+            found[place] = s._replace(around=around, grad=factor, top=None, rest=None)
         return found, near
+
+    def _one_for_all(self, k: int, s: Weighed) -> tuple[Tensor, Tensor, Tensor]:
+        """A z that no row's terms are larger than, (); what each row's weights relative to it are multiplied by, (N,);
+        and whether that is exact enough, () int8.
+
+        A difference in the exponent is rounded by itself, which counts for nothing beside how similarities themselves
+        are rounded, where a row's largest term is as large.
+        """
+        scale = s.top.new_full((), float(self.given.scales[k])) if s.scale is None else s.scale
+        sign, some = torch.where(scale < 0, -1.0, 1.0), s.rest < torch.inf
+        around = torch.where(some, s.top * sign, -torch.inf).amax() * sign
+        around = torch.where(around.isinf(), 0.0, around)
+        gap = torch.where(some, (around - s.top) * scale - s.rest, 0.0)
+        most = (EXACT + 2 * (s.top * scale).abs()).clamp_max(SPREAD[self.dtype])
+        # As the kernel rounds the other half of the exponent.
+        factor = torch.exp2((around - s.top) * (scale * LOG2E) - s.rest * LOG2E)
+        return around, torch.where(some, s.grad * factor, 0.0), (gap <= most).all().to(torch.int8)
 
     def list_live(self, live: Tensor, side: Side, width: int | None = None) -> tuple[Tensor, Tensor]:
         """(row blocks, tiles) int32 and (row blocks,) int32: the clean tiles that a side's row blocks must visit.

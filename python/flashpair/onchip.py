@@ -15,7 +15,7 @@ from . import extension
 from .schedule import Results, Whole, accumulator, address
 
 BLOCK_ROWS = (1, 2, 4, 8, 16)  # that a block may own: csrc/cuda/onchip.cu has a kernel for each
-SCRATCH, ROW_NUMBERS = 4 * 8, 6  # of a block, and of each of its rows, beside embeddings and similarities: onchip.cu
+SCRATCH, ROW_NUMBERS = 4 * 8, 8  # of a block, and of each of its rows, beside embeddings and similarities: onchip.cu
 
 
 class Limits(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 from .reduction import BUILT_IN, OPS, SIDES
 
 LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
-POSITIVES = SIDES.index("positives")
+POSITIVES, NEGATIVES = SIDES.index("positives"), SIDES.index("negatives")
 IDENTITY = BUILT_IN.index("identity")
 CODES = 6  # integers that a reduction is encoded as
 Like = tuple[tuple[int, ...], torch.dtype]

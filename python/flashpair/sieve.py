@@ -126,8 +126,9 @@ class Sieve:
         work, z = self.work, values.new_empty(keys.shape)
         run(
             survivors.pair_similarities, (-(-self.room // PAIRS),), work.device,
-            work.p.x, work.p.refs, work.d, *work.squares, keys, z, self.room,
-            ZERO=work.constants["ZERO"], PAIRS=PAIRS, BLOCK_D=BLOCK_D, ACC=TRITON[work.dtype], warps=4, stages=1,
+            work.p.x, work.p.refs, work.d, keys, z, self.room,
+            EUCLIDEAN=work.p.distance != "dot", SQUARED=work.constants["SQUARED"], PAIRS=PAIRS, BLOCK_D=BLOCK_D,
+            ACC=TRITON[work.dtype], warps=4, stages=1,
         )  # fmt: skip
         return Found(keys, z, self.starts(keys, work.n), dense)
 
@@ -189,7 +190,7 @@ class Sieve:
             survivors.weigh_survivors, (-(-work.n // ROWS),), work.device,
             found.keys, found.z, found.starts, weights, *shares, *pad, work.n, *work.scales(group),
             *slots, *(slots[0]._make([None] * len(slots[0])) for _ in pad), *self._forms(group, 1),
-            EUCLIDEAN=work.p.distance != "dot", ZERO=work.constants["ZERO"], ROWS=ROWS, PAIRS=ENTRIES,
+            EUCLIDEAN=work.p.distance != "dot", SQUARED=work.constants["SQUARED"], ROWS=ROWS, PAIRS=ENTRIES,
             ACC=TRITON[work.dtype], warps=4, stages=1,
         )  # fmt: skip
         into.settle()

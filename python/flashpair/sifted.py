@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .collect import Collector
 from .launch import Block, Side, Work, groups, splits, weighted
-from .schedule import POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, stages
+from .schedule import POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from .sieve import Found, Sieve, plan
 from .similarity import poison
 
@@ -58,7 +58,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     work = Work(p, terms, given)
     sieve = Sieve(work)
     (index_shape, _), (keys_shape, _), (dense_shape, _), (z_shape, _) = kept_like(p.x, p.y, terms, keep)
-    values = torch.empty(len(terms), work.n, dtype=work.dtype, device=work.device)
+    values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
     ranks = torch.full(index_shape, -1, dtype=torch.int64, device=work.device)
     keys = torch.empty(keys_shape, dtype=torch.int64, device=work.device)
     dense = torch.empty(dense_shape, dtype=torch.int8, device=work.device)
@@ -80,7 +80,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
             work.reduce(group, states, work.anchors(), Block(0, work.n, 0, work.m), count, lists=lists)
             sieve.fold(off, [s for k, s in zip(group, states, strict=True) if k in off], found)
             for k, state in zip(group, states, strict=True):
-                work.finish(k, state, spoiled, values[k], index[k])
+                work.finish(k, state, spoiled, values, index[k])
             if off in kept:
                 place = kept[off]
                 keys[place], dense[place] = found.keys, found.dense
