@@ -166,6 +166,7 @@ class Criterion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The arguments of a call, labels as int64, or the error that names what is wrong with them."""
         batch = checks.batch(embeddings, labels, ref_emb, ref_labels)
+        checks.parameters(self, batch[0])
         if ref_emb is not None:
             self.check_references()
         return batch
