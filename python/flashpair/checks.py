@@ -52,10 +52,14 @@ def _to_tensor(value: Any) -> str:
 
 
 def memory(value: Tensor, name: str) -> Tensor:
-    """`value` in ordinary memory: not sparse, not nested, and without a sign that torch keeps beside it."""
+    """`value` in ordinary memory: not sparse, not nested, and without a sign that torch keeps beside it. Of a tensor of
+    inference mode, which autograd may not keep, a copy where gradients are on."""
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {what(value)}")
-    return value if torch.compiler.is_compiling() else value.resolve_neg()
+    if torch.compiler.is_compiling():
+        return value
+    value = value.resolve_neg()
+    return value.clone() if value.is_inference() and torch.is_grad_enabled() else value
 
 
 def like(value: Tensor, of: Tensor, name: str, whose: str = "embeddings") -> None:
@@ -64,10 +68,14 @@ def like(value: Tensor, of: Tensor, name: str, whose: str = "embeddings") -> Non
         raise ValueError(f"{name} must be on the device of {whose}, {of.device}, got {what(value)}")
 
 
-def parameters(module: torch.nn.Module, x: Tensor) -> None:
-    """The module's own parameters and buffers, on the device of the embeddings `x`."""
+def parameters(module: Any, x: Tensor) -> None:
+    """A criterion's own parameters, buffers and learned hyper-parameters, on the device of the embeddings `x`."""
     for name, value in (*module._parameters.items(), *module._buffers.items()):
-        if value is not None:
+        if value is not None and value.device != x.device:
+            like(value, x, f"{type(module).__name__}.{name}")
+    for name in module.shown:
+        value = module.__dict__.get(name)
+        if isinstance(value, Tensor):
             like(value, x, f"{type(module).__name__}.{name}")
 
 

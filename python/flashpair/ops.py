@@ -154,7 +154,8 @@ class RowReduce(torch.autograd.Function):
         spec = ctx.spec
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values)
-        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, needs[8:], strict=False)]
+        of_vectors = needs[8 : 8 + len(spec.slots)]
+        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, of_vectors, strict=True)]
         dx, dy, dscale, doffset, dref_offset = call("row_reduce_backward", x)(
             x, y, lo, hi, end, order, scale, vectors, *spec, values, *kept,
             [None if g is None else solid(g) for g in grads], [*needs[5:8], 0 in wants, 1 in wants],

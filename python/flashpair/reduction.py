@@ -104,7 +104,7 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     for k, r in enumerate(reductions):
         pair = []
         for name, bound in (("lower", r.lower), ("upper", r.upper)):
-            of = _place(bound.of, reductions[:k]) if isinstance(bound, Bound) else -1
+            of = place_of(bound.of, reductions[:k]) if isinstance(bound, Bound) else -1
             if of is None:
                 raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
             if isinstance(bound, Bound) and bound.of.offset is not None:
@@ -114,7 +114,7 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     return found
 
 
-def _place(r: Reduction, among: tuple[Reduction, ...]) -> int | None:
+def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:
     """Where `r` itself stands. (No table by `id`, which not every torch.compile can trace.)"""
     for k, other in enumerate(among):
         if other is r:

@@ -209,7 +209,8 @@ def address(t: Tensor | None, kind: str = "cpu") -> int:
     """Of its first entry, 0 for None; the caller holds the memory.
 
     Raises:
-        RuntimeError: a tensor that is not on a device of that `kind`, or not `solid`: a kernel would read other memory.
+        RuntimeError: a tensor that is not on a device of that `kind`, not `solid`, or without memory (a FakeTensor): a
+            kernel would read what is none of its own.
     """
     if t is None:
         return 0
@@ -217,4 +218,7 @@ def address(t: Tensor | None, kind: str = "cpu") -> int:
         raise RuntimeError(f"a kernel for {kind} tensors must not read a tensor on {t.device}, {tuple(t.shape)}")
     if t.is_neg() or not t.is_contiguous():
         raise RuntimeError(f"a kernel reads memory as it lies, not a tensor {tuple(t.shape)} of strides {t.stride()}")
-    return t.data_ptr()
+    found = t.data_ptr()
+    if not found and t.numel():
+        raise RuntimeError(f"a kernel reads memory, and a {type(t).__name__} {tuple(t.shape)} has none")
+    return found
