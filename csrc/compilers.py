@@ -35,12 +35,18 @@ def env_flags(name):
 
 def cpp():
     """The C++ compiler's command (empty for a pure Python install), and the record that `flashpair info` reads."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    named = os.environ.get("CXX", "").strip()
+    candidates = [named] if named else ["c++", "g++", "clang++"]
     found = [cxx for cxx in candidates if shutil.which(shlex.split(cxx)[0])]
     if env_on("FLASHPAIR_PURE_PYTHON"):
         reason = "FLASHPAIR_PURE_PYTHON is set"
     elif os.name == "nt":
         reason = "the extension is not supported on Windows"
+    elif named and not found:
+        raise RuntimeError(
+            f"CXX={named!r} names no compiler that is on the PATH; unset CXX to look for c++, g++ and clang++, or set "
+            "FLASHPAIR_PURE_PYTHON=1 to do without"
+        )
     elif not found:
         reason = f"no C++ compiler: {', '.join(candidates)} not found"
     else:

@@ -23,7 +23,7 @@ BAD_CALLS = {
     "embeddings are integers": (TypeError, "embeddings must be a float16, .* got int32", (X.int(), LABELS), {}),
     "embeddings are complex": (TypeError, "embeddings must be .* got complex64", (X + 1j, LABELS), {}),
     "embeddings have no width": (ValueError, r"with D > 0, got float32 \(8, 0\)", (X[:, :0], LABELS), {}),
-    "embeddings are an array": (TypeError, "embeddings must be .* got ndarray", (X.numpy(), LABELS), {}),
+    "embeddings are an array": (TypeError, "embeddings must be .* got numpy ndarray", (X.numpy(), LABELS), {}),
     "ref_emb without ref_labels": (ValueError, "ref_labels must be given with ref_emb", (X, LABELS), {"ref_emb": X}),
     "ref_labels without ref_emb": (ValueError, "ref_emb must be given with", (X, LABELS), {"ref_labels": LABELS}),
     "ref_emb of another width": (

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -39,24 +40,45 @@ inline Runtime& runtime() {
   return found;
 }
 
-// Runs `job` on up to `threads` threads at once, the caller's among them.
+// Runs `job` on up to `threads` threads at once, the caller's among them. What it throws on any of them, the first of
+// it, is thrown here after all have ended: no exception may leave an OpenMP thread, or a thread of any kind.
 template <class Job>
 void run_together(int threads, Job&& job) {
+  auto set = runtime().set_blas_threads;
+  if (threads <= 1) {
+    struct Restore {  // the caller's setting, whatever happens
+      int (*set)(int);
+      int before;
+      ~Restore() {
+        if (set) set(before);
+      }
+    } restore{set, set ? set(1) : 0};
+    return job();
+  }
+  std::exception_ptr error;
+  std::atomic<bool> failed{false};
   auto alone = [&] {
-    auto set = runtime().set_blas_threads;
     const int before = set ? set(1) : 0;
-    job();
+    try {
+      job();
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
     if (set) set(before);
   };
-  if (threads <= 1) return alone();
   if (runtime().parallel) {
     runtime().parallel([](void* f) { (*static_cast<decltype(alone)*>(f))(); }, &alone, threads, 0);
-    return;
+  } else {
+    std::vector<std::thread> others;
+    try {
+      others.reserve(threads - 1);
+      for (int k = 1; k < threads; ++k) others.emplace_back(alone);
+    } catch (...) {  // no memory, or no thread to be had: those that there are do all of it
+    }
+    alone();
+    for (std::thread& t : others) t.join();
   }
-  std::vector<std::thread> others;
-  for (int k = 1; k < threads; ++k) others.emplace_back(alone);
-  alone();
-  for (std::thread& t : others) t.join();
+  if (error) std::rethrow_exception(error);
 }
 
 // Calls work(first, last) for the rows [0, n) in chunks, each on some thread.
@@ -78,7 +100,7 @@ void in_order(int64_t count, int64_t things, int threads, Touches&& touches, Wor
   std::vector<std::atomic<int64_t>> done(things);
   std::mutex turn;
   int64_t next = 0;
-  std::exception_ptr error;  // no exception may leave an OpenMP thread
+  std::exception_ptr error;  // of an item, after which the others that wait for its turn must not wait any more
   std::atomic<bool> failed{false};
   auto wait = [&](int64_t thing, int64_t place) {
     for (int spins = 0; done[thing].load(std::memory_order_acquire) != place && !failed; ++spins)
@@ -124,7 +146,10 @@ class Buffers {
   }
   ~Buffers() {
     std::lock_guard<std::mutex> hold(lock());
-    free_list().push_back(std::move(memory_));
+    try {
+      free_list().push_back(std::move(memory_));
+    } catch (const std::bad_alloc&) {  // no room to remember it: it goes back to the system
+    }
   }
   void* get() {
     const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.data());

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
+SHOWN = 60  # characters of a value that an error shows
 
 
 class Labelled:
@@ -20,26 +21,84 @@ class Labelled:
 
 
 def what(value: Any) -> str:
+    """The value in a few words of one line: a tensor's dtype, shape and device, an array's, what a list holds."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+        layout = "" if value.layout == torch.strided else f" {str(value.layout).removeprefix('torch.')}"
+        shape = "nested" if value.is_nested else tuple(value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}{layout} {shape} on {value.device}"
+    kind = type(value).__name__
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{type(value).__module__.partition('.')[0]} {kind} of dtype {value.dtype} and shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and value:
+        return f"{kind} of {len(value)}, the first of them {what(value[0])}"
+    shown = " ".join(repr(value).split())
+    return f"{kind} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}"
+
+
+def _to_tensor(value: Any) -> str:
+    """How to make a tensor of what is none, as the end of an error; empty where that is not to be said in a few words."""
+    if isinstance(value, Tensor):
+        return ""
+    dtype, first = getattr(value, "dtype", None), value[0] if isinstance(value, (list, tuple)) and value else None
+    if isinstance(first, str) or getattr(dtype, "kind", "") in ("U", "S", "O", "T"):
+        return "; number what is text first"
+    if isinstance(first, Tensor):
+        return "; a loader's batch comes apart into its tensors first"
+    if getattr(dtype, "isnative", True) is False:
+        return "; torch.from_numpy takes it in this machine's byte order: array.astype(array.dtype.newbyteorder('='))"
+    if hasattr(value, "to_numpy"):
+        return "; torch.tensor(values.to_numpy()) makes a tensor of it"
+    return "; torch.as_tensor makes a tensor of it" if dtype is not None or first is not None else ""
+
+
+def memory(value: Tensor, name: str) -> Tensor:
+    """`value` in ordinary memory: not sparse, not nested, and without a sign that torch keeps beside it. Of a tensor of
+    inference mode, which autograd may not keep, a copy where gradients are on."""
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {what(value)}")
+    if torch.compiler.is_compiling():
+        return value
+    value = value.resolve_neg()
+    return value.clone() if value.is_inference() and torch.is_grad_enabled() else value
+
+
+def like(value: Tensor, of: Tensor, name: str, whose: str = "embeddings") -> None:
+    """A tensor on the device of `of`; a number on the CPU goes with every device, as in PyTorch."""
+    if value.device != of.device and (value.dim() or value.device.type != "cpu"):
+        raise ValueError(f"{name} must be on the device of {whose}, {of.device}, got {what(value)}")
+
+
+def parameters(module: Any, x: Tensor) -> None:
+    """A criterion's own parameters, buffers and learned hyper-parameters, on the device of the embeddings `x`."""
+    for name, value in (*module._parameters.items(), *module._buffers.items()):
+        if value is not None and value.device != x.device:
+            like(value, x, f"{type(module).__name__}.{name}")
+    for name in module.shown:
+        value = module.__dict__.get(name)
+        if isinstance(value, Tensor):
+            like(value, x, f"{type(module).__name__}.{name}")
 
 
 def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> Tensor:
     """A float16, bfloat16, float32 or float64 tensor of shape (N, D), D > 0."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         raise TypeError(
-            f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), got {what(value)}"
+            f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), "
+            f"got {what(value)}{_to_tensor(value)}"
         )
+    value = memory(value, name)
     if value.dim() != 2 or value.shape[1] == 0:
         raise ValueError(f"{name} must have shape ({letters}) with D > 0, got {what(value)}")
     return value
 
 
 def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whose: str = "embeddings") -> Tensor:
-    """An integer tensor of one entry a row of `of`, on its device; returned as int64."""
+    """An integer tensor of one entry a row of `of`, on its device; returned as int64, which has no room for uint64."""
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}")
+        raise TypeError(
+            f"{name} must be an integer tensor of shape ({length},), got {what(value)}{_to_tensor(value)}"
+        )
+    value = memory(value, name)
     if value.dim() != 1 or value.shape[0] != of.shape[0]:
         raise ValueError(f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {what(value)}")
     if value.device != of.device:

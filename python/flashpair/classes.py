@@ -19,7 +19,7 @@ from .pairs import Pairs, checked_pairs
 from .plan import Plan
 from .reduction import Reduction
 from .reference import ReferencePairs
-from .schedule import accumulator
+from .schedule import accumulator, solid
 from .similarity import inverse_norm, normalize, poison, through_normalize, upcast
 
 CHUNK_BYTES = 2**25  # of weights that are normalised at a time, and up to which they are at once
@@ -175,7 +175,7 @@ class _Streamed(torch.autograd.Function):
         for chunk in _chunks(x, labels, weight, scale, job):
             rows = slice(chunk.first, chunk.last) if job.proxies else slice(None)
             own, other, part, *_ = ops.call("row_reduce_backward", x)(
-                *chunk.problem, total[:, rows].contiguous(), *kept, [row.contiguous() for row in g[:, rows]],
+                *chunk.problem, total[:, rows].contiguous(), *kept, [solid(row) for row in g[:, rows]],
                 [*wants, need_scale, False, False],
             )  # fmt: skip
             of_x, of_weight = (other, own) if job.proxies else (own, other)

@@ -1,4 +1,4 @@
-"""Which implementation runs: by name, or the fastest one that can."""
+"""Which implementation runs: by name, or the one that `auto` takes for the device and the size."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_name(impl: str) -> None:
 def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
     """The implementation for embeddings x (N, D) and y (M, D) or None.
 
-    An explicit name never falls back. `auto` takes on the CPU `tiled`, on a GPU `fused` up to D = 256 and `tiled` from
+    An explicit name never falls back. `auto` goes by device and size, it measures nothing: it takes on the CPU `tiled`, on a GPU `fused` up to D = 256 and `tiled` from
     there on, and the reference where these cannot run. (Of small batches on a GPU, a criterion asks `onchip` first.)
 
     Raises:

@@ -12,7 +12,7 @@ from . import checks, extension, tiled
 from .dispatch import obstacles
 from .reduction import DISTANCES
 from .references import References
-from .schedule import Problem, address
+from .schedule import Problem, address, solid
 from .screened import MOST_DEPTH
 from .similarity import dense_pairs, normalize, upcast
 
@@ -122,9 +122,11 @@ def _without_self(found: Nearest, first: int) -> Nearest:
 
 def _screened(x: Tensor, y: Tensor | None, k: int, distance: str) -> Nearest:
     n, m = x.shape[0], (x if y is None else y).shape[0]
-    none = torch.zeros(n, dtype=torch.int64)  # no labels, so no positives
-    p = Problem(x.contiguous(), None if y is None else y.contiguous(), none, none, None, torch.arange(m), distance)
-    values, indices, squares = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64), p.row_and_ref_squares()
+    none = torch.zeros(n, dtype=torch.int64, device=x.device)  # no labels, so no positives
+    order = torch.arange(m, device=x.device)
+    p = Problem(solid(x), None if y is None else solid(y), none, none, None, order, distance)
+    values, indices = x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=x.device)
+    squares = p.row_and_ref_squares()
     work = tiled.cpu_pass(p, squares, lanes=1)
     work.nearest(tiled.threads(n * m, x.shape[1]), extension.instruction_set(), k, address(values), address(indices))
     return Nearest(values, indices)

@@ -105,6 +105,6 @@ def run_whole(call: Whole) -> Results:
     results = call.room(dtype)
     workspace = torch.empty(launch.workspace, dtype=torch.uint8, device=device)
     stream = torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0
-    addresses = map(address, (x, refs, labels, ref_labels, call.upstream, *results, workspace))
-    launch(*addresses, stream)
+    given = (x, refs, labels, ref_labels, call.upstream, *results, workspace)
+    launch(*(address(t, device.type) for t in given), stream)
     return results

@@ -17,7 +17,7 @@ from . import schedule, screened, tiled
 from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from .reference import reduce_rows
 from .rows import plain
-from .schedule import CODES, Given, Problem, accumulator
+from .schedule import CODES, Given, Problem, accumulator, solid
 from .similarity import dense_pairs
 
 _library = torch.library.Library("flashpair", "DEF")
@@ -43,7 +43,7 @@ def schedule_of(impl: str, device: torch.device) -> Any:
 def _row_reduce(  # type: ignore[no-untyped-def]
     x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl, keep
 ):
-    problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
+    problem = Problem(solid(x), None if y is None else solid(y), lo, hi, end, order, distance)
     terms = schedule.decode(code, shifts, slots)
     values, kept = schedule_of(impl, x.device).forward(problem, terms, Given(scale, scales, vectors), keep)
     return values, *kept
@@ -53,7 +53,7 @@ def _row_reduce_backward(  # type: ignore[no-untyped-def]
     x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl,
     values, kept_a, kept_b, kept_c, kept_d, grads, need,
 ):  # fmt: skip
-    problem = Problem(x.contiguous(), None if y is None else y.contiguous(), lo, hi, end, order, distance)
+    problem = Problem(solid(x), None if y is None else solid(y), lo, hi, end, order, distance)
     kept = (kept_a, kept_b, kept_c, kept_d)
     terms, given = schedule.decode(code, shifts, slots), Given(scale, scales, vectors)
     found = schedule_of(impl, x.device).backward(problem, terms, given, values, kept, grads, need)
@@ -155,10 +155,11 @@ class RowReduce(torch.autograd.Function):
         spec = ctx.spec
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values)
-        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, needs[8:], strict=False)]
+        of_vectors = needs[8 : 8 + len(spec.slots)]
+        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, of_vectors, strict=True)]
         dx, dy, dscale, doffset, dref_offset = call("row_reduce_backward", x)(
             x, y, lo, hi, end, order, scale, vectors, *spec, values, *kept,
-            [None if g is None else g.contiguous() for g in grads], [*needs[5:8], 0 in wants, 1 in wants],
+            [None if g is None else solid(g) for g in grads], [*needs[5:8], 0 in wants, 1 in wants],
         )  # fmt: skip
         by_vector = [
             doffset[slot // 4] if want == 0 else dref_offset[slot // 4] if want == 1 else None

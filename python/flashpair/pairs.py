@@ -20,7 +20,7 @@ from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
 from .reference import ReferencePairs, pad_positives, partners
 from .references import Ordered, owner
 from .rows import sorted_rows
-from .schedule import accumulator
+from .schedule import accumulator, solid
 from .similarity import dense_pairs, masked_logsumexp, poison, upcast
 
 
@@ -81,7 +81,7 @@ class Pairs:
                 if value is None or isinstance(value, Bound):
                     continue
                 size = self.ref_labels.shape[0] if slot == 1 else n
-                vector = tensor(value).expand(size).contiguous()
+                vector = solid(tensor(value).expand(size))
                 slots.append(4 * k + slot)
                 vectors.append(vector.detach() if slot > 1 else vector)
         scale = None

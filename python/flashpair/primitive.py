@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from . import checks
 from .pairs import Pairs, checked_pairs
-from .reduction import DISTANCES, Bound, Reduction
+from .reduction import DISTANCES, Bound, Reduction, place_of
 
 
 def row_reduce(
@@ -44,10 +45,10 @@ def row_reduce(
         if not isinstance(r, Reduction):
             raise TypeError(f"reductions[{k}] must be a Reduction, got {type(r).__name__}")
         n, m = x.shape[0], (x if y is None else y).shape[0]
-        for name, size in (("offset", n), ("lower", n), ("upper", n), ("ref_offset", m)):
-            value = getattr(r, name)
-            if isinstance(value, Tensor) and tuple(value.shape) not in ((), (size,)):
-                raise ValueError(f"{name} of reductions[{k}] must have shape () or ({size},), got {tuple(value.shape)}")
+        for name, size in (("scale", None), ("offset", n), ("lower", n), ("upper", n), ("ref_offset", m)):
+            _check(f"{name} of reductions[{k}]", getattr(r, name), size, x)
+    if not reductions:
+        raise ValueError("reductions must be at least one Reduction, got none")
     checks.word(distance, DISTANCES, "distance")
     pairs = checked_pairs(x, labels, y, ref_labels, distance, False, impl)
     if isinstance(pairs, Pairs):
@@ -55,22 +56,50 @@ def row_reduce(
     return tuple(pairs.restore(row) for row in pairs.reduce(*reductions))
 
 
+def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
+    """A number, or a real tensor () or (size,) on the device of `x`; a `Bound`'s shift is a number."""
+    if isinstance(value, Bound):
+        if not isinstance(value.of, Reduction):
+            raise TypeError(f"{name} must be bound to a Reduction, got {checks.what(value.of)}")
+        name, value = f"the shift of {name}", value.shift
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {checks.what(value)}")
+    if value is None:
+        return
+    shape = "()" if size is None else f"() or ({size},)"
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor of shape {shape}, got {checks.what(value)}")
+        if math.isnan(value):
+            raise ValueError(f"{name} must be a number or a tensor of shape {shape}, got NaN")
+        return
+    if value.dtype not in checks.FLOATS + checks.INTEGERS:
+        raise TypeError(f"{name} must be a real tensor of shape {shape}, got {checks.what(value)}")
+    checks.memory(value, name)
+    if tuple(value.shape) not in ((), (size,)):
+        raise ValueError(f"{name} must have shape {shape}, got {checks.what(value)}")
+    checks.like(value, x, name)
+
+
 def _sorted(reductions: tuple[Reduction, ...], pairs: Pairs) -> tuple[Reduction, ...]:
     """The same reductions with their vectors in the order of `pairs`, and bounds on each other kept."""
-    found: dict[int, Reduction] = {}
+    found: list[Reduction] = []
 
     def ordered(value: Any, order: Tensor) -> Any:
         if isinstance(value, Bound):
-            return Bound(found.get(id(value.of), value.of), value.shift)
+            at = place_of(value.of, reductions[: len(found)])
+            return Bound(value.of if at is None else found[at], value.shift)
         return value.index_select(0, order) if isinstance(value, Tensor) and value.dim() else value
 
     plan = pairs.plan
     for r in reductions:
-        found[id(r)] = replace(
-            r,
-            offset=ordered(r.offset, plan.order),
-            ref_offset=ordered(r.ref_offset, plan.ref_order),
-            lower=ordered(r.lower, plan.order),
-            upper=ordered(r.upper, plan.order),
+        found.append(
+            replace(
+                r,
+                offset=ordered(r.offset, plan.order),
+                ref_offset=ordered(r.ref_offset, plan.ref_order),
+                lower=ordered(r.lower, plan.order),
+                upper=ordered(r.upper, plan.order),
+            )
         )
-    return tuple(found[id(r)] for r in reductions)
+    return tuple(found)

@@ -100,20 +100,26 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     Raises:
         ValueError: a bound on a reduction that does not stand before it, or that has an offset of its own.
     """
-    place: dict[int, int] = {}
     found = []
     for k, r in enumerate(reductions):
         pair = []
         for name, bound in (("lower", r.lower), ("upper", r.upper)):
-            of = place.get(id(bound.of)) if isinstance(bound, Bound) else -1
+            of = place_of(bound.of, reductions[:k]) if isinstance(bound, Bound) else -1
             if of is None:
                 raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
             if isinstance(bound, Bound) and bound.of.offset is not None:
                 raise ValueError(f"{name} of reductions[{k}] is bound to a reduction with an offset; shift it")
             pair.append(of)
         found.append((pair[0], pair[1]))
-        place[id(r)] = k
     return found
+
+
+def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:
+    """Where `r` itself stands. (No table by `id`, which not every torch.compile can trace.)"""
+    for k, other in enumerate(among):
+        if other is r:
+            return k
+    return None
 
 
 def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .schedule import accumulator
+from .schedule import accumulator, address, solid
 from .similarity import normalize
 
 INLINE_NUMBERS = 2**18  # of embeddings that are gathered sooner than threads wake
@@ -32,12 +32,12 @@ class _SortedRows(torch.autograd.Function):
         inverse = x.new_empty(n if unit else 0)
         module.sorted_rows(
             x.dtype == torch.float64,
-            x.data_ptr(),
-            order.data_ptr(),
+            address(x),
+            address(order),
             n,
             d,
-            y.data_ptr(),
-            inverse.data_ptr() if unit else 0,
+            address(y),
+            address(inverse) if unit else 0,
             _threads(x),
         )
         ctx.unit = unit
@@ -50,11 +50,11 @@ class _SortedRows(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             (dx,) = torch.autograd.grad(_composed(x, order, ctx.unit), x, g, create_graph=True)
             return dx, None, None
-        g, (n, d) = g.contiguous(), x.shape
+        g, (n, d) = solid(g), x.shape
         dx = torch.empty_like(x)
         extension.require().sorted_rows_backward(
-            x.dtype == torch.float64, g.data_ptr(), y.data_ptr(), inverse.data_ptr() if ctx.unit else 0,
-            order.data_ptr(), n, d, dx.data_ptr(), _threads(x),
+            x.dtype == torch.float64, address(g), address(y), address(inverse) if ctx.unit else 0,
+            address(order), n, d, address(dx), _threads(x),
         )  # fmt: skip
         return dx, None, None
 
@@ -79,7 +79,7 @@ class _KernelRows(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             (dx,) = torch.autograd.grad(_composed(x, order, ctx.unit), x, g, create_graph=True)
             return dx, None, None
-        return launch.scatter_rows(g.contiguous(), x, order, inverse, ctx.unit), None, None
+        return launch.scatter_rows(solid(g), x, order, inverse, ctx.unit), None, None
 
 
 def _composed(x: Tensor, order: Tensor, unit: bool) -> Tensor:
@@ -92,5 +92,5 @@ def sorted_rows(x: Tensor, order: Tensor, *, unit: bool, impl: str) -> Tensor:
     if not plain(x.detach()):
         return _composed(x, order, unit)
     if impl in ("tiled", "screened") and x.device.type == "cpu":
-        return _SortedRows.apply(x.contiguous(), order, unit)
-    return _KernelRows.apply(x.contiguous(), order, unit)
+        return _SortedRows.apply(solid(x), order, unit)
+    return _KernelRows.apply(solid(x), order, unit)

@@ -217,10 +217,10 @@ class Whole(NamedTuple):
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, labels, and references with theirs (x's own in a square problem), contiguous."""
-        x, labels = self.x.contiguous(), self.labels.contiguous()
+        x, labels = solid(self.x), solid(self.labels)
         if self.y is None or self.ref_labels is None:
             return x, labels, x, labels
-        return x, labels, self.y.contiguous(), self.ref_labels.contiguous()
+        return x, labels, solid(self.y), solid(self.ref_labels)
 
     def room(self, dtype: torch.dtype) -> Results:
         """Memory for what is wanted."""
@@ -234,6 +234,25 @@ class Whole(NamedTuple):
         )
 
 
-def address(t: Tensor | None) -> int:
-    """Of its first entry, 0 for None; the caller holds the memory."""
-    return 0 if t is None else t.data_ptr()
+def solid(t: Tensor) -> Tensor:
+    """`t` as its memory reads: contiguous, and without torch's negative bit, a sign that is kept beside the memory."""
+    return t.contiguous().resolve_neg()
+
+
+def address(t: Tensor | None, kind: str = "cpu") -> int:
+    """Of its first entry, 0 for None; the caller holds the memory.
+
+    Raises:
+        RuntimeError: a tensor that is not on a device of that `kind`, not `solid`, or without memory (a FakeTensor): a
+            kernel would read what is none of its own.
+    """
+    if t is None:
+        return 0
+    if t.device.type != kind:
+        raise RuntimeError(f"a kernel for {kind} tensors must not read a tensor on {t.device}, {tuple(t.shape)}")
+    if t.is_neg() or not t.is_contiguous():
+        raise RuntimeError(f"a kernel reads memory as it lies, not a tensor {tuple(t.shape)} of strides {t.stride()}")
+    found = t.data_ptr()
+    if not found and t.numel():
+        raise RuntimeError(f"a kernel reads memory, and a {type(t).__name__} {tuple(t.shape)} has none")
+    return found

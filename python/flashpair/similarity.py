@@ -89,7 +89,7 @@ class _Distances(torch.autograd.Function):
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
     """All similarities (``"dot"``), Euclidean distances, whose gradient at distance 0 is 0, or their squares; autocast
     or not."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return dense_pairs(x, y, distance)
     if distance == "dot":

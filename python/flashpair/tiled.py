@@ -76,9 +76,9 @@ class Kept(NamedTuple):
         if not self.live_count.numel():
             return 0, 0, 0, 0
         return (
-            self.live_count.data_ptr(),
-            self.live_entry.data_ptr(),
-            self.live_z.data_ptr(),
+            address(self.live_count),
+            address(self.live_entry),
+            address(self.live_z),
             self.live_entry.shape[1],
         )
 
@@ -163,15 +163,16 @@ def run(
     sizes = _kept_sizes(n, m, p.y is None, p.split, terms, keep, bool(screen))
     values = p.x.new_empty(num_rows(terms), n)
     kept = Kept(
-        torch.empty(sizes[0], dtype=torch.int64), torch.full(sizes[1], -1, dtype=torch.int32),
-        torch.empty(sizes[2], dtype=torch.int32), p.x.new_empty(sizes[3]),
+        torch.empty(sizes[0], dtype=torch.int64, device="cpu"),
+        torch.full(sizes[1], -1, dtype=torch.int32, device="cpu"),
+        torch.empty(sizes[2], dtype=torch.int32, device="cpu"), p.x.new_empty(sizes[3]),
     )  # fmt: skip
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
         work.add(*operands[k], address(index), 0, 0, 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     places = address(kept.extreme) if sizes[0][0] else 0
-    tally = work.forward(threads(p.pairs, p.x.shape[1]), values.data_ptr(), places, kept.lists(), listed, screen, refs)
+    tally = work.forward(threads(p.pairs, p.x.shape[1]), address(values), places, kept.lists(), listed, screen, refs)
     return values, kept, tuple(tally)
 
 
@@ -183,7 +184,7 @@ def backward(
     n, m, k = p.x.shape[0], p.refs.shape[0], len(terms)
     dx = torch.zeros_like(p.x) if need[0] else None
     dy = torch.zeros_like(p.y) if need[1] and p.y is not None else None
-    dscale = torch.zeros(k, dtype=torch.float64) if need[2] else None
+    dscale = torch.zeros(k, dtype=torch.float64, device="cpu") if need[2] else None
     doffset = p.x.new_zeros(k, n) if need[3] else None
     dref_offset = p.x.new_zeros(k, m) if need[4] else None
     kept, squares = Kept(*kept), p.row_and_ref_squares()
@@ -196,7 +197,7 @@ def backward(
             address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),
             address(None if dref_offset is None else dref_offset[i]),
         )  # fmt: skip
-    work.backward(threads(p.pairs, p.x.shape[1]), values.data_ptr(), address(dx), address(dy), kept.lists())
+    work.backward(threads(p.pairs, p.x.shape[1]), address(values), address(dx), address(dy), kept.lists())
     return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import onchip, tiled
 from .formula import FORMULAS, RowFormula
 from .rows import plain
-from .schedule import AVERAGINGS, Results, Whole, accumulator
+from .schedule import AVERAGINGS, Results, Whole, accumulator, solid
 
 NONE = AVERAGINGS.index("none")
 
@@ -147,7 +147,7 @@ class _Loss(torch.autograd.Function):
                 found = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
             return *(None,) * 6, found.pop(0) if need_x else None, found[0] if need_y else None
         if ctx.spec.code[2] == NONE:
-            _, _, dx, dy = _call(x, labels, y, ref_labels, g.contiguous(), *ctx.spec, False, False, need_x, need_y)
+            _, _, dx, dy = _call(x, labels, y, ref_labels, solid(g), *ctx.spec, False, False, need_x, need_y)
         else:  # in float32 before it is rounded, so that loss scaling works
             dx, dy = dx * g if need_x else None, dy * g if need_y else None
         if dx is not None and dx.dtype != x.dtype:

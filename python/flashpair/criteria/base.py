@@ -156,7 +156,7 @@ class Criterion(nn.Module):
         if isinstance(ref_emb, StreamedReferences):
             return self._streamed(embeddings, labels, ref_emb, ref_labels)
         batch = self.check(embeddings, labels, ref_emb, ref_labels)
-        if torch.is_autocast_enabled(batch[0].device.type):
+        if batch[0].device.type != "meta" and torch.is_autocast_enabled(batch[0].device.type):
             with torch.autocast(batch[0].device.type, enabled=False):
                 return self._loss(*batch)
         return self._loss(*batch)
@@ -166,6 +166,7 @@ class Criterion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The arguments of a call, labels as int64, or the error that names what is wrong with them."""
         batch = checks.batch(embeddings, labels, ref_emb, ref_labels)
+        checks.parameters(self, batch[0])
         if ref_emb is not None:
             self.check_references()
         return batch
@@ -248,7 +249,7 @@ def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[R
     if extra is None or (rows.terms and reduction in ("nonzero", "mean_pairs")):
         return rows, extra
     losses = rows.losses + torch.where(rows.valid, extra.to(rows.losses.dtype), 0.0)
-    return rows._replace(losses=losses), None
+    return RowLosses(losses, rows.valid, rows.denominator, rows.terms, rows.shares), None
 
 
 def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -92,7 +92,8 @@ class ContrastiveLoss(Criterion):
                     Reduction("count", "positives", lower=pos_limit),
                     Reduction("count", "negatives", upper=neg_limit),
                 )
-        pos, neg = (t._replace(losses=t.losses / self.power) for t in hinges(pairs, positives, negatives, limits))
+        found = hinges(pairs, positives, negatives, limits)
+        pos, neg = (Terms(t.losses / self.power, t.number, t.nonzero) for t in found)
         losses = pos.losses + neg.losses
         return RowLosses(losses, (pos.number + neg.number) > 0, losses.shape[0], (pos, neg))
 

@@ -38,7 +38,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
     from sklearn.metrics import normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
 
-    samples = torch.empty(labels.shape[0], 1)
+    samples = torch.empty(labels.shape[0], 1, device="cpu")
     truth, found = (
         checks.labels(t.detach().cpu(), samples, name).numpy()
         for t, name in ((labels, "labels"), (clusters, "clusters"))

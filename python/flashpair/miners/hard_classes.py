@@ -46,11 +46,12 @@ def hard_classes(
     classes = f.shape[0]
     if checks.integer(count, "count", at_least=1) > classes:
         raise ValueError(f"count must be at most {classes}, the number of classes, got {count}")
+    place = "cpu" if generator is None else generator.device
     if start is None:
-        start = int(torch.randint(classes, (1,), generator=generator))
+        start = int(torch.randint(classes, (1,), generator=generator, device=place))
     elif checks.integer(start, "start") >= classes:
         raise ValueError(f"start must be below {classes}, the number of classes, got {start}")
-    order = torch.randperm(classes, generator=generator).to(f.device)  # the first of equals is then any of them
+    order = torch.randperm(classes, generator=generator, device=place).to(f.device)  # the first of equals is then any of them
     f, positive = f[order], positive[order]
     own = (f * positive).sum(1)
     chosen = torch.empty(count, dtype=torch.int64, device=f.device)

@@ -22,7 +22,7 @@ class Classes:
 
     def __init__(self, labels: Any, at_least: int = 1) -> None:
         """labels: (N,) integers, a tensor or a sequence; classes of fewer samples than `at_least` are left out."""
-        given = torch.as_tensor(labels)
+        given = torch.as_tensor(labels, device=labels.device if isinstance(labels, Tensor) else "cpu")
         given = checks.labels(given, given.reshape(-1, 1), whose="samples").cpu()
         found, sizes = given.unique(return_counts=True)
         order = given.argsort(stable=True)
@@ -36,13 +36,13 @@ class Classes:
 
     def some(self, count: int, generator: torch.Generator) -> Tensor:
         """Places of `count` classes, no two the same."""
-        return torch.randperm(len(self), generator=generator)[:count]
+        return torch.randperm(len(self), generator=generator, device="cpu")[:count]
 
     def draw(self, classes: Tensor, each: int, generator: torch.Generator) -> Tensor:
         """(len(classes), each) samples: none of a class twice while it has others."""
         drawn = []
         for first, size in zip(self._firsts[classes].tolist(), self.sizes[classes].tolist(), strict=True):
-            rounds = [torch.randperm(size, generator=generator) for _ in range(-(-each // size))]
+            rounds = [torch.randperm(size, generator=generator, device="cpu") for _ in range(-(-each // size))]
             drawn.append(first + torch.cat(rounds)[:each])
         return self._order[torch.stack(drawn)]
 
