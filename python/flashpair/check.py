@@ -26,36 +26,52 @@ def batch(n: int, d: int, per_class: int, dtype: torch.dtype, seed: int = 0) -> 
     return (centres[labels] + noise).to(dtype), labels
 
 
-def value_and_gradient(criterion: Criterion, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradients(criterion: Criterion, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The loss, and its gradient in the embeddings and in every parameter by its name, 0 where it has none."""
     x = x.detach().clone().requires_grad_()
     loss = criterion(x, labels)
-    loss.backward()
-    assert x.grad is not None
-    return loss.detach(), x.grad
+    learned = {"gradient": x} | {f"gradient of {name}": p for name, p in criterion.named_parameters()}
+    found = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
+    gradients = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(learned.items(), found, strict=True)}
+    return {"value": loss.detach(), **gradients}
+
+
+def value_and_gradient(criterion: Criterion, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    found = value_and_gradients(criterion, x, labels)
+    return found["value"], found["gradient"]
 
 
 def _relative(found: Tensor, truth: Tensor) -> float:
-    return ((found.double() - truth).norm() / truth.norm()).item()
+    off, size = (found.double() - truth).norm().item(), truth.norm().item()
+    return off / size if size else off
 
 
 def check(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> tuple[bool, str]:
     """Gradcheck in float64 on a small batch, and float32 against the float64 reference on one of several tiles.
 
-    The bound is what float32 can do: twice the dense float32 reference's own error, and one rounding.
+    Gradients are those of the embeddings and of every parameter, whose bound is at least the embeddings', for a single
+    number may be right by luck. The bound is what float32 can do: twice the dense float32 reference's own
+    error, and one rounding.
     """
     x, labels = (t.to(device) for t in batch(12, 5, 3, torch.float64))
     smooth = not make().differentiates or torch.autograd.gradcheck(
         lambda t: make(impl=impl)(t, labels), (x.requires_grad_(),), raise_exception=False
     )
     x, labels = (t.to(device) for t in batch(600, 48, 4, torch.float32))
-    truth = value_and_gradient(make(impl="reference"), x.double(), labels)
-    found = value_and_gradient(make(impl=impl), x, labels)
-    eager = value_and_gradient(make(impl="reference"), x, labels)
-    errors = [_relative(f, t) for f, t in zip(found, truth, strict=True)]
-    bounds = [2 * (_relative(e, t) + torch.finfo(torch.float32).eps) for e, t in zip(eager, truth, strict=True)]
+    criteria = [make(impl=name).to(device) for name in ("reference", impl, "reference")]
+    value_and_gradients(criteria[0], x, labels)  # which makes weights that wait for their width
+    for other in criteria[1:]:
+        value_and_gradients(other, x, labels)
+        other.load_state_dict(criteria[0].state_dict())  # parameters may be random
+    inputs = (x.double(), x, x)
+    truth, found, eager = (value_and_gradients(c, t, labels) for c, t in zip(criteria, inputs, strict=True))
+    errors = [_relative(found[name], t) for name, t in truth.items()]
+    off = {name: _relative(eager[name], t) for name, t in truth.items()}
+    floor = {name: off["gradient"] if name not in ("value", "gradient") else 0.0 for name in truth}
+    bounds = [2 * (max(off[name], floor[name]) + torch.finfo(torch.float32).eps) for name in truth]
     good = smooth and all(e <= b for e, b in zip(errors, bounds, strict=True))
     words = f"gradcheck {'passes' if smooth else 'FAILS'}" if make().differentiates else "no gradcheck, by definition"
-    for what, error, bound in zip(("value", "gradient"), errors, bounds, strict=True):
+    for what, error, bound in zip(truth, errors, bounds, strict=True):
         words += f", {what} error {error:.1e} (bound {bound:.1e})"
     return good, words
 

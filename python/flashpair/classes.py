@@ -6,6 +6,7 @@ beside the weights and their gradient nothing grows with their number.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -60,7 +61,8 @@ class _Job(NamedTuple):
 
 
 class StreamedPairs(Pairs):
-    """`Pairs` of embeddings (B, D) and weights (C, D) that are not normalised yet; plain sums and logsumexps alone.
+    """`Pairs` of embeddings (B, D) and weights (C, D) that are not normalised yet: plain sums and logsumexps by chunks,
+    other reductions of all weights at once, for which a normalised copy of them is made.
 
     proxies: the weights are the anchors.
     """
@@ -76,7 +78,7 @@ class StreamedPairs(Pairs):
         for r in reductions:
             known = r.op in ("sum", "logsumexp") and r.transform == "identity"
             if not known or not (r.offset is r.lower is r.upper is None):
-                raise ValueError("pairs of many classes take plain sums and logsumexps alone")
+                return self.whole.reduce(*reductions)
         x, dtype = self.rows, accumulator(self.rows.dtype)
         scale = None
         if any(isinstance(r.scale, Tensor) for r in reductions):
@@ -86,6 +88,19 @@ class StreamedPairs(Pairs):
         found: Tensor = _Streamed.apply(job, x, self.labels, self.weight, scale)
         bad = poison(x, None)
         return tuple((row.detach() if r.detach else row) + bad for row, r in zip(found, reductions, strict=True))
+
+    @functools.cached_property
+    def whole(self) -> Pairs:
+        """The same pairs, rows in the same order, with all weights normalised at once: for what chunks cannot merge."""
+        w = normalize(self.weight)
+        classes = torch.arange(w.shape[0], device=w.device)
+        sides = (w, classes, self.rows, self.labels) if self.proxies else (self.rows, self.labels, w, classes)
+        found = checked_pairs(*sides, "dot", False, self.impl)
+        assert isinstance(found, Pairs)
+        return found
+
+    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+        return self.whole.positives(most)
 
     def num_positives(self) -> Tensor:
         if not self.proxies:
@@ -102,7 +117,7 @@ class StreamedPairs(Pairs):
         return values if self.proxies else super().restore(values)
 
     def dense(self) -> ReferencePairs:
-        raise NotImplementedError("the dense matrix of many classes is what is not wanted")
+        return self.whole.dense()
 
 
 class _Chunk(NamedTuple):

@@ -31,20 +31,22 @@ class OfClasses(Criterion):
         super().__init__(**{"normalize": True, "reduction": "mean", "impl": "auto", **common})
         self.averagings = kind.averagings
         self.kind, self.options, self.common = kind, options, common
-        self.made: dict[int, c.ClassCriterion] = {}
+        self.made = torch.nn.ModuleDict()
 
     def of_width(self, d: int) -> c.ClassCriterion:
-        if d not in self.made:
+        if str(d) not in self.made:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(d)
-                self.made[d] = self.kind(CLASSES, d, **self.options, **self.common)
-        return self.made[d]
+                self.made[str(d)] = self.kind(CLASSES, d, **self.options, **self.common)
+        made: c.ClassCriterion = self.made[str(d)]  # type: ignore[assignment]
+        return made
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
-    ) -> Tensor:
+        self, embeddings: Tensor, labels: Tensor, *tuples: Any, ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         criterion = self.of_width(embeddings.shape[1]).to(embeddings.device)
-        loss: Tensor = criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+        loss: Tensor = criterion(embeddings, labels, *tuples, ref_emb=ref_emb, ref_labels=ref_labels)
         return loss
 
 

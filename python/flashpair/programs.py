@@ -107,6 +107,10 @@ class _Dual(NamedTuple):
     by_own: int
 
 
+class _Truth(_Dual):
+    """A comparison's step: bool in PyTorch, where sums of two are "or", powers are integers, and so on."""
+
+
 class _Tracer:
     """Turns the calls of a function's graph into steps."""
 
@@ -237,16 +241,16 @@ class _Tracer:
         return self.both(at, x, y, lambda dx, dy: w.choose(condition.at, dx, dy))
 
     def gt(self, x: Any, y: Any) -> _Dual:
-        return self.constant(self.w.put("above", self.dual(x).at, self.dual(y).at))
+        return _Truth(self.w.put("above", self.dual(x).at, self.dual(y).at), self.zero, self.zero)
 
     def lt(self, x: Any, y: Any) -> _Dual:
         return self.gt(y, x)
 
     def ge(self, x: Any, y: Any) -> _Dual:
-        return self.subtract(1.0, self.lt(x, y))
+        return _Truth(*self.subtract(1.0, self.lt(x, y)))
 
     def le(self, x: Any, y: Any) -> _Dual:
-        return self.subtract(1.0, self.gt(x, y))
+        return _Truth(*self.subtract(1.0, self.gt(x, y)))
 
     def detach(self, x: _Dual) -> _Dual:
         return self.constant(x.at)
@@ -279,6 +283,28 @@ KNOWN = (
 )  # fmt: skip
 
 
+def _check_truths(name: str, arguments: list[Any], options: dict[str, Any]) -> None:
+    """A truth value is `where`'s condition, or is added to, subtracted from or multiplied by a floating-point tensor,
+    where it is 0 or 1; what else PyTorch makes of bools and of numbers alone has no steps."""
+
+    def floating(value: Any) -> bool:
+        return isinstance(value, _Dual) and not isinstance(value, _Truth)
+
+    given = [*arguments, *options.values()]
+    if name == "where":
+        values = dict(zip(("condition", "input", "other"), arguments, strict=False)) | options
+        if not isinstance(values.get("condition"), _Truth):
+            raise _Unknown("where of a condition that is no comparison")
+        given = [values.get("input"), values.get("other")]
+        if not any(map(floating, given)) or any(isinstance(v, _Truth) for v in given):
+            raise _Unknown("where without a floating-point tensor to choose, or with a truth value")
+        return
+    if not any(isinstance(v, _Truth) for v in given):
+        return
+    if name not in ("add", "subtract", "multiply") or not any(map(floating, given)) or "alpha" in options:
+        raise _Unknown(f"{name} of truth values")
+
+
 def program(dense: Callable[..., Tensor], apart: bool) -> Program | str:
     """The steps of dense(t), t = s + own, or, `apart`, of dense(s, own); or what is in it that has none."""
 
@@ -303,14 +329,17 @@ def program(dense: Callable[..., Tensor], apart: bool) -> Program | str:
             if node.op == "placeholder":
                 found[node] = next(inputs)
             elif node.op == "output":
+                if not isinstance(of(node.args[0]), _Dual) or isinstance(of(node.args[0]), _Truth):
+                    raise _Unknown("a result that is not a floating-point tensor")
                 last = tracer.dual(of(node.args[0]))
             else:
                 name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
                 name = WORDS.get(name, name)
                 if node.op not in ("call_function", "call_method") or name not in KNOWN:
                     raise _Unknown(f"{name or node.op}")
-                arguments = [of(a) for a in node.args]
-                found[node] = getattr(tracer, name)(*arguments, **{k: of(v) for k, v in node.kwargs.items()})
+                arguments, options = [of(a) for a in node.args], {k: of(v) for k, v in node.kwargs.items()}
+                _check_truths(name, arguments, options)
+                found[node] = getattr(tracer, name)(*arguments, **options)
     except _Unknown as reason:
         return f"it has {reason}, which is none of {', '.join(KNOWN)}"
     except Exception as reason:  # of fx, or of the function itself, which has been given something unusual

@@ -121,5 +121,7 @@ def softplus(t: Tensor) -> Tensor:
 def masked_logsumexp(t: Tensor, mask: Tensor) -> Tensor:  # (N, M), (N, M) -> (N,)
     """logsumexp of a row's entries under the mask, -inf with gradient 0 where there are none."""
     empty = ~mask.any(1)
-    kept = torch.where(mask, t, torch.where(empty[:, None], 0.0, -torch.inf))
+    kept = t.masked_fill(~mask, -torch.inf).masked_fill(
+        empty[:, None], 0.0
+    )  # where of two numbers has the default dtype
     return torch.logsumexp(kept, 1).masked_fill(empty, -torch.inf)

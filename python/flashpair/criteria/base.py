@@ -14,9 +14,10 @@ from ..dispatch import check_name, choose_whole
 from ..drawn import Drawn
 from ..formula import RowFormula
 from ..pairs import Pairs, checked_pairs
+from ..reduction import DISTANCES
 from ..reference import ReferencePairs
 from ..schedule import AVERAGINGS
-from ..similarity import upcast
+from ..similarity import poison, upcast
 from ..stream import StreamedReferences
 
 AnyPairs = Pairs | ReferencePairs
@@ -90,6 +91,7 @@ class Criterion(nn.Module):
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize must be a bool, got {type(normalize).__name__} {normalize!r}")
         check_name(impl)
+        self._check_distance(self.distance)
         self.normalize = normalize
         self.reduction = checks.word(reduction, self.averagings, "reduction")
         self.impl = impl
@@ -101,6 +103,7 @@ class Criterion(nn.Module):
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
         """The pairs of a call whose arguments `check` has returned."""
+        self._check_distance(self.distance)
         x, y, unit = self.prepared(x, y)
         return checked_pairs(x, labels, y, ref_labels, self.distance, unit, impl)
 
@@ -114,13 +117,23 @@ class Criterion(nn.Module):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no row_losses(self, pairs), which returns RowLosses")
 
     def __init_subclass__(cls) -> None:
-        """A subclass with rows of its own does not say its parent's formula."""
+        """A subclass with rows of its own does not say its parent's formula; its distance is a word of the engine's."""
         super().__init_subclass__()
+        if not isinstance(cls.distance, property):
+            cls._check_distance(cls.distance)
         if "row_losses" in cls.__dict__ and "row_formula" not in cls.__dict__:
             cls.row_formula = Criterion.row_formula  # type: ignore[method-assign]
+
+    @classmethod
+    def _check_distance(cls, distance: Any) -> None:
+        if distance not in DISTANCES:
+            hint = '; cosines are "dot" with normalize=True' if distance == "cosine" else ""
+            raise ValueError(
+                f"distance of {cls.__name__} must be one of {', '.join(DISTANCES)}, got {distance!r}{hint}"
+            )
 
     def row_formula(self) -> RowFormula | None:
         """The same as `row_losses` in words that a schedule of whole losses knows; None where they have none."""
@@ -143,8 +156,9 @@ class Criterion(nn.Module):
         return None if found is None else found.total / found.number.clamp_min(1)
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
-    ) -> Tensor:
+        self, embeddings: Tensor, labels: Tensor, *tuples: Any, ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The loss of embeddings (N, D), float16 to float64, with integer labels (N,).
 
         With `ref_emb` (M, D) and `ref_labels` (M,), or `References` or `StreamedReferences` as `ref_emb` alone, each
@@ -153,6 +167,12 @@ class Criterion(nn.Module):
         returned in float32, or float64 for float64 inputs, autocast or not: a scalar, or (N,) with
         ``reduction="none"``.
         """
+        if tuples:
+            raise TypeError(
+                f"{type(self).__name__} takes no tuples of indices, got {len(tuples)} more argument(s): mining "
+                "is an option of the loss (epsilon, triplets, ...), so leave the miner out; references go by name, "
+                "ref_emb= and ref_labels="
+            )
         if isinstance(ref_emb, StreamedReferences):
             return self._streamed(embeddings, labels, ref_emb, ref_labels)
         batch = self.check(embeddings, labels, ref_emb, ref_labels)
@@ -209,7 +229,13 @@ class Criterion(nn.Module):
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
     ) -> Tensor:
         rows, pairs = self.rows(x, labels, y, ref_labels, impl)
-        return reduce_losses(rows, self.reduction, pairs, extra)
+        checked_rows(rows, type(self).__name__)
+        loss = reduce_losses(rows, self.reduction, pairs, extra)
+        return loss + self._bad(x, y).to(loss.dtype)
+
+    def _bad(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """0, or NaN where an embedding or reference is not finite, also where no row has a loss to show it."""
+        return poison(x, y)
 
     def rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
@@ -234,6 +260,26 @@ class Criterion(nn.Module):
         return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v!r}" for k, v in values.items())
 
 
+def checked_rows(rows: Any, name: str) -> None:
+    """What `row_losses` of a class has returned, or the error that says what is wrong with it."""
+    if not isinstance(rows, RowLosses):
+        raise TypeError(
+            f"row_losses of {name} must return RowLosses(losses, valid, denominator), got {checks.what(rows)}"
+        )
+    if not isinstance(rows.losses, Tensor):
+        hint = "; pairs.reduce returns a tuple, one tensor a reduction: (r,) = pairs.reduce(...)"
+        raise TypeError(
+            f"losses of {name} must be a tensor of shape (N,), got {type(rows.losses).__name__}"
+            + (hint if isinstance(rows.losses, tuple) else "")
+        )
+    if rows.losses.dim() != 1:
+        raise ValueError(f"losses of {name} must have shape (N,), one a row, got {checks.what(rows.losses)}")
+    if not isinstance(rows.valid, Tensor) or rows.valid.dtype != torch.bool or rows.valid.shape != rows.losses.shape:
+        raise TypeError(
+            f"valid of {name} must be a bool tensor of shape ({rows.losses.shape[0]},), got {checks.what(rows.valid)}"
+        )
+
+
 def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
     """The loss of some rows; `extra` () is added to each valid one. pairs: None for rows in the caller's order."""
     rows, extra = with_extra(rows, reduction, extra)
@@ -248,7 +294,8 @@ def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[R
     is one of terms, which has no rows to add it to."""
     if extra is None or (rows.terms and reduction in ("nonzero", "mean_pairs")):
         return rows, extra
-    losses = rows.losses + torch.where(rows.valid, extra.to(rows.losses.dtype), 0.0)
+    extra = extra.to(rows.losses.dtype).expand_as(rows.losses)  # of a tensor () where makes the default dtype
+    losses = rows.losses + extra.masked_fill(~rows.valid, 0.0)
     return RowLosses(losses, rows.valid, rows.denominator, rows.terms, rows.shares), None
 
 

@@ -77,5 +77,5 @@ class CircleLoss(Criterion):
         twice = 2 * math.log(2) if pairs.square else 0.0  # each unordered pair is there from both of its ends
         some = (pairs.total(pairs.num_positives()) > 0) & (pairs.total(pairs.num_negatives()) > 0)
         both = [pairs.total_logsumexp(row) for row in (pos, neg)]
-        loss = torch.where(some, softplus(torch.where(some, both[0] + both[1] - twice, 0.0)), 0.0)
+        loss = softplus((both[0] + both[1] - twice).masked_fill(~some, 0.0)).masked_fill(~some, 0.0)
         return of_batch(loss, some, pairs)

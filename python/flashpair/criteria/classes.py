@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..classes import class_pairs
+from ..similarity import poison
 from .base import AnyPairs, Criterion
 
 
@@ -44,3 +45,6 @@ class ClassCriterion(Criterion):
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
         return class_pairs(x, labels, self.weight, self.normalize, impl)
+
+    def _bad(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return poison(x, self.weight)

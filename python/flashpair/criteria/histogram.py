@@ -43,7 +43,7 @@ class HistogramLoss(Criterion):
         num_pos, num_neg = pairs.total(pairs.num_positives()), pairs.total(pairs.num_negatives())
         loss = (neg * pos.cumsum(0)).sum() / (num_pos.clamp_min(1).to(pos.dtype) * num_neg.clamp_min(1))
         some = (num_pos > 0) & (num_neg > 0)
-        return of_batch(torch.where(some, loss, 0.0), some, pairs)
+        return of_batch(loss.masked_fill(~some, 0.0), some, pairs)
 
 
 class FastAPLoss(Criterion):
