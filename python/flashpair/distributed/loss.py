@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from .. import checks
 from ..criteria.base import AnyPairs, Criterion, Penalty, RowLosses, average, with_extra
 from ..criteria.classes import ClassCriterion
-from ..criteria.proxies import ProxyAnchorLoss
+from ..dispatch import choose
 from ..pairs import Pairs
+from ..pieced import in_pieces
 from ..walk import only_once
 from . import pairs as shared
+from .agreement import REFUSED, Described, agree
+from .claims import SampleRows, check_claims, own, rows_of
 from .ranks import Ranks, Scaled, Shared, Total
 from .walks import WALKS
 
 GRADIENTS = ("mean", "sum")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REFUSED = [-1] * 8  # in place of what `agree` tells
 
 
 def gather(
@@ -54,8 +55,7 @@ def gather(
     """
     if not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a flashpair.Criterion, got {type(criterion).__name__}")
-    if type(criterion).regularizer is not Criterion.regularizer:
-        raise TypeError(f"criterion has a regularizer of its own, which is of one process: {type(criterion).__name__}")
+    check_claims(criterion)
     return GlobalCriterion(criterion, schedule, gradients, group)
 
 
@@ -100,19 +100,29 @@ class GlobalCriterion(nn.Module):
             return loss
         ranks = Ranks(self.group)
         try:
-            x, labels, y, ref_labels = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
-        except (TypeError, ValueError):
-            if isinstance(embeddings, Tensor):  # or the others would wait for this process until their time is up
-                ranks.tell(REFUSED, embeddings.device)
+            x, labels, y, ref_labels = self._checked(embeddings, labels, ref_emb, ref_labels)
+        except Exception:  # or the others would wait for this process until their time is up
+            ranks.tell(REFUSED, embeddings.device if isinstance(embeddings, Tensor) else ranks.device)
             raise
         with torch.autocast(x.device.type, enabled=False):
             return self._loss(ranks, x, labels, y, ref_labels)
+
+    def _checked(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The arguments of a call, or an error of this process alone, before it has told the others anything."""
+        batch = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
+        if isinstance(self.criterion, ClassCriterion) and self.criterion.anchors == "samples":
+            choose(self.criterion.impl, batch[0], None)
+        else:
+            in_pieces(self.criterion.impl, batch[0])
+        return batch
 
     def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         learned = learned_of(self.criterion)
         wants = torch.is_grad_enabled()
         needs = [wants and t is not None and t.requires_grad for t in (x, y)]
-        sizes, ref_sizes, needs = agree(ranks, x, y, needs, wants and bool(learned))
+        sizes, ref_sizes, needs = agree(ranks, x, y, needs, wants and bool(learned), self._described())
         by = float(ranks.world) if self.gradients == "mean" else 1.0
 
         def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, AnyPairs | None, Tensor | None]:
@@ -138,9 +148,10 @@ class GlobalCriterion(nn.Module):
         if self.criterion.reduction == "none":
             x = x.detach().requires_grad_() if needs[0] and not x.requires_grad else x
             y = y.detach().requires_grad_() if y is not None and needs[1] and not y.requires_grad else y
-            found, pairs, extra = rows(x, y, *values)
-            losses = with_extra(found, "none", extra)[0].losses
-            return losses if pairs is None else pairs.restore(losses)
+            with kept():
+                found, pairs, extra = rows(x, y, *values)
+                losses = with_extra(found, "none", extra)[0].losses
+                return losses if pairs is None else pairs.restore(losses)
         loss: Tensor = AtOnce.apply(ranks, share, needs, x, y, *values)
         return loss
 
@@ -149,10 +160,13 @@ class GlobalCriterion(nn.Module):
         ref_sizes: list[int],
     ) -> tuple[RowLosses, AnyPairs | None]:  # fmt: skip
         criterion, how = self.criterion, (ranks, self.schedule, self.criterion.impl)
-        if isinstance(criterion, ClassCriterion) and not isinstance(criterion, ProxyAnchorLoss):
-            return criterion.rows(x, labels, y, ref_labels, criterion.impl)
+        if isinstance(criterion, ClassCriterion) and criterion.anchors == "samples":
+            if own(criterion, "rows"):
+                return criterion.rows(x, labels, y, ref_labels, criterion.impl)
+            found = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
+            return rows_of(criterion, found, ranks), cast(AnyPairs, found)
         pairs: Pairs
-        if isinstance(criterion, ProxyAnchorLoss):
+        if criterion.anchors == "proxies":
             pairs = self._proxies(how, x, labels, sizes)
         else:
             x, y, unit = criterion.prepared(x, y)
@@ -160,7 +174,7 @@ class GlobalCriterion(nn.Module):
                 pairs = shared.of_batch(*how, criterion.distance, unit, x, labels, sizes)
             else:
                 pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, sizes, ref_sizes)
-        return criterion.row_losses(pairs), pairs
+        return rows_of(criterion, pairs, ranks), pairs
 
     def _proxies(self, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]) -> shared.SharedPairs:
         """This process's share of the proxies, which all have, as anchors against all processes' embeddings."""
@@ -168,6 +182,11 @@ class GlobalCriterion(nn.Module):
         assert isinstance(weight, Tensor)
         first, last = slice_of(weight.shape[0], ranks.world, ranks.rank)
         return shared.of_proxies(self.criterion, weight[first:last], how, x, labels, sizes)
+
+    def _described(self) -> Described:
+        """What has to be the same on every process."""
+        words = (f"call: {type(self).__name__}", f"schedule: {self.schedule}", f"gradients: {self.gradients}")
+        return Described(self.criterion, words)
 
     def _shared(self, place: Place) -> bool:
         """Whether what learns there is the same on every process."""
@@ -181,34 +200,6 @@ class GlobalCriterion(nn.Module):
 def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
     """Which of `count` things are a process's: [first, last)."""
     return count * rank // world, count * (rank + 1) // world
-
-
-def agree(
-    ranks: Ranks, x: Tensor, y: Tensor | None, needs: list[bool], learned: bool
-) -> tuple[list[int], list[int], list[bool]]:
-    """Everybody's numbers of rows and of references, and whether anybody wants gradients of x, y, parameters.
-
-    Raises:
-        ValueError: on every process, where these cannot be one batch.
-    """
-    dtypes = [-1 if t is None else DTYPES.index(t.dtype) for t in (x, y)]
-    facts = [x.shape[0], -1 if y is None else y.shape[0], x.shape[1], *dtypes, *map(int, needs), int(learned)]
-    every = ranks.tell(facts, x.device)
-    if refused := [str(rank) for rank, row in enumerate(every) if row == REFUSED]:
-        raise ValueError(f"arguments were refused on process {', '.join(refused)}, whose own error says why")
-    if len({row[1] < 0 for row in every}) > 1:
-        raise ValueError("ref_emb must be given on every process or on none")
-    widths, types, ref_types = ([row[k] for row in every] for k in (2, 3, 4))
-    _alike("embeddings", "width", widths, str)
-    _alike("embeddings", "dtype", types, lambda k: str(DTYPES[k]))
-    _alike("ref_emb", "dtype", ref_types, lambda k: str(DTYPES[k]))
-    some = [any(row[k] for row in every) for k in (5, 6, 7)]
-    return [row[0] for row in every], [max(row[1], 0) for row in every], some
-
-
-def _alike(name: str, what: str, every: list[int], shown: Callable[[int], str]) -> None:
-    if len(set(every)) > 1:
-        raise ValueError(f"{name} must have the same {what} on every process, got {', '.join(map(shown, every))}")
 
 
 def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
@@ -229,7 +220,7 @@ class AtOnce(torch.autograd.Function):
         wanted = {k: t for k, t in enumerate(leaves) if t is not None and needs[min(k, 2)]}
         for t in wanted.values():  # here, too, where only others want it: they wait for this process's part
             t.requires_grad_()
-        with torch.set_grad_enabled(bool(wanted)):
+        with torch.set_grad_enabled(bool(wanted)), kept():
             mine = share(*leaves)
         ctx.found = {}
         if wanted:
@@ -242,6 +233,29 @@ class AtOnce(torch.autograd.Function):
         only_once()
         found = [ctx.found.get(k) if need else None for k, need in enumerate(ctx.needs_input_grad[3:])]
         return None, None, None, *(None if part is None else part * g for part in found)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """What is computed inside keeps its tensors, also within torch.utils.checkpoint, which would compute, and so
+    communicate, again for them: here in forward, or in backward on those processes alone that have any."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None and top(True) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(_keep, _unchanged):
+        yield
+
+
+def _keep(t: Tensor) -> tuple[Tensor, int]:
+    return t.detach(), t._version  # detached: what keeps its own output would never be freed
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    t, version = kept
+    if t._version != version:
+        raise RuntimeError("a tensor that the loss's gradient needs was changed in place after the loss was computed")
+    return t
 
 
 class Place:
