@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -16,14 +16,15 @@ from ..criteria.classes import ClassCriterion
 from ..dispatch import choose
 from ..pairs import Pairs
 from ..pieced import in_pieces
-from ..walk import only_once
 from . import pairs as shared
 from .agreement import REFUSED, Described, agree
+from .at_once import AtOnce, kept
 from .claims import SampleRows, check_claims, own, rows_of
 from .ranks import Ranks, Scaled, Shared, Total
 from .walks import WALKS
 
 GRADIENTS = ("mean", "sum")
+LABELS = ("global", "local")
 
 
 def gather(
@@ -31,6 +32,7 @@ def gather(
     *,
     schedule: str = "all_gather",
     gradients: str = "mean",
+    labels: str = "global",
     group: dist.ProcessGroup | None = None,
 ) -> GlobalCriterion:
     """`criterion` over the global batch: the rows of all processes of a group, one after the other by rank.
@@ -48,15 +50,29 @@ def gather(
             holds all rows for a moment. ``"ring"``: one other process's rows at a time, which come while it computes.
         gradients: how the trainer joins the processes' gradients of the network: ``"mean"``, as DistributedDataParallel
             and FSDP do, or ``"sum"``.
+        labels: ``"global"``: equal labels are one class, on whichever processes they are. So ``torch.arange(n)`` on
+            every process makes positives of strangers. ``"local"``: labels mean something within a process alone
+            (pairs, instances, positions); equal ones of different processes are different classes. A process's
+            `labels` and `ref_labels` are of one kind.
         group: the processes; None: all.
 
+    Of your own a criterion is what its `row_losses` says, of rows that are this process's: what it asks of all rows it
+    has to ask by `pairs.total` and `pairs.total_logsumexp`. A mean over rows by plain torch is one process's, which
+    nothing here can see.
+
     Raises:
-        TypeError, ValueError: a criterion that is none, or words outside these sets.
+        TypeError: a criterion that is none, or of your own with `forward`, `regularizer`, `pairs_of` or `rows` that say
+            more than `row_losses`.
+        ValueError: words outside these sets; local labels for a loss of class weights.
+
+    Example:
+        >>> criterion = gather(flashpair.NTXentLoss(), labels="local")
+        >>> loss = criterion(image_emb, torch.arange(n), ref_emb=text_emb, ref_labels=torch.arange(n))
     """
     if not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a flashpair.Criterion, got {type(criterion).__name__}")
     check_claims(criterion)
-    return GlobalCriterion(criterion, schedule, gradients, group)
+    return GlobalCriterion(criterion, schedule, gradients, group, labels)
 
 
 class GlobalCriterion(nn.Module):
@@ -71,25 +87,35 @@ class GlobalCriterion(nn.Module):
       leave them out of DistributedDataParallel (in it they come out right, too, at the price of one more all-reduce).
 
     All communication is inside the call; backward only multiplies. So every process must call it as often, and the
-    first process to fail makes the others fail with torch.distributed's error within the group's timeout. With
+    first process to fail makes the others fail with torch.distributed's error within the group's timeout; so
+    does one that does not call it. Every call compares the criterion (class, public attributes
+    but `impl`, and the bits of its tensors; an attribute whose name starts with an underscore is a process's own business). Within
+    torch.utils.checkpoint the loss keeps what it needs, so that nothing is sent twice; what computes it again in
+    backward nevertheless (``use_reentrant=True``) has to do so on every process. With
     ``reduction="none"`` a process gets its own rows' losses (n,), and backward communicates: all must run it.
     Differentiable once. The call waits for the device once, for the number of rows of each process.
 
     Raises:
         TypeError, ValueError: on every process, where one refuses its arguments, or where embeddings differ in width or
-            dtype, or in whether references are given.
+            dtype, or in whether references are given, or criteria in class, hyper-parameters or values.
         RuntimeError: an `impl` that does not take references in pieces (`tiled` and `fused` do).
     """
 
-    def __init__(self, criterion: Criterion, schedule: str, gradients: str, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, criterion: Criterion, schedule: str, gradients: str, group: dist.ProcessGroup | None,
+        labels: str = "global",
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.labels = checks.word(labels, LABELS, "labels")
+        if labels == "local" and isinstance(criterion, ClassCriterion):
+            raise ValueError(f"labels must be global for {type(criterion).__name__}, where they are classes, got local")
         self.criterion = criterion
         self.schedule = checks.word(schedule, tuple(WALKS), "schedule")
         self.gradients = checks.word(gradients, GRADIENTS, "gradients")
         self.group = group
 
     def extra_repr(self) -> str:
-        return f"schedule={self.schedule!r}, gradients={self.gradients!r}"
+        return f"schedule={self.schedule!r}, gradients={self.gradients!r}, labels={self.labels!r}"
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
@@ -112,11 +138,23 @@ class GlobalCriterion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The arguments of a call, or an error of this process alone, before it has told the others anything."""
         batch = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
+        if self.labels == "local":
+            batch = self.criterion.check(batch[0], self._apart(batch[1]), batch[2], self._apart(batch[3]))
         if isinstance(self.criterion, ClassCriterion) and self.criterion.anchors == "samples":
             choose(self.criterion.impl, batch[0], None)
         else:
             in_pieces(self.criterion.impl, batch[0])
         return batch
+
+    def _apart(self, labels: Tensor | None) -> Tensor | None:
+        """Local labels as global ones, no two processes' the same."""
+        if labels is None:
+            return None
+        ranks = Ranks(self.group)
+        least, most = (int(t) for t in labels.aminmax()) if labels.numel() else (0, 0)
+        if max(-least, most) >= 2**62 // ranks.world:
+            raise ValueError(f"local labels must be below 2^62 over the number of processes, {ranks.world}, in size")
+        return labels.long() * ranks.world + ranks.rank
 
     def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         learned = learned_of(self.criterion)
@@ -185,7 +223,12 @@ class GlobalCriterion(nn.Module):
 
     def _described(self) -> Described:
         """What has to be the same on every process."""
-        words = (f"call: {type(self).__name__}", f"schedule: {self.schedule}", f"gradients: {self.gradients}")
+        words = (
+            f"call: {type(self).__name__}",
+            f"schedule: {self.schedule}",
+            f"gradients: {self.gradients}",
+            f"labels: {self.labels}",
+        )
         return Described(self.criterion, words)
 
     def _shared(self, place: Place) -> bool:
@@ -207,55 +250,6 @@ def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks
     rows, extra = with_extra(rows, reduction, extra)
     share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
     return share if extra is None else share + extra.to(share.dtype) / ranks.world
-
-
-class AtOnce(torch.autograd.Function):
-    """The sum of the processes' shares, with this process's gradients computed in forward, where all communicate."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ranks: Ranks, share: Callable[..., Tensor], needs: list[bool], *inputs: Tensor | None
-    ) -> Tensor:
-        leaves = [None if t is None else t.detach() for t in inputs]
-        wanted = {k: t for k, t in enumerate(leaves) if t is not None and needs[min(k, 2)]}
-        for t in wanted.values():  # here, too, where only others want it: they wait for this process's part
-            t.requires_grad_()
-        with torch.set_grad_enabled(bool(wanted)), kept():
-            mine = share(*leaves)
-        ctx.found = {}
-        if wanted:
-            found = torch.autograd.grad(mine, list(wanted.values()), allow_unused=True)
-            ctx.found = dict(zip(wanted, found, strict=True))
-        return ranks.sum(mine.detach())
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        only_once()
-        found = [ctx.found.get(k) if need else None for k, need in enumerate(ctx.needs_input_grad[3:])]
-        return None, None, None, *(None if part is None else part * g for part in found)
-
-
-@contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """What is computed inside keeps its tensors, also within torch.utils.checkpoint, which would compute, and so
-    communicate, again for them: here in forward, or in backward on those processes alone that have any."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None and top(True) is None:
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(_keep, _unchanged):
-        yield
-
-
-def _keep(t: Tensor) -> tuple[Tensor, int]:
-    return t.detach(), t._version  # detached: what keeps its own output would never be freed
-
-
-def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
-    t, version = kept
-    if t._version != version:
-        raise RuntimeError("a tensor that the loss's gradient needs was changed in place after the loss was computed")
-    return t
 
 
 class Place:
