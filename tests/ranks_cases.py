@@ -12,7 +12,6 @@ from helpers import assert_same, batch
 from ranks_harness import Team
 from torch import Tensor
 
-from flashpair.criteria import ProxyAnchorLoss
 from flashpair.criteria.base import Criterion
 from flashpair.distributed import gather
 from flashpair.forms import CRITERIA, OfClasses
@@ -71,7 +70,7 @@ def part(t: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
 
 def rows_of(call: Call, criterion: Criterion) -> Sequence[int]:
     """How many losses each process has with reduction "none"."""
-    if not isinstance(criterion, ProxyAnchorLoss):
+    if criterion.anchors != "proxies":
         return call.batch.sizes
     ends = [criterion.num_classes * r // len(call.batch.sizes) for r in range(len(call.batch.sizes) + 1)]
     return [last - first for first, last in itertools.pairwise(ends)]

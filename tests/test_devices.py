@@ -208,9 +208,19 @@ def test_memory_that_is_no_rows_is_refused(kind):
 
 
 VECTORS = {
-    "offset elsewhere": ("offset", torch.zeros(24, device="meta"), ValueError, "must be on the device of embeddings, cpu"),
+    "offset elsewhere": (
+        "offset",
+        torch.zeros(24, device="meta"),
+        ValueError,
+        "must be on the device of embeddings, cpu",
+    ),
     "scale elsewhere": ("scale", torch.ones((), device="meta"), ValueError, "must be on the device of embeddings, cpu"),
-    "lower elsewhere": ("lower", torch.zeros(24, device="meta"), ValueError, "must be on the device of embeddings, cpu"),
+    "lower elsewhere": (
+        "lower",
+        torch.zeros(24, device="meta"),
+        ValueError,
+        "must be on the device of embeddings, cpu",
+    ),
     "complex": ("lower", torch.zeros(24) + 1j, TypeError, "must be a real tensor .* got complex64"),
     "bool": ("upper", torch.zeros(24, dtype=torch.bool), TypeError, "must be a real tensor .* got bool"),
     "another length": ("offset", torch.zeros(23), ValueError, r"must have shape \(\) or \(24,\), got float32 \(23,\)"),

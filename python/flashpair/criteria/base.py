@@ -76,11 +76,18 @@ class Criterion(nn.Module):
         impl: ``"auto"``, or one of ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"``, ``"onchip"``, which never
             falls back.
 
+    Attributes:
+        anchors: what a row of `row_losses` is, a word of the class: ``"samples"``, of the batch, or ``"proxies"``, of
+            a `ClassCriterion`: its weights, whose references are the batch.
+        penalizes: what `penalty_of` is a mean over: ``"samples"``, or ``"classes"`` of a `ClassCriterion`.
+
     Raises:
         TypeError, ValueError: arguments out of their range, named, before any work.
         RuntimeError: an explicit `impl` that cannot run on the inputs' device, with every reason.
     """
 
+    anchors = "samples"
+    penalizes = "samples"
     distance = "dot"
     takes_references = True
     averagings: tuple[str, ...] = AVERAGINGS[:5]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..classes import class_pairs
+from ..classes import class_pairs, proxy_pairs
 from ..similarity import poison
-from .base import AnyPairs, Criterion
+from .base import AnyPairs, Criterion, RowLosses
 
 
 class ClassCriterion(Criterion):
@@ -44,7 +45,21 @@ class ClassCriterion(Criterion):
         return x, checks.classes(labels, self.num_classes), y, ref_labels
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+        if self.anchors == "proxies":
+            return proxy_pairs(self.weight, x, labels, self.normalize, impl)
         return class_pairs(x, labels, self.weight, self.normalize, impl)
 
     def _bad(self, x: Tensor, y: Tensor | None) -> Tensor:
         return poison(x, self.weight)
+
+    def refuses_parts(self) -> str | None:
+        """Why processes cannot share the classes out (`flashpair.distributed.shard_classes`); None: they can."""
+        return None
+
+    def rows_of_parts(
+        self, x: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor], logsumexp: Callable[[Tensor], Tensor]
+    ) -> RowLosses | None:
+        """Of a class with `rows` of its own: those of all samples (B, D), `weight` being one process's part and
+        `labels` outside of it for other processes' classes. total, logsumexp: over the parts, of row values (B,).
+        None: as `row_losses` has them."""
+        return None

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..classes import proxy_pairs
 from ..reduction import Reduction
 from ..similarity import softplus
 from .base import AnyPairs, RowLosses
@@ -72,6 +71,7 @@ class ProxyAnchorLoss(ClassCriterion):
         ValueError: labels outside of [0, num_classes), or embeddings of another width.
     """
 
+    anchors = "proxies"
     shown = (*ClassCriterion.shown, "margin", "alpha")
 
     def __init__(
@@ -91,9 +91,6 @@ class ProxyAnchorLoss(ClassCriterion):
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode="fan_out")
-
-    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
-        return proxy_pairs(self.weight, x, labels, self.normalize, impl)
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         pos, neg = pairs.reduce(

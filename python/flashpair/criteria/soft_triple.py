@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,8 @@ class SoftTripleLoss(ClassCriterion):
         ValueError: labels outside of [0, num_classes), embeddings of another width, or another `impl`.
     """
 
+    anchors = "samples"  # said here, as `rows` is: a row is of one sample and all centres
+    penalizes = "classes"
     shown = (*ClassCriterion.shown, "centers_per_class", "la", "gamma", "margin", "tau")
 
     def __init__(
@@ -84,6 +86,17 @@ class SoftTripleLoss(ClassCriterion):
         if impl == "reference" or isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
             return super().rows(x, labels, y, ref_labels, impl)
         return self.row_losses_of(*self.own_and_others(x, labels)), None
+
+    def refuses_parts(self) -> str | None:
+        if isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
+            return "SoftTripleLoss shares its classes out with numbers as la and gamma, got a tensor"
+        return None
+
+    def rows_of_parts(
+        self, x: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor], logsumexp: Callable[[Tensor], Tensor]
+    ) -> RowLosses | None:
+        own, others = self.own_and_others(x, labels)
+        return self.row_losses_of(total(own), logsumexp(others))
 
     def own_and_others(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """S of each row's own class, 0 where that is none of these, and the logsumexp of la S over the others (B,)."""

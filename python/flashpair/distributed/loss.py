@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from .. import checks
 from ..criteria.base import AnyPairs, Criterion, Penalty, RowLosses, average, with_extra
 from ..criteria.classes import ClassCriterion
-from ..criteria.proxies import ProxyAnchorLoss
+from ..dispatch import choose
 from ..pairs import Pairs
-from ..walk import only_once
+from ..pieced import in_pieces
 from . import pairs as shared
+from .agreement import REFUSED, Described, agree
+from .at_once import AtOnce, kept
+from .claims import SampleRows, check_claims, own, rows_of
 from .ranks import Ranks, Scaled, Shared, Total
 from .walks import WALKS
 
 GRADIENTS = ("mean", "sum")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REFUSED = [-1] * 8  # in place of what `agree` tells
+LABELS = ("global", "local")
 
 
 def gather(
@@ -30,6 +32,7 @@ def gather(
     *,
     schedule: str = "all_gather",
     gradients: str = "mean",
+    labels: str = "global",
     group: dist.ProcessGroup | None = None,
 ) -> GlobalCriterion:
     """`criterion` over the global batch: the rows of all processes of a group, one after the other by rank.
@@ -47,16 +50,29 @@ def gather(
             holds all rows for a moment. ``"ring"``: one other process's rows at a time, which come while it computes.
         gradients: how the trainer joins the processes' gradients of the network: ``"mean"``, as DistributedDataParallel
             and FSDP do, or ``"sum"``.
+        labels: ``"global"``: equal labels are one class, on whichever processes they are. So ``torch.arange(n)`` on
+            every process makes positives of strangers. ``"local"``: labels mean something within a process alone
+            (pairs, instances, positions); equal ones of different processes are different classes. A process's
+            `labels` and `ref_labels` are of one kind.
         group: the processes; None: all.
 
+    Of your own a criterion is what its `row_losses` says, of rows that are this process's: what it asks of all rows it
+    has to ask by `pairs.total` and `pairs.total_logsumexp`. A mean over rows by plain torch is one process's, which
+    nothing here can see.
+
     Raises:
-        TypeError, ValueError: a criterion that is none, or words outside these sets.
+        TypeError: a criterion that is none, or of your own with `forward`, `regularizer`, `pairs_of` or `rows` that say
+            more than `row_losses`.
+        ValueError: words outside these sets; local labels for a loss of class weights.
+
+    Example:
+        >>> criterion = gather(flashpair.NTXentLoss(), labels="local")
+        >>> loss = criterion(image_emb, torch.arange(n), ref_emb=text_emb, ref_labels=torch.arange(n))
     """
     if not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a flashpair.Criterion, got {type(criterion).__name__}")
-    if type(criterion).regularizer is not Criterion.regularizer:
-        raise TypeError(f"criterion has a regularizer of its own, which is of one process: {type(criterion).__name__}")
-    return GlobalCriterion(criterion, schedule, gradients, group)
+    check_claims(criterion)
+    return GlobalCriterion(criterion, schedule, gradients, group, labels)
 
 
 class GlobalCriterion(nn.Module):
@@ -71,25 +87,35 @@ class GlobalCriterion(nn.Module):
       leave them out of DistributedDataParallel (in it they come out right, too, at the price of one more all-reduce).
 
     All communication is inside the call; backward only multiplies. So every process must call it as often, and the
-    first process to fail makes the others fail with torch.distributed's error within the group's timeout. With
+    first process to fail makes the others fail with torch.distributed's error within the group's timeout; so
+    does one that does not call it. Every call compares the criterion (class, public attributes
+    but `impl`, and the bits of its tensors; an attribute whose name starts with an underscore is a process's own business). Within
+    torch.utils.checkpoint the loss keeps what it needs, so that nothing is sent twice; what computes it again in
+    backward nevertheless (``use_reentrant=True``) has to do so on every process. With
     ``reduction="none"`` a process gets its own rows' losses (n,), and backward communicates: all must run it.
     Differentiable once. The call waits for the device once, for the number of rows of each process.
 
     Raises:
         TypeError, ValueError: on every process, where one refuses its arguments, or where embeddings differ in width or
-            dtype, or in whether references are given.
+            dtype, or in whether references are given, or criteria in class, hyper-parameters or values.
         RuntimeError: an `impl` that does not take references in pieces (`tiled` and `fused` do).
     """
 
-    def __init__(self, criterion: Criterion, schedule: str, gradients: str, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, criterion: Criterion, schedule: str, gradients: str, group: dist.ProcessGroup | None,
+        labels: str = "global",
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.labels = checks.word(labels, LABELS, "labels")
+        if labels == "local" and isinstance(criterion, ClassCriterion):
+            raise ValueError(f"labels must be global for {type(criterion).__name__}, where they are classes, got local")
         self.criterion = criterion
         self.schedule = checks.word(schedule, tuple(WALKS), "schedule")
         self.gradients = checks.word(gradients, GRADIENTS, "gradients")
         self.group = group
 
     def extra_repr(self) -> str:
-        return f"schedule={self.schedule!r}, gradients={self.gradients!r}"
+        return f"schedule={self.schedule!r}, gradients={self.gradients!r}, labels={self.labels!r}"
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
@@ -100,19 +126,41 @@ class GlobalCriterion(nn.Module):
             return loss
         ranks = Ranks(self.group)
         try:
-            x, labels, y, ref_labels = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
-        except (TypeError, ValueError):
-            if isinstance(embeddings, Tensor):  # or the others would wait for this process until their time is up
-                ranks.tell(REFUSED, embeddings.device)
+            x, labels, y, ref_labels = self._checked(embeddings, labels, ref_emb, ref_labels)
+        except Exception:  # or the others would wait for this process until their time is up
+            ranks.tell(REFUSED, embeddings.device if isinstance(embeddings, Tensor) else ranks.device)
             raise
         with torch.autocast(x.device.type, enabled=False):
             return self._loss(ranks, x, labels, y, ref_labels)
+
+    def _checked(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The arguments of a call, or an error of this process alone, before it has told the others anything."""
+        batch = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
+        if self.labels == "local":
+            batch = self.criterion.check(batch[0], self._apart(batch[1]), batch[2], self._apart(batch[3]))
+        if isinstance(self.criterion, ClassCriterion) and self.criterion.anchors == "samples":
+            choose(self.criterion.impl, batch[0], None)
+        else:
+            in_pieces(self.criterion.impl, batch[0])
+        return batch
+
+    def _apart(self, labels: Tensor | None) -> Tensor | None:
+        """Local labels as global ones, no two processes' the same."""
+        if labels is None:
+            return None
+        ranks = Ranks(self.group)
+        least, most = (int(t) for t in labels.aminmax()) if labels.numel() else (0, 0)
+        if max(-least, most) >= 2**62 // ranks.world:
+            raise ValueError(f"local labels must be below 2^62 over the number of processes, {ranks.world}, in size")
+        return labels.long() * ranks.world + ranks.rank
 
     def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         learned = learned_of(self.criterion)
         wants = torch.is_grad_enabled()
         needs = [wants and t is not None and t.requires_grad for t in (x, y)]
-        sizes, ref_sizes, needs = agree(ranks, x, y, needs, wants and bool(learned))
+        sizes, ref_sizes, needs = agree(ranks, x, y, needs, wants and bool(learned), self._described())
         by = float(ranks.world) if self.gradients == "mean" else 1.0
 
         def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, AnyPairs | None, Tensor | None]:
@@ -138,9 +186,10 @@ class GlobalCriterion(nn.Module):
         if self.criterion.reduction == "none":
             x = x.detach().requires_grad_() if needs[0] and not x.requires_grad else x
             y = y.detach().requires_grad_() if y is not None and needs[1] and not y.requires_grad else y
-            found, pairs, extra = rows(x, y, *values)
-            losses = with_extra(found, "none", extra)[0].losses
-            return losses if pairs is None else pairs.restore(losses)
+            with kept():
+                found, pairs, extra = rows(x, y, *values)
+                losses = with_extra(found, "none", extra)[0].losses
+                return losses if pairs is None else pairs.restore(losses)
         loss: Tensor = AtOnce.apply(ranks, share, needs, x, y, *values)
         return loss
 
@@ -149,10 +198,13 @@ class GlobalCriterion(nn.Module):
         ref_sizes: list[int],
     ) -> tuple[RowLosses, AnyPairs | None]:  # fmt: skip
         criterion, how = self.criterion, (ranks, self.schedule, self.criterion.impl)
-        if isinstance(criterion, ClassCriterion) and not isinstance(criterion, ProxyAnchorLoss):
-            return criterion.rows(x, labels, y, ref_labels, criterion.impl)
+        if isinstance(criterion, ClassCriterion) and criterion.anchors == "samples":
+            if own(criterion, "rows"):
+                return criterion.rows(x, labels, y, ref_labels, criterion.impl)
+            found = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
+            return rows_of(criterion, found, ranks), cast(AnyPairs, found)
         pairs: Pairs
-        if isinstance(criterion, ProxyAnchorLoss):
+        if criterion.anchors == "proxies":
             pairs = self._proxies(how, x, labels, sizes)
         else:
             x, y, unit = criterion.prepared(x, y)
@@ -160,7 +212,7 @@ class GlobalCriterion(nn.Module):
                 pairs = shared.of_batch(*how, criterion.distance, unit, x, labels, sizes)
             else:
                 pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, sizes, ref_sizes)
-        return criterion.row_losses(pairs), pairs
+        return rows_of(criterion, pairs, ranks), pairs
 
     def _proxies(self, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]) -> shared.SharedPairs:
         """This process's share of the proxies, which all have, as anchors against all processes' embeddings."""
@@ -168,6 +220,16 @@ class GlobalCriterion(nn.Module):
         assert isinstance(weight, Tensor)
         first, last = slice_of(weight.shape[0], ranks.world, ranks.rank)
         return shared.of_proxies(self.criterion, weight[first:last], how, x, labels, sizes)
+
+    def _described(self) -> Described:
+        """What has to be the same on every process."""
+        words = (
+            f"call: {type(self).__name__}",
+            f"schedule: {self.schedule}",
+            f"gradients: {self.gradients}",
+            f"labels: {self.labels}",
+        )
+        return Described(self.criterion, words)
 
     def _shared(self, place: Place) -> bool:
         """Whether what learns there is the same on every process."""
@@ -183,65 +245,11 @@ def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
     return count * rank // world, count * (rank + 1) // world
 
 
-def agree(
-    ranks: Ranks, x: Tensor, y: Tensor | None, needs: list[bool], learned: bool
-) -> tuple[list[int], list[int], list[bool]]:
-    """Everybody's numbers of rows and of references, and whether anybody wants gradients of x, y, parameters.
-
-    Raises:
-        ValueError: on every process, where these cannot be one batch.
-    """
-    dtypes = [-1 if t is None else DTYPES.index(t.dtype) for t in (x, y)]
-    facts = [x.shape[0], -1 if y is None else y.shape[0], x.shape[1], *dtypes, *map(int, needs), int(learned)]
-    every = ranks.tell(facts, x.device)
-    if refused := [str(rank) for rank, row in enumerate(every) if row == REFUSED]:
-        raise ValueError(f"arguments were refused on process {', '.join(refused)}, whose own error says why")
-    if len({row[1] < 0 for row in every}) > 1:
-        raise ValueError("ref_emb must be given on every process or on none")
-    widths, types, ref_types = ([row[k] for row in every] for k in (2, 3, 4))
-    _alike("embeddings", "width", widths, str)
-    _alike("embeddings", "dtype", types, lambda k: str(DTYPES[k]))
-    _alike("ref_emb", "dtype", ref_types, lambda k: str(DTYPES[k]))
-    some = [any(row[k] for row in every) for k in (5, 6, 7)]
-    return [row[0] for row in every], [max(row[1], 0) for row in every], some
-
-
-def _alike(name: str, what: str, every: list[int], shown: Callable[[int], str]) -> None:
-    if len(set(every)) > 1:
-        raise ValueError(f"{name} must have the same {what} on every process, got {', '.join(map(shown, every))}")
-
-
 def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
     """This process's share of the one number that its rows and the others' give; the shares add up to it."""
     rows, extra = with_extra(rows, reduction, extra)
     share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
     return share if extra is None else share + extra.to(share.dtype) / ranks.world
-
-
-class AtOnce(torch.autograd.Function):
-    """The sum of the processes' shares, with this process's gradients computed in forward, where all communicate."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, ranks: Ranks, share: Callable[..., Tensor], needs: list[bool], *inputs: Tensor | None
-    ) -> Tensor:
-        leaves = [None if t is None else t.detach() for t in inputs]
-        wanted = {k: t for k, t in enumerate(leaves) if t is not None and needs[min(k, 2)]}
-        for t in wanted.values():  # here, too, where only others want it: they wait for this process's part
-            t.requires_grad_()
-        with torch.set_grad_enabled(bool(wanted)):
-            mine = share(*leaves)
-        ctx.found = {}
-        if wanted:
-            found = torch.autograd.grad(mine, list(wanted.values()), allow_unused=True)
-            ctx.found = dict(zip(wanted, found, strict=True))
-        return ranks.sum(mine.detach())
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        only_once()
-        found = [ctx.found.get(k) if need else None for k, need in enumerate(ctx.needs_input_grad[3:])]
-        return None, None, None, *(None if part is None else part * g for part in found)
 
 
 class Place:

@@ -28,10 +28,24 @@ class Ranks:
     def at(self, distance: int) -> int:
         return (self.rank + distance) % self.world
 
-    def tell(self, facts: Sequence[int], device: torch.device) -> list[list[int]]:
-        """Some integers of every process; the host waits for them."""
+    @property
+    def device(self) -> torch.device:
+        """Where this group's messages may be, for a process that has no tensor to go by."""
+        nccl = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def tell(self, facts: Sequence[int], device: torch.device, last: Tensor | None = None) -> list[list[int]]:
+        """Some integers of every process, and one that is on the device; the host waits for them."""
         mine = torch.tensor(facts, dtype=torch.int64, device=device)
+        if last is not None:
+            mine = torch.cat([mine, last[None]])
         return [t.tolist() for t in self._gathered(mine)]
+
+    def say(self, text: str, device: torch.device) -> list[str]:
+        """Some words of every process."""
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
+        sizes = [size for (size,) in self.tell([mine.shape[0]], device)]
+        return [bytes(t.tolist()).decode() for t in self.gather(mine, sizes)]
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
         found = [torch.empty_like(mine) for _ in range(self.world)]

@@ -1,0 +1,165 @@
+"""What a criterion says of itself, and what its rows may ask of the whole batch: exact, or refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..criteria.base import AnyPairs, Criterion, RowLosses
+from ..criteria.classes import ClassCriterion
+from .ranks import Ranks, Total, merged
+
+ANCHORS = ("samples", "proxies")
+WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # of one process's batch, where processes share rows
+
+
+def own(criterion: Criterion, name: str) -> bool:
+    """Whether its class has another `name` than `Criterion` and `ClassCriterion`."""
+    found = getattr(type(criterion), name)
+    return found is not getattr(Criterion, name, None) and found is not getattr(ClassCriterion, name, None)
+
+
+def said_with(criterion: Criterion, word: str, name: str) -> bool:
+    """Whether the class that has `name`, or one below it, says `word`: what a parent said was of its own `name`."""
+    for kind in type(criterion).__mro__:
+        if word in vars(kind):
+            return True
+        if name in vars(kind):
+            return False
+    return False
+
+
+def check_claims(criterion: Criterion) -> None:
+    """TypeError for a class whose loss of the whole batch cannot be made from `row_losses`."""
+    name = type(criterion).__name__
+    if own(criterion, "regularizer"):
+        raise TypeError(f"criterion has a regularizer of its own, which is of one process: {name} (use penalty_of)")
+    for call in WHOLE_CALLS:
+        if own(criterion, call):
+            raise TypeError(f"criterion has a {call} of its own, which is of one process: {name} (use row_losses)")
+    if criterion.anchors not in ANCHORS:
+        raise TypeError(f"{name}.anchors must be one of {', '.join(ANCHORS)}, got {criterion.anchors!r}")
+    of_classes = isinstance(criterion, ClassCriterion)
+    if criterion.anchors == "proxies" and not of_classes:
+        raise TypeError(f'{name}.anchors = "proxies" is of losses of class weights: make it a flashpair.ClassCriterion')
+    for call in ("pairs_of", "rows"):
+        if not own(criterion, call):
+            continue
+        if not of_classes:
+            raise TypeError(f"criterion has {call} of its own, which is of one process: {name} (use row_losses)")
+        if criterion.anchors == "proxies" or not said_with(criterion, "anchors", call):
+            raise TypeError(
+                f"criterion has {call} of its own, and nothing says what its rows are: {name} (without {call}, the "
+                'class may say anchors = "proxies"; with it, anchors = "samples": each row is one sample of the '
+                "batch, against weights alone)"
+            )
+
+
+def check_parts(criterion: ClassCriterion) -> None:
+    """TypeError, ValueError: a class whose rows, or whose penalty, cannot be made from parts of the classes."""
+    check_claims(criterion)
+    name = type(criterion).__name__
+    if why := criterion.refuses_parts():
+        raise ValueError(why)
+    for call in ("pairs_of", "rows"):
+        if own(criterion, call) and not said_with(criterion, "rows_of_parts", call):
+            raise TypeError(f"criterion has {call} of its own, and no rows_of_parts: {name}")
+    if own(criterion, "penalty_of") and not said_with(criterion, "penalizes", "penalty_of"):
+        raise TypeError(
+            f"criterion has a penalty_of of its own, and nothing says of what: {name} (the class may say penalizes = "
+            '"samples", or "classes": a mean over all of them, of which a process gives its own\'s part)'
+        )
+
+
+class Totals(TorchFunctionMode):
+    """Knows which tensors are of all processes: results of `total`, and what is computed of these alone.
+
+    Counts that a loss divides by are summed over the processes, which of a total would be once too often.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, Tensor] = {}
+
+    def add(self, found: Tensor) -> Tensor:
+        self.known[id(found)] = found
+        return found
+
+    def __contains__(self, value: object) -> bool:
+        return id(value) in self.known
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.known and isinstance(out, Tensor):
+            given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
+            if any(t in self for t in given) and all(t in self or not t.dim() for t in given):
+                self.add(out)
+        return out
+
+
+class SampleRows:
+    """Pairs of this process's samples with all class weights, whose totals are over all processes' samples."""
+
+    def __init__(self, pairs: AnyPairs, ranks: Ranks) -> None:
+        self.pairs, self.ranks = pairs, ranks
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("draw", "select", "sums", "sum_steps", "at_both_ends"):
+            raise AttributeError(f"pairs.{name} is of one process's samples, where processes share the batch")
+        return getattr(self.pairs, name)
+
+    def total(self, values: Tensor) -> Tensor:
+        total: Tensor = Total.apply(self.ranks, self.pairs.total(values))
+        return total
+
+    def total_logsumexp(self, values: Tensor) -> Tensor:
+        return merged(self.ranks, self.pairs.total_logsumexp(values)[None])[0]
+
+    def most_positives(self, most: int | None = None) -> int:
+        if most is not None:
+            return most
+        count = torch.cat([self.pairs.num_positives(), self.pairs.labels.new_ones(1)])
+        return int(self.ranks.max(count.max()))
+
+    def dense(self) -> SampleRows:
+        return SampleRows(self.pairs.dense(), self.ranks) if hasattr(self.pairs, "dense") else self
+
+
+def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:
+    """`row_losses` of pairs that are one process's share.
+
+    Raises:
+        ValueError: on every process, where what some process divides by is not a count of its own rows.
+    """
+    if type(criterion).row_losses.__module__.startswith("flashpair."):
+        found: RowLosses = criterion.row_losses(pairs)
+        return found
+    totals = Totals()
+    total = pairs.total
+    pairs.total = lambda values: totals.add(total(values))
+    try:
+        with totals:
+            rows = criterion.row_losses(pairs)
+    finally:
+        del pairs.total
+    wrong = criterion.reduction != "none" and not rows.shares and not _own_counts(criterion.reduction, rows, totals)
+    refused = [str(rank) for rank, (mine,) in enumerate(ranks.tell([int(wrong)], rows.losses.device)) if mine]
+    if refused:
+        raise ValueError(
+            f"the denominator, and the numbers of terms, of {type(criterion).__name__}.row_losses must be of this "
+            "process's rows, which are summed over the processes: losses.shape[0], or a sum over rows as a tensor, and "
+            f"neither another int nor a pairs.total; they are not on process {', '.join(refused)}"
+        )
+    return rows
+
+
+def _own_counts(reduction: str, rows: RowLosses, totals: Totals) -> bool:
+    if reduction == "mean_pairs" or (reduction == "nonzero" and rows.terms):
+        return not any(t.number in totals or t.nonzero in totals for t in rows.terms)
+    if reduction != "mean":
+        return True
+    by = rows.denominator
+    return by not in totals if isinstance(by, Tensor) else by == rows.losses.shape[0]
