@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..extras import extra
 from ..similarity import upcast
 
 
@@ -35,8 +36,9 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
     Raises:
         TypeError, ValueError: bad arguments, named. ImportError: without scikit-learn.
     """
-    from sklearn.metrics import normalized_mutual_info_score
-    from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
+    with extra("metrics", "clustering_scores"):
+        from sklearn.metrics import normalized_mutual_info_score
+        from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
 
     samples = torch.empty(labels.shape[0], 1)
     truth, found = (
@@ -73,7 +75,8 @@ def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: 
     Raises:
         TypeError, ValueError: bad arguments, named; embeddings that are not finite. ImportError: without scikit-learn.
     """
-    from sklearn.cluster import KMeans
+    with extra("metrics", "clustering"):
+        from sklearn.cluster import KMeans
 
     x, labels, _, _ = checks.batch(embeddings, labels, None, None)
     seeds = checks.integer(seeds, "seeds", at_least=1)

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..extras import extra
+
 
 class Interval(NamedTuple):
     """``mean`` plus or minus ``half_width``, in the units of the runs."""
@@ -28,7 +30,8 @@ def confidence_interval(runs: Sequence[float], confidence: float = 0.95) -> Inte
     Raises:
         ValueError: no runs, or a confidence that is none. ImportError: without SciPy.
     """
-    from scipy import stats
+    with extra("metrics", "confidence_interval"):
+        from scipy import stats
 
     if not len(runs) or not 0 < confidence < 1:
         raise ValueError(f"runs must not be empty and confidence between 0 and 1, got {list(runs)} and {confidence}")
