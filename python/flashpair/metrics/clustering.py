@@ -40,9 +40,11 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
         from sklearn.metrics import normalized_mutual_info_score
         from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
 
+    if not isinstance(labels, Tensor) or labels.dim() != 1:
+        raise TypeError(f"labels must be an integer tensor of shape (N,), got {checks.what(labels)}")
     samples = torch.empty(labels.shape[0], 1)
     truth, found = (
-        checks.labels(t.detach().cpu(), samples, name).numpy()
+        checks.labels(t.detach().cpu() if isinstance(t, Tensor) else t, samples, name).numpy()
         for t, name in ((labels, "labels"), (clusters, "clusters"))
     )
     if not len(truth):

@@ -135,7 +135,8 @@ def _arrays(path: Path) -> Data:
             f"{path} must have features of numbers and labels of integers or text, got {features.dtype} and"
             f" {given.dtype}"
         )
-    samples = torch.from_numpy(features if features.dtype == np.uint8 else features.astype(np.float32))
+    with np.errstate(over="ignore"):  # what overflows is refused as infinite
+        samples = torch.from_numpy(features if features.dtype == np.uint8 else features.astype(np.float32))
     if samples.is_floating_point() and not samples.isfinite().all():
         raise ValueError(f"{path} must have finite features, got NaN or infinity")
     if given.dtype.kind == "f" and not (given == np.floor(given)).all():
