@@ -28,7 +28,8 @@ class NinjaBuild(build_ext):
         folder = Path("build/editable" if self.editable_mode else self.build_temp)
         rules, name = folder / "build.ninja", ext.name.removeprefix("flashpair.")
         self.mkpath(str(folder))
-        rules.write_text("\n".join(compilers.ninja_rules(str(folder).replace(" ", "$ "), CXX, RECORD, NVCC)))
+        lines = compilers.ninja_rules(str(folder).replace(" ", "$ "), CXX, RECORD, NVCC)
+        rules.write_text("\n".join(lines), encoding="utf-8")
         if subprocess.call([Path(ninja.BIN_DIR, "ninja"), "-f", rules, folder / f"{name}.so"]):
             raise CompileError(f"{ext.name} does not build; to install without it, set {WITHOUT[name]}")
         self.mkpath(os.path.dirname(self.get_ext_fullpath(ext.name)))

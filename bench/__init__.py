@@ -11,3 +11,7 @@ Run from the repository root; nothing here is installed. How one run goes:
 `python -m bench.family` does the same for every loss of the library (family_cases.py), in one table.
 `python -m bench.weights` draws what each loss gives to a pair, and dependence.py finds what that depends on.
 """
+
+from flashpair.extras import need
+
+need("bench", "bench", "matplotlib", "numpy", "rich")

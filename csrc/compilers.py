@@ -34,18 +34,20 @@ def env_flags(name):
 
 
 def cpp():
-    """The C++ compiler's command (empty for a pure Python install), and the record that `flashpair info` reads."""
-    named = os.environ.get("CXX", "").strip()
-    candidates = [named] if named else ["c++", "g++", "clang++"]
-    found = [cxx for cxx in candidates if shutil.which(shlex.split(cxx)[0])]
+    """The C++ compiler's command (empty for a pure Python install), and the record that `flashpair info` reads.
+
+    One that CXX names, and that is not there, is an error: whoever names it does not want an install without.
+    """
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    found = [cxx for cxx in candidates if shutil.which((shlex.split(cxx) or [""])[0])]
     if env_on("FLASHPAIR_PURE_PYTHON"):
         reason = "FLASHPAIR_PURE_PYTHON is set"
     elif os.name == "nt":
         reason = "the extension is not supported on Windows"
-    elif named and not found:
+    elif not found and os.environ.get("CXX"):
         raise RuntimeError(
-            f"CXX={named!r} names no compiler that is on the PATH; unset CXX to look for c++, g++ and clang++, or set "
-            "FLASHPAIR_PURE_PYTHON=1 to do without"
+            f"CXX must be a C++ compiler's command, got {os.environ['CXX']!r}, which is not found; unset it to take"
+            " c++, g++ or clang++, or set FLASHPAIR_PURE_PYTHON=1 to install without the extension"
         )
     elif not found:
         reason = f"no C++ compiler: {', '.join(candidates)} not found"

@@ -140,7 +140,7 @@ sys.modules["pytorch_metric_learning"] = None
 try:
     pml.fuse(object())
 except ImportError as error:
-    assert "pip install pytorch-metric-learning==2.9.0" in str(error)
+    assert "pip install 'flashpair[compat]'" in str(error)
 else:
     raise AssertionError
 """

@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+
+import flashpair
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_NVCC = any(map(shutil.which, ("nvcc", "/usr/local/cuda/bin/nvcc")))
@@ -26,15 +30,24 @@ def python(*args, cwd, check=True, **env):
     return done
 
 
+def sources():
+    """Files of the tree that are its own, not made of it; of an unpacked sdist, where git knows none, by .gitignore."""
+    listing = ("git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        found = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        return sorted(name for name in found if name and (ROOT / name).is_file())
+    made = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()] + ["PKG-INFO", "setup.cfg"]
+    files = (f.relative_to(ROOT) for f in ROOT.rglob("*") if f.is_file())
+    return sorted(str(f) for f in files if not any(fnmatch(part, like) for part in f.parts for like in made))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of the tree, so that building disturbs nothing in it."""
     copy = tmp_path_factory.mktemp("source")
-    built = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    for folder in ("csrc", "kernels", "python"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=built)
-    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, copy)
+    for name in sources():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
     return copy
 
 
@@ -88,13 +101,51 @@ def record(site):
     return json.loads((site / "flashpair/_build.json").read_text())
 
 
-def test_sdist_has_every_source(source, sdist):
+def names(sdist):
     with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("csrc", "kernels", "python/flashpair"):
-        files = {str(f.relative_to(source)) for f in (source / folder).rglob("*") if f.is_file()}
-        assert files
-        assert files <= names
+        return {f.name.partition("/")[2] for f in archive.getmembers() if f.isfile()}
+
+
+def test_sdist_has_every_file(sdist):
+    """All that its Makefile, tests and benchmarks read, and nothing that was made on the way."""
+    expected = set(sources())
+    for needed in (
+        "Makefile",
+        "CONTRIBUTING.md",
+        "bench/__main__.py",
+        "tests/golden.json",
+        ".ci/run",
+        "csrc/cpu/simd.h",
+    ):
+        assert needed in expected
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in names(sdist) if ".egg-info/" not in name} - made == expected
+
+
+def test_sdist_leaves_out_what_was_made(source, tmp_path):
+    """Bytecode, extensions and records of the tree that it is packed from."""
+    used = shutil.copytree(source, tmp_path / "used")
+    for name in ("csrc/__pycache__/compilers.cpython-313.pyc", "tests/__pycache__/golden.cpython-313.pyc"):
+        (used / name).parent.mkdir(exist_ok=True)
+        (used / name).write_bytes(b"made")
+    for name in ("python/flashpair/_build.json", "python/flashpair/_C.cpython-313-x86_64-linux-gnu.so"):
+        (used / name).write_bytes(b"{}")
+    python("-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, cwd=used)
+    found = names(next(tmp_path.glob("*.tar.gz")))
+    assert "csrc/compilers.py" in found
+    assert not [name for name in found if "__pycache__" in name or name.endswith((".so", ".pyc", "_build.json"))]
+
+
+def test_one_version(sdist):
+    """Said once, in the package; the citation file, the changelog and what is built agree."""
+    version = flashpair.__version__
+    assert sdist.name == f"flashpair-{version}.tar.gz"
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest[1] == version
+    with tarfile.open(sdist) as archive:
+        said = archive.extractfile(f"flashpair-{version}/PKG-INFO").read().decode()
+    assert f"\nVersion: {version}\n" in said
 
 
 def test_wheel_has_every_module(source, pure):
@@ -152,6 +203,15 @@ def test_compile_error_is_loud(source, tmp_path):
     done = python("setup.py", "build_ext", cwd=broken, check=False)
     assert done.returncode != 0
     assert "FLASHPAIR_PURE_PYTHON=1" in done.stderr
+
+
+def test_compiler_that_is_not_there_is_an_error(source):
+    """Where CXX names it. Nobody who names a compiler wants an install without the extension."""
+    done = python("setup.py", "--version", cwd=source, check=False, CXX="g++-that-is-nowhere -m64")
+    assert done.returncode != 0
+    assert "CXX must be a C++ compiler's command, got 'g++-that-is-nowhere -m64', which is not found" in done.stderr
+    done = python("setup.py", "--version", cwd=source, CXX="g++-that-is-nowhere", FLASHPAIR_PURE_PYTHON="1")
+    assert done.stdout.strip() == flashpair.__version__
 
 
 def test_import_is_light():

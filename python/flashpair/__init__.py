@@ -51,7 +51,7 @@ from .stream import StreamedReferences
 from .transforms import register_transform
 from .weights import pair_weights
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AngularLoss",

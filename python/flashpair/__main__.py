@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import check, info
+from . import __version__, check, info
 from .reality_check import command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flashpair", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"flashpair {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built, which implementations can run here, and why the others cannot")
     checked = commands.add_parser(
@@ -27,6 +28,9 @@ def main() -> int:
         return command.main(given) if given.command == command.NAME else check.main(given.criterion)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written: nothing was wrong with the arguments
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

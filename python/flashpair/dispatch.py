@@ -29,7 +29,7 @@ def _triton() -> str:
     try:
         import triton  # noqa: F401
     except ImportError as error:
-        return f"it needs Triton: {error}"
+        return f"it needs Triton: {error} (pip install 'flashpair[triton]')"
     return ""
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .extras import extra
 from .pieced import Known, PiecedPairs, in_pieces
 from .rows import sorted_rows
 from .schedule import accumulator
@@ -34,7 +35,7 @@ class StreamedReferences:
             iterated over: a list, a Dataset's loader, or a function of no arguments that returns an iterator.
         labels: (M,), integers.
         block: rows that are read at a time; None: as many as 32 MB hold. An iterable's own tensors are its blocks.
-        progress: show a progress bar (needs `rich`); or a function of the blocks read and of all blocks of this pass
+        progress: show a progress bar (needs rich); or a function of the blocks read and of all blocks of this pass
             (0 where an iterable does not say), called after each.
 
     Raises:
@@ -111,7 +112,8 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
     """Rows [first, last). Of a memory-mapped array by a mapping of their own, so that what was read does not stay."""
     if isinstance(source, Tensor):
         return source[first:last]
-    import numpy as np
+    with extra("stream", "a reference source that is no tensor"):
+        import numpy as np
 
     whole = isinstance(source, np.memmap) and isinstance(source.base, mmap.mmap) and source.flags.c_contiguous
     if whole and source.filename is not None:
@@ -189,10 +191,8 @@ class _progress:
         if callable(kind):
             self.call = kind
         elif kind:
-            try:
+            with extra("stream", "progress=True, which may be a function of your own,"):
                 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-            except ImportError as error:
-                raise ImportError("progress=True needs rich (pip install rich), or a function of your own") from error
             self.bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
             self.task = self.bar.add_task("references", total=total or None)
 

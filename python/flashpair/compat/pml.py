@@ -11,6 +11,7 @@ from typing import Any
 
 from ..criteria.base import Criterion
 from ..dispatch import check_name
+from ..extras import extra
 from .divergence import Divergence, announce
 from .pml_losses import SWITCHES
 from .pml_parts import name, numbers, reduction, regularizers, similarity, statistics, unchanged
@@ -86,14 +87,10 @@ def fuse(loss: Any, miner: Any = None, *, impl: str = "auto") -> Criterion:
 
 def _library() -> Any:
     """pytorch_metric_learning with its submodules."""
-    try:
+    with extra("compat", "flashpair.compat.pml.fuse"):
         library = importlib.import_module("pytorch_metric_learning")
         for part in ("losses", "miners", "distances", "reducers"):
             importlib.import_module(f"pytorch_metric_learning.{part}")
-    except ImportError as error:
-        raise ImportError(
-            "flashpair.compat.pml.fuse needs pytorch-metric-learning 2.9: pip install pytorch-metric-learning==2.9.0"
-        ) from error
     if not library.__version__.startswith("2.9."):
         raise ImportError(f"flashpair.compat.pml.fuse knows pytorch-metric-learning 2.9, got {library.__version__}")
     return library

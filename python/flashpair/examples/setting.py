@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import flashpair
+from flashpair.extras import extra
 
 
 class Process(NamedTuple):
@@ -89,7 +90,8 @@ def turned_digits() -> Digits:
 
 
 def _loaded() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
+    with extra("examples", "this example's data"):
+        from sklearn.datasets import load_digits
 
     found = load_digits()
     return torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target, dtype=torch.int64)

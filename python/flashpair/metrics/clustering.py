@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..extras import extra
 from ..similarity import upcast
 
 
@@ -35,12 +36,15 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
     Raises:
         TypeError, ValueError: bad arguments, named. ImportError: without scikit-learn.
     """
-    from sklearn.metrics import normalized_mutual_info_score
-    from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
+    with extra("metrics", "clustering_scores"):
+        from sklearn.metrics import normalized_mutual_info_score
+        from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
 
+    if not isinstance(labels, Tensor) or labels.dim() != 1:
+        raise TypeError(f"labels must be an integer tensor of shape (N,), got {checks.what(labels)}")
     samples = torch.empty(labels.shape[0], 1, device="cpu")
     truth, found = (
-        checks.labels(t.detach().cpu(), samples, name).numpy()
+        checks.labels(t.detach().cpu() if isinstance(t, Tensor) else t, samples, name).numpy()
         for t, name in ((labels, "labels"), (clusters, "clusters"))
     )
     if not len(truth):
@@ -73,7 +77,8 @@ def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: 
     Raises:
         TypeError, ValueError: bad arguments, named; embeddings that are not finite. ImportError: without scikit-learn.
     """
-    from sklearn.cluster import KMeans
+    with extra("metrics", "clustering"):
+        from sklearn.cluster import KMeans
 
     x, labels, _, _ = checks.batch(embeddings, labels, None, None)
     seeds = checks.integer(seeds, "seeds", at_least=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..references import References
+from .arguments import several
 from .ranking import search
 
 
@@ -39,7 +40,7 @@ class Identification(NamedTuple):
 
 def identification(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References, ref_labels: Tensor | None = None, *,
-    false_alarm_rates: Sequence[float] = (), distance: str = "cosine", impl: str = "auto",
+    false_alarm_rates: float | Sequence[float] = (), distance: str = "cosine", impl: str = "auto",
 ) -> Identification:  # fmt: skip
     """Closed-set rank-1 and open-set DIR@FAR (Best-Rowden et al., Unconstrained Face Recognition, 2014).
 
@@ -49,14 +50,15 @@ def identification(
 
     Args:
         embeddings, labels: (N, D), (N,) probes. ref_emb, ref_labels: (M, D), (M,) the gallery.
-        false_alarm_rates: from 0 to below 1, each; need impostors.
+        false_alarm_rates: from 0 to below 1, each, or one; need impostors.
         distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``; scores are similarities or minus distances.
         impl: of `flashpair.nearest`.
 
     Raises:
         TypeError, ValueError: bad arguments, named; embeddings that are not finite; no genuine probe, or no impostor.
     """
-    rates = [checks.plain_number(x, "false_alarm_rates", at_least=0.0) for x in false_alarm_rates]
+    given = several(false_alarm_rates, "false_alarm_rates", "numbers")
+    rates = [checks.plain_number(x, "false_alarm_rates", at_least=0.0) for x in given]
     if max(rates, default=0.0) >= 1:
         raise ValueError(f"false_alarm_rates must be below 1, got {max(rates)}")
     if ref_emb is None:

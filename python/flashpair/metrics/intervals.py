@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from ..extras import extra
 
 
 class Interval(NamedTuple):
@@ -26,10 +28,15 @@ def confidence_interval(runs: Sequence[float], confidence: float = 0.95) -> Inte
         confidence: between 0 and 1.
 
     Raises:
-        ValueError: no runs, or a confidence that is none. ImportError: without SciPy.
+        TypeError: runs that are no sequence. ValueError: no runs, or a confidence that is none.
+        ImportError: without SciPy.
     """
-    from scipy import stats
+    with extra("metrics", "confidence_interval"):
+        from scipy import stats
 
+    if isinstance(runs, (str, bytes, dict)) or not isinstance(runs, Iterable):
+        raise TypeError(f"runs must be a sequence of numbers, got {runs!r}")
+    runs = [float(run) for run in runs]
     if not len(runs) or not 0 < confidence < 1:
         raise ValueError(f"runs must not be empty and confidence between 0 and 1, got {list(runs)} and {confidence}")
     if len(runs) == 1:

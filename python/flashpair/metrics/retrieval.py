@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import checks
 from ..references import References
+from .arguments import several
 from .ranking import Search, search
 
 VOTE_BYTES = 2**24  # of comparisons among the neighbours of a block of queries
@@ -57,7 +58,7 @@ class QueryScores(NamedTuple):
 
 def retrieval(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None, ref_labels: Tensor | None = None,
-    *, recall_at: Sequence[int] = (1, 2, 4, 8), lone: str = "skip", average: str = "micro",
+    *, recall_at: int | Sequence[int] = (1, 2, 4, 8), lone: str = "skip", average: str = "micro",
     distance: str = "cosine", impl: str = "auto",
 ) -> Retrieval:  # fmt: skip
     """How well nearest references are of the query's class.
@@ -69,7 +70,7 @@ def retrieval(
         embeddings: (N, D) queries, float16 to float64.
         labels: (N,), integers.
         ref_emb, ref_labels: (M, D), (M,) the gallery, a tensor or `References`; None: the other embeddings.
-        recall_at: the Ks of Recall@K; one that is larger than the gallery means all of it.
+        recall_at: the Ks of Recall@K, or one; one that is larger than the gallery means all of it.
         lone: queries without a reference of their class are ``"skip"``, not averaged (as in pytorch-metric-learning),
             or ``"miss"``, of score 0 (as Song et al. count them).
         average: ``"micro"`` over queries, ``"macro"`` over the averages of the queries' classes.
@@ -79,7 +80,7 @@ def retrieval(
     Raises:
         TypeError, ValueError: bad arguments, named; embeddings that are not finite; no query to average.
     """
-    counts = [checks.integer(k, "recall_at", at_least=1) for k in recall_at]
+    counts = [checks.integer(k, "recall_at", at_least=1) for k in several(recall_at, "recall_at", "ints")]
     checks.word(lone, ("skip", "miss"), "lone")
     checks.word(average, ("micro", "macro"), "average")
     found = search(embeddings, labels, ref_emb, ref_labels, distance, impl)

@@ -11,6 +11,7 @@ from .. import checks
 from ..pairs import make_pairs
 from ..reduction import Reduction
 from ..references import References
+from .arguments import several
 from .ranking import DISTANCES, search
 
 PASS_BYTES = 2**26  # of bounds that one pass over the pairs compares with
@@ -18,7 +19,7 @@ PASS_BYTES = 2**26  # of bounds that one pass over the pairs compares with
 
 def verification_rate(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None, ref_labels: Tensor | None = None,
-    *, negatives: Sequence[int] = (1,), distance: str = "cosine", impl: str = "auto",
+    *, negatives: int | Sequence[int] = (1,), distance: str = "cosine", impl: str = "auto",
 ) -> dict[int, float]:  # fmt: skip
     """Verification rate VRF (Sohn, Improved Deep Metric Learning with Multi-class N-pair Loss Objective, NIPS 2016).
 
@@ -32,7 +33,7 @@ def verification_rate(
 
     Args:
         embeddings, labels: (N, D), (N,) queries. ref_emb, ref_labels: (M, D), (M,); None: the other embeddings.
-        negatives: the Ks.
+        negatives: the Ks, or one.
         distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
         impl: as `flashpair.Criterion` takes it.
 
@@ -42,7 +43,7 @@ def verification_rate(
     Raises:
         TypeError, ValueError: bad arguments, named; no positive pair, or a query with fewer negatives than K.
     """
-    counts = [checks.integer(k, "negatives", at_least=1) for k in negatives]
+    counts = [checks.integer(k, "negatives", at_least=1) for k in several(negatives, "negatives", "ints")]
     found = search(embeddings, labels, ref_emb, ref_labels, distance, "auto")
     metric, unit = DISTANCES[distance]
     refs_labels = None if found.gallery is None else found.gallery_labels

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .. import checks
+from ..extras import extra
 from ..named import named
 from .losses import LOSSES
 from .protocol import SAMPLERS, Protocol
@@ -49,27 +51,27 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Raises ValueError for what cannot be compared, and ImportError, which says what to install."""
-    try:  # all that is needed in the end, too
+    with extra("reality-check", "reality-check"):  # all that is needed in the end, too
         import matplotlib  # noqa: F401
+        import numpy  # noqa: F401
         import optuna  # noqa: F401
         import scipy  # noqa: F401
-
-        from .progress import Bars
-    except ImportError as error:
-        raise ImportError(f"{error}; install flashpair[reality-check]") from error
-    from rich.console import Console
-
+        from rich.console import Console
     from . import report
-    from .data import load
+    from .data import load, usable
     from .networks import network
+    from .progress import Bars
     from .study import run
 
+    usable(given.device)
     protocol = Protocol(**{field.name: getattr(given, field.name) for field in fields(Protocol)})
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(checks.integer(given.threads, "threads", at_least=1))
     console = Console()
-    out = given.out or Path(f"reality-check-{Path(given.data).stem}")
+    out = given.out or Path(f"reality-check-{Path(given.data).resolve().stem or 'data'}")
     make = named(given.network) if given.network else network
-    names = [name for name in given.losses.split(",") if name]
+    names = [name.strip() for name in given.losses.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"losses must name some, got {given.losses!r}")
     with Bars(console) as bars:
         data = load(given.data, given.image_size, lambda done, of: bars.at("images", done, of, given.data))
         data = replace(data, device=given.device)

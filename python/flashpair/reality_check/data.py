@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+from .. import checks
+from ..extras import extra
+from . import images
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ def partitions(classes: int, folds: int = 4) -> tuple[range, list[range]]:
     return range(half, classes), validated
 
 
+def usable(device: str) -> str:
+    """Raises ValueError for what is no device here, before anything is computed for it."""
+    try:
+        torch.ones(1, device=device).cpu()
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError
+        reason = "CUDA is not available here" if "cuda" in str(device) and not torch.cuda.is_available() else error
+        raise ValueError(f"device must be one that torch can use, got {device!r}: {reason}") from error
+    return device
+
+
 def load(where: str, image_size: int = 32, tick: Callable[[int, int], object] = lambda done, of: None) -> Data:
     """``"digits"``, an .npz file, or a folder.
 
@@ -63,17 +77,20 @@ def load(where: str, image_size: int = 32, tick: Callable[[int, int], object] = 
             orientation is a class, 64 in all. Each of four folds validates on a digit, and tests are on four others, so
             that nobody sees an image that it was trained on in another turn. FILE.npz: with
             the arrays ``features``, (N, F) or images (N, C, H, W), and ``labels`` (N,), integers or text. A folder: of
-            one folder a class, with images in it or deeper.
+            one folder a class, with images in it or deeper; hidden files and folders, files without an image's suffix
+            and classes without images are left. Images of 16 bits, and of floats from 0 to 1, keep their range; what is
+            transparent is over white.
         image_size: to which a folder's images are scaled and cut: the middle square.
         tick: is told how many of a folder's images are read.
 
     Raises:
-        ValueError: there is no such data, or it is not of this form. ImportError: without scikit-learn or Pillow.
+        ValueError: there is no such data, it is not of this form, or cannot be read, with its name.
+        ImportError: without scikit-learn or Pillow.
     """
     if where == "digits":
         return _digits()
     path = Path(where)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz" and path.is_file():
         return _arrays(path)
     if path.is_dir():
         return _folder(path, image_size, tick)
@@ -81,7 +98,8 @@ def load(where: str, image_size: int = 32, tick: Callable[[int, int], object] = 
 
 
 def _digits() -> Data:
-    from sklearn.datasets import load_digits
+    with extra("reality-check", "the data 'digits'"):
+        from sklearn.datasets import load_digits
 
     found = load_digits()
     kept = found.target < 8
@@ -97,43 +115,43 @@ def _digits() -> Data:
 
 
 def _arrays(path: Path) -> Data:
-    import numpy as np
+    with extra("reality-check", "a file of arrays"):
+        import numpy as np
 
-    with np.load(path) as arrays:
-        if not {"features", "labels"} <= set(arrays):
-            raise ValueError(f"{path} must have the arrays features and labels, got {', '.join(arrays)}")
-        features, given = arrays["features"], arrays["labels"]
-    if features.ndim not in (2, 4) or given.shape != features.shape[:1]:
+    try:
+        with np.load(path) as arrays:
+            names = list(arrays)
+            features, given = (arrays[name] if name in names else None for name in ("features", "labels"))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {error}") from error
+    if features is None or given is None:
+        raise ValueError(f"{path} must have the arrays features and labels, got {', '.join(names)}")
+    if features.ndim not in (2, 4) or not features.size or given.shape != features.shape[:1]:
         raise ValueError(
             f"{path} must have features (N, F) or (N, C, H, W) and labels (N,), got {features.shape} and {given.shape}"
         )
-    samples = torch.from_numpy(features if features.dtype == np.uint8 else features.astype(np.float32))
+    if features.dtype.kind not in "biuf" or given.dtype.kind not in "biufSU":
+        raise ValueError(
+            f"{path} must have features of numbers and labels of integers or text, got {features.dtype} and"
+            f" {given.dtype}"
+        )
+    with np.errstate(over="ignore"):  # what overflows is refused as infinite
+        samples = torch.from_numpy(features if features.dtype == np.uint8 else features.astype(np.float32))
     if samples.is_floating_point() and not samples.isfinite().all():
         raise ValueError(f"{path} must have finite features, got NaN or infinity")
+    if given.dtype.kind == "f" and not (given == np.floor(given)).all():
+        raise ValueError(f"{path} must have labels of integers or text, got {given.dtype} that are none")
     labels = np.unique(given, return_inverse=True)[1]
     return Data(path.name, samples, torch.from_numpy(labels.astype(np.int64)))
 
 
 def _folder(path: Path, size: int, tick: Callable[[int, int], object]) -> Data:
-    classes = [(folder.name, sorted(_images(folder))) for folder in sorted(path.iterdir()) if folder.is_dir()]
-    files = [(file, label) for label, (_, found) in enumerate(c for c in classes if c[1]) for file in found]
+    checks.integer(size, "image_size", at_least=1)
+    files = [(file, label) for label, (_, found) in enumerate(images.classes(path)) for file in found]
     if not files:
-        raise ValueError(f"{path} must have a folder of images for each class, got none ({', '.join(IMAGES)})")
+        raise ValueError(f"{path} must have a folder of images for each class, got none ({', '.join(images.SUFFIXES)})")
     samples = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     for place, (file, _) in enumerate(files):
-        samples[place] = _image(file, size)
+        samples[place] = images.square(file, size)
         tick(place + 1, len(files))
-    return Data(path.name, samples, torch.tensor([label for _, label in files]))
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if file.suffix.lower() in IMAGES)
-
-
-def _image(file: Path, size: int) -> Tensor:
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as image:
-        square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)
+    return Data(path.resolve().name, samples, torch.tensor([label for _, label in files]))

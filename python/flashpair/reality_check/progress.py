@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
-
+from ..extras import extra
 from .study import Progress
+
+with extra("reality-check", "a comparison's bars"):
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
 
 BELOW = {"losses": ("settings", "folds", "epochs"), "settings": ("folds", "epochs"), "folds": ("epochs",)}
 

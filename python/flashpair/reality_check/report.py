@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from ..extras import extra
 from ..metrics import Interval, confidence_interval
 from .data import Data
 from .protocol import Protocol
 from .record import write as write_whole
 from .study import METRICS, UNTRAINED, Outcome
+
+with extra("reality-check", "a comparison's table"):
+    from rich.table import Table
 
 TITLES = {"precision_at_1": "P@1", "r_precision": "R-Precision", "map_at_r": "MAP@R"}
 COLOURS = {"separated": "#1b6ca8", "concatenated": "#d1495b"}
@@ -73,7 +75,8 @@ def document(outcomes: Sequence[Outcome], data: Data, protocol: Protocol) -> dic
 
 def draw(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, path: Path) -> None:
     """MAP@R of each loss, separated and concatenated, with intervals, as a PNG."""
-    from matplotlib.figure import Figure
+    with extra("reality-check", "the picture of a comparison"):
+        from matplotlib.figure import Figure
 
     shown = ranked(outcomes, "separated")[::-1]
     figure = Figure(figsize=(7.5, 1.6 + 0.42 * len(shown)), layout="constrained")

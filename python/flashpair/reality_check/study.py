@@ -21,15 +21,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from ..extras import extra
 from ..metrics import retrieval
-from .data import Data, partitions
+from .data import Data, partitions, usable
 from .losses import Candidate, Range, candidate
 from .networks import Standardized, network
 from .protocol import Protocol
-from .record import claim, read, seed_of, source_of, write
+from .record import claim, embedded, opened, read, seed_of, source_of, write
 from .training import OWN_RATE, Trained, embed, made, places_of, train
 
 UNTRAINED = "untrained"
+KINDS = ("separated", "concatenated")
 METRICS = ("precision_at_1", "r_precision", "map_at_r")
 MakeNetwork = Callable[[Sequence[int], int], nn.Module]
 
@@ -81,15 +83,21 @@ def run(
         The untrained networks' outcome, and each loss's.
 
     Raises:
-        ValueError: a loss that is not known, data of too few classes, or a folder of another run. ImportError: without
+        ValueError: a loss that is not known, data of too few classes, a device that is not there, or a folder of
+            another run or of which a file is broken. ImportError: without
             optuna.
     """
-    import_module("optuna")  # now, not after the first trainings
+    with extra("reality-check", "reality-check"):  # now, not after the first trainings
+        import_module("optuna")
 
     progress = progress or Progress()
     known = {UNTRAINED: None, **{name: candidate(name) for name in losses}}
+    usable(data.device)
     _enough(data, protocol)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder, or none yet that can be made, got {str(out)!r}: {error}") from error
     try:
         with FileLock(out / "lock", timeout=0):
             claim(out / "settings.json", _settings(data, protocol, make))
@@ -155,7 +163,7 @@ class _Study:
             self.progress.at("settings", repeat, self.protocol.repeats, "repeat")
             repeats.append(self.repeat(repeat, values))
         self.progress.at("settings", self.protocol.repeats, self.protocol.repeats, "repeat")
-        kinds = ({m: [r[kind][m] for r in repeats] for m in METRICS} for kind in ("separated", "concatenated"))
+        kinds = ({m: [r[kind][m] for r in repeats] for m in METRICS} for kind in KINDS)
         return Outcome(self.name, values, validation, trials, *kinds)
 
     def search(self) -> tuple[dict[str, float], float, int]:
@@ -164,10 +172,7 @@ class _Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
-        study = optuna.create_study(
-            storage=f"sqlite:///{self.folder / 'trials.db'}", study_name=self.name, direction="maximize",
-            load_if_exists=True,
-        )  # fmt: skip
+        study = opened(self.folder / "trials.db", self.name)
         for left in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # by a run that was killed
             study.tell(left.number, state=optuna.trial.TrialState.FAIL)
         ranges: dict[str, optuna.distributions.BaseDistribution] = {
@@ -191,7 +196,7 @@ class _Study:
         scores = []
         for fold in range(len(self.folds)):
             file = self.folder / "trials" / f"{trial}-fold-{fold}.json"
-            kept = read(file)
+            kept = read(file, "values", "map_at_r")
             if kept is None or kept["values"] != values:
                 best = self.trained(fold, values, ("trial", trial))
                 kept = {"values": values, "map_at_r": max(best.map_at_r, 0.0), "epoch": best.epoch}
@@ -202,7 +207,7 @@ class _Study:
     def repeat(self, repeat: int, values: Mapping[str, float]) -> dict[str, Any]:
         """The test metrics of one model a fold, trained with the best hyper-parameters."""
         file = self.folder / "repeats" / f"{repeat}.json"
-        kept = read(file)
+        kept = read(file, "values", *KINDS)
         parts = [self.folder / "repeats" / f"{repeat}-fold-{fold}.pt" for fold in range(len(self.folds))]
         if kept is not None and kept["values"] == values:
             for part in parts:
@@ -212,7 +217,7 @@ class _Study:
         labels = self.data.labels[tested]
         embeddings = []
         for fold, part in enumerate(parts):
-            stored = torch.load(part) if part.exists() else None
+            stored = embedded(part)
             if stored is None or stored["values"] != values:
                 best = self.trained(fold, values, ("repeat", repeat)).network
                 stored = {"values": values, "embeddings": embed(best, self.data, tested)}

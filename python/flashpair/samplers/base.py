@@ -21,8 +21,11 @@ class Classes:
     """
 
     def __init__(self, labels: Any, at_least: int = 1) -> None:
-        """labels: (N,) integers, a tensor or a sequence; classes of fewer samples than `at_least` are left out."""
-        given = torch.as_tensor(labels, device=labels.device if isinstance(labels, Tensor) else "cpu")
+        """Of labels (N,), integers: a tensor, an array, a column of a table or a sequence.
+
+        Classes of fewer samples than `at_least` are left out.
+        """
+        given = _tensor(labels)
         given = checks.labels(given, given.reshape(-1, 1), whose="samples").cpu()
         found, sizes = given.unique(return_counts=True)
         order = given.argsort(stable=True)
@@ -45,6 +48,20 @@ class Classes:
             rounds = [torch.randperm(size, generator=generator, device="cpu") for _ in range(-(-each // size))]
             drawn.append(first + torch.cat(rounds)[:each])
         return self._order[torch.stack(drawn)]
+
+
+def _tensor(labels: Any) -> Tensor:
+    """A column of a table, an array of any byte order, or a sequence of numbers or of one-number tensors."""
+    given = labels.to_numpy() if callable(getattr(labels, "to_numpy", None)) else labels
+    byte_order = getattr(getattr(given, "dtype", None), "byteorder", "=")
+    given = given.astype(given.dtype.newbyteorder("=")) if byte_order in ("<", ">") else given
+    try:
+        return torch.as_tensor(given, device=given.device if isinstance(given, Tensor) else "cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"labels must be integers, a tensor or a sequence of shape (N,), got {type(labels).__name__}: {error};"
+            " of text, numpy.unique(labels, return_inverse=True)[1] has a number for each"
+        ) from error
 
 
 class ClassSampler(Sampler[list[int]]):
