@@ -95,7 +95,7 @@ def _failure(case: Case, given: Batch, found: Results, truth: Results, samples: 
     for name, t in truth.items():
         if name.startswith("scale"):
             continue
-        scale = truth.get(f"scale {name}", truth.get("scale d") if t.numel() == 1 else None)
+        scale = truth.get(f"scale {name}")
         narrow = DTYPES[case.dtype] if name in ("dx", "dy") else working(case)
         if name not in found:
             return f"{name} is missing"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import losses, oracles
+from . import losses, memories, neighbours, oracles, reductions
 from .case import Case
 from .compare import failure
 
@@ -34,7 +34,12 @@ def run_loss(case: Case) -> str:
     return ""
 
 
-KINDS = {"losses": Kind(losses.draw, run_loss)}
+KINDS = {
+    "losses": Kind(losses.draw, run_loss),
+    "reduce": Kind(reductions.draw, reductions.run),
+    "neighbours": Kind(neighbours.draw, neighbours.run),
+    "memories": Kind(memories.draw, memories.run),
+}
 
 
 def run(case: Case) -> str:

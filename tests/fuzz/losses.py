@@ -162,12 +162,13 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
     if wide:
         x, y = x.double(), None if y is None else y.double()
     made = criterion(case, x.shape[1], impl, wide)
-    x = x.detach().requires_grad_(case.need[0])
+    need = [True, True] if wide else case.need  # a truth's scales need the pairs' weights
+    x = x.detach().requires_grad_(need[0])
     refs = case.options.get("refs", "none")
     more: dict[str, Any] = {}
     plain = impl == "reference" or refs in ("none", "tensor")
     if y is not None and plain:
-        y = y.detach().requires_grad_(case.need[1] and refs == "tensor")
+        y = y.detach().requires_grad_(need[1] and refs == "tensor")
         more = {"ref_emb": y, "ref_labels": ref_labels}
     elif y is not None and refs == "References":
         more = {"ref_emb": References(y, ref_labels)}
@@ -185,6 +186,8 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
             loss, list(wanted.values()), upstream.to(loss.dtype), allow_unused=True, retain_graph=wide
         )
         for (k, t), g in zip(wanted.items(), grads, strict=True):
+            if wide and k in ("dx", "dy") and not case.need[k == "dy"]:
+                continue
             found[k] = torch.zeros_like(t, dtype=torch.float64) if g is None else g.detach().double()
         if wide:
             found |= _scales(case, made, seen, {"dx": x.detach(), **({} if y is None else {"dy": y.detach()})}, loss, upstream)
@@ -197,6 +200,7 @@ def _scales(case: Case, made: Any, seen: Any, raw: dict[str, Tensor], loss: Tens
         return {}
     if case.name not in CLASS_LOSSES:
         of = scales.scales(seen[0], w, raw, made.normalize, "dy" not in raw, upstream)
+        of |= {f"d {k}": of["d"] / value.detach().abs().clamp(1e-300, 1) for k, value in _learned(made)}
         return {f"scale {k}": v for k, v in of.items()}
     sides = {"dx": raw["dx"] if made.normalize else None, "d weight": made.weight.detach()}
     if case.name == "ProxyAnchorLoss":  # whose anchors are the proxies
