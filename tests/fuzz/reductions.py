@@ -1,0 +1,109 @@
+"""Random calls of `row_reduce`: some reductions with windows, bounds, transforms and operands of every form."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashpair import Bound, Reduction, row_reduce
+
+from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator
+from .compare import failure
+
+TRANSFORMS = ("identity", "softplus", "hinge", "squared_hinge", "triangle", "lifted")
+SIDES = ("positives", "negatives", "all")
+
+
+def draw(seed: int, impls: tuple[str, ...]) -> Case:
+    r = random.Random(seed)
+    made: list[dict[str, Any]] = []
+    for k in range(r.randint(1, 4)):
+        op = r.choice(("logsumexp", "sum", "sum", "min", "max", "count"))
+        one: dict[str, Any] = {"op": op, "side": r.choice(SIDES), "transform": "identity"}
+        if op in ("logsumexp", "sum"):
+            one["transform"] = r.choice(TRANSFORMS if op == "sum" else (*TRANSFORMS[:4], "identity", "identity"))
+            one["scale"] = r.choice((1.0, -1.0, 3.0, -20.0))
+            one["offset"] = r.choice(("none", "number", "vector"))
+        mapped = op == "logsumexp" and one["transform"] != "identity"
+        if one["transform"] == "lifted":
+            one["offset"] = "vector"
+        if mapped and one["offset"] == "vector":
+            one["offset"] = "number"
+        for name in ("lower", "upper") if not mapped else ():
+            bounds = [b for b in range(k) if made[b].get("offset", "none") == "none"]
+            kind = r.choice(("none", "none", "number", "vector", *(("bound",) if bounds else ())))
+            # a shift, so that no pair stands at the bound that is its own
+            one[name] = ["bound", r.choice(bounds), r.choice((0.13, -0.13))] if kind == "bound" else kind
+        one["detach"] = r.random() < 0.2
+        made.append(one)
+    return Case(
+        "reduce", seed, "row_reduce", {"reductions": made, "distance": r.choice(("dot", "euclidean", "squared_euclidean"))},
+        **draw_shape(r, 513, r.random() < 0.5), dtype=r.choice(("float32", "float64", "float16", "bfloat16")),
+        labels=r.choice(LABELS), changes=draw_changes(r, False), layout=r.choice(LAYOUTS[:4]), impl=r.choice(impls),
+        threads=r.choice((1, 2)), need=r.choice(([True, True], [True, False], [False, True])),
+    )  # fmt: skip
+
+
+def _made(case: Case, given: Batch, dtype: torch.dtype) -> tuple[list[Reduction], dict[str, Tensor]]:
+    """The reductions, and what of them learns."""
+    n, m = given.x.shape[0], (given.x if given.y is None else given.y).shape[0]
+    found: list[Reduction] = []
+    learn: dict[str, Tensor] = {}
+    for k, one in enumerate(case.options["reductions"]):
+        options: dict[str, Any] = {w: one[w] for w in ("op", "side", "transform", "detach")}
+        vectors = {w: torch.randn(case.m if w == "ref_offset" and case.m >= 0 else case.n, generator=generator(case, f"{k}{w}")) for w in ("offset", "ref_offset", "lower", "upper")}
+        for w, t in vectors.items():
+            kept = case.refs if w == "ref_offset" and case.m >= 0 else case.rows
+            vectors[w] = (t if kept is None else t[kept]).to(dtype)
+            assert vectors[w].shape[0] == (m if w == "ref_offset" else n)
+        if "scale" in one:
+            options["scale"] = one["scale"]
+        if one.get("offset", "none") != "none":
+            options["offset"] = 0.37
+        if one.get("offset") == "vector":
+            options["offset"] = learn[f"offset {k}"] = vectors["offset"].requires_grad_()
+        if one["transform"] == "lifted":
+            options["ref_offset"] = learn[f"ref_offset {k}"] = vectors["ref_offset"].requires_grad_()
+        for w, sign in (("lower", -1), ("upper", 1)):
+            kind = one.get(w, "none")
+            if isinstance(kind, list):
+                options[w] = Bound(found[kind[1]], kind[2])
+            elif kind != "none":
+                options[w] = sign * 0.7 if kind == "number" else vectors[w] + sign
+        found.append(Reduction(**options))
+    return found, learn
+
+
+def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[str, Tensor]:
+    x, labels, y, ref_labels = given
+    if wide:
+        x, y = x.double(), None if y is None else y.double()
+    x = x.detach().requires_grad_(case.need[0])
+    y = None if y is None else y.detach().requires_grad_(case.need[1])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    reductions, learn = _made(case, given, dtype)
+    rows = row_reduce(
+        x, labels, *reductions, ref_emb=y, ref_labels=ref_labels, distance=case.options["distance"], impl=impl
+    )
+    found = {f"row {k}": row.detach().double() for k, row in enumerate(rows)}
+    wanted = {k: t for k, t in {"dx": x, "dy": y, **learn}.items() if t is not None and t.requires_grad}
+    g = generator(case, "upstream")
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in rows:
+        upstream = torch.randn(row.shape, generator=g, dtype=torch.float64)
+        if row.requires_grad:
+            loss = loss + torch.where(row.isfinite(), row, 0.0).double() @ upstream
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        for (k, t), grad in zip(wanted.items(), grads, strict=True):
+            found[k] = torch.zeros_like(t, dtype=torch.float64) if grad is None else grad.double()
+    return found
+
+
+def run(case: Case) -> str:
+    given = batch(case)
+    found = evaluate(case, given, case.impl)
+    return failure(case, given, found, evaluate(case, given, "reference", wide=True), lambda b: evaluate(case, b, "reference"))
