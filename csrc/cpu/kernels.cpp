@@ -11,8 +11,8 @@ namespace FLASHPAIR_ISA {
 
 template <class T>
 Kernels<T> kernels() {
-  return {similarities<T>, reduce<T>,    list_live<T>,    similar<T>, pair_similarities<T>, reduce_listed<T>,
-          keep_live<T>,    weigh<T>,     scatter_near<T>, scatter<T>, add_product<T>,       VECTOR_BYTES > 16};
+  return {similarities<T>, reduce<T>, list_live<T>,    similar<T>, pair_similarities<T>, reduce_listed<T>,
+          keep_live<T>,    weigh<T>,  scatter_near<T>, scatter<T>, add_product<T>,       VECTOR_BYTES > 16};
 }
 Kernels<float> kernels_float() { return kernels<float>(); }
 Kernels<double> kernels_double() { return kernels<double>(); }

@@ -133,8 +133,9 @@ void scatter_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
       own_rows.add(i, g_own[k]), own_columns.add(j, c_own[k]);
       ref_rows.add(i, c_ref[k]), ref_columns.add(j, g_ref[k]);
       const T w = (g[k] + c[k]) * r.scale;
-      if (w != T(0)) add_pair(p, static_cast<T>(z[k]), w, x + row[k] * d, y + column[k] * d, d,
-                              dx ? dx + row[k] * d : nullptr, dy ? dy + column[k] * d : nullptr);
+      if (w != T(0))
+        add_pair(p, static_cast<T>(z[k]), w, x + row[k] * d, y + column[k] * d, d, dx ? dx + row[k] * d : nullptr,
+                 dy ? dy + column[k] * d : nullptr);
     }
   }
   if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);

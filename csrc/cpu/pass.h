@@ -50,8 +50,8 @@ class Pass {
     return row;
   }
 
-  // Values (rows of tiled.py's values, N) and, where not null, the extremes' references (K, N). `listed`: the reduction whose live pairs go to
-  // `live`, or -1. Screened, pairs of all reductions off the band are listed.
+  // Values (rows of tiled.py's values, N) and, where not null, the extremes' references (K, N). `listed`: the reduction
+  // whose live pairs go to `live`, or -1. Screened, pairs of all reductions off the band are listed.
   void forward(int threads, T* values, int64_t* index, const LiveLists<T>& live, int listed,
                const Screening& screening = {}) {
     const int64_t count = static_cast<int64_t>(given_.size()), n = p_.n, lanes = grid_.lanes;
@@ -89,7 +89,8 @@ class Pass {
         similarities(t, scratch);
         kernels_.reduce(p_, reductions.data(), static_cast<int>(reductions.size()), t);
       };
-      if (!band[0].empty()) each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T* scratch) { reduce(band[0], t, scratch); });
+      if (!band[0].empty())
+        each_band_block(threads, false, [&](const Tile<T>& t, int64_t, T* scratch) { reduce(band[0], t, scratch); });
       const bool sift = sieve && !grid[0].empty() && sieve->begin(grid);
       if (!grid[0].empty())
         each_grid_tile(

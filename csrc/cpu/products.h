@@ -173,18 +173,15 @@ void add_product(const T* w, int64_t ld, bool transpose, int64_t rows, const T* 
       return transpose ? Strided<T>{w + k0 * ld + i, 1, ld} : Strided<T>{w + i * ld + k0, ld, 1};
     };
     auto each_block = [&](auto&& f) {
-      for (int64_t i = 0; i < rows; i += PANEL_ROWS)
-        with_rows<PANEL_ROWS>(rows - i, [&](auto r) { f(i, r); });
+      for (int64_t i = 0; i < rows; i += PANEL_ROWS) with_rows<PANEL_ROWS>(rows - i, [&](auto r) { f(i, r); });
     };
     int64_t c = 0;
     for (; c + 2 * L <= d; c += 2 * L)
-      each_block([&](int64_t i, auto r) {
-        add_panel<T, decltype(r)::value, 2>(part(i), y + c, d, depth, to + i * d + c, d);
-      });
+      each_block(
+          [&](int64_t i, auto r) { add_panel<T, decltype(r)::value, 2>(part(i), y + c, d, depth, to + i * d + c, d); });
     for (; c + L <= d; c += L)
-      each_block([&](int64_t i, auto r) {
-        add_panel<T, decltype(r)::value, 1>(part(i), y + c, d, depth, to + i * d + c, d);
-      });
+      each_block(
+          [&](int64_t i, auto r) { add_panel<T, decltype(r)::value, 1>(part(i), y + c, d, depth, to + i * d + c, d); });
     if (c == d) continue;
     const int64_t rest = d - c;
     for (int64_t k = 0; k < depth; ++k)

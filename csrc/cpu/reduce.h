@@ -1,8 +1,9 @@
 // Forward: one tile's pairs folded into the running row reductions of its rows and, if mirrored, of its columns.
 //
 // Never stored: masks, windows, exponentials. A window that lets nothing of the tile through costs one comparison pass.
-// State: logsumexp keeps (peak, total), value = log(total) + steepness * peak (types.h: Reduction); totals are double, so a row of a million
-// references loses nothing. Order of the pairs of a row is fixed by the caller's order of tiles: same bits each time.
+// State: logsumexp keeps (peak, total), value = log(total) + steepness * peak (types.h: Reduction); totals are double,
+// so a row of a million references loses nothing. Order of the pairs of a row is fixed by the caller's order of tiles:
+// same bits each time.
 #pragma once
 #include "sweep.h"
 #include "transforms.h"

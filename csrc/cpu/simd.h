@@ -100,8 +100,8 @@ template <class T>
 INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
-// a * b + c, rounded once wherever this processor can: written out, as what a compiler contracts hangs on the code around
-// it, and the same sum has to have the same bits wherever it is compiled.
+// a * b + c, rounded once wherever this processor can: written out, as what a compiler contracts hangs on the code
+// around it, and the same sum has to have the same bits wherever it is compiled.
 INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -73,9 +73,9 @@ struct Reduction {
   const T *lower, *upper;        // (N,) or null
   int lower_of, upper_of;        // the reduction whose values, shifted, are the bound instead; -1: none
   double lower_shift, upper_shift;
-  T* peak;                 // (N,) logsumexp: directed z (below) that the total is relative to; or the running extreme of z
-  double* total;           // (N,) sum relative to the peak, sum, or count
-  int64_t* index;          // (N,) column of the extreme, or null
+  T* peak;         // (N,) logsumexp: directed z (below) that the total is relative to; or the running extreme of z
+  double* total;   // (N,) sum relative to the peak, sum, or count
+  int64_t* index;  // (N,) column of the extreme, or null
   const T *value, *grad;   // (N,) the values, and dL/dr
   const T *top, *rest;     // (N,) of logsumexp: value = scale * top + rest; rest is inf of an empty set
   double* grad_scale;      // one number a row block
