@@ -51,7 +51,8 @@ __device__ inline int own_side(unsigned char sides) { return (sides & 3) - 1; }
 __device__ inline int other_side(unsigned char sides) { return (sides >> 2 & 3) - 1; }
 constexpr unsigned char CLOSE = 1 << 4;  // so near to each other that their gradient is taken from the difference
 
-// |x - y|^2 under this share of |x|^2 + |y|^2 is added up from differences: |x|^2 + |y|^2 - 2 x.y would lose its digits.
+// |x - y|^2 under this share of |x|^2 + |y|^2 is added up from differences: |x|^2 + |y|^2 - 2 x.y would lose its
+// digits.
 template <class T>
 constexpr T NEAR = T(1) / 16;
 template <class T>

@@ -22,7 +22,16 @@ enum Role : int { NO_ROLE, ANCHOR, REFERENCE };
 
 // The workspace: the anchors' and the references' Set (the same one in a square problem), and the numbers of the
 // anchors' Row as vectors (padded,).
-enum Vector : int { LOSS, VALID, DIVIDES, TOP, REST = TOP + 2, SLOPE = REST + 2, BOUND = SLOPE + 2, VECTORS = BOUND + 2 };
+enum Vector : int {
+  LOSS,
+  VALID,
+  DIVIDES,
+  TOP,
+  REST = TOP + 2,
+  SLOPE = REST + 2,
+  BOUND = SLOPE + 2,
+  VECTORS = BOUND + 2
+};
 
 template <class T>
 struct Work {
@@ -32,7 +41,7 @@ struct Work {
   T* row;
   __device__ T& of(int vector, int i) const { return row[size_t(vector) * anchors.padded + i]; }
   __device__ Anchor<T> anchor(int i) const {
-    auto two = [&](int vector, T (&to)[2]) { to[0] = of(vector, i), to[1] = of(vector + 1, i); };
+    auto two = [&](int vector, T(&to)[2]) { to[0] = of(vector, i), to[1] = of(vector + 1, i); };
     Anchor<T> found;
     two(TOP, found.top), two(REST, found.rest), two(SLOPE, found.slope), two(BOUND, found.bound);
     return found;
