@@ -398,7 +398,7 @@ def list_live(
                     column = tl.full((STEP,), block * (BLOCK_ROWS // BLOCK_COLS) + part, tl.int64)
                     seen = inside & (column < live_stride)
                     alive |= tl.load(base + row * live_stride + column, mask=seen, other=0).to(tl.int32)
-            base += live_rows * live_stride
+            base += tl.full([], live_rows, tl.int64) * live_stride
         at = count + tl.cumsum(alive, 0) - 1
         tl.store(listed + block.to(tl.int64) * list_stride + at, tile, mask=alive > 0)
         count += tl.sum(alive, 0)
