@@ -35,6 +35,8 @@ from .tile import (
 )
 from .transforms import logistic
 
+CLOSE_STEP: tl.constexpr = tl.constexpr(4)  # columns of embeddings at a time
+
 
 class Weighed(NamedTuple):
     """One reduction's tensors, None where it has none: what it reads, then what it leaves."""
@@ -160,8 +162,8 @@ def weigh_rows(
     OP_B: tl.constexpr, SIDE_B: tl.constexpr, SLOPE_B: tl.constexpr,
     ANCHOR: tl.constexpr, REFERENCE: tl.constexpr, SQUARE: tl.constexpr, BAND_ONLY: tl.constexpr, CARRY: tl.constexpr,
     SQUARED: tl.constexpr, PRECISION: tl.constexpr, ONE_CHUNK: tl.constexpr, EVEN_D: tl.constexpr,
-    EVEN_SLAB: tl.constexpr, WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    EVEN_SLAB: tl.constexpr, WANTED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows [row0, row1) through reductions a and b and their pairs with columns [col0, col1).
 
@@ -169,7 +171,8 @@ def weigh_rows(
     (N of them, against M references), references, or both. listed (row blocks, tiles) int32, counts (row blocks,):
     the clean tiles with a pair alive, from `list_live`; without, all are visited. near () int8: nothing is done unless
     it is WANTED. Leaves dx (splits, rows, D); or, of `given` products, their weights, in d_pull (rows,) what Euclidean
-    distances pull along the rows themselves, and adds what pairs that are close give to close_dx (rows, D).
+    distances pull along the rows themselves. What pairs that are close give is added up in close_dx (rows, D), or dx
+    itself, which then begins as 0.
     """
     if near is not None:
         if tl.load(near) != WANTED:
@@ -194,6 +197,9 @@ def weigh_rows(
     here = inside
     if row_end is not None:
         here = inside & (rows < tl.load(row_end))
+
+    if (close_dx is not None) & (dx is not None):
+        close_dx += split.to(tl.int64) * row1 * d
 
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
     around_a, around_b = number(0.0, a.around, ACC), number(0.0, b.around, ACC)
@@ -237,7 +243,8 @@ def weigh_rows(
             w += w_b
         acc, pull = put(
             w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
-            rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_SLAB, BLOCK_D,
+            rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, False, PRECISION, EVEN_SLAB,
+            BLOCK_D,
         )  # fmt: skip
     if not BAND_ONLY:
         for k in range(0, clean):
@@ -263,7 +270,8 @@ def weigh_rows(
                 w += w_b
             acc, pull = put(
                 w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
-                rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_SLAB, BLOCK_D,
+                rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_SLAB,
+                BLOCK_D,
             )  # fmt: skip
 
     spoiled = tl.load(poison)
@@ -284,46 +292,41 @@ def weigh_rows(
         if col_squares is not None:
             own = load_rows(x, rows, inside, d, slab * BLOCK_D, BLOCK_D, EVEN_SLAB, False)
             acc += pull[:, None] * own.to(acc.dtype)
+            tl.debug_barrier()  # what other threads have left of close pairs
+            acc += load_rows(close_dx, rows, inside, d, slab * BLOCK_D, BLOCK_D, EVEN_SLAB, False)
         at = (split.to(tl.int64) * row1 + rows)[:, None] * d + column[None, :]
         acc = tl.where(here[:, None], acc, 0.0) + spoiled
         tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=inside[:, None] & (column[None, :] < d))
 
 
 @triton.jit
-def add_near(w, acc, x, y, rows, inside, cols, d, slab, BLOCK_D: tl.constexpr):
-    """acc + sum_j w_ij (y_j - x_i): the difference first, where w_ij y_j and w_ij x_i would cancel. A column at a time,
-    and only those that have such a pair."""
-    column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
-    here, place = column < d, tl.arange(0, w.shape[1])
-    some = tl.max((w != 0.0).to(tl.int32), 0)
-    for j in tl.range(0, w.shape[1], num_stages=1):
-        if tl.sum(tl.where(place == j, some, 0), 0) > 0:
-            one = tl.sum(tl.where(place[None, :] == j, w, 0.0), 1)
-            at = tl.sum(tl.where(place == j, cols, 0), 0).to(tl.int64)
-            other = tl.load(y + at * d + column, mask=here, other=0.0).to(acc.dtype)
-            own = tl.load(
-                x + rows.to(tl.int64)[:, None] * d + column[None, :], mask=inside[:, None] & here[None, :], other=0.0
-            )  # fmt: skip
-            acc += one[:, None] * (other[None, :] - own.to(acc.dtype))
-    return acc
-
-
-@triton.jit
-def leave_near(w, close_dx, x, y, rows, here, cols, d, BLOCK_D: tl.constexpr):
-    """The same, added to close_dx (rows, d), of which these rows are this program's alone."""
-    for slab in tl.range(0, tl.cdiv(d, BLOCK_D), num_stages=1):
-        column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
-        at = close_dx + rows.to(tl.int64)[:, None] * d + column[None, :]
-        mask = here[:, None] & (column[None, :] < d)
-        acc = add_near(w, tl.load(at, mask=mask, other=0.0), x, y, rows, here, cols, d, slab, BLOCK_D)
-        tl.store(at, acc, mask=mask)
+def leave_near(w, close_dx, x, y, rows, here, cols, d, first, last, STEP: tl.constexpr):
+    """close_dx (rows, d) += sum_j w_ij (y_j - x_i) in columns [first, last) of the embeddings: the difference first,
+    where w_ij y_j and w_ij x_i would cancel. A few columns at a time, which takes few registers, and in memory, where
+    these rows are this program's alone; the barrier, because another thread of it may have written before."""
+    tl.debug_barrier()
+    place, some = tl.arange(0, w.shape[1]), tl.max((w != 0.0).to(tl.int32), 0)
+    for start in tl.range(first, last, STEP, num_stages=1):
+        column = start + tl.arange(0, STEP)
+        within = column < last
+        offset = rows.to(tl.int64)[:, None] * d + column[None, :]
+        mask = here[:, None] & within[None, :]
+        acc = tl.load(close_dx + offset, mask=mask, other=0.0)
+        own = tl.load(x + offset, mask=mask, other=0.0).to(acc.dtype)
+        for j in tl.range(0, w.shape[1], num_stages=1):
+            if tl.sum(tl.where(place == j, some, 0), 0) > 0:
+                one = tl.sum(tl.where(place[None, :] == j, w, 0.0), 1)
+                at = tl.sum(tl.where(place == j, cols, 0), 0).to(tl.int64)
+                other = tl.load(y + at * d + column, mask=within, other=0.0).to(acc.dtype)
+                acc += one[:, None] * (other[None, :] - own)
+        tl.store(close_dx + offset, acc, mask=mask)
 
 
 @triton.jit
 def put(
     w, z, acc, pull, dx, close_dx, x, squares, y, y_tile, weights, weights_row, weights_col, col_squares,
-    rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN_SLAB: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, inside, here, cols, valid, row0, col0, d, slab, SQUARED: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, EVEN_SLAB: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile's weights where they go: through the product into acc, or into `weights`."""
     if col_squares is not None:
@@ -331,10 +334,10 @@ def put(
         own = squares[:, None] + row_vector(col_squares, cols, valid, 0.0, w.dtype)[None, :]
         near = ((z if SQUARED else z * z) <= NEAR_GRADIENT * own) & (w != 0.0)
         if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
-            if dx is not None:
-                acc = add_near(tl.where(near, w, 0.0), acc, x, y, rows, inside, cols, d, slab, BLOCK_D)
-            elif close_dx is not None:
-                leave_near(tl.where(near, w, 0.0), close_dx, x, y, rows, here, cols, d, BLOCK_D)
+            if close_dx is not None:
+                first = slab * BLOCK_D
+                last = d if dx is None else tl.minimum(first + BLOCK_D, d)
+                leave_near(tl.where(near, w, 0.0), close_dx, x, y, rows, here, cols, d, first, last, CLOSE_STEP)
         w = tl.where(near, 0.0, w)
         pull -= tl.sum(w, 1)
     if weights is not None:
@@ -395,7 +398,7 @@ def list_live(
                     column = tl.full((STEP,), block * (BLOCK_ROWS // BLOCK_COLS) + part, tl.int64)
                     seen = inside & (column < live_stride)
                     alive |= tl.load(base + row * live_stride + column, mask=seen, other=0).to(tl.int32)
-            base += live_rows * live_stride
+            base += tl.full([], live_rows, tl.int64) * live_stride
         at = count + tl.cumsum(alive, 0) - 1
         tl.store(listed + block.to(tl.int64) * list_stride + at, tile, mask=alive > 0)
         count += tl.sum(alive, 0)

@@ -69,12 +69,15 @@ class Collector:
             return values.new_zeros(rows, work.d) + self.poison
         # a loss of many terms takes many launches, whose parts may not all be there at once
         at_once = max(1, most // count)
-        whole = len(launches) == 1 and count == 1 and not exact
+        euclidean = work.p.distance != "dot"
+        whole = len(launches) == 1 and count == 1 and not exact and not euclidean
         total = None
         for first in range(0, len(launches), at_once):
             some, parts = launches[first : first + at_once], None
             if want:
                 parts = (side.x if whole else values).new_empty(len(some) * count, rows, work.d)
+                if euclidean:
+                    parts.zero_()  # close pairs are added to them
             for place, group in enumerate(some):
                 dx = None if parts is None else parts[place * count : (place + 1) * count]
                 slots = self.slots(group, side, count)

@@ -209,7 +209,7 @@ class Work:
         states = state if len(state) == 2 else [*state, Reduced()]
         band_only = all(self.terms[k].side == POSITIVES for k in group)
         constants = dict(self.constants)
-        if live is None and any(s.ref_offset is not None for s in state):
+        if live is None and (self.p.distance != "dot" or any(s.ref_offset is not None for s in state)):
             constants["BLOCK_COLS"] = self.narrow
         listed, counts = (lists or {}).get(constants["BLOCK_COLS"], (None, None))
         run(
@@ -272,13 +272,20 @@ class Work:
     ) -> None:  # fmt: skip
         """Gradients of a block's rows through one or two terms; see `weigh_rows`."""
         near, kernels = None, [(1, slots)]
+        if dx is not None and self.p.distance != "dot":
+            close_dx = dx
         if side.anchor and side.reference and self.n:
             around, near = self._around_tops(group, slots)
             kernels = [(1, around)] if near is None else [(1, around), (0, slots)]
         for wanted, own in kernels:
             c, constants = self.config, dict(self.constants)
-            # one function a pair for each end, or one of many steps
-            if not wanted or any(s.ref_offset is not None for s in own) or any(in_steps(self.terms[k]) for k in group):
+            # one function a pair for each end, or one of many steps; or distances, some of which are taken twice
+            if (
+                not wanted
+                or self.p.distance != "dot"
+                or any(s.ref_offset is not None for s in own)
+                or any(in_steps(self.terms[k]) for k in group)
+            ):
                 constants["BLOCK_COLS"] = self.narrow
             listed, counts = (lists or {}).get(constants["BLOCK_COLS"], (None, None))
             operands = own if len(own) == 2 else [*own, Weighed()]
