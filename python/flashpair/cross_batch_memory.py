@@ -174,9 +174,7 @@ class CrossBatchMemory(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "memory"], destination[prefix + "labels"] = map(
-            self._padded, self.queue.in_order()
-        )
+        destination[prefix + "memory"], destination[prefix + "labels"] = map(self._padded, self.queue.in_order())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,

@@ -137,7 +137,9 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
     if mapping is not None and low >= 0:
         start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
         if mapping.size() < start + high:  # reading on would kill the process
-            raise ValueError(f"source must be a whole file, got one cut to {mapping.size():,} bytes since it was mapped")
+            raise ValueError(
+                f"source must be a whole file, got one cut to {mapping.size():,} bytes since it was mapped"
+            )
     part = np.array(part)
     if part.dtype.byteorder not in "=|":
         part = part.astype(part.dtype.newbyteorder("="))
