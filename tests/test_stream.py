@@ -319,7 +319,7 @@ def test_a_file_that_was_cut_and_numbers_that_are_none(problem, tmp_path):
 
 
 def test_labels_are_a_copy(problem):
-    x, labels, y, ref_labels = problem
+    _, _, y, ref_labels = problem
     mine = ref_labels.clone()
     stream = StreamedReferences(y, mine)
     mine.zero_()
