@@ -573,7 +573,7 @@ def test_recomputed_it_sees_what_it_saw(reentrant, segment):
         assert_equal_states(memory.state_dict(), plain.state_dict())
     loss = checkpoint(memory, a, labels, use_reentrant=reentrant)
     memory(x.flip(0), labels)
-    with pytest.raises(RuntimeError, match="can be recomputed .* until its next call"):
+    with pytest.raises(RuntimeError, match=r"can be recomputed .* until its next call"):
         loss.backward()
 
 

@@ -5,7 +5,8 @@
 3. replay     each micro-batch again, now with its graph, and walk it back from its slice of that gradient
 
 The replay has to see what the first pass saw, so random states, buffers and autocast are as they were then, and what
-it returns is compared: for that a step waits for a GPU once, at its end. Apart from that nothing does, and all of a distributed criterion's communication is in its one call (2).
+it returns is compared: for that a step waits for a GPU once, at its end. Apart from that nothing
+does, and all of a distributed criterion's communication is in its one call (2).
 """
 
 from __future__ import annotations

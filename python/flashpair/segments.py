@@ -2,7 +2,8 @@
 
 What entering costs is bounded by the segments that it touches, one or two of them, however long the queue is. Nothing
 is written into: a segment that changes is made anew, so that whoever holds the old one (a graph whose backward is yet
-to come) keeps what it saw. Which entries stand where is known on the host, which waits for a GPU once a batch: for whether all rows are finite.
+to come) keeps what it saw. Which entries stand where is known on the host,
+which waits for a GPU once a batch: for whether all rows are finite.
 """
 
 from __future__ import annotations
