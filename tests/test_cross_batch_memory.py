@@ -13,6 +13,7 @@ import torch
 from conftest import needs_extension
 from helpers import CRITERIA, REFERENCE_CRITERIA, assert_as_good_as, assert_same, assert_same_bits, relative
 from pytorch_metric_learning import losses, miners
+from torch.utils.checkpoint import checkpoint
 
 import flashpair
 from bench import memory_bank
@@ -258,8 +259,15 @@ def test_state_is_the_entries_in_order():
         memory(x, labels)
         oracle(x, labels)
         state = memory.state_dict()
-        assert torch.equal(state["labels"], oracle.labels)
-        assert_same(state["memory"], oracle.rows)
+        held = state["_extra_state"]["held"]
+        assert state["memory"].shape == (SIZE, D) and state["labels"].shape == (SIZE,) and held == len(memory)
+        assert torch.equal(state["labels"][:held], oracle.labels)
+        assert_same(state["memory"][:held], oracle.rows)
+        older = {**state, "memory": state["memory"][:held], "labels": state["labels"][:held]}
+        older["_extra_state"] = {k: v for k, v in state["_extra_state"].items() if k != "held"}
+        again = CrossBatchMemory(flashpair.NTXentLoss(), D, SIZE, dtype=torch.float64)
+        again.load_state_dict(older)
+        assert_equal_states(again.state_dict(), state)
 
 
 def test_states_that_are_no_memory_of_this_shape():
@@ -540,3 +548,60 @@ def test_repr_and_parameters():
         memory(x, labels).backward()
     assert memory.criterion.beta.grad.abs() > 0
     assert "memory_size=23 (full)" in repr(memory)
+
+
+def test_a_call_that_raises_changes_nothing(segment, monkeypatch):
+    memory, oracle = both(CRITERIA["MultiSimilarityLoss"])
+    for x, labels in batches():
+        before = memory.state_dict()
+        with monkeypatch.context() as patched:
+            patched.setattr(memory.criterion, "of_pieces", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                memory(x, labels)
+        assert_equal_states(memory.state_dict(), before)
+        assert_same(memory(x, labels), oracle(x, labels))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_it_sees_what_it_saw(reentrant, segment):
+    memory, plain = (CrossBatchMemory(flashpair.NTXentLoss(), D, SIZE) for _ in range(2))
+    for x, labels in batches((7, 9, 12, 6, 9), dtype=torch.float32):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        checkpoint(memory, a, labels, use_reentrant=reentrant).backward()
+        plain(b, labels).backward()
+        assert torch.equal(a.grad, b.grad)
+        assert_equal_states(memory.state_dict(), plain.state_dict())
+    loss = checkpoint(memory, a, labels, use_reentrant=reentrant)
+    memory(x.flip(0), labels)
+    with pytest.raises(RuntimeError, match=r"can be recomputed .* until its next call"):
+        loss.backward()
+
+
+def test_rows_that_are_not_finite_do_not_enter(segment):
+    memory, oracle = both(CRITERIA["NTXentLoss"])
+    for k, (x, labels) in enumerate(batches((7, 9, 5, 6, 3))):
+        if k == 2:
+            bad = x.clone()
+            bad[1, 0], bad[3, 2] = torch.nan, torch.inf
+            assert memory(bad, labels).isnan()
+            kept = torch.tensor([0, 2, 4])
+            oracle.rows, oracle.labels = oracle.rows[-18:], oracle.labels[-18:]
+            oracle(x[kept], labels[kept])
+            assert len(memory) == len(oracle.rows)
+            continue
+        for f, t in zip(step(memory, x, labels), step(oracle, x, labels), strict=True):
+            assert_same(f, t)
+
+
+def test_distributed_checkpoint_loads_in_place(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    memory, fresh = (CrossBatchMemory(flashpair.NTXentLoss(), D, SIZE) for _ in range(2))
+    for x, labels in batches((7, 9), dtype=torch.float32):
+        memory(x, labels)
+    dcp.save({"model": memory.state_dict()}, checkpoint_id=tmp_path)
+    state = {"model": fresh.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    fresh.load_state_dict(state["model"])
+    assert len(fresh) == 16
+    assert_equal_states(fresh.state_dict(), memory.state_dict())

@@ -274,3 +274,53 @@ def test_a_transform_of_ones_own(problem):
     found = _results(Own(), x, labels, ref_emb=StreamedReferences(y, ref_labels, block=20))
     for f, t in zip(found, truth, strict=True):
         assert_same(f, t)
+
+
+@pytest.mark.parametrize("kind", ["replaced", "removed", "written to privately", "reversed", "big-endian"])
+def test_the_array_that_was_given_counts(kind, problem, tmp_path):
+    x, labels, y, ref_labels = problem
+    path, other = tmp_path / "bank.npy", tmp_path / "other.npy"
+    bank = _on_disk(y, path, np.float64)
+    if kind == "replaced":
+        np.save(other, 2 + y.numpy())
+        other.replace(path)
+    elif kind == "removed":
+        path.unlink()
+    elif kind == "written to privately":
+        bank = np.load(path, mmap_mode="c")
+        bank[:] = bank[::-1].copy()
+    elif kind == "reversed":
+        bank = bank[::-1]
+    else:
+        np.save(other, y.numpy().astype(">f8"))
+        bank = np.load(other, mmap_mode="r")
+    held = torch.from_numpy(np.array(bank).astype(np.float64))
+    criterion = flashpair.MultiSimilarityLoss(reduction="none")
+    stream = StreamedReferences(bank, ref_labels, block=13)
+    truth = _results(criterion, x, labels, ref_emb=held, ref_labels=ref_labels)
+    for _ in range(2):  # reading discards nothing
+        for f, t in zip(_results(criterion, x, labels, ref_emb=stream), truth, strict=True):
+            assert_same(f, t)
+
+
+def test_a_file_that_was_cut_and_numbers_that_are_none(problem, tmp_path):
+    x, labels, y, ref_labels = problem
+    bank = _on_disk(y.repeat(1, 16), tmp_path / "bank.npy", np.float64)
+    stream = StreamedReferences(bank, ref_labels, block=13)
+    with open(tmp_path / "bank.npy", "r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(ValueError, match="source must be a whole file"):
+        flashpair.NTXentLoss()(x.repeat(1, 16), labels, ref_emb=stream)
+    for bad in (y.int(), y.numpy().astype(bool), y.numpy().astype(object), y.numpy().astype(np.complex64)):
+        with pytest.raises(TypeError, match="source must have a floating dtype"):
+            StreamedReferences(bad, ref_labels)
+    with pytest.raises(TypeError, match="source must give floating-point tensors"):
+        flashpair.NTXentLoss()(x, labels, ref_emb=StreamedReferences([y.numpy()], ref_labels))
+
+
+def test_labels_are_a_copy(problem):
+    _, _, y, ref_labels = problem
+    mine = ref_labels.clone()
+    stream = StreamedReferences(y, mine)
+    mine.zero_()
+    assert torch.equal(stream.labels, ref_labels)

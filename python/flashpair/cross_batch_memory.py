@@ -32,7 +32,11 @@ class CrossBatchMemory(nn.Module):
     of its size, and until backward the live pairs, up to 64 bytes an entry.
 
     The memory holds embeddings as the criterion compares them (normalised, if it normalises) and is part of
-    `state_dict`; training goes on from it with the same bits. In a compiled model it runs outside of the graph.
+    `state_dict`, in tensors of memory_size rows from the start (as torch.distributed.checkpoint loads them); training
+    goes on from it with the same bits. In a compiled model it runs outside of the graph.
+
+    A call that raises leaves the memory as it was. Rows that are not finite make their own batch's loss NaN, and do not
+    enter. Recomputed by torch.utils.checkpoint before its next call, it sees what it saw first; later it refuses.
 
     In evaluation (``memory.eval()``) nothing enters or leaves the memory; `enqueue` says otherwise for one call.
     Whether gradients are enabled does not matter: under ``torch.no_grad()`` a training call fills the memory, too.
@@ -70,6 +74,7 @@ class CrossBatchMemory(nn.Module):
 
     def reset(self, dtype: torch.dtype | None = None) -> None:
         """Forgets all entries."""
+        self._before: Queue | None = None  # what the last batch met
         before = getattr(self, "queue", None)
         self.queue = Queue(self.memory_size, self.embedding_size, dtype or self.dtype)
         if before is not None:
@@ -110,29 +115,66 @@ class CrossBatchMemory(nn.Module):
             labels_in_order, order = torch.sort(labels, stable=True)
             wide = x.to(accumulator(x.dtype))
             rows = sorted_rows(wide if prepare is None else prepare(wide), order, unit=unit, impl=impl)
-            if enqueue:
+            again = enqueue and torch._C._current_graph_task_id() != -1  # within backward: a recomputation
+            if again:
+                queue = self._seen_by(rows, labels_in_order)
+            elif enqueue:
+                queue = queue.fork()  # if anything below raises, nothing has changed
                 queue.make_place(x.shape[0])
             walk = MemoryWalk(labels_in_order, order, queue.held())
             pairs = MemoryPairs(rows, walk, criterion.distance, impl, criterion.impl != "auto")
             loss = criterion.of_pieces(x, labels, pairs)
-            if enqueue and x.shape[0]:
-                queue.enter(rows.detach(), labels_in_order, order)
+            if enqueue and not again:
+                before = queue.fork()
+                if x.shape[0]:
+                    queue.enter(rows.detach(), labels_in_order, order)
+                self.queue, self._before = queue, before
         return loss
+
+    def _seen_by(self, rows: Tensor, labels: Tensor) -> Queue:
+        """What the last call saw, which torch.utils.checkpoint computes again."""
+        late, before = self.queue.late, self._before
+        if before is None or not (
+            torch.equal(late.labels, labels) and torch.equal(late.rows, rows.detach().to(late.rows.dtype))
+        ):
+            raise RuntimeError(
+                "CrossBatchMemory can be recomputed (torch.utils.checkpoint) until its next call, with the same "
+                "embeddings, all of them finite: call it outside of what is checkpointed"
+            )
+        return before
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> CrossBatchMemory:
         super()._apply(fn, recurse)
         self.queue.apply(fn)
+        self._before = None
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_before": None}
+
+    @property
+    def memory(self) -> Tensor:
+        """(memory_size, D): the entries, the oldest first, then zeros."""
+        return self._padded(self.queue.in_order()[0])
+
+    @property
+    def labels(self) -> Tensor:
+        """(memory_size,) int64: theirs, then zeros."""
+        return self._padded(self.queue.in_order()[1])
+
+    def _padded(self, t: Tensor) -> Tensor:
+        """Of one shape always, as distributed checkpoints need it."""
+        return torch.cat([t, t.new_zeros(self.memory_size - t.shape[0], *t.shape[1:])])
+
     def get_extra_state(self) -> dict[str, int]:
-        return {"count": self.queue.count, "late": len(self.queue.late)}
+        return {"count": self.queue.count, "late": len(self.queue.late), "held": len(self)}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        self._counts = state["count"], state["late"]
+        self._counts = state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "memory"], destination[prefix + "labels"] = self.queue.in_order()
+        destination[prefix + "memory"], destination[prefix + "labels"] = map(self._padded, self.queue.in_order())
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -147,6 +189,11 @@ class CrossBatchMemory(nn.Module):
         if missing or prefix + "_extra_state" not in state_dict:
             return
         rows, labels = kept
+        count, late, held = (self._counts.get(name, rows.shape[0]) for name in ("count", "late", "held"))
+        if not 0 <= late <= held <= min(count, rows.shape[0]):
+            error_msgs.append(f"{prefix}_extra_state must be of {rows.shape[0]} rows or fewer, got {self._counts!r}")
+            return
+        rows, labels = rows[:held], labels[:held]  # of older states all
         fits = rows.dim() == 2 and rows.shape[1] == self.embedding_size and rows.shape[0] <= self.memory_size
         if not fits or labels.shape != rows.shape[:1]:
             error_msgs.append(
@@ -155,7 +202,8 @@ class CrossBatchMemory(nn.Module):
             )
             return
         like = self.queue.empty
-        self.queue.restore(rows.to(like.rows), labels.to(like.labels), *self._counts)
+        self.queue.restore(rows.to(like.rows), labels.to(like.labels), count, late)
+        self._before = None
 
     def extra_repr(self) -> str:
         held = f"{len(self)} held" if len(self) < self.memory_size else "full"

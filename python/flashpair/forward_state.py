@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import random
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Generators:
-    """The states of the random generators: of the CPU, and of devices that have their own."""
+    """The states of the random generators: Python's, NumPy's, those that modules hold, the CPU's and the devices'."""
 
-    def __init__(self, devices: list[torch.device]) -> None:
+    def __init__(self, devices: list[torch.device], modules: Iterable[nn.Module] = ()) -> None:
         self.cpu = torch.get_rng_state()
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self.numpy = None if numpy is None else (numpy.random.set_state, numpy.random.get_state())
+        held = {id(value): value for module in modules for value in vars(module).values()}
+        self.held = [found for value in held.values() if (found := _generator(value)) is not None]
         self.states = [
             (device, torch.get_device_module(device).get_rng_state(*_which(device)))
             for device in devices
@@ -23,8 +30,26 @@ class Generators:
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        for put, state in (*self.held, *([] if self.numpy is None else [self.numpy])):
+            put(state)
         for device, state in self.states:
             torch.get_device_module(device).set_rng_state(state, *_which(device))
+
+
+def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
+    """How a random generator is set, and its state; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return value.set_state, value.get_state()
+    if isinstance(value, random.Random):
+        return value.setstate, value.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return value.set_state, value.get_state()
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return lambda state: setattr(bits, "state", state), bits.state
+    return None
 
 
 def _which(device: torch.device) -> tuple[torch.device, ...]:
@@ -45,7 +70,7 @@ class ForwardState:
 
     def __init__(self, encoders: Iterable[nn.Module], devices: list[torch.device]) -> None:
         modules = dict.fromkeys(module for encoder in encoders for module in encoder.modules())
-        self.generators = Generators(devices)
+        self.generators = Generators(devices, modules)
         self.broadcasts = [(m, m.require_forward_param_sync) for m in modules if isinstance(m, DistributedDataParallel)]
         self.buffers = [
             _Saved(module, name, buffer, buffer.clone())

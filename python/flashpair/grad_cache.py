@@ -4,8 +4,9 @@
 2. loss       once, of all embeddings: its gradient by the embeddings, (N, D), and by the criterion's parameters
 3. replay     each micro-batch again, now with its graph, and walk it back from its slice of that gradient
 
-The replay has to see what the first pass saw, so random states, buffers and autocast are as they were then. Nothing
-here waits for a GPU, and all of a distributed criterion's communication is in its one call (2).
+The replay has to see what the first pass saw, so random states, buffers and autocast are as they were then, and what
+it returns is compared: for that a step waits for a GPU once, at its end. Apart from that nothing
+does, and all of a distributed criterion's communication is in its one call (2).
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ class GradCache:
     what is there; zeroing them and the optimizer's step are the caller's. Activations are those of one micro-batch,
     for one more forward pass. Besides, embeddings and their gradient (N, D) are stored, and copies of the buffers.
 
+    - *Inputs*: each pass has a copy of its micro-batch, containers and tensors, which the encoder may change.
     - *Random numbers* (dropout): each replay draws what its first pass drew, on the CPU and on every device of inputs
-      and parameters; then the generators are where the first pass and the criterion have left them.
+      and parameters, from Python's and NumPy's global generators and from those that are attributes of the encoder's
+      modules; then the generators are where the first pass and the criterion have left them.
     - *Autocast*: call it inside ``torch.autocast``. Forward passes run as there, backward passes outside of it.
     - *Buffers*: a replay begins with those that its first pass began with, and both change them alike, so one step
       changes them once, by each micro-batch in order. Batch normalisation normalises by a micro-batch's statistics,
@@ -58,6 +61,7 @@ class GradCache:
 
     Raises:
         TypeError, ValueError: bad arguments, named; of a call, before any work if they are its own.
+        RuntimeError: a replay that differs from its first pass by more than rounding, found at the end of the step.
 
     Example:
         >>> cache = flashpair.GradCache(encoder, flashpair.MultiSimilarityLoss(), micro_batch=256)
@@ -139,6 +143,8 @@ class GradCache:
         for tower, waiting in zip(towers, _waiting(towers, sync), strict=True):
             tower.replay(devices, waiting)
         end.restore_values()
+        for tower in towers:
+            tower.check_replay()
         return loss
 
     def __repr__(self) -> str:
@@ -163,14 +169,21 @@ class _Tower:
             )
         parts = zip(*(leaf.split(size) for leaf in leaves), strict=True)
         self.encoder, self.leaves = encoder, leaves
-        self.micro_batches = [pytree.tree_unflatten(part, nesting) for part in parts]
+        self.apart: list[Tensor] = []  # () bool of each replay
+        self.parts, self.nesting = list(parts), nesting
         self.counts = [part.shape[0] for part in leaves[0].split(size)]
+
+    def micro_batches(self) -> Iterator[Any]:
+        """Each pass has containers and tensors of its own, which an encoder may change."""
+        for part in self.parts:
+            own = {id(leaf): torch.clone(t) for leaf, t in zip(self.leaves, part, strict=True)}
+            yield pytree.tree_unflatten([own[id(leaf)] for leaf in self.leaves], self.nesting)
 
     def embed(self, devices: list[torch.device]) -> None:
         self.start = ForwardState([self.encoder], devices)
         first = 0
         with torch.no_grad():
-            for micro_batch, count in zip(self.micro_batches, self.counts, strict=True):
+            for micro_batch, count in zip(self.micro_batches(), self.counts, strict=True):
                 part = self._embedded(micro_batch, count)
                 if first == 0:  # one piece: small ones that are kept would leave holes where activations were
                     self.embeddings = part.new_empty(sum(self.counts), part.shape[1])
@@ -195,15 +208,46 @@ class _Tower:
         assert self.embeddings.grad is not None
         gradients = self.embeddings.grad.split(self.counts)
         self.start.restore()
-        for micro_batch, count, gradient, modules in zip(
-            self.micro_batches, self.counts, gradients, waiting, strict=True
+        kept = self.embeddings.detach().split(self.counts)
+        for micro_batch, count, gradient, first, modules in zip(
+            self.micro_batches(), self.counts, gradients, kept, waiting, strict=True
         ):
             with _unreduced(modules):
                 out = self._embedded(micro_batch, count)
-                after = Generators(devices)
+                self.apart.append(_apart(out.detach(), first))
+                after = Generators(devices, self.encoder.modules())
                 if out.requires_grad:
                     _backward(out, gradient, devices)
                 after.restore()  # a backward pass that draws (checkpointing may) is no part of the first pass
+
+    def check_replay(self) -> None:
+        """Read once a step: a GPU is not waited for in between."""
+        if self.apart and torch.stack(self.apart).any():
+            raise RuntimeError(
+                f"{self.name} must return the same in the replay as in the first pass, and did not: it draws from a "
+                "random generator or changes a state that GradCache does not know. The gradients that this call has "
+                "added are wrong"
+            )
+
+
+def _apart(again: Tensor, first: Tensor) -> Tensor:
+    """() bool: whether a row differs by more than other orders of summation or another kernel make it.
+
+    Half of a dtype's digits are an encoder's rounding; of float32 on a GPU, which multiplies in tf32, those of tf32,
+    and under autocast those of its dtype. Another dropout mask changes rows by a share like its rate.
+    """
+    kind = again.device.type
+    digits = torch.finfo(again.dtype).eps
+    if kind not in ("cpu", "meta") and again.dtype == torch.float32:
+        digits = 2.0**-10
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        digits = max(digits, torch.finfo(torch.get_autocast_dtype(kind)).eps)
+    again, first = again.double(), first.double()
+    norms = torch.linalg.vector_norm(first, dim=1)
+    off = torch.linalg.vector_norm(again - first, dim=1)
+    finite = norms.isfinite()
+    typical = torch.where(finite, norms, 0.0).sum() / finite.sum().clamp_min(1)
+    return (finite & ~(off <= digits**0.5 * (norms + typical))).any()
 
 
 def _leaves(inputs: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec]:

@@ -2,7 +2,8 @@
 
 What entering costs is bounded by the segments that it touches, one or two of them, however long the queue is. Nothing
 is written into: a segment that changes is made anew, so that whoever holds the old one (a graph whose backward is yet
-to come) keeps what it saw. Which entries stand where is known on the host, so that it never waits for a GPU.
+to come) keeps what it saw. Which entries stand where is known on the host,
+which waits for a GPU once a batch: for whether all rows are finite.
 """
 
 from __future__ import annotations
@@ -77,6 +78,12 @@ class Queue:
         plain = {k: Segment(*(t.detach() for t in s)) for k, s in (("empty", self.empty), ("late", self.late))}
         return {**vars(self), **plain, "segments": [Segment(*(t.detach() for t in s)) for s in self.segments]}
 
+    def fork(self) -> Queue:
+        """A queue of the same entries, which changes by itself: segments are never written into."""
+        other = Queue.__new__(Queue)
+        vars(other).update(vars(self), segments=list(self.segments))
+        return other
+
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
         """Moves or casts what is kept."""
         self.empty, self.late, *self.segments = (
@@ -106,8 +113,12 @@ class Queue:
 
     def enter(self, rows: Tensor, labels: Tensor, order: Tensor) -> None:
         """Rows (n, D), sorted by label, and their order (n,) among each other, for which `make_place` has been."""
-        dtype = self.empty.rows.dtype
-        self.late = Segment(rows.to(dtype), labels, order + self.count)
+        rows = rows.to(self.empty.rows.dtype)
+        finite = rows.isfinite().all(1)
+        if not finite.all():  # one would make every loss NaN for as long as it stays
+            at = finite.nonzero()[:, 0]
+            rows, labels, order = rows[at], labels[at], order[at].argsort().argsort()
+        self.late = Segment(rows, labels, order + self.count)
         self.count, self.length = self.count + rows.shape[0], self.length + rows.shape[0]
 
     def _of(self, first: int, last: int) -> Counter[int]:

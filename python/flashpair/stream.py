@@ -62,12 +62,15 @@ class StreamedReferences:
         shape = getattr(source, "shape", None)
         if shape is not None and len(shape) != 2:
             raise ValueError(f"source must have shape (M, D), got {tuple(shape)}")
+        if shape is not None:
+            _check_dtype(source)
         if not isinstance(labels, Tensor) or labels.dtype not in checks.INTEGERS or labels.dim() != 1:
             raise TypeError(f"labels must be an integer tensor of shape (M,), got {checks.what(labels)}")
         if shape is not None and shape[0] != labels.shape[0]:
             raise ValueError(f"labels must have shape (M,) = ({shape[0]},) like source, got {checks.what(labels)}")
         self.source, self.block = source, checks.most(block, "block")
-        self.labels = labels.detach().to(torch.int64)
+        with torch.inference_mode(False), torch.no_grad():  # a copy: the caller may change theirs
+            self.labels = labels.to(torch.int64, copy=True)
         self.progress = progress
         self._sorted: tuple[Tensor, Tensor] | None = None
 
@@ -108,19 +111,56 @@ class StreamedReferences:
         return len(self.source) if hasattr(self.source, "__len__") else 0
 
 
+def _check_dtype(source: Any) -> None:
+    """Of an array: floating-point numbers that torch has, in either byte order."""
+    if isinstance(source, Tensor):
+        right = source.dtype in checks.FLOATS
+    else:
+        dtype = getattr(source, "dtype", None)
+        right = getattr(dtype, "kind", "f") == "f" and getattr(dtype, "itemsize", 8) <= 8
+    if not right:
+        raise TypeError(f"source must have a floating dtype of at most 64 bits, got {source.dtype}")
+
+
+def _kind(block: Any) -> str:
+    return checks.what(block) if isinstance(block, Tensor) else type(block).__name__
+
+
 def _rows(source: Any, first: int, last: int) -> Tensor:
-    """Rows [first, last). Of a memory-mapped array by a mapping of their own, so that what was read does not stay."""
+    """Rows [first, last), copied. What was read of a file's mapping does not stay."""
     if isinstance(source, Tensor):
         return source[first:last]
     with extra("stream", "a reference source that is no tensor"):
         import numpy as np
 
-    whole = isinstance(source, np.memmap) and isinstance(source.base, mmap.mmap) and source.flags.c_contiguous
-    if whole and source.filename is not None:
-        at = source.offset + first * source.strides[0]
-        part = np.memmap(source.filename, source.dtype, "r", at, (last - first, source.shape[1]))
-        return torch.from_numpy(np.array(part))
-    return torch.from_numpy(np.array(source[first:last]))
+    part = source[first:last]
+    mapping = getattr(source, "_mmap", None) if isinstance(source, np.memmap) else None
+    low, high = _extent(part, mapping) if mapping is not None and part.size else (0, 0)
+    if mapping is not None and low >= 0:
+        start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
+        if mapping.size() < start + high:  # reading on would kill the process
+            raise ValueError(
+                f"source must be a whole file, got one cut to {mapping.size():,} bytes since it was mapped"
+            )
+    part = np.array(part)
+    if part.dtype.byteorder not in "=|":
+        part = part.astype(part.dtype.newbyteorder("="))
+    # A private mapping ("c") would lose what was written to it.
+    if mapping is not None and high > low >= 0 and source.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
+        low -= low % mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, low, high - low)
+    return torch.from_numpy(part)
+
+
+def _extent(part: Any, mapping: mmap.mmap) -> tuple[int, int]:
+    """The bytes of a mapping between which an array (m, D) of it stands; (-1, -1): it stands elsewhere."""
+    import numpy as np
+
+    base = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
+    at = part.__array_interface__["data"][0] - base
+    reach = [(n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True)]
+    low, high = at + sum(min(0, r) for r in reach), at + sum(max(0, r) for r in reach) + part.itemsize
+    return (low, high) if 0 <= low and high <= len(mapping) else (-1, -1)
 
 
 class _Stream(Known):
@@ -157,6 +197,8 @@ class _Stream(Known):
         stream, first = self.stream, 0
         with _progress(stream.progress, stream.count(x.shape[1])) as step, torch.no_grad():
             for block in _ahead(stream.blocks(x.shape[1])):
+                if not isinstance(block, Tensor) or block.dtype not in checks.FLOATS or block.dim() == 0:
+                    raise TypeError(f"source must give floating-point tensors (m, D), got {_kind(block)}")
                 last = first + block.shape[0]
                 if block.dim() != 2 or block.shape[1] != x.shape[1] or last > len(stream):
                     raise ValueError(
