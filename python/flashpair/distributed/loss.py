@@ -87,11 +87,11 @@ class GlobalCriterion(nn.Module):
       leave them out of DistributedDataParallel (in it they come out right, too, at the price of one more all-reduce).
 
     All communication is inside the call; backward only multiplies. So every process must call it as often, and the
-    first process to fail makes the others fail with torch.distributed's error within the group's timeout; so
-    does one that does not call it. Every call compares the criterion (class, public attributes
-    but `impl`, and the bits of its tensors; an attribute whose name starts with an underscore is a process's own business). Within
-    torch.utils.checkpoint the loss keeps what it needs, so that nothing is sent twice; what computes it again in
-    backward nevertheless (``use_reentrant=True``) has to do so on every process. With
+    first process to fail, or not to call it, makes the others fail with torch.distributed's error within the group's
+    timeout. Every call compares the criterion: its class, public attributes but `impl`, and the bits of its tensors (an
+    attribute whose name starts with an underscore is a process's own business). Within torch.utils.checkpoint the loss
+    keeps what it needs, so that nothing is sent twice; what computes it again in backward nevertheless
+    (``use_reentrant=True``) has to do so on every process. With
     ``reduction="none"`` a process gets its own rows' losses (n,), and backward communicates: all must run it.
     Differentiable once. The call waits for the device once, for the number of rows of each process.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -94,7 +96,17 @@ class ClassSampler(Sampler[list[int]]):
         """Batches of an epoch."""
         return self.batches
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of a batch, for frameworks that split it."""
+        return self.share
+
     def __iter__(self) -> Iterator[list[int]]:
+        if self.num_replicas > 1 and "accelerate" in sys.modules:
+            _refuse_second_share(sys._getframe(1))
+        return self._epoch()
+
+    def _epoch(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed((self.seed << 24) + self.epoch)
         self.epoch += 1
         for _ in range(self.batches):
@@ -111,6 +123,20 @@ class ClassSampler(Sampler[list[int]]):
     def need(self, wanted: int, what: str) -> None:
         if wanted > len(self.classes):
             raise ValueError(f"{what}, {wanted} classes in all processes, got labels of {len(self.classes)}")
+
+
+def _refuse_second_share(frame: FrameType | None) -> None:
+    """accelerate wraps a batch sampler without asking it; who iterates is all that tells."""
+    for _ in range(4):  # a BatchSampler of `Flat` is between
+        if frame is None:
+            return
+        if type(frame.f_locals.get("self")).__name__ == "BatchSamplerShard":
+            raise RuntimeError(
+                "this sampler gives a process its own share, which accelerate would share out once more: leave the "
+                "loader out of prepare, or make batches of all processes (num_replicas=1, rank=0) and prepare them "
+                "with split_batches=True"
+            )
+        frame = frame.f_back
 
 
 class Flat(Sampler[int]):
