@@ -28,7 +28,9 @@ def what(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('torch.')}{layout} {shape} on {value.device}"
     kind = type(value).__name__
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{type(value).__module__.partition('.')[0]} {kind} of dtype {value.dtype} and shape {tuple(value.shape)}"
+        return (
+            f"{type(value).__module__.partition('.')[0]} {kind} of dtype {value.dtype} and shape {tuple(value.shape)}"
+        )
     if isinstance(value, (list, tuple)) and value:
         return f"{kind} of {len(value)}, the first of them {what(value[0])}"
     shown = " ".join(repr(value).split())
@@ -36,7 +38,7 @@ def what(value: Any) -> str:
 
 
 def _to_tensor(value: Any) -> str:
-    """How to make a tensor of what is none, as the end of an error; empty where that is not to be said in a few words."""
+    """How to make a tensor of what is none, as the end of an error; empty where it takes more words."""
     if isinstance(value, Tensor):
         return ""
     dtype, first = getattr(value, "dtype", None), value[0] if isinstance(value, (list, tuple)) and value else None
@@ -95,9 +97,7 @@ def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> T
 def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whose: str = "embeddings") -> Tensor:
     """An integer tensor of one entry a row of `of`, on its device; returned as int64, which has no room for uint64."""
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
-        raise TypeError(
-            f"{name} must be an integer tensor of shape ({length},), got {what(value)}{_to_tensor(value)}"
-        )
+        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}{_to_tensor(value)}")
     value = memory(value, name)
     if value.dim() != 1 or value.shape[0] != of.shape[0]:
         raise ValueError(f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {what(value)}")

@@ -142,7 +142,9 @@ class ReferencePairs:
         if most is not None:
             return most
         if self.z.device.type == "meta":
-            raise RuntimeError("max_positives must be given for meta tensors, whose positives cannot be counted, got None")
+            raise RuntimeError(
+                "max_positives must be given for meta tensors, whose positives cannot be counted, got None"
+            )
         return max(1, int(self.masks["positives"].sum(1).amax())) if self.labels.shape[0] else 1
 
     def sum_steps(self, most: int) -> range:

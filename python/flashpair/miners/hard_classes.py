@@ -51,7 +51,9 @@ def hard_classes(
         start = int(torch.randint(classes, (1,), generator=generator, device=place))
     elif checks.integer(start, "start") >= classes:
         raise ValueError(f"start must be below {classes}, the number of classes, got {start}")
-    order = torch.randperm(classes, generator=generator, device=place).to(f.device)  # the first of equals is then any of them
+    order = torch.randperm(classes, generator=generator, device=place).to(
+        f.device
+    )  # the first of equals is then any of them
     f, positive = f[order], positive[order]
     own = (f * positive).sum(1)
     chosen = torch.empty(count, dtype=torch.int64, device=f.device)
