@@ -65,7 +65,7 @@ def test_class_weights_on_another_device(name):
 @pytest.mark.parametrize("learned", [torch.nn.Parameter, lambda t: t])
 def test_a_hyper_parameter_on_another_device(learned):
     criterion = flashpair.NTXentLoss(learned(torch.tensor(0.1, device="meta")))
-    with pytest.raises(ValueError, match="NTXentLoss.temperature must be on the device of embeddings, cpu, got"):
+    with pytest.raises(ValueError, match=r"NTXentLoss.temperature must be on the device of embeddings, cpu, got"):
         criterion(X, LABELS)
 
 
@@ -102,17 +102,10 @@ class TestAddresses:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode()
-        with pytest.raises(RuntimeError, match="a FakeTensor .* has none"):
+        with pytest.raises(RuntimeError, match=r"a FakeTensor .* has none"):
             flashpair.MultiSimilarityLoss()(X, mode.from_tensor(LABELS))
         loss = flashpair.MultiSimilarityLoss()(mode.from_tensor(X), mode.from_tensor(LABELS))
         assert loss.shape == () and type(loss).__name__ == "FakeTensor"
-
-    def test_registered_op_with_a_vector_elsewhere(self):
-        lo = torch.zeros(24, dtype=torch.int64)
-        order = torch.arange(24, device="meta")
-        spec = ([], [1, 1, 0, 0, -1, -1], [0.0, 0.0, 0.0], [1.0], "dot", "tiled", False)
-        with pytest.raises(RuntimeError, match="meta"):
-            torch.ops.flashpair.row_reduce(X, None, lo, lo, None, order, None, [], *spec)
 
 
 class Subclass(torch.Tensor):
@@ -138,8 +131,8 @@ MEMORIES = {
 @pytest.mark.parametrize("name", CRITERIA)
 def test_other_memory_has_the_same_loss(name, memory):
     torch.manual_seed(0)
-    criterion, change = made(name, 8, reduction="sum"), MEMORIES[memory]
-    leaf, given = X.clone().requires_grad_(), change(X.clone())
+    criterion, change, x = made(name, 8, reduction="sum"), MEMORIES[memory], X.double()
+    leaf, given = x.clone().requires_grad_(), change(x.clone())
     loss = criterion(leaf, LABELS)
     torch.testing.assert_close(criterion(leaf, change(LABELS)).detach().as_subclass(torch.Tensor), loss.detach())
     torch.testing.assert_close(criterion(given, LABELS).detach().as_subclass(torch.Tensor), loss.detach())
@@ -150,8 +143,8 @@ def test_other_memory_has_the_same_loss(name, memory):
             torch.autograd.grad(loss, leaf)[0],
         )
     if criterion.takes_references:
-        refs = criterion(leaf, LABELS, ref_emb=X.flip(0), ref_labels=LABELS.flip(0))
-        found = criterion(leaf, LABELS, ref_emb=change(X.flip(0)), ref_labels=change(LABELS.flip(0)))
+        refs = criterion(leaf, LABELS, ref_emb=x.flip(0), ref_labels=LABELS.flip(0))
+        found = criterion(leaf, LABELS, ref_emb=change(x.flip(0)), ref_labels=change(LABELS.flip(0)))
         torch.testing.assert_close(found.as_subclass(torch.Tensor), refs)
         torch.autograd.grad(found, leaf)
 
@@ -260,7 +253,7 @@ def test_copies_of_criteria():
 
 
 def test_functorch_is_refused_by_name():
-    with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
+    with pytest.raises(RuntimeError, match=r"autograd.Function with functorch transforms"):
         torch.func.grad(lambda x: flashpair.MultiSimilarityLoss()(x, LABELS))(X)
 
 

@@ -38,7 +38,7 @@ def what(value: Any) -> str:
 
 
 def _to_tensor(value: Any) -> str:
-    """How to make a tensor of what is none, as the end of an error; empty where that is not to be said in a few words."""
+    """How to make a tensor of what is none, as the end of an error; empty where it takes more words."""
     if isinstance(value, Tensor):
         return ""
     dtype, first = getattr(value, "dtype", None), value[0] if isinstance(value, (list, tuple)) and value else None

@@ -80,8 +80,9 @@ def check_name(impl: str) -> None:
 def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
     """The implementation for embeddings x (N, D) and y (M, D) or None.
 
-    An explicit name never falls back. `auto` goes by device and size, it measures nothing: it takes on the CPU `tiled`, on a GPU `fused` up to D = 256 and `tiled` from
-    there on, and the reference where these cannot run. (Of small batches on a GPU, a criterion asks `onchip` first.)
+    An explicit name never falls back. `auto` goes by device and size and measures nothing: it takes on the CPU `tiled`,
+    on a GPU `fused` up to D = 256 and `tiled` from there on, and the reference where these cannot run. (Of small
+    batches on a GPU, a criterion asks `onchip` first.)
 
     Raises:
         ValueError: an unknown name. RuntimeError: a known one that cannot run here, with every reason.
