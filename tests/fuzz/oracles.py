@@ -37,7 +37,9 @@ def total(terms: list[Tensor]) -> Tensor:
 class Pairs:
     """S, D, the lists of positives and negatives, and the case's hyper-parameters as attributes of `o`."""
 
-    def __init__(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, o: dict[str, Any]) -> None:
+    def __init__(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, o: dict[str, Any]
+    ) -> None:
         self.square = y is None
         y, ref_labels = (x, labels) if y is None or ref_labels is None else (y, ref_labels)
         self.x, self.y, self.o, self.n, self.m = x, y, o, x.shape[0], y.shape[0]
@@ -321,7 +323,10 @@ def evaluate(case: Case, given: Batch) -> dict[str, Tensor]:
     y = None if given.y is None else given.y.detach().double()
     if y is not None:
         y.requires_grad_(case.need[1] and case.options.get("refs") == "tensor")
-    o = {k: (float(torch.tensor(v)) if k in case.options.get("learn", ()) and case.dtype != "float64" else v) for k, v in case.options.items()}
+    o = {
+        k: (float(torch.tensor(v)) if k in case.options.get("learn", ()) and case.dtype != "float64" else v)
+        for k, v in case.options.items()
+    }
     unit = o["normalize"]
     p = Pairs(_unit(x) if unit else x, given.labels, y if y is None or not unit else _unit(y), given.ref_labels, o)
     loss = _loss(case, p)
@@ -331,7 +336,11 @@ def evaluate(case: Case, given: Batch) -> dict[str, Tensor]:
         upstream = upstream.float().double()
     for name, t in wanted.items():
         if t is not None and t.requires_grad:
-            g = torch.autograd.grad(loss, t, upstream, allow_unused=True, retain_graph=True)[0] if loss.requires_grad else None
+            g = (
+                torch.autograd.grad(loss, t, upstream, allow_unused=True, retain_graph=True)[0]
+                if loss.requires_grad
+                else None
+            )
             found[name] = torch.zeros_like(t) if g is None else g
     return found
 
