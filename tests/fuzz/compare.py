@@ -2,10 +2,10 @@
 
     |found - truth| <= 2 x (the reference's own error + one rounding of the largest value), row by row
 
-One evaluation's error may be small by chance, so that the reference's is taken over several inputs that are one rounding
-from the case's: every feature is multiplied by 1, 1 + eps or 1 - eps, in all rows alike, so that equal rows stay equal
-and ties stay ties. Where a window or a hinge is decided within that rounding the samples fall on both sides, and the
-row's error is as large as the jump; nothing else is forgiven.
+One evaluation's error may be small by chance, so that the reference's is taken over several inputs that are one
+rounding from the case's: every feature is multiplied by 1, 1 + eps or 1 - eps, in all rows alike, so that equal rows
+stay equal and ties stay ties. Where a window or a hinge is decided within that rounding the samples fall on both sides,
+and the row's error is as large as the jump; nothing else is forgiven.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`CrossBatchMemory` over some batches, against the dense reference with a list of all that has come; `GradCache` against
-a plain step; `pair_weights` against the gradient that it says there is.
+"""`CrossBatchMemory` over some batches, against the dense reference with a list of all that has come; `GradCache`
+against a plain step; `pair_weights` against the gradient that it says there is.
 """
 
 from __future__ import annotations

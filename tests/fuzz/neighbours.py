@@ -22,7 +22,7 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
     name = r.choice(WHAT)
     options = {
         "distance": r.choice(("dot", "euclidean")), "k": r.randint(0, 6), "epsilon": r.choice((0.0, 1.0, 2.5)),
-        "margin": r.choice((0.0, 1.0, 2.5)), "triplets": r.choice(("semihard", "semihard_all", "hard_all", "violating")),
+        "margin": r.choice((0.0, 1.0, 2.5)), "triplets": r.choice(miners.triplet.TRIPLETS),
         "impl": r.choice(("auto", "screened", "reference")), "range": r.choice((1, 2, 30)),
         "shift": r.choice((0, 0, 1000)),
     }  # fmt: skip

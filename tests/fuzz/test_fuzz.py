@@ -1,4 +1,4 @@
-"""A short run of the fuzzer with fixed seeds, the cases that it has found and that are mended, and the fuzzer itself."""
+"""A short run of the fuzzer with fixed seeds, the cases that it has found and are mended, and the fuzzer itself."""
 
 from __future__ import annotations
 
