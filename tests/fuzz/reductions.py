@@ -104,6 +104,10 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
         upstream = torch.randn(row.shape, generator=g, dtype=torch.float64)
         if row.requires_grad:
             loss = loss + torch.where(row.isfinite(), row, 0.0).double() @ upstream
+    found |= {k: torch.zeros_like(t, dtype=torch.float64) for k, t in wanted.items() if k not in ("dx", "dy")}
+    for k, t, need in (("dx", x, case.need[0]), ("dy", y, case.need[1])):
+        if t is not None and need:
+            found[k] = torch.zeros_like(t, dtype=torch.float64)
     if loss.requires_grad:
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, retain_graph=wide)
         for (k, t), grad in zip(wanted.items(), grads, strict=True):
