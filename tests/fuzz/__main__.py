@@ -46,6 +46,7 @@ def session(options: argparse.Namespace) -> int:
             report(case, words, options.no_shrink)
     for kind in sorted(tried):
         sys.stdout.write(f"{kind}: {tried[kind]} cases, {failed[kind]} failed\n")
+    sys.stdout.write(f"all: {tried.total()} cases, {failed.total()} failed\n")
     return int(bool(failed))
 
 

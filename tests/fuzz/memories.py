@@ -115,7 +115,7 @@ def _step(case: Case, given: Batch, cached: bool, wide: bool = False) -> dict[st
 
 def _weights(case: Case, given: Batch) -> str:
     """Of unnormalised dot products: dL/dx = (W + W^T) x, in float64."""
-    criterion = _criterion(case, "auto", True)
+    criterion = _criterion(case, "reference", True)
     criterion.normalize = False
     if criterion.distance != "dot" or case.options.get("form") == "hinge" or case.name in ("FastAPLoss", "AngularLoss"):
         return ""
@@ -123,10 +123,11 @@ def _weights(case: Case, given: Batch) -> str:
     loss = criterion(x, given.labels).sum()
     found = torch.autograd.grad(loss, x)[0] if loss.requires_grad else torch.zeros_like(x)
     w = flashpair.pair_weights(criterion, x.detach(), given.labels)
-    wanted, size = (w + w.T) @ x.detach(), (w + w.T).abs() @ x.detach().abs()
+    wanted, size = (w + w.T) @ x.detach(), (w.abs() + w.T.abs()) @ x.detach().abs()
     if not wanted.isfinite().all():
         return ""
-    off = ((found - wanted).abs() - 1e-9 * size.amax(1, keepdim=True)).amax().item() if x.numel() else 0.0
+    bound = 4 * x.shape[0] * torch.finfo(x.dtype).eps * size.amax(1, keepdim=True)  # of sums of 2 N terms, twice
+    off = ((found - wanted).abs() - bound).amax().item() if x.numel() else 0.0
     return f"weights: gradients are {off:.3g} apart" if off > 0 else ""
 
 

@@ -19,6 +19,7 @@ from .shrink import shrink
 
 pytestmark = needs_extension
 ROOT = Path(__file__).parents[2]
+SEED = 2000000
 
 
 @pytest.mark.parametrize("case", FOUND, ids=str)
@@ -61,16 +62,6 @@ def test_a_case_is_read_as_it_is_written():
 
 def test_command():
     """Cases with fixed seeds, none of which fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz",
-        "--minutes",
-        "0.1",
-        "--seed",
-        "2000000",
-        "--only",
-        "neighbours,memories",
-    ]
+    command = [sys.executable, "-m", "tests.fuzz", "--cases", "150", "--seed", str(SEED)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert "cases, 0 failed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "150 cases, 0 failed" in done.stdout, done.stdout + done.stderr
