@@ -2,10 +2,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+MINUTES ?= 60
+SEED ?= 0
 CSRC := $(shell find csrc -type f -not -path '*/__pycache__/*')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench fuzz sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
@@ -15,6 +17,9 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
+
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff format --check .

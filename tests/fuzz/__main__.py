@@ -19,8 +19,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the same seed gives the same cases")
     parser.add_argument("--only", default=",".join(KINDS), help=f"kinds, of {', '.join(KINDS)}")
-    parser.add_argument("--impls", default="auto,tiled,screened", help="implementations; fused needs TRITON_INTERPRET=1")
+    parser.add_argument(
+        "--impls", default="auto,tiled,screened", help="implementations; fused needs TRITON_INTERPRET=1"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with seeds of its own")
+    parser.add_argument("--cases", type=int, help="so many of them, instead of minutes")
     parser.add_argument("--case", help="one case as a failure's line has it, and nothing else")
     parser.add_argument("--no-shrink", action="store_true", help="print failing cases as they were drawn")
     return parser.parse_args()
@@ -31,7 +34,7 @@ def session(options: argparse.Namespace) -> int:
     tried: collections.Counter[str] = collections.Counter()
     failed: collections.Counter[str] = collections.Counter()
     end, at = time.monotonic() + 60 * options.minutes, options.seed
-    while time.monotonic() < end:
+    while time.monotonic() < end if options.cases is None else at < options.seed + options.cases:
         kind = random.Random(at).choice(kinds)
         case = KINDS[kind].draw(at, impls)
         at += 1
@@ -43,6 +46,7 @@ def session(options: argparse.Namespace) -> int:
             report(case, words, options.no_shrink)
     for kind in sorted(tried):
         sys.stdout.write(f"{kind}: {tried[kind]} cases, {failed[kind]} failed\n")
+    sys.stdout.write(f"all: {tried.total()} cases, {failed.total()} failed\n")
     return int(bool(failed))
 
 

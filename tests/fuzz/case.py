@@ -168,7 +168,9 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return t.T.contiguous().T
     if layout == "sliced":
-        return torch.cat([t.new_full((t.shape[0], 3), 7.0), t, t.new_full((t.shape[0], 2), 7.0)], 1)[:, 3 : 3 + t.shape[1]]
+        return torch.cat([t.new_full((t.shape[0], 3), 7.0), t, t.new_full((t.shape[0], 2), 7.0)], 1)[
+            :, 3 : 3 + t.shape[1]
+        ]
     if layout == "strided":
         return torch.stack([t, torch.full_like(t, 7.0)], 1).flatten(0, 1)[::2]
     return t[:1].expand(t.shape) if layout == "expanded" and t.shape[0] else t.contiguous()

@@ -2,10 +2,10 @@
 
     |found - truth| <= 2 x (the reference's own error + one rounding of the largest value), row by row
 
-One evaluation's error may be small by chance, so that the reference's is taken over several inputs that are one rounding
-from the case's: every feature is multiplied by 1, 1 + eps or 1 - eps, in all rows alike, so that equal rows stay equal
-and ties stay ties. Where a window or a hinge is decided within that rounding the samples fall on both sides, and the
-row's error is as large as the jump; nothing else is forgiven.
+One evaluation's error may be small by chance, so that the reference's is taken over several inputs that are one
+rounding from the case's: every feature is multiplied by 1, 1 + eps or 1 - eps, in all rows alike, so that equal rows
+stay equal and ties stay ties. Where a window or a hinge is decided within that rounding the samples fall on both sides,
+and the row's error is as large as the jump; nothing else is forgiven.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def _largest(t: Tensor) -> Tensor:
     return t.abs().amax(1) if t.shape[1] else t.new_zeros(t.shape[0])
 
 
-def worst(found: Tensor, truth: Tensor, samples: list[Tensor], dtype: torch.dtype, scale: Tensor | None) -> tuple[float, str]:
+def worst(
+    found: Tensor, truth: Tensor, samples: list[Tensor], dtype: torch.dtype, scale: Tensor | None
+) -> tuple[float, str]:
     """The largest share of the bound that a row's error is, with words; infinite where one is finite alone."""
     if found.shape != truth.shape:
         return torch.inf, f"shape {tuple(found.shape)} where it is {tuple(truth.shape)}"
@@ -56,10 +58,16 @@ def worst(found: Tensor, truth: Tensor, samples: list[Tensor], dtype: torch.dtyp
     kept = t.isfinite() & (t.abs() <= limit.max) & s.isfinite().all(0)  # what the precision can hold
     lost = ~f.isfinite() & kept
     if lost.any():
-        return torch.inf, f"not finite in row {int(lost.any(1).nonzero()[0])} where the truth is {t[lost][0].item():.3g}"
+        return (
+            torch.inf,
+            f"not finite in row {int(lost.any(1).nonzero()[0])} where the truth is {t[lost][0].item():.3g}",
+        )
     swallowed = f.isfinite() & ~t.isfinite() & ~s.isfinite().any(0)
     if swallowed.any():
-        return torch.inf, f"{f[swallowed][0].item():.3g} in row {int(swallowed.any(1).nonzero()[0])} where the truth is not finite"
+        return (
+            torch.inf,
+            f"{f[swallowed][0].item():.3g} in row {int(swallowed.any(1).nonzero()[0])} where the truth is not finite",
+        )
     error = _largest(torch.where(kept, f - t, 0.0))
     own = torch.where(kept, s - t, 0.0).abs().amax((0, 2))
     size = _largest(torch.where(kept, t, 0.0))
@@ -77,9 +85,7 @@ def worst(found: Tensor, truth: Tensor, samples: list[Tensor], dtype: torch.dtyp
     return share[row].item(), words
 
 
-def failure(
-    case: Case, given: Batch, found: Results, truth: Results, sample: Callable[[Batch], Results]
-) -> str:
+def failure(case: Case, given: Batch, found: Results, truth: Results, sample: Callable[[Batch], Results]) -> str:
     """Empty, or which of the results is worse than it may be, and by how much."""
     samples = [sample(sampled(case, given, k)) for k in range(FEW)]
     words = _failure(case, given, found, truth, samples)

@@ -22,7 +22,9 @@ def run_loss(case: Case) -> str:
     found = losses.evaluate(case, given, case.impl)
 
     def sample(batch):  # type: ignore[no-untyped-def]
-        return losses.evaluate(case.with_(dtype="float64" if batch.x.dtype == torch.float64 else "float32"), batch, "reference")
+        return losses.evaluate(
+            case.with_(dtype="float64" if batch.x.dtype == torch.float64 else "float32"), batch, "reference"
+        )
 
     truths = {"the reference": losses.evaluate(case, given, "reference", wide=True)}
     if oracles.knows(case, given):

@@ -110,7 +110,9 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
     if r.random() < 0.3 and not of_classes:
         learn = [w for w in LEARNED if isinstance(options.get(w), float)]
         fixed = name in ("SNRContrastiveLoss", "AngularLoss", "TupletMarginLoss", "IntraPairVarianceLoss")
-        options["learn"] = [w for w in learn if r.random() < 0.5 and not fixed and not (name == "MarginLoss" and w == "beta")]
+        options["learn"] = [
+            w for w in learn if r.random() < 0.5 and not fixed and not (name == "MarginLoss" and w == "beta")
+        ]
     if of_classes:
         options["classes"] = r.choice((1, 2, 5, 33))
     else:
@@ -190,11 +192,15 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
                 continue
             found[k] = torch.zeros_like(t, dtype=torch.float64) if g is None else g.detach().double()
         if wide:
-            found |= _scales(case, made, seen, {"dx": x.detach(), **({} if y is None else {"dy": y.detach()})}, loss, upstream)
+            found |= _scales(
+                case, made, seen, {"dx": x.detach(), **({} if y is None else {"dy": y.detach()})}, loss, upstream
+            )
     return found
 
 
-def _scales(case: Case, made: Any, seen: Any, raw: dict[str, Tensor], loss: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+def _scales(
+    case: Case, made: Any, seen: Any, raw: dict[str, Tensor], loss: Tensor, upstream: Tensor
+) -> dict[str, Tensor]:
     w = scales.weights(seen, loss, upstream)
     if w is None:
         return {}

@@ -1,5 +1,5 @@
-"""`CrossBatchMemory` over some batches, against the dense reference with a list of all that has come; `GradCache` against
-a plain step; `pair_weights` against the gradient that it says there is.
+"""`CrossBatchMemory` over some batches, against the dense reference with a list of all that has come; `GradCache`
+against a plain step; `pair_weights` against the gradient that it says there is.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import flashpair
+import flashpair.reference
 from flashpair.reference import ReferencePairs
-from flashpair.similarity import dense_pairs, normalize, poison
+from flashpair.similarity import inverse_norm, normalize, poison
 
-from . import losses
+from . import losses, scales
 from .case import Batch, Case, batch, generator
 from .compare import failure, working
 
@@ -48,7 +49,7 @@ class DensePairs(ReferencePairs):
     """Anchors against themselves, each but for itself, and constants."""
 
     def __init__(self, x: Tensor, labels: Tensor, memory: Tensor, memory_labels: Tensor, distance: str) -> None:
-        z = dense_pairs(x, torch.cat([x, memory]), distance)
+        z = flashpair.reference.dense_pairs(x, torch.cat([x, memory]), distance)
         every = torch.cat([labels, memory_labels])
         super().__init__(z, labels, every, square=False, poison=poison(x, memory))
         other = ~torch.eye(*z.shape, dtype=torch.bool)
@@ -78,10 +79,21 @@ def _last(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[str, 
             own = prepare(a) if prepare is not None else normalize(a) if unit else a
             keep = min(len(held), size - len(a))
             held, held_labels = held[len(held) - keep :], held_labels[len(held_labels) - keep :]
-            loss = criterion.of_pieces(a, names, DensePairs(own, names, held, held_labels, criterion.distance))
+            with scales.watched() as seen:
+                loss = criterion.of_pieces(a, names, DensePairs(own, names, held, held_labels, criterion.distance))
             held, held_labels = torch.cat([held, own.detach()]), torch.cat([held_labels, names])
     upstream = torch.randn(loss.shape, generator=generator(case, "upstream"), dtype=torch.float64).to(loss.dtype)
-    return {"loss": loss.detach().double(), "dx": torch.autograd.grad(loss, a, upstream)[0].double()}
+    grad = (
+        torch.autograd.grad(loss, a, upstream, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
+    )
+    found = {"loss": loss.detach().double(), "dx": torch.zeros_like(a).double() if grad is None else grad.double()}
+    w = scales.weights(seen, loss, upstream) if wide and grad is not None else None
+    if w is not None:
+        of = scales.scales(seen[0], w, {}, criterion.normalize, False, upstream)
+        both = of["dx"] + of["dy"][: len(a)]
+        found["scale dx"] = both * inverse_norm(a.detach())[:, 0] if criterion.normalize else both
+        found["scale loss"] = of["loss"]
+    return found
 
 
 def _step(case: Case, given: Batch, cached: bool, wide: bool = False) -> dict[str, Tensor]:
@@ -89,20 +101,21 @@ def _step(case: Case, given: Batch, cached: bool, wide: bool = False) -> dict[st
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(case.seed)
         encoder = nn.Linear(x.shape[1], 5).to(x.dtype)
-    criterion = _criterion(case, "reference" if wide or not cached else case.impl, wide)
+    criterion = _criterion(case, "reference" if wide else case.impl, wide)
     x = x.detach().requires_grad_()
     if cached:
         loss = flashpair.GradCache(encoder, criterion, micro_batch=case.options["micro_batch"])(x, given.labels)
     else:
         loss = criterion(encoder(x), given.labels)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
     found = {"loss": loss.detach().double(), "dx": x.grad, **{f"d {k}": p.grad for k, p in encoder.named_parameters()}}
     return {k: (torch.zeros_like(x) if g is None else g).double() for k, g in found.items()}
 
 
 def _weights(case: Case, given: Batch) -> str:
     """Of unnormalised dot products: dL/dx = (W + W^T) x, in float64."""
-    criterion = _criterion(case, "auto", True)
+    criterion = _criterion(case, "reference", True)
     criterion.normalize = False
     if criterion.distance != "dot" or case.options.get("form") == "hinge" or case.name in ("FastAPLoss", "AngularLoss"):
         return ""
@@ -110,10 +123,11 @@ def _weights(case: Case, given: Batch) -> str:
     loss = criterion(x, given.labels).sum()
     found = torch.autograd.grad(loss, x)[0] if loss.requires_grad else torch.zeros_like(x)
     w = flashpair.pair_weights(criterion, x.detach(), given.labels)
-    wanted, size = (w + w.T) @ x.detach(), (w + w.T).abs() @ x.detach().abs()
+    wanted, size = (w + w.T) @ x.detach(), (w.abs() + w.T.abs()) @ x.detach().abs()
     if not wanted.isfinite().all():
         return ""
-    off = ((found - wanted).abs() - 1e-9 * size.amax(1, keepdim=True)).amax().item() if x.numel() else 0.0
+    bound = 4 * x.shape[0] * torch.finfo(x.dtype).eps * size.amax(1, keepdim=True)  # of sums of 2 N terms, twice
+    off = ((found - wanted).abs() - bound).amax().item() if x.numel() else 0.0
     return f"weights: gradients are {off:.3g} apart" if off > 0 else ""
 
 

@@ -22,13 +22,18 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
     name = r.choice(WHAT)
     options = {
         "distance": r.choice(("dot", "euclidean")), "k": r.randint(0, 6), "epsilon": r.choice((0.0, 1.0, 2.5)),
-        "margin": r.choice((0.0, 1.0, 2.5)), "triplets": r.choice(("semihard", "semihard_all", "hard_all", "violating")),
+        "margin": r.choice((0.0, 1.0, 2.5)), "triplets": r.choice(miners.triplet.TRIPLETS),
         "impl": r.choice(("auto", "screened", "reference")), "range": r.choice((1, 2, 30)),
         "shift": r.choice((0, 0, 1000)),
     }  # fmt: skip
+    if options["distance"] == "dot":
+        options["shift"] = 0  # so large that float32 holds no sum of them
     shape = draw_shape(r, 129 if name.startswith("Triplet") else 257, r.random() < 0.5)
-    return Case("neighbours", seed, name, options, **{**shape, "d": min(shape["d"], 33)}, labels=r.choice(LABELS),
-                dtype=r.choice(("float32", "float64")), layout=r.choice(LAYOUTS[:4]), threads=r.choice((1, 2)))  # fmt: skip
+    shape["d"] = min(shape["d"], 33)
+    return Case(
+        "neighbours", seed, name, options, **shape, labels=r.choice(LABELS), dtype=r.choice(("float32", "float64")),
+        layout=r.choice(LAYOUTS[:4]), threads=r.choice((1, 2)),
+    )  # fmt: skip
 
 
 def whole_numbers(case: Case) -> Batch:
@@ -100,7 +105,9 @@ def _retrieval(case: Case, given: Batch, z: list[list[int]], more: dict) -> str:
     refs = labels if given.y is None else given.ref_labels.tolist()
     if len(refs) <= (given.y is None):
         return ""
-    found = metrics.query_scores(given.x, given.labels, **more, distance=case.options["distance"], impl=case.options["impl"])
+    found = metrics.query_scores(
+        given.x, given.labels, **more, distance=case.options["distance"], impl=case.options["impl"]
+    )
     for i, row in enumerate(z):
         order = sorted(range(len(row)), key=lambda j, row=row: (row[j] if far else -row[j], j))
         hits = [refs[j] == labels[i] for j in order if given.y is not None or j != i]
@@ -137,5 +144,7 @@ def _wanted(o: dict, d: list[float], p: int, neg: list[int]) -> list[int]:
     if o["triplets"] == "semihard":
         farther = [n for n in neg if d[n] > d[p]]
         return [min(farther, key=lambda n: (d[n], n)) if farther else max(neg, key=lambda n: (d[n], -n))]
-    low, high = {"semihard_all": (0, o["margin"]), "hard_all": (None, 0), "violating": (None, o["margin"])}[o["triplets"]]
+    low, high = {"semihard_all": (0, o["margin"]), "hard_all": (None, 0), "violating": (None, o["margin"])}[
+        o["triplets"]
+    ]
     return [n for n in neg if d[n] - d[p] <= high and (low is None or d[n] - d[p] > low)]

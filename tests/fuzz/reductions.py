@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashpair import Bound, Reduction, row_reduce
 
+from . import scales
 from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator
 from .compare import failure
 
@@ -39,8 +40,9 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
             one[name] = ["bound", r.choice(bounds), r.choice((0.13, -0.13))] if kind == "bound" else kind
         one["detach"] = r.random() < 0.2
         made.append(one)
+    options = {"reductions": made, "distance": r.choice(("dot", "euclidean", "squared_euclidean"))}
     return Case(
-        "reduce", seed, "row_reduce", {"reductions": made, "distance": r.choice(("dot", "euclidean", "squared_euclidean"))},
+        "reduce", seed, "row_reduce", options,
         **draw_shape(r, 513, r.random() < 0.5), dtype=r.choice(("float32", "float64", "float16", "bfloat16")),
         labels=r.choice(LABELS), changes=draw_changes(r, False), layout=r.choice(LAYOUTS[:4]), impl=r.choice(impls),
         threads=r.choice((1, 2)), need=r.choice(([True, True], [True, False], [False, True])),
@@ -54,7 +56,12 @@ def _made(case: Case, given: Batch, dtype: torch.dtype) -> tuple[list[Reduction]
     learn: dict[str, Tensor] = {}
     for k, one in enumerate(case.options["reductions"]):
         options: dict[str, Any] = {w: one[w] for w in ("op", "side", "transform", "detach")}
-        vectors = {w: torch.randn(case.m if w == "ref_offset" and case.m >= 0 else case.n, generator=generator(case, f"{k}{w}")) for w in ("offset", "ref_offset", "lower", "upper")}
+        vectors = {
+            w: torch.randn(
+                case.m if w == "ref_offset" and case.m >= 0 else case.n, generator=generator(case, f"{k}{w}")
+            )
+            for w in ("offset", "ref_offset", "lower", "upper")
+        }
         for w, t in vectors.items():
             kept = case.refs if w == "ref_offset" and case.m >= 0 else case.rows
             vectors[w] = (t if kept is None else t[kept]).to(dtype)
@@ -81,13 +88,14 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
     x, labels, y, ref_labels = given
     if wide:
         x, y = x.double(), None if y is None else y.double()
-    x = x.detach().requires_grad_(case.need[0])
-    y = None if y is None else y.detach().requires_grad_(case.need[1])
+    x = x.detach().requires_grad_(wide or case.need[0])
+    y = None if y is None else y.detach().requires_grad_(wide or case.need[1])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     reductions, learn = _made(case, given, dtype)
-    rows = row_reduce(
-        x, labels, *reductions, ref_emb=y, ref_labels=ref_labels, distance=case.options["distance"], impl=impl
-    )
+    with scales.watched() as seen:
+        rows = row_reduce(
+            x, labels, *reductions, ref_emb=y, ref_labels=ref_labels, distance=case.options["distance"], impl=impl
+        )
     found = {f"row {k}": row.detach().double() for k, row in enumerate(rows)}
     wanted = {k: t for k, t in {"dx": x, "dy": y, **learn}.items() if t is not None and t.requires_grad}
     g = generator(case, "upstream")
@@ -96,14 +104,42 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
         upstream = torch.randn(row.shape, generator=g, dtype=torch.float64)
         if row.requires_grad:
             loss = loss + torch.where(row.isfinite(), row, 0.0).double() @ upstream
+    found |= {k: torch.zeros_like(t, dtype=torch.float64) for k, t in wanted.items() if k not in ("dx", "dy")}
+    for k, t, need in (("dx", x, case.need[0]), ("dy", y, case.need[1])):
+        if t is not None and need:
+            found[k] = torch.zeros_like(t, dtype=torch.float64)
     if loss.requires_grad:
-        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, retain_graph=wide)
         for (k, t), grad in zip(wanted.items(), grads, strict=True):
+            if wide and k in ("dx", "dy") and not case.need[k == "dy"]:
+                continue
             found[k] = torch.zeros_like(t, dtype=torch.float64) if grad is None else grad.double()
+        if wide:
+            found |= _scales(seen, list(rows), loss, y is None)
+    return found
+
+
+def _scales(seen: list[scales.Seen], rows: list[Tensor], loss: Tensor, square: bool) -> dict[str, Tensor]:
+    """What each result is the sum of; of operands the pairs' weights."""
+    w = scales.weights(seen, loss, torch.ones(()))
+    if w is None:
+        return {}
+    found = scales.scales(seen[0], w, {}, False, square, torch.ones(()))
+    found = {f"scale {k}": t for k, t in found.items() if k in ("dx", "dy")}
+    for k, (row, z) in enumerate(zip(rows, seen[0].each, strict=True)):
+        found |= {f"scale offset {k}": w.sum(1), f"scale ref_offset {k}": w.sum(0)}
+        if row.requires_grad:
+            (grad,) = torch.autograd.grad(row, z, torch.ones_like(row), retain_graph=True, allow_unused=True)
+            if grad is not None:
+                found[f"scale row {k}"] = scales.scales(seen[0], grad.abs(), {}, False, square, torch.ones_like(row))[
+                    "loss"
+                ]
     return found
 
 
 def run(case: Case) -> str:
     given = batch(case)
     found = evaluate(case, given, case.impl)
-    return failure(case, given, found, evaluate(case, given, "reference", wide=True), lambda b: evaluate(case, b, "reference"))
+    return failure(
+        case, given, found, evaluate(case, given, "reference", wide=True), lambda b: evaluate(case, b, "reference")
+    )

@@ -1,7 +1,7 @@
 """How large the terms are that a result is the sum of: one rounding of them is what a sum that cancels may be off by.
 
-To first order a loss is what its pairs' weights W_ij = dL/dz_ij make of the similarities z_ij, and its gradient the sum of
-W_ij dz_ij/dx_i. The dense reference's own z, seen on its way, has both.
+To first order a loss is what its pairs' weights W_ij = dL/dz_ij make of the similarities z_ij, and its gradient the sum
+of W_ij dz_ij/dx_i. The dense reference's own z, seen on its way, has both.
 """
 
 from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Cases that failed and are mended, as the fuzzer printed them, by what was wrong."""
+
+FOUND: dict[str, str] = {}
