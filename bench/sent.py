@@ -93,11 +93,11 @@ def counted() -> Iterator[Sent]:
 
 # Of each pass of a loss over the references, forward and backward: how many numbers of an anchor go along with its row,
 # and how many are found for it elsewhere and come home. Multi-Similarity's windows are vectors; of NT-Xent the first
-# logsumexp is the second pass's offset, whose gradient comes home.
+# logsumexp is the second pass's offset, whose gradient comes home. A logsumexp is three numbers: schedule.tops.
 PASSES = {
-    "ms": (((0, 1), (2, 2), (1, 1)), ((6, 0),)),
-    "ms_weighting": (((0, 2),), ((4, 0),)),
-    "ntxent": (((0, 1), (1, 1)), ((3, 1), (2, 0))),
+    "ms": (((0, 1), (2, 4), (1, 3)), ((10, 0),)),
+    "ms_weighting": (((0, 6),), ((8, 0),)),
+    "ntxent": (((0, 3), (1, 1)), ((3, 1), (4, 0))),
 }
 
 

@@ -34,6 +34,7 @@ from .schedule import (
     accumulator,
     merge_logsumexp,
     num_rows,
+    solid,
     stages,
     tops,
 )
@@ -162,7 +163,7 @@ class Job(NamedTuple):
         need: Sequence[bool], live: tiled.Kept | None,
     ) -> Gradients:  # fmt: skip
         places = None if winner is None else places_of(winner, p.order)
-        rows = [row.contiguous() for row in grads]
+        rows = [solid(row) for row in grads]
         if p.split:
             if places is not None:  # the own group's rows are no references here
                 second = torch.arange(places.shape[1], device=places.device) >= p.split

@@ -69,8 +69,8 @@ class Queue:
     def __init__(self, size: int, width: int, dtype: torch.dtype) -> None:
         self.size, self.width, self.segment = size, width, SEGMENT
         self.count = self.length = 0
-        nothing = torch.zeros(0, dtype=torch.int64)
-        self.late = self.empty = Segment(torch.zeros(0, width, dtype=dtype), nothing, nothing)
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.late = self.empty = Segment(torch.zeros(0, width, dtype=dtype, device="cpu"), nothing, nothing)
         self.segments = [self.empty] * -(-size // self.segment)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -121,7 +121,11 @@ def softplus(t: Tensor) -> Tensor:
 def masked_logsumexp(t: Tensor, mask: Tensor) -> Tensor:  # (N, M), (N, M) -> (N,)
     """logsumexp of a row's entries under the mask, -inf with gradient 0 where there are none."""
     empty = ~mask.any(1)
-    kept = t.masked_fill(~mask, -torch.inf).masked_fill(
-        empty[:, None], 0.0
-    )  # where of two numbers has the default dtype
-    return torch.logsumexp(kept, 1).masked_fill(empty, -torch.inf)
+    if t.shape[1] == 0:
+        return t.sum(1) - torch.inf
+    # masked_fill, as where of two numbers has the default dtype
+    kept = t.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0.0)
+    # Relative to the largest term in backward, too: at 1e20 logsumexp's own value has no digits left for a tie's log 2.
+    top = kept.detach().amax(1)
+    top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+    return (top + (kept - top[:, None]).exp().sum(1).log()).masked_fill(empty, -torch.inf)

@@ -230,7 +230,8 @@ class Criterion(nn.Module):
 
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
         """The loss of embeddings whose pairs come in pieces."""
-        return reduce_losses(self.row_losses(pairs), self.reduction, pairs, self.regularizer(x, labels, None, None))
+        loss = reduce_losses(self.row_losses(pairs), self.reduction, pairs, self.regularizer(x, labels, None, None))
+        return loss + self._bad(x, None).to(loss.dtype)
 
     def _by_rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str

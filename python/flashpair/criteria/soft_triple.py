@@ -149,9 +149,8 @@ class _Chunked(torch.autograd.Function):
         own, neg = x.new_zeros(x.shape[0]), x.new_full(x.shape[:1], -torch.inf)
         for chunk in _chunks(x, weight, labels, gamma, bounded):
             mine = chunk.mean.gather(1, chunk.column)
-            own = (
-                own + torch.where(chunk.inside, mine, 0.0)[:, 0]
-            )  # not in place: torch.compile would lose its gradient
+            # not in place: torch.compile of torch 2.11 would lose its gradient
+            own = own + torch.where(chunk.inside, mine, 0.0)[:, 0]
             logits = (la * chunk.mean).scatter(1, chunk.column, torch.where(chunk.inside, -torch.inf, la * mine))
             neg = torch.logaddexp(neg, torch.logsumexp(logits, 1))
         ctx.la, ctx.gamma, ctx.bounded = la, gamma, bounded
