@@ -1,7 +1,8 @@
-"""What torch has loaded that the compiled kernels use too: its BLAS and its OpenMP threads.
+"""What torch has loaded that the compiled kernels use too: its OpenMP threads, and its BLAS.
 
-A BLAS of our own would be slower, and a second OpenMP runtime worse than none: its threads spin beside torch's, which
-doubles the time on 2 cores. Whatever is not found has a substitute in csrc/cpu/runtime.h.
+A second OpenMP runtime would be worse than none: its threads spin beside torch's, which doubles the time on 2 cores. The
+BLAS multiplies weights by embeddings where the kernels' own vectors are narrow (no AVX2); similarities are always the
+kernels' own, whose bits do not hang on where a pair stands (csrc/cpu/products.h). What is not found has a substitute.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`tiled` on the CPU: a vendor product into a tile that stays in cache, one fused C++ epilogue over it, in parallel.
+"""`tiled` on the CPU: products of a tile that stays in cache, one fused C++ epilogue over it, in parallel.
 
 Computes: the row reductions of an N x M problem, or of two groups of anchors with each other, and their gradients;
 csrc/cpu/pass.h is the loop over tiles.

@@ -23,7 +23,8 @@ class TripletMarginLoss(Criterion):
 
     ``triplets="all"``: every triplet; ``"hard"``: of each anchor its farthest positive and nearest negative;
     ``"semihard"``: of each positive pair the nearest negative that is farther than the positive, or the farthest one
-    if none is (TensorFlow Addons'); ``"semihard_all"``: every triplet with 0 < D_an - D_ap <= margin.
+    if none is (TensorFlow Addons'); ``"semihard_all"``: every triplet with 0 < D_an - D_ap <= margin. Both compare
+    strictly, and rows that are equal are equally far: a negative that is an exact copy of the positive is not farther.
 
     Args:
         margin: a number or a learnable tensor ().
