@@ -192,7 +192,7 @@ def test_rows_that_eager_moves_over_a_threshold_are_forgiven(monkeypatch):
         return call
 
     monkeypatch.setattr(check, "criterion", moved)
-    monkeypatch.setattr(check.torch.Tensor, "quantile", lambda errors, q: errors.median())  # of 96, 99 % are 95
+    monkeypatch.setattr(check.torch.Tensor, "quantile", lambda errors, q: errors.sort().values[88])  # seven are moved
     monkeypatch.setattr(check, "ORDERS", 1)
     truth = check.find_truth(case, batch)
     assert truth.forgiven == pytest.approx(2 * 3 / 96)

@@ -138,5 +138,5 @@ def test_a_smaller_batch_leaves_room_for_a_larger_one(chip):
 def test_largest_batch():
     h200 = onchip.Limits(132, 227 * 1024, True)
     assert onchip.largest_batch(128, h200) == 2112  # sixteen rows on each of 132 multiprocessors
-    assert onchip.largest_batch(1024, h200) == 2080
+    assert onchip.largest_batch(1024, h200) == 2076
     assert onchip.largest_batch(128, onchip.Limits(132, 99 * 1024, True)) == 1156

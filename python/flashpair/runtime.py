@@ -1,8 +1,8 @@
 """What torch has loaded that the compiled kernels use too: its OpenMP threads, and its BLAS.
 
-A second OpenMP runtime would be worse than none: its threads spin beside torch's, which doubles the time on 2 cores. The
-BLAS multiplies weights by embeddings where the kernels' own vectors are narrow (no AVX2); similarities are always the
-kernels' own, whose bits do not hang on where a pair stands (csrc/cpu/products.h). What is not found has a substitute.
+A second OpenMP runtime would be worse than none: its threads spin beside torch's, which doubles the time on 2 cores.
+The BLAS multiplies weights by embeddings where the kernels' own vectors are narrow (no AVX2). Similarities are always
+the kernels' own, whose bits do not hang on where a pair stands (csrc/cpu/products.h). What is not found has a stand-in.
 """
 
 from __future__ import annotations
