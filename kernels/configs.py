@@ -55,7 +55,6 @@ _WIDE = Config(128, 32, 32, 64, (8, 2), (8, 2))
 _NARROW = Config(64, 32, 32, 64, (4, 1), (4, 1))
 _DEEP = Config(64, 32, 32, 64, (8, 2), (8, 2))
 _EIGHT = Config(32, 32, 32, 64, (8, 1), (8, 1))
-_PLAIN = Config(64, 32, 32, 64, (8, 1), (8, 1))
 _TESTED = Config(64, 32, 64, 64, (4, 1), (4, 1))
 
 # (family, dtype): rows of (largest D, Config). These are the largest tiles that need no stack (tests/test_aot.py);
@@ -73,21 +72,21 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (ANY, _SMALLEST),
     ],
     (AMPERE, _SINGLE): [(256, Config(128, 16, 32, 64, (8, 2), (8, 2))), (ANY, _EIGHT)],
-    (AMPERE, _DOUBLE): [(256, _SLIM), (ANY, _TINY)],
+    (AMPERE, _DOUBLE): [(256, _SLIM), (ANY, _TINY._replace(depth=64))],
     (HOPPER, _HALF): [
         (128, Config(128, 64, 128, 128, (8, 3), (8, 3))),
-        (256, Config(128, 32, 256, 256, (8, 2), (8, 2))),
+        (256, Config(128, 32, 128, 128, (8, 2), (8, 2))),
         (ANY, _DEEP),
     ],
     (HOPPER, torch.float16): [
-        (128, Config(128, 64, 128, 128, (8, 1), (8, 1))),
+        (128, Config(128, 32, 128, 128, (8, 1), (8, 1))),
         (256, Config(128, 64, 64, 128, (8, 1), (8, 1))),
         (ANY, _DEEP),
     ],
-    (HOPPER, _SINGLE): [(64, _WIDE), (256, Config(64, 32, 32, 128, (8, 2), (8, 2))), (ANY, _PLAIN)],
+    (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _SMALLEST)],
     (HOPPER, _DOUBLE): [(ANY, _TINY)],
     (BLACKWELL, _HALF): [
-        (128, Config(128, 64, 128, 128, (8, 3), (8, 3))),
+        (128, Config(128, 32, 128, 128, (8, 3), (8, 3))),
         (256, Config(128, 64, 256, 256, (8, 2), (8, 2))),
         (ANY, _NARROW),
     ],
@@ -97,11 +96,15 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (ANY, _NARROW),
     ],
     (BLACKWELL, _SINGLE): [(32, _NARROW), (256, Config(128, 32, 32, 128, (8, 2), (8, 2))), (ANY, _DEEP)],
-    (BLACKWELL, _DOUBLE): [(64, _SLIM._replace(depth=64, slab=64)), (256, _SLIM), (ANY, _TINY)],
+    (BLACKWELL, _DOUBLE): [
+        (64, _SLIM._replace(depth=64, slab=64)),
+        (256, _SLIM._replace(backward=(8, 1))),
+        (ANY, _TINY),
+    ],
     (SMALL, _HALF): [
         (128, Config(128, 32, 64, 128, (8, 3), (8, 3))),
         (256, Config(64, 32, 64, 128, (4, 2), (4, 2))),
-        (ANY, _DEEP),
+        (ANY, _DEEP._replace(depth=64)),
     ],
     (SMALL, torch.float16): [(32, _SMALLEST), (256, Config(64, 32, 64, 64, (4, 1), (4, 1))), (ANY, _DEEP)],
     (SMALL, _SINGLE): [(32, _NARROW), (256, _WIDE), (ANY, _EIGHT)],

@@ -22,7 +22,7 @@ def compilers():
 def test_a_named_compiler_that_is_missing_is_an_error(compilers, monkeypatch):
     monkeypatch.delenv("FLASHPAIR_PURE_PYTHON", raising=False)
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
-    with pytest.raises(RuntimeError, match="CXX must be .* got 'no-such-compiler -m64', which is not found"):
+    with pytest.raises(RuntimeError, match=r"CXX must be .* got 'no-such-compiler -m64', which is not found"):
         compilers.cpp()
     monkeypatch.setenv("FLASHPAIR_PURE_PYTHON", "1")
     assert compilers.cpp()[1]["reason"] == "FLASHPAIR_PURE_PYTHON is set"

@@ -63,6 +63,8 @@ def launch(sanitizer, criterion, x, labels, y=None, ref_labels=None, *, rows, sk
 def problem(references):
     x, labels = batch(11, 6, 3, torch.float64)
     y, ref_labels = batch(9, 6, 3, torch.float64, seed=1)
+    step = torch.randn(3, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 100
+    x[2:5], y[2:5] = x[:3] + step, x[:3] - step  # close pairs, whose gradient takes steps of its own
     return (x, labels, y, ref_labels) if references else (x, labels)
 
 

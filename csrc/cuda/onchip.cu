@@ -69,19 +69,16 @@ __device__ T apart(const T* a, const T* b, int width) {
   return sum;
 }
 
-// sum_j w_j (y_j - x) of a row's close pairs, by one warp, into `out` (d,); their weights become 0.
+// sum_j w_j (y_j - x) of a row's close pairs, by one warp, into `out` (d,).
 template <class T>
-__device__ void add_close(T* weights, const unsigned char* sides, int stride, const T* x, const T* others, int width,
-                          int d, int lane, T* out) {
+__device__ void add_close(const T* weights, const unsigned char* sides, int stride, const T* x, const T* others,
+                          int width, int d, int lane, T* out) {
   for (int k = lane; k < d; k += LANES) {
     T sum = 0;
     for (int j = 0; j < stride; ++j)
       if (sides[j] & CLOSE) sum += weights[j] * (others[size_t(j) * width + k] - x[k]);
     out[k] = sum;
   }
-  warp_sum(T(0));  // all lanes have read the weights
-  for (int j = lane; j < stride; j += LANES)
-    if (sides[j] & CLOSE) weights[j] = 0;
 }
 
 // Phase 2 behind the product: z, where it is a distance, and who is what to whom. (ROWS, stride), padding is no pair.
@@ -282,7 +279,12 @@ __global__ void __launch_bounds__(THREADS, 1)
   for (int r = warp; job.euclidean && r < count; r += WARPS)
     add_close(z + r * stride, sides + r * stride, stride, own.rows + size_t(first + r) * width, others.rows, width,
               job.d, lane, out + size_t(first + r) * job.d);
-  if (job.euclidean) __syncthreads();
+  if (job.euclidean) {  // close pairs have had their part
+    __syncthreads();
+    for (int at = threadIdx.x; at < count * stride; at += THREADS)
+      if (sides[at] & CLOSE) z[at] = 0;
+    __syncthreads();
+  }
   product<T, ROWS>(z, others.rows, stride, width, groups_of(width, stride), mine);
   for (int r = warp; r < count; r += WARPS) {
     T pull = 0, along = 0;

@@ -157,7 +157,7 @@ class Work:
     @property
     def narrow(self) -> int:
         """Columns of a tile where there is more to compute of a pair, which takes more registers."""
-        return max(16, self.config.cols // 2)
+        return max(16, self.config.cols // (2 if self.p.distance == "dot" else 4))
 
     def blocks(self, rows: int) -> int:
         return -(-rows // self.config.rows)

@@ -231,7 +231,7 @@ class Criterion(nn.Module):
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
         """The loss of embeddings whose pairs come in pieces."""
         loss = reduce_losses(self.row_losses(pairs), self.reduction, pairs, self.regularizer(x, labels, None, None))
-        return loss + self._bad(x, None).to(loss.dtype)
+        return loss + self.not_finite(x, None).to(loss.dtype)
 
     def _by_rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
@@ -239,9 +239,9 @@ class Criterion(nn.Module):
         rows, pairs = self.rows(x, labels, y, ref_labels, impl)
         checked_rows(rows, type(self).__name__)
         loss = reduce_losses(rows, self.reduction, pairs, extra)
-        return loss + self._bad(x, y).to(loss.dtype)
+        return loss + self.not_finite(x, y).to(loss.dtype)
 
-    def _bad(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
         """0, or NaN where an embedding or reference is not finite, also where no row has a loss to show it."""
         return poison(x, y)
 

@@ -49,7 +49,7 @@ class ClassCriterion(Criterion):
             return proxy_pairs(self.weight, x, labels, self.normalize, impl)
         return class_pairs(x, labels, self.weight, self.normalize, impl)
 
-    def _bad(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
         return poison(x, self.weight)
 
     def refuses_parts(self) -> str | None:

@@ -146,13 +146,16 @@ class SNRContrastiveLoss(Criterion):
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         noise = pairs.squares()  # (N,) |x_i - mean|^2, in whose units the margins are
         varies = noise > 0
-        least, most = noise * self.pos_margin, noise * self.neg_margin
+        # What is over its margin by no more than rounding has no loss: a batch's and its processes' squared norms round
+        # apart. So do equal rows' means.
+        slack = 8 * torch.finfo(noise.dtype).eps
+        least, most = noise * (self.pos_margin * (1 + slack)), noise * (self.neg_margin * (1 - slack))
         positives = Reduction("sum", "positives", "hinge", offset=-least)
         negatives = Reduction("sum", "negatives", "hinge", scale=-1.0, offset=most)
         limits: tuple[Reduction, ...] = ()
         if self.reduction == "nonzero":
             limits = (
-                Reduction("count", "positives", lower=least.detach()),
+                Reduction("count", "positives", lower=torch.maximum(least, noise * (8 * slack) ** 2).detach()),
                 Reduction("count", "negatives", upper=most.detach()),
             )
         unit = torch.where(varies, 1 / torch.where(varies, noise, 1.0), 0.0)

@@ -180,7 +180,8 @@ class GlobalCriterion(nn.Module):
 
         def share(x: Tensor, y: Tensor | None, *values: Tensor) -> Tensor:
             found, _, extra = rows(x, y, *values)
-            return share_of(found, self.criterion.reduction, extra, ranks)
+            loss = share_of(found, self.criterion.reduction, extra, ranks)
+            return loss + self.criterion.not_finite(x, y).to(loss.dtype)
 
         values = [place.get() for place in learned]
         if self.criterion.reduction == "none":
@@ -189,6 +190,7 @@ class GlobalCriterion(nn.Module):
             with kept():
                 found, pairs, extra = rows(x, y, *values)
                 losses = with_extra(found, "none", extra)[0].losses
+                losses = losses + ranks.sum(self.criterion.not_finite(x, y).to(losses.dtype))
                 return losses if pairs is None else pairs.restore(losses)
         loss: Tensor = AtOnce.apply(ranks, share, needs, x, y, *values)
         return loss
