@@ -55,6 +55,7 @@ _WIDE = Config(128, 32, 32, 64, (8, 2), (8, 2))
 _NARROW = Config(64, 32, 32, 64, (4, 1), (4, 1))
 _DEEP = Config(64, 32, 32, 64, (8, 2), (8, 2))
 _EIGHT = Config(32, 32, 32, 64, (8, 1), (8, 1))
+_PLAIN = Config(64, 32, 32, 64, (8, 1), (8, 1))
 _TESTED = Config(64, 32, 64, 64, (4, 1), (4, 1))
 
 # (family, dtype): rows of (largest D, Config). These are the largest tiles that need no stack (tests/test_aot.py);
@@ -83,10 +84,10 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (256, Config(128, 64, 64, 128, (8, 1), (8, 1))),
         (ANY, _DEEP),
     ],
-    (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _SMALLEST)],
+    (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _PLAIN)],
     (HOPPER, _DOUBLE): [(ANY, _TINY)],
     (BLACKWELL, _HALF): [
-        (128, Config(128, 32, 128, 128, (8, 3), (8, 3))),
+        (128, Config(128, 64, 128, 128, (8, 3), (8, 1))),
         (256, Config(128, 64, 256, 256, (8, 2), (8, 2))),
         (ANY, _NARROW),
     ],
@@ -138,6 +139,12 @@ def choose(family: str, dtype: torch.dtype, d: int) -> Config:
     """The row for that D, its depth and slab no larger than D needs."""
     config = next(c for largest, c in TABLE[family, dtype] if d <= largest)
     return config._replace(depth=min(config.depth, power_of_two(d)), slab=min(config.slab, power_of_two(d)))
+
+
+def of_distances(config: Config) -> Config:
+    """The same for Euclidean distances, some of which are taken twice: warps that share 64 rows would need a stack."""
+    few = config.rows == 64 and config.forward[0] == 8
+    return config._replace(forward=(4, 1), backward=(4, 1)) if few else config
 
 
 def screen(family: str, d: int) -> Screen:

@@ -128,6 +128,8 @@ class Work:
         self.m = p.refs.shape[0]
         self.device, self.dtype = p.x.device, accumulator(p.x.dtype)
         self.config = configs.choose(configs.family(self.device), p.x.dtype, self.d)
+        if p.distance != "dot":
+            self.config = configs.of_distances(self.config)
         c = self.config
         self.slabs = -(-self.d // c.slab)
         self.squares = p.row_and_ref_squares()
