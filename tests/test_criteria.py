@@ -231,6 +231,42 @@ def test_without_max_positives_a_whole_graph_is_refused_and_a_broken_one_is_righ
 
 
 @needs_extension
+@pytest.mark.parametrize("refs", [False, True])
+@pytest.mark.parametrize("name", WANTS_MAX_POSITIVES)
+def test_positives_of_several_blocks(name, refs, monkeypatch):
+    """Rows of one class have more positives, and steps, than losses take at a time."""
+    monkeypatch.setattr("flashpair.pairs.PLACES", 4)
+    monkeypatch.setattr("flashpair.pairs.STEPS", 2)
+    criterion, reference = (made(name, 8, impl=impl) for impl in ("tiled", "reference"))
+    n = 10
+    (x, labels), (y, ref_labels) = (batch(2 * n + 5 * k, 8, n, torch.float64, seed=k) for k in (0, 1))
+    labels[-4:] = 9
+    if refs and not criterion.takes_references:
+        pytest.skip("defined within a batch")
+    given = {"ref_emb": y, "ref_labels": ref_labels} if refs else {}
+    wanted = [x.requires_grad_(), y.requires_grad_()][: 1 + refs]
+    truth = reference(x, labels, **given)
+    (truth, *slopes) = truth, *torch.autograd.grad(truth, wanted)
+    assert all(slope.norm() > 0 for slope in slopes)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    for most, call in ((None, criterion), (n + 7, criterion), (n + 7, compiled)):
+        criterion.max_positives = most
+        loss = call(x, labels, **given)
+        for found, right in zip((loss, *torch.autograd.grad(loss, wanted)), (truth, *slopes), strict=True):
+            assert_same(found, right)
+
+
+@needs_extension
+def test_second_derivatives_through_several_blocks(monkeypatch):
+    monkeypatch.setattr("flashpair.pairs.PLACES", 2)
+    x, labels = batch(12, 3, 6, torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda x: flashpair.TripletMarginLoss(2.0, smooth=True, reduction="sum", impl="tiled")(x, labels),
+        x.requires_grad_(),
+    )
+
+
+@needs_extension
 def test_compiles_with_references_learnable_values_and_changing_sizes():
     criterion = flashpair.MultiSimilarityLoss(alpha=nn.Parameter(torch.tensor(2.0)), impl="tiled")
     compiled = torch.compile(criterion, fullgraph=True, dynamic=True)

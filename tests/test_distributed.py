@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import needs_extension
-from helpers import CRITERIA, REFERENCE_CRITERIA
-from ranks_cases import BATCHES, SCHEDULES, WORLDS, Call, assert_as_one, clustered, towers
+from helpers import CRITERIA, REFERENCE_CRITERIA, batch
+from ranks_cases import BATCHES, SCHEDULES, WORLDS, Call, D, Shared, assert_as_one, clustered, towers
+
+from flashpair.positives import PLACES, STEPS
 
 pytestmark = needs_extension
 every_world = pytest.mark.parametrize("world", WORLDS)
@@ -54,6 +57,18 @@ def test_schedules_and_gradients_are_the_same_with_each_other(team, world, sched
 @pytest.mark.parametrize("name", REFERENCE_CRITERIA)
 def test_two_towers(team, world, name):
     assert_as_one(team, calls(name, towers(world), ["none", "mean_valid"] if world == 3 else ["none"]))
+
+
+@pytest.mark.parametrize("world", [2])
+def test_more_positives_than_a_loss_takes_at_a_time(team, world):
+    few, many = 2 * STEPS + 5, PLACES + 5
+    small = Shared(*batch(few, D, few, torch.float64), [few // 2, few - few // 2])
+    large = Shared(*batch(2 * many, D, many, torch.float64), [many - 40, many + 40])
+    assert_as_one(
+        team, [call for name in ("AngularLoss", "AngularLoss(form='hinge')") for call in calls(name, small, [])]
+    )
+    triplets = ("TripletMarginLoss", "TripletMarginLoss(triplets='semihard')")
+    assert_as_one(team, [call for name in triplets for call in calls(name, large, ["none"])])
 
 
 @pytest.mark.parametrize("world", [3])

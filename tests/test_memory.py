@@ -6,6 +6,8 @@ import peaks
 import pytest
 from conftest import needs_extension
 
+from flashpair import positives
+
 pytestmark = [needs_extension, peaks.only_linux]
 
 SCRIPT = """
@@ -56,6 +58,28 @@ def test_peak_by_formula(loss, n, m, d):
     assert bound(n, m, d) < pairs / 3, "the sizes must tell the formula from a dense matrix"
     for phase, peak in zip(("forward", "backward"), found, strict=True):
         assert peak <= bound(n, m, d), f"{phase}: {peak:,} bytes over {bound(n, m, d):,}"
+
+
+FEW_CLASSES = """
+n, criterion = int(sys.argv[1]), eval("flashpair." + sys.argv[2])
+torch.set_num_threads(2)
+def step(n):
+    x = torch.randn(n, 32, requires_grad=True)
+    criterion(x, torch.arange(n) % 2).backward()
+step(300)
+print(peak_of(lambda: step(n)).extra)
+"""
+
+
+@pytest.mark.parametrize("loss", ["TripletMarginLoss()", "AngularLoss(form='hinge')"])
+def test_positives_by_the_thousand(loss):
+    """Of two classes each row has N / 2 positives, and a triplet loss some ten numbers for each: a block of them is
+    there at a time."""
+    n, d = 1600, 32
+    room = bound(n, 0, d) + 16 * 4 * positives.PLACES * n
+    assert room < 10 * 4 * n * (n / 2) / 2
+    (peak,) = peaks.printed(FEW_CLASSES, n, loss)
+    assert peak <= room, f"{peak:,} bytes over {room:,}"
 
 
 CLASSES = """

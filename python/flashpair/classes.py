@@ -99,8 +99,8 @@ class StreamedPairs(Pairs):
         assert isinstance(found, Pairs)
         return found
 
-    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        return self.whole.positives(most)
+    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
+        return self.whole.positives(most, block)
 
     def num_positives(self) -> Tensor:
         if not self.proxies:

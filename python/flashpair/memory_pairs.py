@@ -66,10 +66,11 @@ class MemoryPairs(PiecedPairs):
         super().__init__(x, walk.order, walk, True, distance, impl)
         self.screens = not named and x.device.type == "cpu"
 
-    def positive_places(self, most: int) -> Tensor:
+    def positive_places(self, block: range) -> Tensor:
         labels, n = self.labels, self.labels.shape[0]
-        k, rank = torch.arange(most, device=labels.device), torch.arange(n, device=labels.device)
-        found, before = torch.full((n, most), -1, device=k.device), torch.zeros_like(labels)
+        k = torch.arange(block.start, block.stop, device=labels.device)
+        rank = torch.arange(n, device=labels.device)
+        found, before = torch.full((n, len(block)), -1, device=k.device), torch.zeros_like(labels)
         for part, (others, order) in enumerate(self.walk.parts()):
             lo, hi = span(others, labels)
             own = int(part == 0)  # of its class in the batch one is the anchor itself

@@ -15,7 +15,7 @@ from .dispatch import choose, native
 from .drawn import Drawn, draw
 from .ops import RowReduce, Spec, encode
 from .plan import Plan, make_plan, one_to_one
-from .positives import positive_pairs
+from .positives import PLACES, STEPS, cut, positive_pairs
 from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
 from .reference import ReferencePairs, pad_positives, partners
 from .references import Ordered, owner
@@ -156,24 +156,29 @@ class Pairs:
             raise RuntimeError("max_positives must be given for one compiled graph, got None")
         return max(1, int(self.num_positives().amax())) if self.x.shape[0] else 1
 
-    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+    def positive_blocks(self, most: int) -> list[range]:
+        """K = `most` places in blocks of which `positives` needs memory linear in N."""
+        return cut(range(most), PLACES)
+
+    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
         """z of each row's positives (N, K), 0 where a row has fewer, and where there are any (N, K) bool.
 
         most: K; by default the most that a row has, at least 1, for which the host waits. A row with more is NaN.
+        block: these of the K places only.
         """
         wide = accumulator(self.x.dtype)
         x, y, p = self.x.to(wide), self.refs.to(wide), self.plan
-        k = torch.arange(self.most_positives(most), device=x.device)
-        at = p.lo[:, None] + k
+        block = range(self.most_positives(most)) if block is None else block
+        at = p.lo[:, None] + torch.arange(block.start, block.stop, device=x.device)
         if self.square:
             at = at + (at >= torch.arange(x.shape[0], device=x.device)[:, None])
         at = at.clamp(max=max(y.shape[0] - 1, 0))
         z = positive_pairs(x, y, at, self.distance)
-        return pad_positives(z, self.num_positives(), poison(self.x, self.y))
+        return pad_positives(z, self.num_positives(), poison(self.x, self.y), most, block.start)
 
-    def sum_steps(self, most: int) -> range:
-        """The steps of `sums` that visit every pair of rows that have up to `most` positives."""
-        return range(1, (most + 1) // 2 + 1)
+    def sum_blocks(self, most: int) -> list[range]:
+        """The steps of `sums` that visit every pair of rows that have up to `most` positives, a few at a time."""
+        return cut(range(1, (most + 1) // 2 + 1), STEPS)
 
     def at_both_ends(self, values: Tensor, other: Tensor, first: Tensor) -> Tensor:
         """Values (N,) of the unordered pairs of `sums`, where `first`, at the pair's other end, row `other`, too."""

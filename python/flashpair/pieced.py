@@ -107,20 +107,25 @@ class PiecedPairs(Pairs):
         """Of a square problem: where each anchor stands among all references in the order of their labels (N,)."""
         return places_of(self.walk.order, self.walk.known()[1])
 
-    def positive_places(self, most: int) -> Tensor:
+    def positive_places(self, block: range) -> Tensor:
         """Where each anchor's positives stand among all references (N, K); beyond them anywhere, or -1."""
         labels, order = self.walk.known()
         lo = torch.searchsorted(labels, self.labels)
-        at = lo[:, None] + torch.arange(most, device=lo.device)
+        at = lo[:, None] + torch.arange(block.start, block.stop, device=lo.device)
         if self.square:
             at = at + (at >= self.own_places()[:, None])
         count = order.shape[0]
         return order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
 
-    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
-        x, wanted = self.x.to(self.dtype), self.positive_places(self.most_positives(most))
-        z = Fetched.apply(self.walk.singly(), x, self.shared_refs(), wanted, self.distance)
-        return pad_positives(z, self.num_positives(), poison(self.x, None) if self.poison is None else self.poison)
+    def positive_blocks(self, most: int) -> list[range]:
+        """All K = `most` places at once, as each block would fetch every piece again."""
+        return [range(most)]
+
+    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
+        x, block = self.x.to(self.dtype), range(self.most_positives(most)) if block is None else block
+        z = Fetched.apply(self.walk.singly(), x, self.shared_refs(), self.positive_places(block), self.distance)
+        bad = poison(self.x, None) if self.poison is None else self.poison
+        return pad_positives(z, self.num_positives(), bad, most, block.start)
 
     def shared_refs(self) -> Tensor | None:
         """This process's references (M, D), of a square problem its anchors, for a walk that takes them one way."""

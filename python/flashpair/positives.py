@@ -11,6 +11,14 @@ from . import extension, tiled
 from .rows import plain
 from .similarity import listed_pairs
 
+PLACES = 128  # of the list of positives at a time; losses keep some ten numbers for each
+STEPS = 8  # of `Pairs.sums` at a time; each has N rows of its own
+
+
+def cut(places: range, size: int) -> list[range]:
+    """In blocks of `size`; the last may be shorter."""
+    return [places[k : k + size] for k in range(0, len(places), size)]
+
 
 def listed_similarities(x: Tensor, y: Tensor, at: Tensor, distance: str) -> Tensor:
     """z (N, K) of rows x_i (N, D) and y_j (M, D), j = at[i, k] (N, K) int64. On the CPU the bits that `tiled` has for

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .drawn import Drawn, draw
+from .positives import STEPS, cut
 from .reduction import BUILT_IN, Reduction, bound_places
 from .rows import plain
 from .similarity import dense_pairs, logaddexp, masked_logsumexp, normalize, poison, softplus
@@ -147,16 +148,24 @@ class ReferencePairs:
         """z_kk of a rectangular problem whose rows and references belong together one by one."""
         return self.z.diagonal() + self.poison
 
-    def positives(self, most: int | None = None) -> tuple[Tensor, Tensor]:
+    def positive_blocks(self, most: int) -> list[range]:
+        """All K = `most` places at once."""
+        return [range(most)]
+
+    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
         """z of each row's positives (N, K), 0 where a row has fewer, and where there are any (N, K) bool.
 
         most: K; by default the most that a row has, at least 1. A row with more of them is NaN.
+        block: these of the K places only.
         """
-        mask, k = self.masks["positives"], self.most_positives(most)
-        order = torch.sort(mask.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :k]
-        order = torch.nn.functional.pad(order, (0, k - order.shape[1]))
+        mask = self.masks["positives"]
+        block = range(self.most_positives(most)) if block is None else block
+        order = torch.sort(mask.to(torch.uint8), dim=1, descending=True, stable=True).indices[
+            :, block.start : block.stop
+        ]
+        order = torch.nn.functional.pad(order, (0, len(block) - order.shape[1]))
         z = torch.nn.functional.pad(self.z, (0, 1)) if self.z.shape[1] == 0 else self.z
-        return pad_positives(z.gather(1, order), self.num_positives(), self.poison)
+        return pad_positives(z.gather(1, order), self.num_positives(), self.poison, most, block.start)
 
     def most_positives(self, most: int | None = None) -> int:
         if most is not None:
@@ -167,9 +176,9 @@ class ReferencePairs:
             )
         return max(1, int(self.masks["positives"].sum(1).amax())) if self.labels.shape[0] else 1
 
-    def sum_steps(self, most: int) -> range:
-        """The steps of `sums` that visit every pair of rows that have up to `most` positives."""
-        return range(1, (most + 1) // 2 + 1)
+    def sum_blocks(self, most: int) -> list[range]:
+        """The steps of `sums` that visit every pair of rows that have up to `most` positives, a few at a time."""
+        return cut(range(1, (most + 1) // 2 + 1), STEPS)
 
     def at_both_ends(self, values: Tensor, other: Tensor, first: Tensor) -> Tensor:
         """Values (N,) of the unordered pairs of `sums`, where `first`, at the pair's other end, row `other`, too."""
@@ -221,10 +230,10 @@ class ReferencePairs:
         return values
 
 
-def pad_positives(z: Tensor, count: Tensor, poison: Tensor) -> tuple[Tensor, Tensor]:
-    """`Pairs.positives` from z (N, K) of which the first `count` (N,) of a row count."""
-    there = torch.arange(z.shape[1], device=z.device) < count[:, None]
-    lost = torch.where(count > z.shape[1], torch.nan, 0.0).to(z.dtype)
+def pad_positives(z: Tensor, count: Tensor, poison: Tensor, most: int | None, first: int) -> tuple[Tensor, Tensor]:
+    """`Pairs.positives` from z (N, K) of places `first` and on. A row has `count` (N,) of them, and may have `most`."""
+    there = torch.arange(first, first + z.shape[1], device=z.device) < count[:, None]
+    lost = torch.where(count > (first + z.shape[1] if most is None else most), torch.nan, 0.0).to(z.dtype)
     return torch.where(there, z, 0.0) + lost[:, None] + poison, there
 
 

@@ -6,14 +6,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..reduction import Reduction
 from ..similarity import softplus
 from .base import AnyPairs, Criterion, RowLosses, Terms
-
-KEPT_STEPS = 8  # so many blocks of N rows are kept for backward; of more, backward computes each again
+from .blocks import sum_of_blocks
 
 
 class AngularLoss(Criterion):
@@ -59,25 +57,24 @@ class AngularLoss(Criterion):
         self.max_positives = checks.most(max_positives, "max_positives")
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        most = pairs.most_positives(self.max_positives)
-        steps = pairs.sum_steps(most)
+        blocks = pairs.sum_blocks(pairs.most_positives(self.max_positives))
         each = self._hinges if self.form == "hinge" else self._logsumexps
 
-        def run(step: int) -> tuple[Tensor, Tensor]:
-            sums, z, other, first = pairs.sums(step)
-            loss, above = each(sums, z)
-            return pairs.at_both_ends(loss, other, first), pairs.at_both_ends(above, other, first)
+        def run(steps: range) -> tuple[Tensor, Tensor]:
+            found = []
+            for step in steps:
+                sums, z, other, first = pairs.sums(step)
+                found.append([pairs.at_both_ends(part, other, first) for part in each(sums, z)])
+            losses, above = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
+            return losses, above
 
-        again = len(steps) > KEPT_STEPS and torch.is_grad_enabled()
-        found = [checkpoint(run, k, use_reentrant=False) if again else run(k) for k in steps]
-        losses = torch.stack([loss for loss, _ in found]).sum(0)
+        losses, above = sum_of_blocks(run, blocks, 1)
         positives = pairs.num_positives()
         if self.max_positives is not None:
             losses = torch.where(positives > self.max_positives, torch.nan, losses)
         if self.form == "logsumexp":
             return RowLosses(losses, positives > 0, positives.sum())
         triplets = positives * pairs.num_negatives()
-        above = torch.stack([count for _, count in found]).sum(0)
         return RowLosses(losses, triplets > 0, triplets.sum(), (Terms(losses, triplets, above),))
 
     def _logsumexps(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from .. import checks
 from ..reduction import Reduction
 from ..similarity import softplus
 from .base import AnyPairs, Criterion, RowLosses, Terms
+from .blocks import sum_of_blocks
 from .distances import DISTANCES
 
 TRIPLETS = ("all", "hard", "semihard", "semihard_all")
@@ -92,10 +93,23 @@ class TripletMarginLoss(Criterion):
 
     def _by_positives(self, pairs: AnyPairs) -> RowLosses:
         """A few reductions over the negatives for each place in the list of positives."""
-        z, there = pairs.positives(self.max_positives)
-        z, there = z.T, there.T & (pairs.num_negatives() > 0)  # (K, N)
-        if self.triplets == "semihard":
-            return self._nearest_farther(pairs, z, there)
+        most = pairs.most_positives(self.max_positives)
+        each = self._nearest_farther if self.triplets == "semihard" else self._sums
+
+        def run(block: range) -> tuple[Tensor, ...]:
+            z, there = pairs.positives(most, block)
+            return each(pairs, z.T, there.T & (pairs.num_negatives() > 0))
+
+        losses, above = sum_of_blocks(run, pairs.positive_blocks(most), 1)
+        positives, negatives = pairs.num_positives(), pairs.num_negatives()
+        if self.max_positives is not None:
+            losses = torch.where(positives > self.max_positives, torch.nan, losses)
+        count = positives * ((negatives > 0) if self.triplets == "semihard" else negatives)
+        above = count if self.smooth else above
+        return RowLosses(losses, count > 0, count.sum(), (Terms(losses, count, above),))
+
+    def _sums(self, pairs: AnyPairs, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum (N,) of the triplets with the positives z (K, N), and how many of them are above 0."""
         offset = torch.where(there, self.margin - self.sign * z, -torch.inf)
         limit = torch.where(there, z - self.sign * self.margin, self.sign * torch.inf).detach()
         near, far = ("lower", "upper") if self.sign > 0 else ("upper", "lower")
@@ -105,24 +119,20 @@ class TripletMarginLoss(Criterion):
                 options[far] = row
             offset = torch.where(there, offset, 0.0)
         phi = "softplus" if self.smooth else "hinge"
+        bounds = window if self.triplets == "semihard_all" else [{}] * len(window)
         sums = [
-            Reduction(
-                "sum", "negatives", phi, scale=self.sign, offset=o, **(w if self.triplets == "semihard_all" else {})
-            )
-            for o, w in zip(offset, window, strict=True)
+            Reduction("sum", "negatives", phi, scale=self.sign, offset=o, **w)
+            for o, w in zip(offset, bounds, strict=True)
         ]
-        triplets = there.sum(0) * pairs.num_negatives()
         counts = []
         if self.reduction == "nonzero" and not self.smooth:
             counts = [Reduction("count", "negatives", detach=True, **w) for w in window]
         rows = pairs.reduce(*sums, *counts)
         losses = torch.stack(rows[: len(sums)]).sum(0)
-        if self.max_positives is not None:
-            losses = torch.where(pairs.num_positives() > self.max_positives, torch.nan, losses)
-        nonzero = torch.stack(rows[len(sums) :]).sum(0) if counts else triplets
-        return RowLosses(losses, triplets > 0, triplets.sum(), (Terms(losses, triplets, nonzero),))
+        return losses, torch.stack(rows[len(sums) :]).sum(0) if counts else torch.zeros_like(losses)
 
-    def _nearest_farther(self, pairs: AnyPairs, z: Tensor, there: Tensor) -> RowLosses:
+    def _nearest_farther(self, pairs: AnyPairs, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_sums`, of the one triplet of each positive."""
         near, far, side = ("max", "min", "upper") if self.sign > 0 else ("min", "max", "lower")
         each = [Reduction(near, "negatives", **{side: row}) for row in z.detach()]
         *found, last = pairs.reduce(*each, Reduction(far, "negatives"))
@@ -130,6 +140,4 @@ class TripletMarginLoss(Criterion):
         chosen = torch.where(chosen.isinf(), last, chosen)
         d = self.sign * (torch.where(there, chosen, 0.0) - z) + self.margin
         each_loss = torch.where(there, d.relu(), 0.0)
-        count = there.sum(0)
-        losses = each_loss.sum(0)
-        return RowLosses(losses, count > 0, count.sum(), (Terms(losses, count, (each_loss > 0).sum(0)),))
+        return each_loss.sum(0), (each_loss > 0).sum(0)

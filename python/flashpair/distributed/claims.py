@@ -107,7 +107,7 @@ class SampleRows:
         self.pairs, self.ranks = pairs, ranks
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("draw", "select", "sums", "sum_steps", "at_both_ends"):
+        if name in ("draw", "select", "sums", "sum_blocks", "at_both_ends"):
             raise AttributeError(f"pairs.{name} is of one process's samples, where processes share the batch")
         return getattr(self.pairs, name)
 

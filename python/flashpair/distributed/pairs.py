@@ -8,6 +8,7 @@ from torch import Tensor
 from ..criteria.base import Criterion
 from ..drawn import Drawn, draw
 from ..pieced import FetchedRows, PiecedPairs, in_pieces
+from ..positives import PLACES, STEPS, cut
 from ..reduction import Reduction
 from ..rows import sorted_rows
 from ..schedule import accumulator
@@ -52,9 +53,13 @@ class SharedPairs(PiecedPairs):
         count = torch.cat([self.num_positives(), self.labels.new_ones(1)])
         return int(self.ranks.max(count.max()))
 
-    def sum_steps(self, most: int) -> range:
+    def positive_blocks(self, most: int) -> list[range]:
+        """Some at a time again; each block fetches all references of the other processes, as any pass does."""
+        return cut(range(most), PLACES)
+
+    def sum_blocks(self, most: int) -> list[range]:
         """Every ordered pair is found from both of its ends, so that nothing has to go to the other's process."""
-        return range(1, most + 1)
+        return cut(range(1, most + 1), STEPS)
 
     def sums(self, step: int) -> tuple[SharedPairs, Tensor, Tensor, Tensor]:
         (labels, order), (same, _) = self.walk.known(), self.counts()
