@@ -18,7 +18,7 @@ from . import ops, schedule
 from .dispatch import choose
 from .pairs import Pairs, checked_pairs
 from .plan import Plan
-from .reduction import Reduction
+from .reduction import Reduction, check_call
 from .reference import ReferencePairs
 from .schedule import accumulator, solid
 from .similarity import inverse_norm, normalize, poison, through_normalize, upcast
@@ -74,7 +74,12 @@ class StreamedPairs(Pairs):
         plan = Plan(none if proxies else order, none, ordered, ordered, none, none, None, False)
         super().__init__(self.rows, weight, plan, "dot", impl)
 
+    @property
+    def count(self) -> int:
+        return (self.weight if self.proxies else self.rows).shape[0]
+
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        check_call(reductions, self.rows, self.count, self.weight.shape[0] + self.rows.shape[0] - self.count)
         for r in reductions:
             known = r.op in ("sum", "logsumexp") and r.transform == "identity"
             if not known or not (r.offset is r.lower is r.upper is None):

@@ -16,7 +16,7 @@ from .drawn import Drawn, draw
 from .ops import RowReduce, Spec, encode
 from .plan import Plan, make_plan, one_to_one
 from .positives import positive_pairs
-from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
+from .reduction import BUILT_IN, DISTANCES, Bound, Reduction, check_call
 from .reference import ReferencePairs, pad_positives, partners
 from .references import Ordered, owner
 from .rows import sorted_rows
@@ -57,6 +57,7 @@ class Pairs:
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
+        check_call(reductions, self.x, self.count, self.ref_labels.shape[0])
         if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
             device = self.x.device.type
             refused = [why for name in foreign if (why := transforms.obstacles(name, self.impl, device))]
@@ -143,6 +144,11 @@ class Pairs:
     def dtype(self) -> torch.dtype:
         """Of row values."""
         return accumulator(self.x.dtype)
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.x.shape[0]
 
     def squares(self) -> Tensor:  # (N,)
         """Squared norms of the rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .criteria.answers import checked_rows
 from .criteria.base import Criterion, reduce_losses
 from .reference import ReferencePairs
 
@@ -38,5 +39,6 @@ def pair_weights(
     assert isinstance(pairs, ReferencePairs)
     with torch.enable_grad():
         pairs.z.requires_grad_()
-        loss = reduce_losses(criterion.row_losses(pairs), criterion.reduction, pairs).sum()
+        rows = checked_rows(criterion.row_losses(pairs), type(criterion).__name__, pairs.count, x.device)
+        loss = reduce_losses(rows, criterion.reduction, pairs).sum()
         return torch.autograd.grad(loss, pairs.z)[0]
