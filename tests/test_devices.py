@@ -287,8 +287,8 @@ def test_what_is_no_tensor_is_named_in_one_line():
     criterion, array = flashpair.MultiSimilarityLoss(), X.numpy()
     cases = {
         "got test_devices Series of dtype int64 and shape (24,); torch.tensor(values.to_numpy())": (X, Series()),
-        "got list of 24, the first of them str 'cat'; number what is text first": (X, ["cat"] * 24),
-        "got numpy ndarray of dtype <U3 and shape (24,); number what is text first": (X, np.array(["cat"] * 24)),
+        "got list of 24, the first of them str 'cat'; number what is text first: numpy.unique(": (X, ["cat"] * 24),
+        "got numpy ndarray of dtype <U3 and shape (24,); number what is text first: numpy": (X, np.array(["cat"] * 24)),
         "got list of 24, the first of them int": (X, LABELS.tolist()),
         "got numpy ndarray of dtype >f4 and shape (24, 8); torch.from_numpy takes it in this machine's byte order": (
             array.astype(">f4"), LABELS),

@@ -166,6 +166,7 @@ class _Tower:
         if not isinstance(labels, Tensor) or labels.shape != (count,):
             raise ValueError(
                 f"{prefix}labels must be a tensor of shape ({count},) like {name}, got {checks.what(labels)}"
+                f"{checks.to_tensor(labels)}"
             )
         parts = zip(*(leaf.split(size) for leaf in leaves), strict=True)
         self.encoder, self.leaves = encoder, leaves
@@ -259,7 +260,7 @@ def _leaves(inputs: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec]:
     for path, leaf in found:
         at = f" at {pytree.keystr(path)}" if path else ""
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{takes}, got {type(leaf).__name__}{at}")
+            raise TypeError(f"{takes}, got {checks.what(leaf)}{at}{checks.to_tensor(leaf)}")
         if leaf.dim() == 0 or leaf.shape[0] != found[0][1].shape[0]:
             first = f" beside {checks.what(found[0][1])}" if leaf is not found[0][1] else ""
             raise ValueError(f"{takes}, got {checks.what(leaf)}{at}{first}")
