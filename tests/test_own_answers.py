@@ -207,3 +207,87 @@ def test_a_reduction_that_was_set_to_another_word():
     criterion.reduction = "average"
     with pytest.raises(ValueError, match=r"reduction must be one of mean, sum, .* got 'average'"):
         criterion(*batch())
+
+
+def by_frequency(s, pairs):
+    """Rows weighted by how common their class is among all references."""
+    same = (pairs.labels[:, None] == pairs.ref_labels[None, :]).sum(1)
+    losses = pairs.reduce(Reduction("logsumexp", "negatives"))[0] * same / pairs.ref_labels.shape[0]
+    return RowLosses(losses, every(losses), losses.shape[0])
+
+
+def test_labels_of_references_in_pieces_are_those_of_all():
+    x, labels = batch()
+    y, y_labels = torch.randn(50, 6, generator=torch.Generator().manual_seed(1)), torch.arange(50) % 7
+    criterion = own(by_frequency)
+    stream = flashpair.StreamedReferences(y, y_labels, block=8)
+    torch.testing.assert_close(
+        criterion(x, labels, ref_emb=stream), criterion(x, labels, ref_emb=y, ref_labels=y_labels)
+    )
+    memory = flashpair.CrossBatchMemory(criterion, 6, 40)
+    for first in (0, 12, 24):
+        memory(y[first : first + 12], y_labels[first : first + 12])
+    found = memory(x, labels)
+    unit = torch.nn.functional.normalize(torch.cat([x, memory.memory[:28]]))
+    every_label = torch.cat([labels, memory.labels[:28]])
+    z = (unit[:N] @ unit.T).masked_fill(labels[:, None] == every_label, -torch.inf)
+    share = (labels[:, None] == every_label).sum(1) / 40
+    torch.testing.assert_close(found, (z.logsumexp(1) * share).mean())
+
+
+@pytest.mark.parametrize("attribute", ["y", "refs"])
+def test_rows_of_references_in_pieces_are_not_to_be_had(attribute):
+    def rows(s, pairs):
+        return RowLosses(getattr(pairs, attribute).sum(1), every(sums(pairs)), N)
+
+    for way in (against_memory, against_stream):
+        with pytest.raises(RuntimeError, match=r"never there at once: pairs\.y and pairs\.refs are not to be had"):
+            way(own(rows), *batch())
+
+
+METHODS = {
+    "forward": lambda self, embeddings, labels: embeddings.sum(),
+    "_loss": lambda self, *a: a[0].sum(),
+    "_by_rows": lambda self, *a: a[0].sum(),
+    "rows": lambda self, *a: (whole(self, self.pairs_of(*a)), None),
+    "pairs_of": lambda self, x, *a: flashpair.Criterion.pairs_of(self, 2 * x, *a),
+    "prepared": lambda self, x, y: (2 * x, y, True),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_memory_or_a_stream_would_not_call_is_refused(name):
+    criterion = own(**{name: METHODS[name]})
+    x, labels = batch()
+    with pytest.raises(TypeError, match=f"Own has a {name} of its own, which CrossBatchMemory would not call"):
+        flashpair.CrossBatchMemory(criterion, 6, 32)
+    changed = own()
+    vars(changed)[name] = METHODS[name].__get__(changed)
+    with pytest.raises(TypeError, match=f"Own has a {name} of its own, which CrossBatchMemory would not call"):
+        flashpair.CrossBatchMemory(changed, 6, 32)
+    if name != "forward":
+        with pytest.raises(TypeError, match=f"Own has a {name} of its own, which StreamedReferences would not call"):
+            against_stream(criterion, x, labels)
+    if name not in ("pairs_of", "prepared"):
+        with pytest.raises(TypeError, match=f"Own has a {name} of its own, which pair_weights would not call"):
+            flashpair.pair_weights(criterion, x, labels)
+
+
+def test_what_is_not_refused_is_called():
+    """A preparation, a penalty and a `forward` that calls the parent's."""
+
+    class Own(flashpair.MultiSimilarityLoss):
+        @property
+        def preparation(self):
+            return True, None
+
+        def penalty_of(self, x, labels, y, ref_labels, drawn=None):
+            return Penalty(x.square().sum(), torch.full_like(x[0, 0], x.shape[0]))
+
+        def forward(self, *a, **k):
+            return 2 * super().forward(*a, **k)
+
+    x, labels = batch()
+    plain, stream = flashpair.MultiSimilarityLoss(), flashpair.StreamedReferences(x, labels)
+    wanted = 2 * (plain(x, labels, ref_emb=stream) + x.square().sum() / N)
+    torch.testing.assert_close(Own()(x, labels, ref_emb=stream), wanted)

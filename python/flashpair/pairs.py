@@ -38,9 +38,9 @@ class Pairs:
         self, x: Tensor, y: Tensor | None, plan: Plan, distance: str, impl: str, *, named: bool = True,
         poison: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.x, self.y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
+        self.x, self._y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
         self.impl, self.named = impl, named
-        self.labels, self.ref_labels, self.square = plan.labels, plan.ref_labels, plan.square
+        self.labels, self.square = plan.labels, plan.square
 
     @classmethod
     def from_embeddings(
@@ -57,7 +57,7 @@ class Pairs:
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
-        check_call(reductions, self.x, self.count, self.ref_labels.shape[0])
+        check_call(reductions, self.x, self.count, self.plan.ref_labels.shape[0])
         if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
             device = self.x.device.type
             refused = [why for name in foreign if (why := transforms.obstacles(name, self.impl, device))]
@@ -81,7 +81,7 @@ class Pairs:
             for slot, value in enumerate(own):
                 if value is None or isinstance(value, Bound):
                     continue
-                size = self.ref_labels.shape[0] if slot == 1 else n
+                size = self.plan.ref_labels.shape[0] if slot == 1 else n
                 vector = solid(tensor(value).expand(size))
                 slots.append(4 * k + slot)
                 vectors.append(vector.detach() if slot > 1 else vector)
@@ -144,6 +144,14 @@ class Pairs:
     def dtype(self) -> torch.dtype:
         """Of row values."""
         return accumulator(self.x.dtype)
+
+    @property
+    def y(self) -> Tensor | None:
+        return self._y
+
+    @property
+    def ref_labels(self) -> Tensor:
+        return self.plan.ref_labels
 
     @property
     def count(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .criteria.answers import checked_rows
+from .criteria.answers import checked_rows, refuse_own
 from .criteria.base import Criterion, reduce_losses
 from .reference import ReferencePairs
 
@@ -32,7 +32,11 @@ def pair_weights(
 
     Returns:
         (N, M), float32 or float64, 0 for pairs that take no part.
+
+    Raises:
+        TypeError: a criterion of your own with a `forward` or `rows`, whose weights `row_losses` does not say.
     """
+    refuse_own(criterion, ("forward", "_loss", "_by_rows", "rows"), "pair_weights")
     x, labels, y, ref_labels = criterion.check(embeddings, labels, ref_emb, ref_labels)
     with torch.no_grad():
         pairs = criterion.pairs_of(x, labels, y, ref_labels, "reference")

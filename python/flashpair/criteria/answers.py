@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .. import checks
 
+# What makes a loss of one batch at once, and what it is made of: not called where references come in pieces.
+AT_ONCE = ("_loss", "_by_rows", "rows", "pairs_of", "prepared")
 WIDE = (torch.float32, torch.float64)
 
 
@@ -162,3 +164,15 @@ def after_init(cls: type, wanted: str, call: str) -> Callable[..., None]:
             raise TypeError(f"__init__ of {cls.__name__} must call super().__init__({call})")
 
     return checked
+
+
+def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:
+    """TypeError: a criterion whose class, or which itself, has one of these methods of a user's own, which is not what
+    is called there."""
+    for method in methods:
+        given = vars(criterion).get(method, getattr(type(criterion), method))
+        if not getattr(given, "__module__", "").startswith("flashpair."):
+            raise TypeError(
+                f"{type(criterion).__name__} has a {method} of its own, which {where} would not call: say it in "
+                "row_losses, preparation or penalty_of"
+            )

@@ -20,6 +20,7 @@ from ..schedule import AVERAGINGS
 from ..similarity import poison, upcast
 from ..stream import StreamedReferences
 from .answers import (
+    AT_ONCE,
     Penalty,
     RowLosses,
     Terms,
@@ -29,6 +30,7 @@ from .answers import (
     checked_penalty,
     checked_prepared,
     checked_rows,
+    refuse_own,
 )
 
 __all__ = ["AnyPairs", "Criterion", "Penalty", "RowLosses", "Terms", "average", "reduce_losses", "with_extra"]
@@ -204,6 +206,7 @@ class Criterion(nn.Module):
         if ref_labels is not None:
             raise ValueError("ref_labels must be None with StreamedReferences as ref_emb, which have labels")
         self.check_references()
+        refuse_own(self, AT_ONCE, "StreamedReferences")
         if self.penalizes_references:
             raise ValueError(f"{type(self).__name__} with a penalty on references needs them in one piece")
         x, labels, _, _ = self.check(embeddings, labels, None, None)
