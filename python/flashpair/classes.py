@@ -21,7 +21,7 @@ from .plan import Plan
 from .reduction import Reduction, check_call
 from .reference import ReferencePairs
 from .schedule import accumulator, solid
-from .similarity import inverse_norm, normalize, poison, through_normalize, upcast
+from .similarity import inverse_norm, no_autocast, normalize, poison, through_normalize, upcast
 
 CHUNK_BYTES = 2**25  # of weights that are normalised at a time, and up to which they are at once
 
@@ -213,7 +213,7 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor | None, ...]:
     """The same gradient as a differentiable function of its inputs, over the dense matrix."""
     classes = torch.arange(weight.shape[0], device=x.device)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(x.device.type):
         x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
         scale = None if scale is None else scale.view_as(scale)
         w = normalize(weight)

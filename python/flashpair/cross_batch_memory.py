@@ -16,6 +16,7 @@ from .pieced import in_pieces
 from .rows import sorted_rows
 from .schedule import accumulator
 from .segments import Queue
+from .similarity import no_autocast
 
 
 class CrossBatchMemory(nn.Module):
@@ -115,7 +116,7 @@ class CrossBatchMemory(nn.Module):
         unit, prepare = criterion.preparation
         if queue.empty.labels.device != x.device:
             queue.apply(lambda t: t.to(x.device))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             labels_in_order, order = torch.sort(labels, stable=True)
             wide = x.to(accumulator(x.dtype))
             rows = sorted_rows(wide if prepare is None else prepare(wide), order, unit=unit, impl=impl)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from . import checks
 from .forward_state import ForwardState, Generators
 from .references import References
+from .similarity import autocasts, no_autocast
 
 
 class GradCache:
@@ -241,7 +242,7 @@ def _apart(again: Tensor, first: Tensor) -> Tensor:
     digits = torch.finfo(again.dtype).eps
     if kind not in ("cpu", "meta") and again.dtype == torch.float32:
         digits = 2.0**-10
-    if kind != "meta" and torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         digits = max(digits, torch.finfo(torch.get_autocast_dtype(kind)).eps)
     again, first = again.double(), first.double()
     norms = torch.linalg.vector_norm(first, dim=1)
@@ -281,9 +282,8 @@ def _devices(towers: list[_Tower], criterion: object) -> list[torch.device]:
 def _backward(of: Tensor, gradient: Tensor | None, devices: list[torch.device]) -> None:
     """Backward as it runs after a ``with torch.autocast`` block."""
     with ExitStack() as stack:
-        for kind in {device.type for device in devices} - {"meta"}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in {device.type for device in devices}:
+            stack.enter_context(no_autocast(kind))
         torch.autograd.backward(of, gradient)
 
 

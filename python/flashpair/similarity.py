@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a type of device, of which it does not know all (meta, say)."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Autocast off for a type of device, of which it does not know all."""
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
 
 
 def upcast(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +100,8 @@ class _Distances(torch.autograd.Function):
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
     """All similarities (``"dot"``), Euclidean distances, whose gradient at distance 0 is 0, or their squares; autocast
     or not."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+    if autocasts(x.device.type):
+        with no_autocast(x.device.type):
             return dense_pairs(x, y, distance)
     if distance == "dot":
         return x @ y.T

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import Labelled
+from ..similarity import autocasts, no_autocast
 from .calls import Answer, Call
 from .corners import CORNERS, Corner
 
@@ -94,9 +95,9 @@ class Watch:
         if not reasons or loss.device.type == "meta" or _captured(loss):
             return
         kind = loss.device.type
-        if torch.is_autocast_enabled(kind):
+        if autocasts(kind):
             dtype = torch.get_autocast_dtype(kind)
-            with torch.autocast(kind, enabled=False):
+            with no_autocast(kind):
                 self._look(reasons, criterion, *args, **kwargs, loss=loss, dtype=dtype)
         else:
             self._look(reasons, criterion, *args, **kwargs, loss=loss, dtype=None)

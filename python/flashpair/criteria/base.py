@@ -17,7 +17,7 @@ from ..pairs import Pairs, checked_pairs
 from ..reduction import DISTANCES
 from ..reference import ReferencePairs
 from ..schedule import AVERAGINGS
-from ..similarity import poison, upcast
+from ..similarity import autocasts, no_autocast, poison, upcast
 from ..stream import StreamedReferences
 from .answers import (
     AT_ONCE,
@@ -165,8 +165,8 @@ class Criterion(nn.Module):
         if isinstance(ref_emb, StreamedReferences):
             return self._streamed(embeddings, labels, ref_emb, ref_labels)
         batch = self.check(embeddings, labels, ref_emb, ref_labels)
-        if batch[0].device.type != "meta" and torch.is_autocast_enabled(batch[0].device.type):
-            with torch.autocast(batch[0].device.type, enabled=False):
+        if autocasts(batch[0].device.type):
+            with no_autocast(batch[0].device.type):
                 return self._loss(*batch)
         return self._loss(*batch)
 
@@ -210,7 +210,7 @@ class Criterion(nn.Module):
         if self.penalizes_references:
             raise ValueError(f"{type(self).__name__} with a penalty on references needs them in one piece")
         x, labels, _, _ = self.check(embeddings, labels, None, None)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
             return self.of_pieces(x, labels, pairs)
 
