@@ -334,3 +334,15 @@ def test_the_batches_of_check_are_made_on_the_cpu():
     with torch.device("meta"):
         found = check.batch(12, 5, 3, torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("make", [flashpair.NTXentLoss, lambda: flashpair.ArcFaceLoss(6, 8)], ids=["pairs", "classes"])
+def test_a_compiled_loss_under_autocast_goes_back_without_it(make):
+    criterion = make()
+    x = X.clone().requires_grad_()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = compiled(x, LABELS), criterion(x, LABELS)
+    gradients = [torch.autograd.grad(loss, x)[0] for loss in losses]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)

@@ -15,8 +15,9 @@ def autocasts(kind: str) -> bool:
 
 
 def no_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Autocast off for a type of device, of which it does not know all."""
-    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+    """Autocast off for a type of device, of which it does not know all. Also where it is off already: a compiled
+    backward pass, which is traced so, may run where it is on."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def upcast(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
