@@ -118,3 +118,8 @@ def test_check_says_what_is_no_criterion(target, reason):
 def test_every_criterion_of_the_package_is_checked():
     exported = {getattr(criteria, name) for name in criteria.__all__ if name.endswith("Loss")}
     assert {type(made(name, 4)) for name in CRITERIA} == exported
+
+
+def test_version_is_printed():
+    result = run("--version")
+    assert result.returncode == 0 and result.stdout == f"flashpair {flashpair.__version__}\n"

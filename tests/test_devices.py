@@ -287,8 +287,8 @@ def test_what_is_no_tensor_is_named_in_one_line():
     criterion, array = flashpair.MultiSimilarityLoss(), X.numpy()
     cases = {
         "got test_devices Series of dtype int64 and shape (24,); torch.tensor(values.to_numpy())": (X, Series()),
-        "got list of 24, the first of them str 'cat'; number what is text first": (X, ["cat"] * 24),
-        "got numpy ndarray of dtype <U3 and shape (24,); number what is text first": (X, np.array(["cat"] * 24)),
+        "got list of 24, the first of them str 'cat'; number what is text first: numpy.unique(": (X, ["cat"] * 24),
+        "got numpy ndarray of dtype <U3 and shape (24,); number what is text first: numpy": (X, np.array(["cat"] * 24)),
         "got list of 24, the first of them int": (X, LABELS.tolist()),
         "got numpy ndarray of dtype >f4 and shape (24, 8); torch.from_numpy takes it in this machine's byte order": (
             array.astype(">f4"), LABELS),
@@ -302,3 +302,47 @@ def test_what_is_no_tensor_is_named_in_one_line():
             criterion(*given)
         assert "\n" not in str(error.value) and len(str(error.value)) < 260
     assert torch.equal(criterion(X, LABELS.to(torch.uint16)), criterion(X, LABELS))
+
+
+def test_types_of_devices_that_autocast_does_not_know():
+    """torch.autocast("meta") raises: memories, streams and backward passes of meta tensors do not ask for it."""
+    from flashpair.similarity import autocasts, no_autocast
+
+    with no_autocast("meta"), no_autocast("cpu"):
+        assert not autocasts("meta") and not autocasts("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocasts("cpu")
+        with no_autocast("cpu"):
+            assert not autocasts("cpu")
+    x, labels = X.to("meta").requires_grad_(), LABELS.to("meta")
+    criterion = flashpair.SoftTripleLoss(6, 8, 2).to("meta")
+    (gradient,) = torch.autograd.grad(criterion(x, labels), x, create_graph=True)
+    assert gradient.device.type == "meta" and gradient.shape == x.shape
+    for call in (
+        lambda: flashpair.CrossBatchMemory(flashpair.NTXentLoss(), 8, 32)(x, labels),
+        lambda: flashpair.NTXentLoss()(x, labels, ref_emb=flashpair.StreamedReferences(X, LABELS)),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match="references in pieces are taken by 'tiled' and 'fused'"):
+            call()
+
+
+def test_the_batches_of_check_are_made_on_the_cpu():
+    """Under another default device, whose generator they would not go with."""
+    from flashpair import check
+
+    wanted = check.batch(12, 5, 3, torch.float64)
+    with torch.device("meta"):
+        found = check.batch(12, 5, 3, torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("make", [flashpair.NTXentLoss, lambda: flashpair.ArcFaceLoss(6, 8)], ids=["pairs", "classes"])
+def test_a_compiled_loss_under_autocast_goes_back_without_it(make):
+    criterion = make()
+    x = X.clone().requires_grad_()
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = compiled(x, LABELS), criterion(x, LABELS)
+    gradients = [torch.autograd.grad(loss, x)[0] for loss in losses]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)

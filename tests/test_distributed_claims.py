@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import needs_extension
-from ranks_cases import SCHEDULES, Call, D, assert_as_one, clustered, part
+from ranks_cases import SCHEDULES, Call, D, assert_as_one, clustered, part, towers
 from test_shard_classes import assert_as_one as assert_parts_as_one
 from torch import nn
 from torch.nn.functional import softplus
@@ -90,6 +90,42 @@ class Divided(flashpair.Criterion):
         valid = torch.ones_like(pairs.labels, dtype=torch.bool)
         rows = {"total": pairs.total(valid).clamp_min(1), "seventeen": 17, "own": valid.sum(), "rows": len(valid)}
         return flashpair.RowLosses(neg, valid, rows[self.by])
+
+
+class ByFrequency(flashpair.Criterion):
+    """Rows weighted by how common their class is among all references, of every process."""
+
+    def __init__(self, **common):
+        super().__init__(**{"normalize": True, "reduction": "mean", "impl": "auto", **common})
+
+    def row_losses(self, pairs):
+        (neg,) = pairs.reduce(flashpair.Reduction("logsumexp", "negatives"))
+        same = (pairs.labels[:, None] == pairs.ref_labels[None, :]).sum(1)
+        losses = neg * (1 + same) / pairs.ref_labels.shape[0]
+        return flashpair.RowLosses(losses, torch.ones_like(same, dtype=torch.bool), losses.shape[0])
+
+
+class LooksAtReferences(ByFrequency):
+    def row_losses(self, pairs):
+        rows = super().row_losses(pairs)
+        return rows._replace(losses=rows.losses + pairs.y.norm())
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_labels_of_references_are_those_of_all_processes(team, references):
+    b = towers(2) if references else clustered(2)
+    assert_as_one(team, [Call(ByFrequency, b, s, {"reduction": r}) for s in SCHEDULES for r in ("mean", "none", "sum")])
+
+
+def looks_at_references():
+    x = torch.randn(4, D)
+    with pytest.raises(RuntimeError, match=r"references in pieces are never there at once: pairs\.y"):
+        gather(LooksAtReferences())(x, torch.arange(4), ref_emb=x, ref_labels=torch.arange(4))
+    return True
+
+
+def test_rows_of_references_are_refused(team):
+    assert team.run(2, looks_at_references) == [True, True]
 
 
 @pytest.mark.parametrize("world", [2, 3])

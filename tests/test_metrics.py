@@ -269,7 +269,10 @@ def test_what_cannot_be():
         (lambda: metrics.retrieval(x, labels, average="no"), "average must be one of micro, macro"),
         (lambda: metrics.retrieval(x, labels, distance="no"), "distance must be one of cosine, dot, euclidean"),
         (lambda: metrics.retrieval(x * torch.nan, labels), "embeddings must be finite"),
-        (lambda: metrics.retrieval(x[:1], labels[:1]), "there must be queries, and references to each, got 1 and 1"),
+        (
+            lambda: metrics.retrieval(x[:1], labels[:1]),
+            "embeddings must be two or more, queries and references to each, got 1 and 1",
+        ),
         (lambda: metrics.retrieval(x, labels, y), "ref_labels must be given with ref_emb"),
         (lambda: metrics.knn_accuracy(x, labels, k=9), "k must be at most 8"),
         (lambda: metrics.verification_rate(x, alone), "labels must hold some class twice"),

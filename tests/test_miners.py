@@ -450,3 +450,42 @@ def test_peak_by_formula(miner, n, per_class, iterated):
     dense = 8 * mined if iterated else 4 * n * n
     assert bound < dense / 2, "the sizes must tell the formula from what is not to exist"
     assert peak <= bound, f"{peak:,} bytes over {bound:,}"
+
+
+def own_miner(mine, **attributes):
+    return type("Own", (miners.Miner,), {"mined": miners.MinedPairs, "mine": mine, **attributes})
+
+
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "mine, error, words",
+    [
+        (lambda s, block: None, TypeError, "mine of Own must yield MinedPairs by and by, as a generator, got NoneType"),
+        (lambda s, block: miners.MinedPairs(NONE, NONE, NONE, NONE), TypeError, "as a generator, got MinedPairs of 4"),
+        (lambda s, block: [(NONE, NONE, NONE)], TypeError, "mine of Own must yield MinedPairs, got tuple of 3"),
+        (lambda s, block: [3], TypeError, "mine of Own must yield MinedPairs, got int 3"),
+        (
+            lambda s, block: [miners.MinedPairs(NONE, NONE, NONE.float(), NONE)],
+            TypeError,
+            "a2 of the MinedPairs of Own must be an int64 tensor of one dimension, got float32",
+        ),
+        (
+            lambda s, block: [miners.MinedPairs(NONE, torch.arange(2), NONE, NONE)],
+            ValueError,
+            "MinedPairs of Own must have one length for each kind of pair, got .*'p': 2",
+        ),
+    ],
+)
+def test_what_ones_own_miner_yields_is_looked_at(mine, error, words):
+    x, labels = torch.randn(6, 3), torch.arange(6) // 2
+    with pytest.raises(error, match=words):
+        own_miner(mine)(normalize=True)(x, labels)
+
+
+def test_ones_own_miner_says_what_it_mines_and_makes_its_parent():
+    with pytest.raises(TypeError, match=r"Own\.mined must be MinedPairs or Triplets"):
+        own_miner(lambda s, block: [], mined=None)
+    with pytest.raises(TypeError, match=r"__init__ of Own must call super\(\)\.__init__\(normalize=\.\.\.\)"):
+        own_miner(lambda s, block: [], __init__=lambda self: None)()

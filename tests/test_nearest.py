@@ -79,8 +79,11 @@ def test_of_references():
 
 def test_what_cannot_be():
     x, _ = batch(10, 4, 2, torch.float32)
-    for k in (10, -1, 2.0, True):
-        with pytest.raises(ValueError, match="k must be an integer from 0 to 9"):
+    for k, words in ((10, "at most 9, the number of references, got 10"), (-1, "at least 0, got -1")):
+        with pytest.raises(ValueError, match=f"k must be {words}"):
+            nearest(x, k)
+    for k in (2.0, True, "2", None):
+        with pytest.raises(TypeError, match=f"k must be an int, got {type(k).__name__}"):
             nearest(x, k)
     with pytest.raises(ValueError, match="ref_emb must have the width of embeddings"):
         nearest(x, 1, ref_emb=x[:, :2])

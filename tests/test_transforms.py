@@ -190,7 +190,7 @@ def _long(t):
 
 REFUSED = {
     "an unknown operation": (torch.sin, "it has sin, which is none of add, subtract"),
-    "control flow": (lambda t: t if t.sum() > 0 else -t, "it cannot be traced: .*control flow"),
+    "control flow": (lambda t: t.abs() if (t == t).all() else t, "it cannot be traced: .*control flow"),
     "too many steps": (_long, "it takes [0-9]+ steps, of at most 96"),
     "a broken power": (lambda t: (t * t + 1) ** 1.3, "a power of 1.3"),
     "another threshold": (lambda t: F.softplus(t, threshold=5), "softplus with threshold 5"),
@@ -209,7 +209,7 @@ def test_what_has_no_steps_is_refused_with_its_reason(what, impl):
         row_reduce(x, labels, Reduction("sum", "negatives", "refused"), impl=impl)
 
 
-@pytest.mark.parametrize("what", [what for what in REFUSED if what != "control flow"])
+@pytest.mark.parametrize("what", REFUSED)
 def test_auto_takes_the_reference_for_it(what):
     register_transform("refused", REFUSED[what][0])
     x, labels = batch(20, 5, 4, torch.float64)
@@ -220,6 +220,38 @@ def test_auto_takes_the_reference_for_it(what):
         results.append([rows.detach(), *gradients((rows,), [a])])
     for found, truth in zip(*results, strict=True):
         assert_same(found, truth)
+
+
+@pytest.mark.parametrize(
+    "dense, error, words",
+    [
+        (lambda t: t if t.sum() > 0 else -t, ValueError, "must be elementwise"),
+        (lambda t: t.sort().values, ValueError, "must be elementwise"),
+        (lambda t: t.softmax(-1), ValueError, "must be elementwise"),
+        (lambda t: t + torch.rand_like(t), ValueError, "must be elementwise"),
+        (lambda t: torch.cumsum(t, 0), ValueError, "must be elementwise"),
+        (lambda s, own: s.cumsum(0) + own, ValueError, "must be elementwise"),
+        (lambda t: t.sin_(), ValueError, "changes it in place"),
+        (lambda t: t.sum(), TypeError, r"must return a tensor like t, float64 \(2, 3\) on cpu, got float64 \(\)"),
+        (lambda t: None, TypeError, "must return a tensor like t, .* got NoneType"),
+        (lambda t: 3.0, TypeError, "must return a tensor like t, .* got float 3.0"),
+        (lambda t: torch.sin(t) > 0, TypeError, r"must return a tensor like t, .* got bool \(2, 3\)"),
+        (lambda t: t.half(), TypeError, r"must return a tensor like t, .* got float16 \(2, 3\)"),
+        (lambda t: t.to("meta"), TypeError, "must return a tensor like t, .* on meta"),
+        (lambda: 1.0, TypeError, "must be a function of t, or of scale \\* z and the offset, got one of 0 arguments"),
+        (lambda a, b, c: a, TypeError, "got one of 3 arguments"),
+    ],
+)
+def test_what_is_no_function_of_one_number_is_refused(dense, error, words):
+    with pytest.raises(error, match=words):
+        register_transform("refused", dense)
+
+
+def test_what_a_function_returns_is_looked_at_in_a_call_too():
+    register_transform("refused", lambda t: torch.sin(t).double())
+    x, labels = batch(20, 5, 4, torch.float32)
+    with pytest.raises(TypeError, match=r"must return a tensor like t, float32 \(20, 20\) on cpu, got float64"):
+        row_reduce(x, labels, Reduction("sum", "negatives", "refused"))
 
 
 def test_registering_again_replaces():

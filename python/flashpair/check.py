@@ -19,10 +19,10 @@ from .named import criterion
 
 def batch(n: int, d: int, per_class: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Clustered random embeddings (n, d) with labels (n,), shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randperm(n, generator=generator) // per_class
-    centres = torch.randn(n // per_class + 1, d, generator=generator, dtype=torch.float64)
-    noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    labels = torch.randperm(n, generator=generator, device="cpu") // per_class
+    centres = torch.randn(n // per_class + 1, d, generator=generator, dtype=torch.float64, device="cpu")
+    noise = torch.randn(n, d, generator=generator, dtype=torch.float64, device="cpu")
     return (centres[labels] + noise).to(dtype), labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,19 +38,27 @@ def what(value: Any) -> str:
     return f"{kind} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}"
 
 
-def _to_tensor(value: Any) -> str:
+NUMBERED = "numpy.unique(values, return_inverse=True)[1] has a number for each"
+
+
+def to_tensor(value: Any) -> str:
     """How to make a tensor of what is none, as the end of an error; empty where it takes more words."""
     if isinstance(value, Tensor):
         return ""
     dtype, first = getattr(value, "dtype", None), value[0] if isinstance(value, (list, tuple)) and value else None
-    if isinstance(first, str) or getattr(dtype, "kind", "") in ("U", "S", "O", "T"):
-        return "; number what is text first"
+    if isinstance(first, str) or getattr(dtype, "kind", "") in ("U", "S", "T"):
+        return f"; number what is text first: {NUMBERED}"
+    if getattr(dtype, "kind", "") == "O":
+        return f"; what is numbers is one array after values.astype(int) or (float), and of text {NUMBERED}"
     if isinstance(first, Tensor):
-        return "; a loader's batch comes apart into its tensors first"
+        alike = all(isinstance(t, Tensor) and (t.shape, t.dtype) == (first.shape, first.dtype) for t in value)
+        return "; torch.stack makes one of them" if alike else "; a loader's batch comes apart into its tensors first"
     if getattr(dtype, "isnative", True) is False:
         return "; torch.from_numpy takes it in this machine's byte order: array.astype(array.dtype.newbyteorder('='))"
     if hasattr(value, "to_numpy"):
         return "; torch.tensor(values.to_numpy()) makes a tensor of it"
+    if hasattr(first, "__array__"):
+        return "; torch.as_tensor(numpy.stack(values)) makes a tensor of them"
     return "; torch.as_tensor makes a tensor of it" if dtype is not None or first is not None else ""
 
 
@@ -86,7 +95,7 @@ def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> T
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), "
-            f"got {what(value)}{_to_tensor(value)}"
+            f"got {what(value)}{to_tensor(value)}{_swapped(value)}"
         )
     value = memory(value, name)
     if value.dim() != 2 or value.shape[1] == 0:
@@ -94,13 +103,29 @@ def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> T
     return value
 
 
+def _swapped(value: Any) -> str:
+    of_labels = isinstance(value, Tensor) and value.dim() == 1 and value.dtype in INTEGERS
+    return "; embeddings come first, then labels" if of_labels else ""
+
+
+def labels_dtype(value: Any, name: str = "labels", length: str = "N") -> Tensor:
+    """An integer tensor of any shape."""
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        hint = to_tensor(value)
+        if isinstance(value, Tensor):
+            hint = f"; {name}.to(torch.int64), where they are whole numbers"
+        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}{hint}")
+    return memory(value, name)
+
+
 def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whose: str = "embeddings") -> Tensor:
     """An integer tensor of one entry a row of `of`, on its device; returned as int64, which has no room for uint64."""
-    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}{_to_tensor(value)}")
-    value = memory(value, name)
+    value = labels_dtype(value, name, length)
     if value.dim() != 1 or value.shape[0] != of.shape[0]:
-        raise ValueError(f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {what(value)}")
+        column = f"; {name}.squeeze(1)" if value.shape == (of.shape[0], 1) else ""
+        raise ValueError(
+            f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {what(value)}{column}"
+        )
     if value.device != of.device:
         raise ValueError(f"{name} must be on the device of {whose}, {of.device}, got {what(value)}")
     return value.to(torch.int64)
@@ -146,7 +171,7 @@ def number(value: Any, name: str, *, above: float | None = None, at_least: float
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be a number or a floating-point tensor of shape (), got {what(value)}")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # NumPy's are of the last
         raise TypeError(f"{name} must be a number or a floating-point tensor of shape (), got {what(value)}")
     try:
         value = float(value)
@@ -185,8 +210,9 @@ def flag(value: Any, name: str) -> bool:
 
 
 def integer(value: Any, name: str, among: Iterable[int] | None = None, *, at_least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {what(value)}")
+    value = int(value)
     if among is not None and value not in (among := tuple(among)):
         raise ValueError(f"{name} must be one of {', '.join(map(str, among))}, got {value}")
     if value < at_least:

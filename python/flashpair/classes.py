@@ -18,10 +18,10 @@ from . import ops, schedule
 from .dispatch import choose
 from .pairs import Pairs, checked_pairs
 from .plan import Plan
-from .reduction import Reduction
+from .reduction import Reduction, check_call
 from .reference import ReferencePairs
 from .schedule import accumulator, solid
-from .similarity import inverse_norm, normalize, poison, through_normalize, upcast
+from .similarity import inverse_norm, no_autocast, normalize, poison, through_normalize, upcast
 
 CHUNK_BYTES = 2**25  # of weights that are normalised at a time, and up to which they are at once
 
@@ -74,7 +74,12 @@ class StreamedPairs(Pairs):
         plan = Plan(none if proxies else order, none, ordered, ordered, none, none, None, False)
         super().__init__(self.rows, weight, plan, "dot", impl)
 
+    @property
+    def count(self) -> int:
+        return (self.weight if self.proxies else self.rows).shape[0]
+
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        check_call(reductions, self.rows, self.count, self.weight.shape[0] + self.rows.shape[0] - self.count)
         for r in reductions:
             known = r.op in ("sum", "logsumexp") and r.transform == "identity"
             if not known or not (r.offset is r.lower is r.upper is None):
@@ -208,7 +213,7 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
 ) -> tuple[Tensor | None, ...]:
     """The same gradient as a differentiable function of its inputs, over the dense matrix."""
     classes = torch.arange(weight.shape[0], device=x.device)
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(x.device.type):
         x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
         scale = None if scale is None else scale.view_as(scale)
         w = normalize(weight)

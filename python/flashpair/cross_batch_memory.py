@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .criteria.answers import AT_ONCE, refuse_own
 from .criteria.base import Criterion
 from .memory_pairs import MemoryPairs, MemoryWalk
 from .pieced import in_pieces
 from .rows import sorted_rows
 from .schedule import accumulator
 from .segments import Queue
+from .similarity import no_autocast
 
 
 class CrossBatchMemory(nn.Module):
@@ -47,6 +49,8 @@ class CrossBatchMemory(nn.Module):
         dtype: of the memory; calls compute in float32, or in float64 for float64 embeddings.
 
     Raises:
+        TypeError: a criterion of your own that says more than `row_losses`, `preparation` and `penalty_of`, such as a
+            `forward` or `pairs_of`, which is of references in one piece.
         TypeError, ValueError: a criterion that takes no references or has a penalty on them, sizes under 1, embeddings
             of another width, a batch larger than the memory.
         RuntimeError: an `impl` of the criterion that takes no references in pieces (`tiled` and `fused` do), or none
@@ -63,6 +67,7 @@ class CrossBatchMemory(nn.Module):
             raise ValueError(
                 f"criterion must take references, and {type(criterion).__name__} is defined within a batch"
             )
+        refuse_own(criterion, ("forward", *AT_ONCE), "CrossBatchMemory")
         if criterion.penalizes_references:
             raise ValueError(f"criterion must have no penalty on references, as this {type(criterion).__name__} has")
         if dtype not in checks.FLOATS:
@@ -111,7 +116,7 @@ class CrossBatchMemory(nn.Module):
         unit, prepare = criterion.preparation
         if queue.empty.labels.device != x.device:
             queue.apply(lambda t: t.to(x.device))
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             labels_in_order, order = torch.sort(labels, stable=True)
             wide = x.to(accumulator(x.dtype))
             rows = sorted_rows(wide if prepare is None else prepare(wide), order, unit=unit, impl=impl)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from . import checks
 from .forward_state import ForwardState, Generators
 from .references import References
+from .similarity import autocasts, no_autocast
 
 
 class GradCache:
@@ -166,6 +167,7 @@ class _Tower:
         if not isinstance(labels, Tensor) or labels.shape != (count,):
             raise ValueError(
                 f"{prefix}labels must be a tensor of shape ({count},) like {name}, got {checks.what(labels)}"
+                f"{checks.to_tensor(labels)}"
             )
         parts = zip(*(leaf.split(size) for leaf in leaves), strict=True)
         self.encoder, self.leaves = encoder, leaves
@@ -240,7 +242,7 @@ def _apart(again: Tensor, first: Tensor) -> Tensor:
     digits = torch.finfo(again.dtype).eps
     if kind not in ("cpu", "meta") and again.dtype == torch.float32:
         digits = 2.0**-10
-    if kind != "meta" and torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         digits = max(digits, torch.finfo(torch.get_autocast_dtype(kind)).eps)
     again, first = again.double(), first.double()
     norms = torch.linalg.vector_norm(first, dim=1)
@@ -259,7 +261,7 @@ def _leaves(inputs: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec]:
     for path, leaf in found:
         at = f" at {pytree.keystr(path)}" if path else ""
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{takes}, got {type(leaf).__name__}{at}")
+            raise TypeError(f"{takes}, got {checks.what(leaf)}{at}{checks.to_tensor(leaf)}")
         if leaf.dim() == 0 or leaf.shape[0] != found[0][1].shape[0]:
             first = f" beside {checks.what(found[0][1])}" if leaf is not found[0][1] else ""
             raise ValueError(f"{takes}, got {checks.what(leaf)}{at}{first}")
@@ -280,9 +282,8 @@ def _devices(towers: list[_Tower], criterion: object) -> list[torch.device]:
 def _backward(of: Tensor, gradient: Tensor | None, devices: list[torch.device]) -> None:
     """Backward as it runs after a ``with torch.autocast`` block."""
     with ExitStack() as stack:
-        for kind in {device.type for device in devices} - {"meta"}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in {device.type for device in devices}:
+            stack.enter_context(no_autocast(kind))
         torch.autograd.backward(of, gradient)
 
 

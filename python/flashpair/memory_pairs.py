@@ -66,6 +66,11 @@ class MemoryPairs(PiecedPairs):
         super().__init__(x, walk.order, walk, True, distance, impl)
         self.screens = not named and x.device.type == "cpu"
 
+    @property
+    def ref_labels(self) -> Tensor:
+        """Of the batch and of the memory (M,), sorted."""
+        return torch.cat([labels for labels, _ in self.walk.parts()]).sort().values
+
     def positive_places(self, block: range) -> Tensor:
         labels, n = self.labels, self.labels.shape[0]
         k = torch.arange(block.start, block.stop, device=labels.device)

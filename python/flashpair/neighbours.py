@@ -68,8 +68,8 @@ def prepared(
     checks.word(distance, DISTANCES, "distance")
     checks.word(impl, ("auto", "screened", "reference"), "impl")
     m = x.shape[0] - 1 if y is None else y.shape[0]
-    if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= max(m, 0):
-        raise ValueError(f"k must be an integer from 0 to {max(m, 0)}, got {k!r}")
+    if not 0 <= checks.integer(k, "k") <= max(m, 0):
+        raise ValueError(f"k must be at most {max(m, 0)}, the number of references, got {k}")
     reasons = obstacles("screened", x.device) if x.device.type == "cpu" else ["screened neighbours need a CPU"]
     reasons += [f"screened takes D up to {MOST_DEPTH:,}"] if x.shape[1] > MOST_DEPTH else []
     if impl == "screened" and reasons:

@@ -18,7 +18,7 @@ from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from .reference import reduce_rows
 from .rows import plain
 from .schedule import CODES, Given, Problem, accumulator, solid
-from .similarity import dense_pairs
+from .similarity import dense_pairs, no_autocast
 
 _library = torch.library.Library("flashpair", "DEF")
 _problem = (
@@ -181,7 +181,7 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
         pair = pair & (column != column[:, None])
     masks = {"positives": positive & pair, "negatives": ~positive & pair, "all": pair}
     spec = ctx.spec
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(x.device.type):
         # What one input owes to another (an offset to x) is not this function's: each is looked at by itself.
         x, y, scale, *vectors = (None if t is None else t.view_as(t) for t in (x, y, scale, *vectors))
         by_slot = dict(zip(spec.slots, vectors, strict=True))

@@ -16,7 +16,7 @@ from .drawn import Drawn, draw
 from .ops import RowReduce, Spec, encode
 from .plan import Plan, make_plan, one_to_one
 from .positives import PLACES, STEPS, cut, positive_pairs
-from .reduction import BUILT_IN, DISTANCES, Bound, Reduction
+from .reduction import BUILT_IN, DISTANCES, Bound, Reduction, check_call
 from .reference import ReferencePairs, pad_positives, partners
 from .references import Ordered, owner
 from .rows import sorted_rows
@@ -38,9 +38,9 @@ class Pairs:
         self, x: Tensor, y: Tensor | None, plan: Plan, distance: str, impl: str, *, named: bool = True,
         poison: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.x, self.y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
+        self.x, self._y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
         self.impl, self.named = impl, named
-        self.labels, self.ref_labels, self.square = plan.labels, plan.ref_labels, plan.square
+        self.labels, self.square = plan.labels, plan.square
 
     @classmethod
     def from_embeddings(
@@ -57,6 +57,7 @@ class Pairs:
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
+        check_call(reductions, self.x, self.count, self.plan.ref_labels.shape[0])
         if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
             device = self.x.device.type
             refused = [why for name in foreign if (why := transforms.obstacles(name, self.impl, device))]
@@ -80,7 +81,7 @@ class Pairs:
             for slot, value in enumerate(own):
                 if value is None or isinstance(value, Bound):
                     continue
-                size = self.ref_labels.shape[0] if slot == 1 else n
+                size = self.plan.ref_labels.shape[0] if slot == 1 else n
                 vector = solid(tensor(value).expand(size))
                 slots.append(4 * k + slot)
                 vectors.append(vector.detach() if slot > 1 else vector)
@@ -143,6 +144,19 @@ class Pairs:
     def dtype(self) -> torch.dtype:
         """Of row values."""
         return accumulator(self.x.dtype)
+
+    @property
+    def y(self) -> Tensor | None:
+        return self._y
+
+    @property
+    def ref_labels(self) -> Tensor:
+        return self.plan.ref_labels
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.x.shape[0]
 
     def squares(self) -> Tensor:  # (N,)
         """Squared norms of the rows."""

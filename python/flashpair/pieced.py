@@ -75,7 +75,7 @@ class PiecedPairs(Pairs):
         self._counts: tuple[Tensor, int] | None = None
 
     def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
-        rows: Tensor = Pieces.apply(Job(self.walk, spec), self.x, self.y, scale, *vectors)
+        rows: Tensor = Pieces.apply(Job(self.walk, spec), self.x, self._y, scale, *vectors)
         return rows.unbind(0)
 
     def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
@@ -89,7 +89,19 @@ class PiecedPairs(Pairs):
 
     @property
     def refs(self) -> Tensor:
-        raise RuntimeError("references in pieces are never there at once")
+        raise RuntimeError("references in pieces are never there at once: pairs.y and pairs.refs are not to be had")
+
+    @property
+    def y(self) -> Tensor | None:
+        return self.refs
+
+    @property
+    def ref_labels(self) -> Tensor:
+        """Of all references, other processes' too (M,), sorted."""
+        return self.walk.known()[0]
+
+    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
+        raise RuntimeError("references in pieces have no sums of an anchor and its positive: pairs.sums")
 
     def counts(self) -> tuple[Tensor, int]:
         if self._counts is None:
@@ -129,7 +141,7 @@ class PiecedPairs(Pairs):
 
     def shared_refs(self) -> Tensor | None:
         """This process's references (M, D), of a square problem its anchors, for a walk that takes them one way."""
-        return self.x.to(self.dtype) if self.square else self.y
+        return self.x.to(self.dtype) if self.square else self._y
 
     def draw(self) -> Drawn:
         """As `Pairs.draw`, but positives by their places among all references."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .checks import like, what
 
 OPS = ("logsumexp", "sum", "min", "max", "count")
 SIDES = ("positives", "negatives", "all")
@@ -112,6 +115,23 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
             pair.append(of)
         found.append((pair[0], pair[1]))
     return found
+
+
+def check_call(reductions: tuple[Any, ...], x: Tensor, n: int, m: int) -> None:
+    """TypeError, ValueError: what `Pairs.reduce` does not take, of n rows and m references on the device of `x`."""
+    if not reductions:
+        raise ValueError("reductions must be at least one Reduction, got none")
+    for k, r in enumerate(reductions):
+        if not isinstance(r, Reduction):
+            raise TypeError(f"reductions[{k}] must be a Reduction, got {what(r)}")
+        for name, size in (("scale", 0), ("offset", n), ("lower", n), ("upper", n), ("ref_offset", m)):
+            value = getattr(r, name)
+            if isinstance(value, Tensor):
+                if value.shape not in ((), (size,)):
+                    raise ValueError(f"{name} of reductions[{k}] must have shape () or ({size},), got {what(value)}")
+                like(value, x, f"{name} of reductions[{k}]")
+            elif not isinstance(value, (float, int, Bound)) and (value is not None or name == "scale"):
+                raise TypeError(f"{name} of reductions[{k}] must be a number or a tensor, got {what(value)}")
 
 
 def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:

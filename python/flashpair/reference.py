@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .drawn import Drawn, draw
 from .positives import STEPS, cut
-from .reduction import BUILT_IN, Reduction, bound_places
+from .reduction import BUILT_IN, Reduction, bound_places, check_call
 from .rows import plain
 from .similarity import dense_pairs, logaddexp, masked_logsumexp, normalize, poison, softplus
 from .transforms import custom
@@ -127,7 +127,13 @@ class ReferencePairs:
         pairs.x = x
         return pairs
 
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.z.shape[0]
+
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        check_call(reductions, self.z, *self.z.shape)
         rows: list[Tensor] = []
         for r, places in zip(reductions, bound_places(reductions), strict=True):
             bounds = {

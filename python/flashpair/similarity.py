@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a type of device, of which it does not know all (meta, say)."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Autocast off for a type of device, of which it does not know all. Also where it is off already: a compiled
+    backward pass, which is traced so, may run where it is on."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def upcast(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -89,8 +101,8 @@ class _Distances(torch.autograd.Function):
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
     """All similarities (``"dot"``), Euclidean distances, whose gradient at distance 0 is 0, or their squares; autocast
     or not."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+    if autocasts(x.device.type):
+        with no_autocast(x.device.type):
             return dense_pairs(x, y, distance)
     if distance == "dot":
         return x @ y.T

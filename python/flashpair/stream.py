@@ -64,7 +64,7 @@ class StreamedReferences:
             raise ValueError(f"source must have shape (M, D), got {tuple(shape)}")
         if shape is not None:
             _check_dtype(source)
-        if not isinstance(labels, Tensor) or labels.dtype not in checks.INTEGERS or labels.dim() != 1:
+        if checks.labels_dtype(labels, length="M").dim() != 1:
             raise TypeError(f"labels must be an integer tensor of shape (M,), got {checks.what(labels)}")
         if shape is not None and shape[0] != labels.shape[0]:
             raise ValueError(f"labels must have shape (M,) = ({shape[0]},) like source, got {checks.what(labels)}")
@@ -120,10 +120,6 @@ def _check_dtype(source: Any) -> None:
         right = getattr(dtype, "kind", "f") == "f" and getattr(dtype, "itemsize", 8) <= 8
     if not right:
         raise TypeError(f"source must have a floating dtype of at most 64 bits, got {source.dtype}")
-
-
-def _kind(block: Any) -> str:
-    return checks.what(block) if isinstance(block, Tensor) else type(block).__name__
 
 
 def _rows(source: Any, first: int, last: int) -> Tensor:
@@ -198,7 +194,8 @@ class _Stream(Known):
         with _progress(stream.progress, stream.count(x.shape[1])) as step, torch.no_grad():
             for block in _ahead(stream.blocks(x.shape[1])):
                 if not isinstance(block, Tensor) or block.dtype not in checks.FLOATS or block.dim() == 0:
-                    raise TypeError(f"source must give floating-point tensors (m, D), got {_kind(block)}")
+                    got = f"{checks.what(block)}{checks.to_tensor(block)}"
+                    raise TypeError(f"source must give floating-point tensors (m, D), got {got}")
                 last = first + block.shape[0]
                 if block.dim() != 2 or block.shape[1] != x.shape[1] or last > len(stream):
                     raise ValueError(

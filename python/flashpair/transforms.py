@@ -7,9 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import extension, programs
+from .checks import what
 from .reduction import BUILT_IN, TRANSFORMS
 
 
@@ -27,7 +29,10 @@ class Custom:
         self.program = programs.program(dense, self.apart)  # its steps, or why it has none
 
     def of_pairs(self, s: Tensor, own: Tensor | float) -> Tensor:
-        return self.dense(s, own) if self.apart else self.dense(s + own)
+        if self.apart:
+            return checked(self.dense(s, own), s)
+        t = s + own
+        return checked(self.dense(t), t)
 
     @functools.cached_property
     def steps(self) -> Any:
@@ -46,12 +51,44 @@ class Custom:
         return programs.jit(programs.triton_source(self.program))
 
 
+def checked(found: Any, t: Tensor) -> Tensor:
+    """What a transform has made of t."""
+    if not isinstance(found, Tensor) or (found.shape, found.dtype, found.device) != (t.shape, t.dtype, t.device):
+        raise TypeError(f"a transform must return a tensor like t, {what(t)}, got {what(found)}")
+    return found
+
+
+def _check_elementwise(name: str, dense: Callable[..., Tensor], apart: bool) -> None:
+    """ValueError for a function, not taken apart, whose result of an element hangs on the others, on the moment, or
+    whose argument is changed: asked of a few numbers. What it cannot do with them it may do with others."""
+    t = torch.tensor([[-2.5, 0.3, 1.7], [0.9, -0.6, -1.1]], dtype=torch.float64, device="cpu")
+    own = (torch.full_like(t, 0.4),) if apart else ()
+    try:
+        with torch.no_grad():
+            given = t.clone()
+            whole = dense(given, *own)
+            each = [dense(e.reshape(1), *(o[:1, 0] for o in own)) for e in t.clone().flatten()]
+    except Exception:
+        return
+    if not torch.equal(given, t):
+        raise ValueError(f"transform {name!r} must leave its argument as it is, and changes it in place")
+    checked(whole, t)
+    if not torch.allclose(whole, torch.cat(each).reshape(t.shape), rtol=1e-6, atol=1e-9, equal_nan=True):
+        raise ValueError(
+            f"transform {name!r} must be elementwise, the same of a number whatever stands beside it: of six numbers "
+            "at once it gives others than of each alone"
+        )
+
+
 def _takes_two(dense: Callable[..., Tensor]) -> bool:
     try:
         parameters = inspect.signature(dense).parameters.values()
     except (TypeError, ValueError):  # of functions that are not Python's, such as torch.exp
         return False
-    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 2
+    needed = sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
+    if needed > 2 or not any(p.kind <= p.VAR_POSITIONAL for p in parameters):
+        raise TypeError(f"dense must be a function of t, or of scale * z and the offset, got one of {needed} arguments")
+    return needed == 2
 
 
 _custom: dict[str, Custom] = {}
@@ -82,7 +119,8 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
             ``triton.jit``, to stand in Triton's kernels in place of what would be generated.
 
     Raises:
-        TypeError, ValueError: a name that is not a word or is built in, or one of `value` and `slope` alone.
+        TypeError, ValueError: a name that is not a word or is built in, one of `value` and `slope` alone, or a function
+            that is not elementwise or returns no tensor like its argument, as far as a few numbers tell.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise TypeError(f"name must be a word, got {name!r}")
@@ -92,7 +130,10 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
         raise TypeError(f"dense must be callable, got {type(dense).__name__}")
     if (value is None) != (slope is None):
         raise ValueError("value and slope go together: give both triton.jit functions, or neither")
-    _register(name, Custom(dense, value, slope))
+    transform = Custom(dense, value, slope)
+    if isinstance(transform.program, str):
+        _check_elementwise(name, dense, transform.apart)
+    _register(name, transform)
 
 
 def _register(name: str, transform: Custom) -> None:

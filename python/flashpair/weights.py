@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .criteria.answers import checked_rows, refuse_own
 from .criteria.base import Criterion, reduce_losses
 from .reference import ReferencePairs
 
@@ -31,12 +32,17 @@ def pair_weights(
 
     Returns:
         (N, M), float32 or float64, 0 for pairs that take no part.
+
+    Raises:
+        TypeError: a criterion of your own with a `forward` or `rows`, whose weights `row_losses` does not say.
     """
+    refuse_own(criterion, ("forward", "_loss", "_by_rows", "rows"), "pair_weights")
     x, labels, y, ref_labels = criterion.check(embeddings, labels, ref_emb, ref_labels)
     with torch.no_grad():
         pairs = criterion.pairs_of(x, labels, y, ref_labels, "reference")
     assert isinstance(pairs, ReferencePairs)
     with torch.enable_grad():
         pairs.z.requires_grad_()
-        loss = reduce_losses(criterion.row_losses(pairs), criterion.reduction, pairs).sum()
+        rows = checked_rows(criterion.row_losses(pairs), type(criterion).__name__, pairs.count, x.device)
+        loss = reduce_losses(rows, criterion.reduction, pairs).sum()
         return torch.autograd.grad(loss, pairs.z)[0]

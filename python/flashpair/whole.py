@@ -21,6 +21,7 @@ from . import onchip, tiled
 from .formula import FORMULAS, RowFormula
 from .rows import plain
 from .schedule import AVERAGINGS, Results, Whole, accumulator, solid
+from .similarity import no_autocast
 
 NONE = AVERAGINGS.index("none")
 
@@ -141,7 +142,7 @@ class _Loss(torch.autograd.Function):
         x, y, labels, ref_labels, dx, dy = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[6:]
         if ctx.dense is not None and torch.is_grad_enabled():  # to be differentiated again
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            with torch.enable_grad(), no_autocast(x.device.type):
                 x, y = x.view_as(x), None if y is None else y.view_as(y)  # which may owe something to each other
                 wanted = [t for t, need in ((x, need_x), (y, need_y)) if need and t is not None]
                 found = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))

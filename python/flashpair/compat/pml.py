@@ -12,7 +12,7 @@ from typing import Any
 from ..criteria.base import Criterion
 from ..dispatch import check_name
 from ..extras import extra
-from .divergence import Divergence, announce
+from .divergence import Divergence, Watch
 from .pml_losses import SWITCHES
 from .pml_parts import name, numbers, reduction, regularizers, similarity, statistics, unchanged
 from .pml_switch import OF_KIND, VALID, Asked, Switch, copied
@@ -32,8 +32,10 @@ def fuse(loss: Any, miner: Any = None, *, impl: str = "auto") -> Criterion:
 
     It is called with (embeddings, labels) and, where the loss takes them, `ref_emb` and `ref_labels`; it mines by
     itself. Where the library's number is wrong (see `flashpair.compat.divergence.REASONS`) it gives flashpair's, and
-    `fuse` warns of it with a `Divergence`, once a process for each reason. Half-precision embeddings are
-    computed in float32.
+    the call that meets such a corner case warns of it with a `Divergence`, once a process for each class of loss and
+    reason; on a GPU a later call does, as none waits for the device. Calls within a compiled or captured graph, of
+    `flashpair.distributed` and against streamed references are not watched. Half-precision embeddings are computed in
+    float32.
 
     Weights, proxies, centres and a learned beta are copied, at the loss's dtype and on its device, as ``weight`` or
     ``beta``: the optimizer must be given the new criterion's parameters. A later change of `loss` changes nothing here.
@@ -81,7 +83,10 @@ def fuse(loss: Any, miner: Any = None, *, impl: str = "auto") -> Criterion:
     criterion = switch.make(Asked(loss, found, reductions[word], impl, **options), *values)
     if (weight := copied(loss, switch)) is not None:
         criterion.weight = weight
-    announce(*switch.divergences, *OF_KIND.get(found.kind, ()))
+    watched = (*switch.divergences, *OF_KIND.get(found.kind, ()))
+    watch = Watch(owner, watched, {each: float(getattr(loss, each)) for each in switch.watched})
+    if watched:
+        criterion.register_forward_hook(watch, with_kwargs=True)
     return criterion
 
 

@@ -39,6 +39,7 @@ SWITCHES = {
     ),
     "GeneralizedLiftedStructureLoss": Switch(
         lifted, MARGINS, ("euclidean", "dot"), divergences=(*PAIR_LOSS, "lifted structure without a side"),
+        watched=MARGINS,
     ),
     "MultiSimilarityLoss": Switch(
         lambda a, alpha, beta, base: criteria.MultiSimilarityLoss(alpha, beta, base, a.epsilon, **a.common),
@@ -93,7 +94,7 @@ SWITCHES = {
     ),
     "HistogramLoss": Switch(
         histogram, ("delta",), raw=False, reductions=ANY, divergences=("histogram pairs", "histogram end"),
-        refusals=histogram_refusals,
+        watched=("delta",), refusals=histogram_refusals,
     ),
     "NormalizedSoftmaxLoss": Switch(
         classes("NormalizedSoftmaxLoss", "temperature"), ("temperature",), weight="W", layout=transposed,

@@ -53,7 +53,8 @@ class Switch:
         numbers: attributes of the loss.
         kinds: similarities that the criterion has; `raw`: of embeddings that are not normalised, too.
         reductions: from words of reducers to flashpair's.
-        divergences: where the numbers are not the same, see `divergence.REASONS`, whatever the similarity is.
+        divergences: where the numbers are not the same, see `divergence.REASONS`, whatever the similarity is;
+            `watched`: numbers of the loss that these depend on and the criterion does not know.
         weight: the parameter that is copied into ``criterion.weight``, and `layout`: to its shape, (C, D) or (C, K, D).
         fixed: what these attributes of the loss must be.
         refusals: further reasons against a loss with a reducer of this word.
@@ -65,6 +66,7 @@ class Switch:
     raw: bool = True
     reductions: dict[str, str] = field(default_factory=lambda: ROWS)
     divergences: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
     weight: str | None = None
     layout: Callable[[Any, Tensor], Tensor] = lambda loss, w: w
     fixed: dict[str, Any] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,50 +17,25 @@ from ..pairs import Pairs, checked_pairs
 from ..reduction import DISTANCES
 from ..reference import ReferencePairs
 from ..schedule import AVERAGINGS
-from ..similarity import poison, upcast
+from ..similarity import autocasts, no_autocast, poison, upcast
 from ..stream import StreamedReferences
+from .answers import (
+    AT_ONCE,
+    Penalty,
+    RowLosses,
+    Terms,
+    after_init,
+    checked_call,
+    checked_extra,
+    checked_penalty,
+    checked_prepared,
+    checked_rows,
+    refuse_own,
+)
+
+__all__ = ["AnyPairs", "Criterion", "Penalty", "RowLosses", "Terms", "average", "reduce_losses", "with_extra"]
 
 AnyPairs = Pairs | ReferencePairs
-
-
-class Terms(NamedTuple):
-    """Terms that a loss averages one by one, rather than by rows: its pairs of one side, or its triplets.
-
-    Args:
-        losses: (N,) each row's sum of them.
-        number: (N,) how many a row has.
-        nonzero: (N,) how many of these are above 0; None where "nonzero" is not asked for.
-    """
-
-    losses: Tensor
-    number: Tensor
-    nonzero: Tensor | None = None
-
-
-class RowLosses(NamedTuple):
-    """The losses of the rows, and what averages divide by.
-
-    Args:
-        losses: (N,), 0 where a row has none.
-        valid: (N,) bool: rows that have a loss.
-        denominator: what "mean" divides by: an int, or a tensor ().
-        terms: of a loss of terms, those of each kind: "nonzero" averages each kind over its terms above 0, and
-            "mean_pairs" over all of them, and both add the averages up. They sum to `losses`.
-        shares: `losses` are shares of one number, which every reduction but "none" gives.
-    """
-
-    losses: Tensor
-    valid: Tensor
-    denominator: int | Tensor
-    terms: tuple[Terms, ...] = ()
-    shares: bool = False
-
-
-class Penalty(NamedTuple):
-    """A mean of something of the embeddings: () its sum, and () over how many."""
-
-    total: Tensor
-    number: Tensor
 
 
 class Criterion(nn.Module):
@@ -120,15 +95,22 @@ class Criterion(nn.Module):
         if prepare is None:
             return x, y, unit
         x, y = upcast(x, y)
-        return prepare(x), None if y is None else prepare(y), unit
+        name = type(self).__name__
+        own = checked_prepared(prepare(x), x, name)
+        return own, None if y is None else checked_prepared(prepare(y), y, name), unit
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
         raise NotImplementedError(f"{type(self).__name__} has no row_losses(self, pairs), which returns RowLosses")
 
+    init_sets, init_takes = "impl", "normalize=..., reduction=..., impl=..."  # for the error where it was not called
+
     def __init_subclass__(cls) -> None:
-        """A subclass with rows of its own does not say its parent's formula; its distance is a word of the engine's."""
+        """A subclass with rows of its own does not say its parent's formula; its distance is a word of the engine's;
+        its `__init__` calls its parent's."""
         super().__init_subclass__()
+        if "__init__" in cls.__dict__:
+            cls.__init__ = after_init(cls, cls.init_sets, cls.init_takes)  # type: ignore[method-assign]
         if not isinstance(cls.distance, property):
             cls._check_distance(cls.distance)
         if "row_losses" in cls.__dict__ and "row_formula" not in cls.__dict__:
@@ -159,7 +141,7 @@ class Criterion(nn.Module):
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         """What is added to every valid row's loss."""
-        found = self.penalty_of(x, labels, y, ref_labels)
+        found = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
         return None if found is None else found.total / found.number.clamp_min(1)
 
     def forward(
@@ -183,8 +165,8 @@ class Criterion(nn.Module):
         if isinstance(ref_emb, StreamedReferences):
             return self._streamed(embeddings, labels, ref_emb, ref_labels)
         batch = self.check(embeddings, labels, ref_emb, ref_labels)
-        if batch[0].device.type != "meta" and torch.is_autocast_enabled(batch[0].device.type):
-            with torch.autocast(batch[0].device.type, enabled=False):
+        if autocasts(batch[0].device.type):
+            with no_autocast(batch[0].device.type):
                 return self._loss(*batch)
         return self._loss(*batch)
 
@@ -203,7 +185,7 @@ class Criterion(nn.Module):
             raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None")
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
-        extra = self.regularizer(x, labels, y, ref_labels)
+        extra = self._extra(x, labels, y, ref_labels)
         formula = self.row_formula()
         if chosen := choose_whole(self.impl, x, y, formula is not None and formula.one_pair):
             spec = whole.plan(
@@ -217,27 +199,33 @@ class Criterion(nn.Module):
                 raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(spec)}")
         return self._by_rows(x, labels, y, ref_labels, extra, self.impl)
 
+    def _extra(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+        return checked_extra(self.regularizer(x, labels, y, ref_labels), type(self).__name__, x)
+
     def _streamed(self, embeddings: Tensor, labels: Tensor, refs: StreamedReferences, ref_labels: Any) -> Tensor:
         if ref_labels is not None:
             raise ValueError("ref_labels must be None with StreamedReferences as ref_emb, which have labels")
         self.check_references()
+        refuse_own(self, AT_ONCE, "StreamedReferences")
         if self.penalizes_references:
             raise ValueError(f"{type(self).__name__} with a penalty on references needs them in one piece")
         x, labels, _, _ = self.check(embeddings, labels, None, None)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
             return self.of_pieces(x, labels, pairs)
 
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
         """The loss of embeddings whose pairs come in pieces."""
-        loss = reduce_losses(self.row_losses(pairs), self.reduction, pairs, self.regularizer(x, labels, None, None))
+        rows = checked_rows(self.row_losses(pairs), type(self).__name__, pairs.count, x.device)
+        loss = reduce_losses(rows, self.reduction, pairs, self._extra(x, labels, None, None))
         return loss + self.not_finite(x, None).to(loss.dtype)
 
     def _by_rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
     ) -> Tensor:
-        rows, pairs = self.rows(x, labels, y, ref_labels, impl)
-        checked_rows(rows, type(self).__name__)
+        name = type(self).__name__
+        rows, pairs = checked_call(self.rows(x, labels, y, ref_labels, impl), name)
+        checked_rows(rows, name, x.shape[0] if pairs is None else pairs.count, x.device)
         loss = reduce_losses(rows, self.reduction, pairs, extra)
         return loss + self.not_finite(x, y).to(loss.dtype)
 
@@ -266,26 +254,6 @@ class Criterion(nn.Module):
     def extra_repr(self) -> str:
         values = {**self.hyperparameters(), "normalize": self.normalize, "reduction": self.reduction, "impl": self.impl}
         return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v!r}" for k, v in values.items())
-
-
-def checked_rows(rows: Any, name: str) -> None:
-    """What `row_losses` of a class has returned, or the error that says what is wrong with it."""
-    if not isinstance(rows, RowLosses):
-        raise TypeError(
-            f"row_losses of {name} must return RowLosses(losses, valid, denominator), got {checks.what(rows)}"
-        )
-    if not isinstance(rows.losses, Tensor):
-        hint = "; pairs.reduce returns a tuple, one tensor a reduction: (r,) = pairs.reduce(...)"
-        raise TypeError(
-            f"losses of {name} must be a tensor of shape (N,), got {type(rows.losses).__name__}"
-            + (hint if isinstance(rows.losses, tuple) else "")
-        )
-    if rows.losses.dim() != 1:
-        raise ValueError(f"losses of {name} must have shape (N,), one a row, got {checks.what(rows.losses)}")
-    if not isinstance(rows.valid, Tensor) or rows.valid.dtype != torch.bool or rows.valid.shape != rows.losses.shape:
-        raise TypeError(
-            f"valid of {name} must be a bool tensor of shape ({rows.losses.shape[0]},), got {checks.what(rows.valid)}"
-        )
 
 
 def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
@@ -326,6 +294,8 @@ def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] |
         return torch.where(positive, losses, 0.0).sum() / every(positive.sum())
     if reduction == "sum":
         return losses.sum()
+    if reduction not in ("mean", "mean_valid"):
+        raise ValueError(f"reduction must be one of {', '.join(AVERAGINGS)}, got {reduction!r}")
     by = rows.valid.sum() if reduction == "mean_valid" else rows.denominator
     if total is not None and not isinstance(by, Tensor):
         by = torch.full((), by, dtype=torch.int64, device=losses.device)

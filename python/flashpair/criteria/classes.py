@@ -26,6 +26,8 @@ class ClassCriterion(Criterion):
 
     takes_references = False
     shown: tuple[str, ...] = ("num_classes", "embedding_size")
+    init_sets = "embedding_size"
+    init_takes = "num_classes, embedding_size, normalize=..., reduction=..., impl=..."
 
     def __init__(self, num_classes: int, embedding_size: int, *, normalize: bool, reduction: str, impl: str) -> None:
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from .. import checks
 from ..drawn import Drawn
 from ..reference import ReferencePairs
-from ..similarity import inverse_norm, masked_logsumexp, normalize, poison, softplus, through_normalize, upcast
+from ..similarity import (
+    inverse_norm,
+    masked_logsumexp,
+    no_autocast,
+    normalize,
+    poison,
+    softplus,
+    through_normalize,
+    upcast,
+)
 from .base import AnyPairs, Penalty, RowLosses
 from .classes import ClassCriterion
 
@@ -159,9 +168,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
-        if g_own.device.type == "meta":  # which has no autocast
-            return _Chunked.gradient(ctx, g_own, g_neg)
-        with torch.autocast(g_own.device.type, enabled=False):
+        with no_autocast(g_own.device.type):
             return _Chunked.gradient(ctx, g_own, g_neg)
 
     @staticmethod

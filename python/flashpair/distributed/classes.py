@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..classes import class_pairs
+from ..criteria.answers import checked_rows
 from ..criteria.base import AnyPairs, Penalty, RowLosses, Terms
 from ..criteria.classes import ClassCriterion
 from ..reduction import Bound, Reduction
@@ -100,7 +101,8 @@ class ShardedClasses(GlobalCriterion):
         if rows is None:
             pairs = class_pairs(every, mine, criterion.weight, criterion.normalize, criterion.impl)
             part = MergedPairs(pairs, ranks, self.first, criterion.num_classes)
-            rows = criterion.row_losses(cast(AnyPairs, part))
+            found = criterion.row_losses(cast(AnyPairs, part))
+            rows = checked_rows(found, type(criterion).__name__, pairs.count, x.device)
         first = sum(sizes[: ranks.rank])
         here = slice(first, first + sizes[ranks.rank])
 
@@ -125,14 +127,14 @@ class ShardedClasses(GlobalCriterion):
         return super()._number(ranks, penalty)
 
 
-ROW_BY_ROW = ("squares", "restore", "total", "total_logsumexp", "dtype", "x", "impl", "distance", "square")
+ROW_BY_ROW = ("squares", "restore", "total", "total_logsumexp", "dtype", "count", "x", "impl", "distance", "square")
 
 
 class MergedPairs:
     """Pairs of all rows with this process's classes [first, ...), whose row values are those of all `count` classes."""
 
     def __init__(self, pairs: AnyPairs, ranks: Ranks, first: int, count: int) -> None:
-        self.pairs, self.ranks, self.first, self.count = pairs, ranks, first, count
+        self.pairs, self.ranks, self.first, self.classes = pairs, ranks, first, count
         self.labels = pairs.labels + first
 
     def __getattr__(self, name: str) -> Any:
@@ -144,7 +146,7 @@ class MergedPairs:
         return torch.ones_like(self.labels)
 
     def num_negatives(self) -> Tensor:
-        return torch.full_like(self.labels, self.count - 1)
+        return torch.full_like(self.labels, self.classes - 1)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         for r in reductions:

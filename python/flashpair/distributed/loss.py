@@ -16,6 +16,7 @@ from ..criteria.classes import ClassCriterion
 from ..dispatch import choose
 from ..pairs import Pairs
 from ..pieced import in_pieces
+from ..similarity import no_autocast
 from . import pairs as shared
 from .agreement import REFUSED, Described, agree
 from .at_once import AtOnce, kept
@@ -130,7 +131,7 @@ class GlobalCriterion(nn.Module):
         except Exception:  # or the others would wait for this process until their time is up
             ranks.tell(REFUSED, embeddings.device if isinstance(embeddings, Tensor) else ranks.device)
             raise
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             return self._loss(ranks, x, labels, y, ref_labels)
 
     def _checked(

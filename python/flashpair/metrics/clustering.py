@@ -40,11 +40,11 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
         from sklearn.metrics import normalized_mutual_info_score
         from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
 
-    if not isinstance(labels, Tensor) or labels.dim() != 1:
+    if checks.labels_dtype(labels).dim() != 1:
         raise TypeError(f"labels must be an integer tensor of shape (N,), got {checks.what(labels)}")
     samples = torch.empty(labels.shape[0], 1, device="cpu")
     truth, found = (
-        checks.labels(t.detach().cpu() if isinstance(t, Tensor) else t, samples, name).numpy()
+        checks.labels(checks.labels_dtype(t, name).cpu(), samples, name, whose="labels").numpy()
         for t, name in ((labels, "labels"), (clusters, "clusters"))
     )
     if not len(truth):
@@ -81,6 +81,9 @@ def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: 
         from sklearn.cluster import KMeans
 
     x, labels, _, _ = checks.batch(embeddings, labels, None, None)
+    if x.shape[0] == 0:
+        raise ValueError("embeddings must be of some samples, got none")
+    checks.flag(unit, "unit")
     seeds = checks.integer(seeds, "seeds", at_least=1)
     x = upcast(x.detach(), None)[0]
     samples = (torch.nn.functional.normalize(x, dim=1) if unit else x).cpu().numpy()

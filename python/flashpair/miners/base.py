@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..criteria.answers import after_init
 from ..references import References
 from ..similarity import dense_pairs, normalize, poison, upcast
 
@@ -48,6 +49,7 @@ class Block(NamedTuple):
     width: int
 
 
+ALIKE = {MinedPairs: (("a1", "p"), ("a2", "n")), Triplets: (("a", "p"), ("a", "n"))}  # fields of one length
 Mined = TypeVar("Mined", MinedPairs, Triplets)
 
 
@@ -99,6 +101,14 @@ class Miner(Generic[Mined]):
     def __init__(self, *, normalize: bool) -> None:
         self.normalize = checks.flag(normalize, "normalize")
 
+    def __init_subclass__(cls) -> None:
+        """A subclass says what it mines, and its `__init__` calls its parent's."""
+        super().__init_subclass__()
+        if "mine" in cls.__dict__ and getattr(cls, "mined", None) not in (MinedPairs, Triplets):
+            raise TypeError(f"{cls.__name__}.mined must be MinedPairs or Triplets, which mine yields")
+        if "__init__" in cls.__dict__:
+            cls.__init__ = after_init(cls, "normalize", "normalize=...")  # type: ignore[method-assign]
+
     def __call__(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
         ref_labels: Tensor | None = None,
@@ -134,7 +144,32 @@ class Miner(Generic[Mined]):
         One after the other they are what a call returns; any may be empty. Arguments are checked before the first.
         """
         rows = self.rows(embeddings, labels, ref_emb, ref_labels)
-        return (mined for block in rows for mined in self.mine(block))
+        return (self._checked(mined) for block in rows for mined in self._mined(block))
+
+    def _mined(self, block: Block) -> Iterator[Mined]:
+        found = self.mine(block)
+        if not isinstance(found, Iterable) or isinstance(found, tuple):
+            name = type(self).__name__
+            raise TypeError(
+                f"mine of {name} must yield {self.mined.__name__} by and by, as a generator, got {checks.what(found)}"
+            )
+        return iter(found)
+
+    def _checked(self, mined: Any) -> Mined:
+        """What a `mine`, a user's own too, has yielded, or the error that says what is wrong with it."""
+        name, kind = type(self).__name__, self.mined
+        if not isinstance(mined, kind):
+            raise TypeError(f"mine of {name} must yield {kind.__name__}, got {checks.what(mined)}")
+        for field, t in zip(kind._fields, mined, strict=True):
+            if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.dim() != 1:
+                raise TypeError(
+                    f"{field} of the {kind.__name__} of {name} must be an int64 tensor of one dimension, got "
+                    f"{checks.what(t)}"
+                )
+        lengths = dict(zip(kind._fields, map(len, mined), strict=True))
+        if any(lengths[a] != lengths[b] for a, b in ALIKE[kind]):
+            raise ValueError(f"the {kind.__name__} of {name} must have one length for each kind of pair, got {lengths}")
+        return mined
 
     def mine(self, block: Block) -> Iterator[Mined]:
         """What is mined of `block`, its anchors counted from the first of all."""

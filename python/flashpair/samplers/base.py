@@ -55,14 +55,16 @@ class Classes:
 def _tensor(labels: Any) -> Tensor:
     """A column of a table, an array of any byte order, or a sequence of numbers or of one-number tensors."""
     given = labels.to_numpy() if callable(getattr(labels, "to_numpy", None)) else labels
+    if getattr(getattr(given, "dtype", None), "kind", "") == "O":  # of whole numbers, as tables have them
+        given = given.tolist()
     byte_order = getattr(getattr(given, "dtype", None), "byteorder", "=")
     given = given.astype(given.dtype.newbyteorder("=")) if byte_order in ("<", ">") else given
     try:
         return torch.as_tensor(given, device=given.device if isinstance(given, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(
-            f"labels must be integers, a tensor or a sequence of shape (N,), got {type(labels).__name__}: {error};"
-            " of text, numpy.unique(labels, return_inverse=True)[1] has a number for each"
+            f"labels must be integers, a tensor or a sequence of shape (N,), got {checks.what(labels)}: {error}; of "
+            f"text {checks.NUMBERED}"
         ) from error
 
 

@@ -56,10 +56,19 @@ class HardClassSampler(ClassSampler):
         candidates = self.classes.some(self.candidates, generator)
         places = self.classes.draw(candidates, 2, generator).T.flatten()
         with torch.no_grad():
-            found = [self.embed(some) for some in places.split(EMBEDDED)]
+            found = [self._embedded(some) for some in places.split(EMBEDDED)]
             anchors, positives = torch.cat(found).chunk(2)
             chosen = hard_classes(
                 anchors, positives, self.count * self.num_replicas, aggregate=self.aggregate, generator=generator
             ).cpu()
         drawn = self.classes.draw(candidates[chosen], self.m, generator)
         return self.mine(drawn, self.count).T.flatten().tolist()
+
+    def _embedded(self, places: Tensor) -> Tensor:
+        found = self.embed(places)
+        if not isinstance(found, Tensor) or found.dtype not in checks.FLOATS:
+            takes = f"floating-point embeddings ({len(places)}, D) of as many places"
+            raise TypeError(f"embed must return {takes}, got {checks.what(found)}{checks.to_tensor(found)}")
+        if found.dim() != 2 or found.shape[0] != len(places) or found.shape[1] == 0:
+            raise ValueError(f"embed must return embeddings ({len(places)}, D), D > 0, got {checks.what(found)}")
+        return found
