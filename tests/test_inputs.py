@@ -195,6 +195,9 @@ def test_norms_far_from_one(size):
         found = CRITERIA[name](impl="tiled")(x * size, labels)
         torch.testing.assert_close(found, CRITERIA[name](impl="reference")(x, labels), rtol=1e-4, atol=0)
     assert MultiSimilarityLoss(impl="tiled")(x * 1e25, labels).isnan()  # squares overflow
+    alone = x[:, :1] * 1e25
+    for impl in ("tiled", "reference"):
+        assert MultiSimilarityLoss(impl=impl)(alone, labels).isnan()  # of one column too, whose norm is its entry
     raw = NPairsLoss(impl="tiled")(x * size, labels)
     truth = NPairsLoss(impl="reference")((x * size).double(), labels)
     assert not raw.isfinite() or relative(raw, truth) < 1e-5

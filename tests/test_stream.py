@@ -141,6 +141,15 @@ def test_a_nan_in_any_block_is_a_nan(problem):
     assert loss.isnan()
 
 
+def test_a_nan_among_references_is_a_nan_where_no_row_has_a_loss(problem):
+    x, labels, y, ref_labels = problem
+    y = y.clone()
+    y[70, 3] = torch.nan
+    stream = StreamedReferences(y, torch.zeros_like(ref_labels), block=20)
+    for criterion in (flashpair.GeneralizedLiftedStructureLoss(), flashpair.TripletMarginLoss()):
+        assert criterion(x, torch.zeros_like(labels), ref_emb=stream).isnan()
+
+
 def test_a_class_in_many_blocks_and_equal_extremes(problem):
     """Of equal nearest references the first in the caller's order has the gradient, in whatever block it is."""
     x, labels, y, ref_labels = problem

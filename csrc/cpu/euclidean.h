@@ -139,8 +139,8 @@ bool pull(const Problem<T>& p, const Tile<T>& t, T* w, T* row_pull, T* ref_pull)
       store<T>(refs.data + v, refs.at(v) + rest);
     }
     if (row_pull) row_pull[t.r0 + i] += hsum<T>(total);
+    if (ref_pull && drains(i, t.rows)) refs.drain(ref_pull, t);
   }
-  for (int64_t j = 0; ref_pull && j < t.cols; ++j) ref_pull[t.c0 + j] += refs.data[j];
   return any<T>(found);
 }
 

@@ -13,6 +13,10 @@ namespace {
 
 INLINE float scalar_exp(float x) { return __builtin_expf(x); }
 INLINE double scalar_exp(double x) { return __builtin_exp(x); }
+template <class T>
+INLINE T magnitude(T x) {
+  return x < 0 ? -x : x;
+}
 
 // e^(low - high) of exponents steepness * low and steepness * high, 0 for low = -inf.
 template <class T>
@@ -33,10 +37,14 @@ INLINE void merge(const Reduction<T>& r, int64_t row, T peak, T total) {
   }
 }
 
-// Spread of peaks within which one exponential, relative to the tile's highest, serves rows and columns alike:
-// what it flushes to zero is e^-27 (float: 88 - 60 = 28) of a row's own peak at most.
+// Whether one exponential, relative to the tile's highest peak, serves rows and columns alike. What it flushes to zero
+// is e^-27 (float: 88 - 60 = 28) of a row's own peak at most; and its exponent is rounded by its distance from the
+// highest, which must be nothing beside the rounding of each peak itself: a row whose peak is near 0 needs exponents of
+// its own.
 template <class T>
-constexpr T SPREAD = sizeof(T) == 4 ? T(60) : T(600);
+INLINE bool one_serves(T spread, T least) {
+  return spread <= (sizeof(T) == 4 ? T(60) : T(600)) && spread <= 2 * least;
+}
 
 template <class T, bool LOWER, bool UPPER, bool MIRROR>
 void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
@@ -51,11 +59,12 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
     totals.fill(nullptr, T(0), t);
   }
   const V none = splat(-INF<T>);
-  T high = -INF<T>, low = INF<T>;
+  T high = -INF<T>, low = INF<T>, least = INF<T>;
   auto widen = [&](T peak) {
     if (!(peak > -INF<T>)) return;
     high = peak > high ? peak : high;
     low = peak < low ? peak : low;
+    least = magnitude(peak) < least ? magnitude(peak) : least;
   };
   // 1. peaks: what the windows let through, and how high it reaches
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -79,7 +88,7 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   if (MIRROR)
     for (int64_t j = 0; j < t.cols; ++j) widen(peaks.data[j]);
   if (!(high > -INF<T>)) return;
-  const bool shared = (high - low) * steep <= SPREAD<T>;
+  const bool shared = MIRROR && one_serves((high - low) * steep, least * steep);
   // 2. exponentials: one a pair where `shared`, else one for each direction
   for (int64_t i = 0; i < t.rows; ++i) {
     if (!(row_top[i] > -INF<T>)) continue;
@@ -132,9 +141,8 @@ void sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Phi
       }
     });
     r.total[row] += hsum<T>(total);
+    if (MIRROR && drains(i, t.rows)) totals.drain(r.total, t);
   }
-  if (MIRROR)
-    for (int64_t j = 0; j < t.cols; ++j) r.total[t.c0 + j] += totals.data[j];
 }
 
 // Max and min of z: SIGN * z is maximised, and equal extremes go to the lowest index in the

@@ -48,7 +48,14 @@ struct Columns {
     for (int64_t j = 0; j < padded; ++j) data[j] = from && j < t.cols ? from[t.c0 + j] : otherwise;
   }
   INLINE Vec<T> at(int64_t v) const { return load(data + v); }
+  // Adds what is here to a row array, and begins anew: column sums of few rows each, whose roundings do not pile up.
+  template <class U>
+  INLINE void drain(U* to, const Tile<T>& t) {
+    for (int64_t j = 0; j < t.cols; ++j) to[t.c0 + j] += data[j], data[j] = T(0);
+  }
 };
+constexpr int64_t DRAINED = 16;  // rows after which column sums are
+INLINE bool drains(int64_t i, int64_t rows) { return i % DRAINED == DRAINED - 1 || i == rows - 1; }
 
 // A mining window's bounds for a row, or for a vector of columns: none, the lower, or both; none compiles to nothing.
 template <class T, bool LOWER, bool UPPER>

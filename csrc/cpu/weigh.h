@@ -44,7 +44,7 @@ void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
   Anchors<T> rows, cols;
   rows.fill(r, rows_of(t));
   if (SYMMETRIC) cols.fill(r, t);
-  T base = T(0), high = -INF<T>, low = INF<T>;
+  T base = T(0), high = -INF<T>, low = INF<T>, least = INF<T>;
   auto each_anchor = [&](auto&& f) {
     for (int64_t k = 0; k < t.rows; ++k)
       if (rows.grad.data[k] != T(0)) f(rows.top.data[k], rows.rest.data[k]);
@@ -53,12 +53,13 @@ void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
   };
   each_anchor([&](T top, T) { base = top; });
   each_anchor([&](T top, T rest) {
-    const T value = (top - base) * steep + rest;
+    const T value = (top - base) * steep + rest, size = magnitude(top * steep + rest);
     high = value > high ? value : high;
     low = value < low ? value : low;
+    least = size < least ? size : least;
   });
   if (!(high >= low)) high = low = T(0);
-  const bool shared = high - low <= SPREAD<T>;
+  const bool shared = SYMMETRIC && one_serves(high - low, least);
   const T middle = low + (high - low) / 2;
   auto scale_to_middle = [&](Anchors<T>& a, int64_t size) {
     for (int64_t k = 0; k < size; k += WIDTH<T>) {
@@ -72,6 +73,7 @@ void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
   }
   V dscale{};
   for (int64_t i = 0; i < t.rows; ++i) {
+    V dscale_i{};
     const V low_i = splat(rows.lower.data[i]), up_i = splat(rows.upper.data[i]);
     const V grad_i = splat(rows.grad.data[i]);
     const V top_i = splat(shared ? base : rows.top.data[i]), rest_i = splat(shared ? middle : rows.rest.data[i]);
@@ -88,9 +90,10 @@ void weigh_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& 
         sum += select<T>(both<T>(in, m), c * cols.grad.at(v), V{});
         if (t.mirror) own = sum;
       }
-      dscale += select<T>(own != T(0), own * zv, V{});  // lanes past the end hold anything
+      dscale_i += select<T>(own != T(0), own * zv, V{});  // lanes past the end hold anything
       store<T>(wi + v, load(wi + v) + sum * r.scale);
     });
+    dscale += dscale_i;
   }
   if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
 }
@@ -115,14 +118,14 @@ void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int
     const V own_i = splat(rows.own.data[i]), ref_i = splat(SYMMETRIC ? row_ref.data[i] : T(0));
     const T* z = t.z + i * t.ld;
     T* wi = w + i * t.ld;
-    V doffset_i{}, dref_i{};
+    V doffset_i{}, dref_i{}, dscale_i{};
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * r.scale;
       V own_slope, ref_slope;
       const auto in_i = both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m);
       const V slope = transform.template slope<T>(s, own_i, col_ref.at(v), own_slope, ref_slope);
       V sum = select<T>(in_i, slope * grad_i, V{}), own = sum;
-      doffset_i += select<T>(in_i, own_slope * grad_i, V{});
+      doffset_i += select<T>(in_i, own_slope, V{});
       if (t.mirror || !t.symmetric) store<T>(dref.data + v, dref.at(v) + select<T>(in_i, ref_slope * grad_i, V{}));
       if constexpr (SYMMETRIC) {
         const auto in_j = both<T>(inside<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v)), m);
@@ -132,20 +135,20 @@ void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int
         dref_i += select<T>(in_j, ref_slope * grad_j, V{});
         if (t.mirror) {
           own = sum;
-          store<T>(doffset.data + v, doffset.at(v) + select<T>(in_j, own_slope * grad_j, V{}));
+          store<T>(doffset.data + v, doffset.at(v) + select<T>(in_j, own_slope, V{}));
         }
       }
-      dscale += select<T>(own != T(0), own * zv, V{});  // lanes past the end hold anything
+      dscale_i += select<T>(own != T(0), own * zv, V{});  // lanes past the end hold anything
       store<T>(wi + v, load(wi + v) + sum * r.scale);
     });
-    if (r.grad_offset) r.grad_offset[t.r0 + i] += hsum<T>(doffset_i);
+    dscale += dscale_i;
+    if (r.grad_offset) r.grad_offset[t.r0 + i] += rows.grad.data[i] * hsum<T>(doffset_i);
     if (r.grad_ref_offset && t.symmetric) r.grad_ref_offset[t.r0 + i] += hsum<T>(dref_i);
+    if (r.grad_ref_offset && (t.mirror || !t.symmetric) && drains(i, t.rows)) dref.drain(r.grad_ref_offset, t);
   }
   if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
-  for (int64_t j = 0; j < t.cols; ++j) {
-    if (r.grad_offset && t.mirror) r.grad_offset[t.c0 + j] += doffset.data[j];
-    if (r.grad_ref_offset && (t.mirror || !t.symmetric)) r.grad_ref_offset[t.c0 + j] += dref.data[j];
-  }
+  if (r.grad_offset && t.mirror)
+    for (int64_t j = 0; j < t.cols; ++j) r.grad_offset[t.c0 + j] += cols.grad.data[j] * doffset.data[j];
 }
 
 // logsumexp of a transform: the weight of phi, times phi's slope.

@@ -40,6 +40,8 @@ def in_pieces(impl: str, x: Tensor) -> str:
 class Known(Walk):
     """A walk that knows the labels of all references."""
 
+    poison: Tensor | float = 0.0  # NaN once a reference that is not finite has come
+
     def known(self) -> tuple[Tensor, Tensor]:
         """These, sorted, and where each stands among all (M,), (M,)."""
         raise NotImplementedError

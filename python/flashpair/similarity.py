@@ -29,9 +29,9 @@ def upcast(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 def inverse_norm(x: Tensor) -> Tensor:  # (N, D) -> (N, 1)
     """1 / |x|, 0 of a row whose square underflows and NaN of one whose square overflows."""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    zero = norm <= torch.finfo(x.dtype).tiny ** 0.5
-    return norm.nan_to_num(nan=torch.nan, posinf=torch.nan).reciprocal().masked_fill(zero, 0.0)
+    norm, limits = torch.linalg.vector_norm(x, dim=1, keepdim=True), torch.finfo(x.dtype)
+    beyond = norm >= limits.max**0.5  # of one column a vector's norm is its entry, whose square nobody has seen
+    return norm.masked_fill(beyond, torch.nan).reciprocal().masked_fill(norm <= limits.tiny**0.5, 0.0)
 
 
 def through_normalize(g: Tensor, y: Tensor, inverse: Tensor) -> Tensor:  # (N, D), (N, D), (N, 1) -> (N, D)

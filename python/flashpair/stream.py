@@ -15,6 +15,7 @@ from .extras import extra
 from .pieced import Known, PiecedPairs, in_pieces
 from .rows import sorted_rows
 from .schedule import accumulator
+from .similarity import poison
 from .walk import Found, Piece
 
 BLOCK_BYTES = 2**25  # of references that are read at a time, unless the caller says how many
@@ -206,6 +207,7 @@ class _Stream(Known):
                 block = block.to(x.device, x.dtype, non_blocking=True)
                 block = block if self.prepare is None else self.prepare(block)
                 rows = sorted_rows(block, order, unit=self.unit, impl=self.impl)
+                self.poison = self.poison + poison(block, None)
                 yield Piece(rows, labels, order + first)
                 first = last
                 step()

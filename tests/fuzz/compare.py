@@ -4,18 +4,21 @@
 
 One evaluation's error may be small by chance, so that the reference's is taken over several inputs that are one
 rounding from the case's: every feature is multiplied by 1, 1 + eps or 1 - eps, in all rows alike, so that equal rows
-stay equal and ties stay ties. Where a window or a hinge is decided within that rounding the samples fall on both sides,
-and the row's error is as large as the jump; nothing else is forgiven.
+stay equal and ties stay ties; and every other sample has Euclidean distances by products. Where a window or a hinge is
+decided within that rounding the samples fall on both sides, and the row's error is as large as the jump; nothing else
+is forgiven.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .case import DTYPES, Batch, Case
+from .scales import by_products
 
 Results = dict[str, Tensor]
 FEW, MANY = 3, 60  # samples: of every case, and of one that fails with few
@@ -87,10 +90,18 @@ def worst(
 
 def failure(case: Case, given: Batch, found: Results, truth: Results, sample: Callable[[Batch], Results]) -> str:
     """Empty, or which of the results is worse than it may be, and by how much."""
-    samples = [sample(sampled(case, given, k)) for k in range(FEW)]
+
+    def samples_of(numbers: range) -> list[Results]:
+        some = []
+        for k in numbers:
+            with by_products() if k % 2 else contextlib.nullcontext():
+                some.append(sample(sampled(case, given, k)))
+        return some
+
+    samples = samples_of(range(FEW))
     words = _failure(case, given, found, truth, samples)
     if words:
-        samples += [sample(sampled(case, given, k)) for k in range(FEW, MANY)]
+        samples += samples_of(range(FEW, MANY))
         words = _failure(case, given, found, truth, samples)
     return words
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flashpair
 from flashpair import References, StreamedReferences
+from flashpair.criteria.soft_triple import unit
 from flashpair.similarity import inverse_norm
 
 from . import scales
@@ -208,13 +209,26 @@ def _scales(
         of = scales.scales(seen[0], w, raw, made.normalize, "dy" not in raw, upstream)
         of |= {f"d {k}": of["d"] / value.detach().abs().clamp(1e-300, 1) for k, value in _learned(made)}
         return {f"scale {k}": v for k, v in of.items()}
-    sides = {"dx": raw["dx"] if made.normalize else None, "d weight": made.weight.detach()}
+    weight = made.weight.detach().flatten(0, -2)
+    sides = {"dx": raw["dx"] if made.normalize else None, "d weight": weight}
     if case.name == "ProxyAnchorLoss":  # whose anchors are the proxies
         sides = dict(reversed(sides.items()))
     of = scales.scales(seen[0], w, {}, True, False, upstream)
     for mine, (name, rows) in zip(("dx", "dy"), list(sides.items()), strict=True):
         of[f"of {name}"] = of.pop(mine) * (1 if rows is None else inverse_norm(rows)[:, 0])
+    if case.name == "SoftTripleLoss":
+        of["of d weight"] = of["of d weight"] + _of_centres(made, len(raw["dx"]), upstream)
     return {f"scale {k.removeprefix('of ')}": v for k, v in of.items()}
+
+
+def _of_centres(made: Any, rows: int, upstream: Tensor) -> Tensor:  # (C K,)
+    """What SoftTriple's regulariser gives to each centre's gradient before it cancels."""
+    w = unit(made.weight.detach())
+    count = w.shape[1]
+    apart = (2 + 1e-5 - 2 * torch.bmm(w, w.transpose(1, 2))).rsqrt() * (1 - torch.eye(count))
+    each = made.tau * apart.sum(2).flatten() / max(len(w) * count * (count - 1), 1)
+    times = upstream.abs().sum() * (rows if made.reduction == "sum" else 1)
+    return times * each * inverse_norm(made.weight.detach().flatten(0, 1))[:, 0]
 
 
 def _learned(made: torch.nn.Module) -> list[tuple[str, Tensor]]:

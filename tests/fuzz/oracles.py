@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import losses
 from .case import Batch, Case, generator
+from .class_oracles import CLASSES, SHARES, Classes
 from .pair_lists import Pairs, Rows, lse, sp, total
 from .row_oracles import ROWS, apart
+from .whole_oracles import SHARED, margin_loss, n_pairs, n_pairs_count, snr_terms
 
 MOST_PAIRS = 120
 
@@ -61,7 +64,7 @@ def pair_terms(p: Pairs) -> list[list[tuple[int, Tensor]]]:
 
 
 def softmax_pairs(p: Pairs) -> list[list[tuple[int, Tensor]]]:
-    """NT-Xent, N-pair of all pairs and tuplet margin: one term a positive pair."""
+    """NT-Xent and tuplet margin: one term a positive pair."""
     found = []
     for i, s in enumerate(p.S):
         for j in p.P[i]:
@@ -117,21 +120,47 @@ def angular_terms(p: Pairs) -> list[list[tuple[int, Tensor]]]:
 
 TERMS: dict[str, Callable[[Pairs], list[list[tuple[int, Tensor]]]]] = {
     "ContrastiveLoss": pair_terms, "NTXentLoss": softmax_pairs, "TupletMarginLoss": softmax_pairs,
-    "NPairsLoss": softmax_pairs, "TripletMarginLoss": triplet_terms, "LiftedStructureLoss": lifted_terms,
-    "AngularLoss": angular_terms,
+    "TripletMarginLoss": triplet_terms, "LiftedStructureLoss": lifted_terms, "AngularLoss": angular_terms,
+}  # fmt: skip
+
+
+def snr_loss(p: Pairs) -> Tensor:
+    """Its penalty is added to every row that has a loss, or to averages of terms as it is."""
+    terms, weight = snr_terms(p), p.o["regularizer_weight"]
+    extra = weight * total([row.sum().abs() for row in p.x]) / p.n
+    if p.o["reduction"] in ("nonzero", "mean_pairs"):
+        return terms_of(p, terms) + extra
+    valid = [any(a == i for kind in terms for a, _ in kind) for i in range(p.n)]
+    rows = [total([t for kind in terms for a, t in kind if a == i]) + extra * valid[i] for i in range(p.n)]
+    return reduced(torch.stack(rows), valid, p.n, p.o["reduction"])
+
+
+def n_pairs_loss(p: Pairs) -> Tensor:
+    rows = n_pairs(p)
+    zero = torch.zeros((), dtype=torch.float64)
+    found = torch.stack([zero if row is None else row for row in rows])
+    return reduced(found, [row is not None for row in rows], n_pairs_count(p), p.o["reduction"])
+
+
+WHOLE: dict[str, Callable[[Pairs], Tensor]] = {
+    "MarginLoss": margin_loss, "SNRContrastiveLoss": snr_loss, "NPairsLoss": n_pairs_loss
 }  # fmt: skip
 
 
 def knows(case: Case, given: Batch) -> bool:
-    """Whether there is a formula of the case, and it is small enough."""
+    """Whether there is a formula of the case, and it is small enough; of what is not finite there is none."""
+    if not all(t is None or t.isfinite().all() for t in (given.x, given.y)):
+        return False
     o, n = case.options, given.x.shape[0]
+    if case.name in CLASSES:
+        return 0 < n * o["classes"] * o.get("centers_per_class", 1) <= MOST_PAIRS
     m = n if given.y is None else given.y.shape[0]
-    special = o.get("over") == "batch" or o.get("variant", "all_pairs") != "all_pairs" or o.get("l2_weight", 0.0)
-    return (case.name in ROWS or case.name in TERMS) and 0 < n * m <= MOST_PAIRS and not special
+    known = any(case.name in some for some in (ROWS, TERMS, SHARED, WHOLE))
+    return known and 0 < n * m <= MOST_PAIRS and o.get("over") != "batch"
 
 
 def evaluate(case: Case, given: Batch) -> dict[str, Tensor]:
-    """Loss and gradients of the embeddings, by autograd over the loops."""
+    """Loss and gradients, by autograd over the loops: of the embeddings, or of those and of class weights."""
     x = given.x.detach().double().requires_grad_(case.need[0])
     y = None if given.y is None else given.y.detach().double()
     if y is not None:
@@ -140,10 +169,18 @@ def evaluate(case: Case, given: Batch) -> dict[str, Tensor]:
         k: (float(torch.tensor(v)) if k in case.options.get("learn", ()) and case.dtype != "float64" else v)
         for k, v in case.options.items()
     }
-    unit = o["normalize"]
-    p = Pairs(_unit(x) if unit else x, given.labels, y if y is None or not unit else _unit(y), given.ref_labels, o)
-    loss = _loss(case, p)
-    found, wanted = {"loss": loss.detach()}, {"dx": x, "dy": y}
+    wanted = {"dx": x, "dy": y}
+    of = _unit(x) if o["normalize"] else x
+    if case.name in CLASSES:
+        made = losses.criterion(case, x.shape[1], "reference", True)
+        wanted["d weight"] = weight = made.weight.detach().requires_grad_()
+        loss = _of_classes(case.name, Classes(of, given.labels.tolist(), _unit(weight), o))
+    else:
+        other = y if y is None or not o["normalize"] else _unit(y)
+        p = Pairs(of, given.labels, other, given.ref_labels, o)
+        p.raw = (x, y)
+        loss = _loss(case, p)
+    found = {"loss": loss.detach()}
     upstream = torch.randn(loss.shape, generator=generator(case, "upstream"), dtype=torch.float64)
     if case.dtype != "float64":
         upstream = upstream.float().double()
@@ -159,11 +196,27 @@ def evaluate(case: Case, given: Batch) -> dict[str, Tensor]:
 
 
 def _unit(x: Tensor) -> Tensor:
-    norm = [row.norm() for row in x]
-    return torch.stack([row / size if size > 0 else row * 0 for row, size in zip(x, norm, strict=True)])
+    """Rows (..., D) of unit norm."""
+    rows = x.flatten(0, -2)
+    norm = [row.norm() for row in rows]
+    unit = [row / size if size > 0 else row * 0 for row, size in zip(rows, norm, strict=True)]
+    return torch.stack(unit).unflatten(0, x.shape[:-1])
+
+
+def _of_classes(name: str, p: Classes) -> Tensor:
+    rows = torch.stack(CLASSES[name](p))
+    reduction = p.o["reduction"]
+    if name in SHARES:
+        return rows if reduction == "none" else rows.sum()
+    return reduced(rows, [True] * len(rows), len(rows), reduction)
 
 
 def _loss(case: Case, p: Pairs) -> Tensor:
+    if case.name in WHOLE:
+        return WHOLE[case.name](p)
+    if case.name in SHARED:
+        rows = torch.stack(SHARED[case.name](p))
+        return rows if p.o["reduction"] == "none" else rows.sum()
     if case.name in ROWS and p.o.get("triplets", "hard") == "hard":
         return rows_of(p, ROWS[case.name](p))
     p.o["count"] = _count(case)

@@ -22,7 +22,7 @@ def total(terms: list[Tensor]) -> Tensor:
 
 
 class Pairs:
-    """S, D, the lists of positives and negatives, and the case's hyper-parameters as attributes of `o`."""
+    """S, D, the lists of positives and negatives, hyper-parameters in `o`, and `raw`: the rows as they came."""
 
     def __init__(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, o: dict[str, Any]
@@ -30,6 +30,7 @@ class Pairs:
         self.square = y is None
         y, ref_labels = (x, labels) if y is None or ref_labels is None else (y, ref_labels)
         self.x, self.y, self.o, self.n, self.m = x, y, o, x.shape[0], y.shape[0]
+        self.labels, self.raw = labels.tolist(), (x, None if self.square else y)
         self.S = [[(x[i] * y[j]).sum() for j in range(self.m)] for i in range(self.n)]
         self.D2 = [[((x[i] - y[j]) ** 2).sum() for j in range(self.m)] for i in range(self.n)]
         self.D = [[d2.sqrt() if d2 > 0 else d2 * 0 for d2 in row] for row in self.D2]

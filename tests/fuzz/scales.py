@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import flashpair.reference
-from flashpair import Reduction
-from flashpair.similarity import inverse_norm
+from flashpair import Reduction, SoftTripleLoss
+from flashpair.criteria.soft_triple import unit
+from flashpair.similarity import inverse_norm, normalize
 
 
 class Seen(NamedTuple):
@@ -31,6 +32,7 @@ def watched() -> Iterator[list[Seen]]:
     """Keeps what the reference makes its similarities of, with their gradient."""
     seen: list[Seen] = []
     plain, reduce_rows = flashpair.reference.dense_pairs, flashpair.reference.reduce_rows
+    of_centres = SoftTripleLoss.pairs_of
 
     def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:
         z = plain(x, y, distance)
@@ -43,11 +45,50 @@ def watched() -> Iterator[list[Seen]]:
         seen[0].each.append(z * 1)
         return reduce_rows(seen[0].each[-1], mask, r)
 
+    def with_centres(made: SoftTripleLoss, x: Tensor, *more: Any) -> Any:
+        pairs = of_centres(made, x, *more)
+        x = (normalize(x) if made.normalize else x).detach()
+        seen.append(Seen(x, unit(made.weight).detach().flatten(0, 1), pairs.z, "dot", []))
+        return pairs
+
     flashpair.reference.dense_pairs, flashpair.reference.reduce_rows = dense_pairs, of_rows  # type: ignore[assignment]
+    SoftTripleLoss.pairs_of = with_centres  # type: ignore[method-assign]
     try:
         yield seen
     finally:
         flashpair.reference.dense_pairs, flashpair.reference.reduce_rows = plain, reduce_rows
+        SoftTripleLoss.pairs_of = of_centres  # type: ignore[method-assign]
+
+
+NEAR, NEAR_GRADIENT = 1 / 16, 1 / 256  # csrc/cpu/euclidean.h: of |x|^2 + |y|^2, under which D^2 is summed anew
+
+
+@contextlib.contextmanager
+def by_products() -> Iterator[None]:
+    """Euclidean distances of the reference as the implementations have them, |x|^2 + |y|^2 - 2 x.y of rows less the
+    references' mean where that keeps its digits: the same in another order, whose roundings are those of its terms.
+    """
+    plain = flashpair.reference.dense_pairs
+
+    def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:
+        if distance == "dot" or x.numel() == 0 or y.numel() == 0:
+            return plain(x, y, distance)
+        middle = y.detach().mean(0)
+        a, b = x - middle, y - middle
+        squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :]
+        product, apart = squares - 2 * (a @ b.T), plain(x, y, "squared_euclidean")
+        value = torch.where(product > NEAR * squares, product, apart).detach()
+        by_product = (apart > NEAR_GRADIENT * squares) & (product.isfinite())
+        d2 = value + torch.where(by_product, product - product.detach(), apart - apart.detach())
+        if distance == "squared_euclidean":
+            return d2
+        return torch.where(d2 > 0, torch.where(d2 > 0, d2, 1.0).sqrt(), 0.0)
+
+    flashpair.reference.dense_pairs = dense_pairs
+    try:
+        yield
+    finally:
+        flashpair.reference.dense_pairs = plain
 
 
 def weights(seen: list[Seen], loss: Tensor, upstream: Tensor) -> Tensor | None:
@@ -57,6 +98,21 @@ def weights(seen: list[Seen], loss: Tensor, upstream: Tensor) -> Tensor | None:
     of = [seen[0].z, *seen[0].each]
     grads = torch.autograd.grad(loss, of, upstream.to(loss.dtype), allow_unused=True, retain_graph=True)
     return torch.stack([torch.zeros_like(of[0]) if g is None else g.abs() for g in grads]).sum(0)
+
+
+def _of_distances(x: Tensor, y: Tensor, z: Tensor, w: Tensor, root: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The terms of z, which are |x|^2 and |y|^2 where it is computed by a product (`by_products`), and of the gradient:
+    2 w x and 2 w y there, 2 w (x - y) of near pairs."""
+    d2 = z * z if root else z
+    middle = y.mean(0) if y.shape[0] else 0.0
+    squares = ((x - middle) ** 2).sum(1)[:, None] + ((y - middle) ** 2).sum(1)[None, :]
+    terms = torch.where(d2 > NEAR * squares, squares, d2)
+    ends = torch.where(d2 > NEAR_GRADIENT * squares, squares, d2).sqrt()
+    if not root:
+        return terms, 2 * w * ends, 2 * w * ends
+    d = z.clamp_min(1e-300)
+    of = torch.where(z > 0, w * ends / d, w)
+    return torch.where(z > 0, torch.maximum(terms / (2 * d), z), z), of, of
 
 
 def scales(
@@ -71,7 +127,7 @@ def scales(
         of_x, of_y = w * (ref_size[None, :] + own), w * (size[:, None] + (ref_size[None, :] if unit else 0.0))
         z = torch.linalg.vector_norm(x, dim=1)[:, None] * torch.linalg.vector_norm(y, dim=1)[None, :]
     else:
-        of_x = of_y = w if distance == "euclidean" else 2 * w * z.sqrt()
+        z, of_x, of_y = _of_distances(x, y, z, w, distance == "euclidean")
     found = {"dx": of_x.sum(1), "dy": of_y.sum(0), "d": (w * z.clamp_min(1)).sum()[None]}
     if square:
         found["dx"] = found["dx"] + found.pop("dy")

@@ -212,7 +212,8 @@ class Criterion(nn.Module):
         x, labels, _, _ = self.check(embeddings, labels, None, None)
         with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
-            return self.of_pieces(x, labels, pairs)
+            loss = self.of_pieces(x, labels, pairs)
+            return loss + pairs.walk.poison
 
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
         """The loss of embeddings whose pairs come in pieces."""
