@@ -14,7 +14,7 @@ from .reduction import DISTANCES
 from .references import References
 from .schedule import Problem, address, solid
 from .screened import MOST_DEPTH
-from .similarity import dense_pairs, normalize, upcast
+from .similarity import alike, copies, dense_pairs, normalize, upcast
 
 BLOCK_BYTES = 2**28  # what a block of rows may need beside its result
 
@@ -90,6 +90,7 @@ def blocks(x: Tensor, y: Tensor | None, k: int, distance: str, *, screened: bool
     # order.
     row_bytes = 16 * (k + max(k, 16)) if screened else 4 * refs.shape[0] * refs.itemsize
     size = max(1, BLOCK_BYTES // max(1, row_bytes))
+    twins = None if screened or distance != "dot" or not refs.numel() else copies(refs)
     for first in range(0, x.shape[0], size):
         rows = x[first : first + size]
         if not finite:
@@ -101,11 +102,14 @@ def blocks(x: Tensor, y: Tensor | None, k: int, distance: str, *, screened: bool
         elif screened:
             yield first, _screened(rows, y, k, distance)
         else:
-            yield first, _sorted(rows, refs, k, distance, None if y is not None else first)
+            yield first, _sorted(rows, refs, twins, k, distance, None if y is not None else first)
 
 
-def _sorted(rows: Tensor, refs: Tensor, k: int, distance: str, self_at: int | None) -> Nearest:
-    z = dense_pairs(rows, refs, distance)
+def _sorted(
+    rows: Tensor, refs: Tensor, first: Tensor | None, k: int, distance: str, self_at: int | None
+) -> Nearest:  # fmt: skip
+    """first: `copies` of refs."""
+    z = alike(dense_pairs(rows, refs, distance), first)
     if self_at is not None:
         z.diagonal(self_at).fill_(-torch.inf if distance == "dot" else torch.inf)
     values, indices = z.sort(dim=1, descending=distance == "dot", stable=True)

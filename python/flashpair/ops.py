@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from . import schedule, screened, tiled
+from .positives import dense_similarities
 from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from .reference import reduce_rows
 from .rows import plain
 from .schedule import CODES, Given, Problem, accumulator, solid
-from .similarity import dense_pairs, no_autocast
+from .similarity import no_autocast
 
 _library = torch.library.Library("flashpair", "DEF")
 _problem = (
@@ -154,7 +155,7 @@ class RowReduce(torch.autograd.Function):
         vectors, (values, *kept) = rest[:-5], rest[-5:]
         spec = ctx.spec
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values)
+            return _differentiable_backward(ctx, grads, lo, hi, end, order, x, y, scale, vectors, values)
         of_vectors = needs[8 : 8 + len(spec.slots)]
         wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, of_vectors, strict=True)]
         dx, dy, dscale, doffset, dref_offset = call("row_reduce_backward", x)(
@@ -172,7 +173,7 @@ class RowReduce(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, values):  # type: ignore[no-untyped-def]
+def _differentiable_backward(ctx, grads, lo, hi, end, order, x, y, scale, vectors, values):  # type: ignore[no-untyped-def]
     """The same gradient as a differentiable function of its inputs, over the dense matrix: exact second derivatives."""
     column = torch.arange((x if y is None else y).shape[0], device=x.device)
     positive = (column >= lo[:, None]) & (column < hi[:, None])
@@ -186,7 +187,7 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
         x, y, scale, *vectors = (None if t is None else t.view_as(t) for t in (x, y, scale, *vectors))
         by_slot = dict(zip(spec.slots, vectors, strict=True))
         wide = values.dtype
-        z = dense_pairs(x.to(wide), (x if y is None else y).to(wide), spec.distance)
+        z = dense_similarities(x.to(wide), (x if y is None else y).to(wide), spec.distance)
         rows, upstream = [], []
         for i, g in enumerate(grads):
             if g is None:
@@ -202,7 +203,7 @@ def _differentiable_backward(ctx, grads, lo, hi, end, x, y, scale, vectors, valu
             factor = spec.scales[i] if plain or mapped or scale is None else scale[i]
             offset = None if plain else offset
             r = Reduction(OPS[op], SIDES[side], name, factor, offset, ref_offset, window[0], window[1])
-            row = reduce_rows(z, masks[r.side], r)
+            row = reduce_rows(z, masks[r.side], r, order)
             if row.requires_grad:
                 rows.append(row)
                 upstream.append(g)

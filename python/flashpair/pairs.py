@@ -15,13 +15,13 @@ from .dispatch import choose, native
 from .drawn import Drawn, draw
 from .ops import RowReduce, Spec, encode
 from .plan import Plan, make_plan, one_to_one
-from .positives import PLACES, STEPS, cut, positive_pairs
+from .positives import PLACES, STEPS, cut, dense_similarities, positive_pairs
 from .reduction import BUILT_IN, DISTANCES, Bound, Reduction, check_call
 from .reference import ReferencePairs, pad_positives, partners
 from .references import Ordered, owner
 from .rows import sorted_rows
 from .schedule import accumulator, solid
-from .similarity import dense_pairs, masked_logsumexp, poison, upcast
+from .similarity import masked_logsumexp, poison, upcast
 
 
 class Pairs:
@@ -122,11 +122,13 @@ class Pairs:
     def dense(self) -> ReferencePairs:
         """The same pairs, in the same order of rows, over the dense matrix."""
         wide = accumulator(self.x.dtype)
-        z = dense_pairs(self.x.to(wide), self.refs.to(wide), self.distance)
+        z = dense_similarities(self.x.to(wide), self.refs.to(wide), self.distance)
         column = torch.arange(self.ref_labels.shape[0], device=z.device)
         valid = None if self.plan.end is None else column < self.plan.end
         bad = poison(self.x, self.y) if self.poison is None else self.poison
-        return ReferencePairs(z, self.labels, self.ref_labels, square=self.square, ref_valid=valid, poison=bad)
+        return ReferencePairs(
+            z, self.labels, self.ref_labels, square=self.square, ref_valid=valid, poison=bad, order=self.plan.ref_order
+        )
 
     def num_positives(self) -> Tensor:  # (N,) int64
         return self.plan.hi - self.plan.lo - int(self.square)

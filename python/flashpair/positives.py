@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import extension, tiled
 from .rows import plain
-from .similarity import listed_pairs
+from .similarity import dense_pairs, listed_pairs, taken
 
 PLACES = 128  # of the list of positives at a time; losses keep some ten numbers for each
 STEPS = 8  # of `Pairs.sums` at a time; each has N rows of its own
@@ -27,6 +27,15 @@ def listed_similarities(x: Tensor, y: Tensor, at: Tensor, distance: str) -> Tens
         rows = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(at)
         return tiled.pair_similarities(x, y, rows, at, distance)
     return torch.stack([listed_pairs(x, y.index_select(0, j), distance) for j in at.unbind(1)], 1)
+
+
+def dense_similarities(x: Tensor, y: Tensor, distance: str) -> Tensor:
+    """z (N, M) of all pairs, differentiable; on the CPU the bits that `tiled` has: a window, a hinge and an extreme are
+    then of the same pairs as there."""
+    z = dense_pairs(x, y, distance)
+    if x.device.type != "cpu" or not (plain(x) and plain(y)) or isinstance(extension.load(), str):
+        return z
+    return taken(z, tiled.all_similarities(x.detach(), y.detach(), distance))
 
 
 def pair_gradients(x: Tensor, other: Tensor, g: Tensor, distance: str) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from .drawn import Drawn, draw
 from .positives import STEPS, cut
 from .reduction import BUILT_IN, Reduction, bound_places, check_call
 from .rows import plain
-from .similarity import dense_pairs, logaddexp, masked_logsumexp, normalize, poison, softplus
+from .similarity import alike, copies, dense_pairs, logaddexp, masked_logsumexp, normalize, poison, softplus
 from .transforms import custom
 
 
@@ -27,8 +27,12 @@ def _column(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype)[:, None] if value.dim() == 1 else value.to(dtype)
 
 
-def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N, M) -> (N,)
-    """One reduction of the pairs `z` where `mask` (the reduction's side, no self pairs)."""
+def reduce_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = None) -> Tensor:
+    """One reduction (N,) of the pairs `z` (N, M) where `mask` (N, M) (the reduction's side, no self pairs).
+
+    order: (M,) int64, the caller's place of each column: of equal extremes the lowest has the gradient; None: as they
+    stand.
+    """
     if r.lower is not None:
         mask = mask & (z > _column(r.lower, z.dtype))
     if r.upper is not None:
@@ -40,6 +44,10 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:  # (N, M), (N,
         if z.shape[1] == 0:
             return z.sum(1) + none
         kept = torch.where(mask, z, none)
+        if order is not None:
+            found = kept.detach().amin(1) if r.op == "min" else kept.detach().amax(1)
+            first = torch.where(kept == found[:, None], order, order.shape[0]).argmin(1)
+            return kept.gather(1, first[:, None])[:, 0]
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":
         assert isinstance(r.offset, Tensor) and r.ref_offset is not None
@@ -66,22 +74,6 @@ def _phi(t: Tensor, transform: str) -> Tensor:
     return (1 - t.abs()).relu() if transform == "triangle" else t
 
 
-def alike(z: Tensor, refs: Tensor) -> Tensor:  # (N, M), (M, D) -> (N, M)
-    """z whose columns are equal where rows of `refs` are: a vendor's product may round a column by where it stands."""
-    with torch.no_grad():
-        whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[refs.element_size()]
-        bits = (refs.contiguous() + 0.0).view(whole).to(torch.int64)  # of one zero
-        keys = (bits * torch.arange(1, 2 * refs.shape[1], 2, device=refs.device)).sum(1)
-        if keys.unique().shape[0] == keys.shape[0]:
-            return z
-        _, group = bits.unique(dim=0, return_inverse=True)
-        first = torch.full_like(group, refs.shape[0]).scatter_reduce(
-            0, group, torch.arange(refs.shape[0], device=refs.device), "amin"
-        )
-        off = (z.index_select(1, first[group]) - z).nan_to_num(0.0, 0.0, 0.0)
-    return z + off
-
-
 class ReferencePairs:
     """The engine's `Pairs` over a dense matrix: rows are anchors, columns references, both in the caller's order.
 
@@ -91,6 +83,7 @@ class ReferencePairs:
         square: row i and column i are the same sample, and no pair.
         ref_valid: None, or (M,) bool: references that take part.
         poison: a tensor () added to every row value: 0, or NaN when an embedding is not finite.
+        order: None, or (M,) int64: the caller's place of each reference, where columns stand in another order.
     """
 
     def __init__(
@@ -102,7 +95,9 @@ class ReferencePairs:
         square: bool,
         ref_valid: Tensor | None = None,
         poison: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> None:
+        self.order = order
         self.z, self.labels, self.ref_labels, self.square = z, labels, ref_labels, square
         self.poison = z.new_zeros(()) if poison is None else poison
         self.x: Tensor | None = None
@@ -122,7 +117,7 @@ class ReferencePairs:
         refs = x if y is None else y
         z = dense_pairs(x, refs, distance)
         if distance == "dot" and x.device.type == "cpu" and plain(x) and plain(refs):
-            z = alike(z, refs)
+            z = alike(z, copies(refs))
         pairs = cls(z, labels, labels if ref_labels is None else ref_labels, square=y is None, poison=poison(x, y))
         pairs.x = x
         return pairs
@@ -140,7 +135,7 @@ class ReferencePairs:
                 name: getattr(r, name) if place < 0 else rows[place].detach() + getattr(r, name).shift
                 for name, place in zip(("lower", "upper"), places, strict=True)
             }
-            row = reduce_rows(self.z, self.masks[r.side], replace(r, **bounds)) + self.poison
+            row = reduce_rows(self.z, self.masks[r.side], replace(r, **bounds), self.order) + self.poison
             rows.append(row.detach() if r.detach else row)
         return tuple(rows)
 

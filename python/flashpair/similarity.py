@@ -74,6 +74,59 @@ def poison(x: Tensor, y: Tensor | None) -> Tensor:
     return (total if y is None else total + y.detach().sum(dtype=wide)) * 0
 
 
+class _Taken(torch.autograd.Function):
+    """Numbers `of`, the same as `z` but for rounding, with z's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, of: Tensor) -> Tensor:
+        return of.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
+
+
+def taken(z: Tensor, of: Tensor) -> Tensor:
+    """The same similarities `z` with the bits `of`, which decide who is in a window and which pair is an extreme."""
+    return _Taken.apply(z, of)
+
+
+@torch.no_grad()
+def copies(rows: Tensor) -> Tensor | None:
+    """(M,) int64: the first row that is equal to each one; None where none are equal."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    bits = (rows.contiguous() + 0.0).view(whole).to(torch.int64)  # of one zero
+    keys = (bits * torch.arange(1, 2 * rows.shape[1], 2, device=rows.device)).sum(1)
+    if keys.unique().shape[0] == keys.shape[0]:
+        return None
+    _, group = bits.unique(dim=0, return_inverse=True)
+    places = torch.arange(rows.shape[0], device=rows.device)
+    return torch.full_like(group, rows.shape[0]).scatter_reduce(0, group, places, "amin")[group]
+
+
+def alike(z: Tensor, first: Tensor | None) -> Tensor:  # (N, M), (M,) -> (N, M)
+    """z whose columns are equal where the references are, as `copies` says: a vendor's product may round a column by
+    where it stands."""
+    if first is None:
+        return z
+    of = z.detach().index_select(1, first)
+    return taken(z, of) if z.requires_grad else of
+
+
+def _towards(u: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (N, M), (N, D), (M, D)
+    """The sums of u_ij (x_i - y_j) over j, and of u_ij (y_j - x_i) over i. Differentiable."""
+    middle = x.detach().mean(0)
+    a, b = x - middle, y - middle
+    return u.sum(1)[:, None] * a - u @ b, u.sum(0)[:, None] * b - u.T @ a
+
+
+def _along(g: Tensor, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """What dL/dz = g (N, M) of distances z gives to x and y; rows that are equal have no direction between them."""
+    z, g, x, y = torch.where(z > 0, z, torch.inf), g.contiguous(), x.contiguous(), y.contiguous()
+    dx = torch.ops.aten._cdist_backward(g, x, y, 2.0, z)
+    return dx, torch.ops.aten._cdist_backward(g.T.contiguous(), y, x, 2.0, z.T.contiguous())
+
+
 class _Distances(torch.autograd.Function):
     """Euclidean distances (N, M) as the norms of differences: |x|^2 + |y|^2 - 2 x.y loses them to cancellation."""
 
@@ -87,15 +140,26 @@ class _Distances(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         x, y, z = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
-            z, middle = _Distances.apply(x, y), x.detach().mean(0)
-            u = torch.where(z > 0, g / torch.where(z > 0, z, 1.0), 0.0)
-            a, b = x - middle, y - middle
-            return u.sum(1)[:, None] * a - u @ b, u.sum(0)[:, None] * b - u.T @ a
-        z = torch.where(z > 0, z, torch.inf)  # rows that are equal have no direction between them
-        g = g.contiguous()
-        dx = torch.ops.aten._cdist_backward(g, x.contiguous(), y.contiguous(), 2.0, z)
-        dy = torch.ops.aten._cdist_backward(g.T.contiguous(), y.contiguous(), x.contiguous(), 2.0, z.T.contiguous())
-        return dx, dy
+            z = _Distances.apply(x, y)
+            return _towards(torch.where(z > 0, g / torch.where(z > 0, z, 1.0), 0.0), x, y)
+        return _along(g, x, y, z)
+
+
+class _SquaredDistances(torch.autograd.Function):
+    """Their squares (N, M), which unlike the distances have second derivatives between equal rows, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        z = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        ctx.save_for_backward(x, y, z)
+        return z * z
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, y, z = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+            return _towards(2 * g, x, y)
+        return _along(2 * g * z, x, y, z)
 
 
 def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D) -> (N, M)
@@ -106,8 +170,7 @@ def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (M, D
             return dense_pairs(x, y, distance)
     if distance == "dot":
         return x @ y.T
-    z: Tensor = _Distances.apply(x, y)
-    return z if distance == "euclidean" else z * z
+    return (_Distances if distance == "euclidean" else _SquaredDistances).apply(x, y)
 
 
 def listed_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:  # (N, D), (N, D) -> (N,)

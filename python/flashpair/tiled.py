@@ -23,6 +23,7 @@ from .transforms import steps
 
 LIVE_PAIRS_PER_ROW = 32
 SCREENED_PAIRS_PER_ROW = 512  # 16 (csrc/cpu/pass.h) times as many; 4 KB of float32 a row, touched as far as used
+MOST_LISTED = 2**20  # pairs that are listed at a time of a matrix that has all
 INLINE_WORK = 2**25  # multiply-adds of a product under which waking threads costs more than it saves
 
 
@@ -136,6 +137,18 @@ def pair_similarities(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, distance
     count = rows.numel()
     work.similarities(threads(count, x.shape[1]), count, address(rows), address(cols), address(z))
     return z
+
+
+def all_similarities(x: Tensor, y: Tensor, distance: str) -> Tensor:
+    """z (N, M) of all pairs, the bits that a pass has for them: for what is done once more over the dense matrix."""
+    (n, _), m = x.shape, y.shape[0]
+    at_once = max(1, MOST_LISTED // max(m, 1))
+    found = x.new_empty(n, m)
+    for first in range(0, n, at_once):
+        rows = torch.arange(first, min(first + at_once, n), device=x.device)[:, None].expand(-1, m)
+        cols = torch.arange(m, device=x.device).expand_as(rows)
+        found[first : first + at_once] = pair_similarities(x, y, rows, cols, distance)
+    return found
 
 
 def threads(pairs: int, d: int) -> int:

@@ -13,6 +13,8 @@ from ..similarity import softplus
 from .base import AnyPairs, Criterion, RowLosses, Terms
 from .blocks import sum_of_blocks
 
+SLACK = 16  # roundings of terms of up to 1 + 4 tan^2 in size
+
 
 class AngularLoss(Criterion):
     """Angular loss (Wang et al., 2017), t = tan(alpha), for each ordered positive pair (a, p):
@@ -27,7 +29,7 @@ class AngularLoss(Criterion):
         max_positives: the most positives that an anchor has, where known; see `TripletMarginLoss`.
         normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs, those
             without a negative counting as 0 (of ``"hinge"``: by the number of triplets, and "nonzero" over those above
-            0). A row's loss is the sum of its pairs'.
+            0 by more than rounding). A row's loss is the sum of its pairs'.
 
     Raises:
         ValueError: the hinge with ``normalize=False``; with `ref_emb`: the loss needs the products of positives with
@@ -89,5 +91,7 @@ class AngularLoss(Criterion):
         (loss,) = sums.reduce(Reduction("sum", "negatives", "hinge", scale=4 * t2, offset=offset))
         if self.reduction != "nonzero":
             return loss, torch.zeros_like(loss)
-        (above,) = sums.reduce(Reduction("count", "negatives", lower=(-offset / (4 * t2)).detach()))
+        # Of three equal rows the hinge is 0 but for rounding, by which none is above it.
+        slack = SLACK * torch.finfo(z.dtype).eps * (1 + 4 * t2)
+        (above,) = sums.reduce(Reduction("count", "negatives", lower=((slack - offset) / (4 * t2)).detach()))
         return loss, above

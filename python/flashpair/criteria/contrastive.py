@@ -17,6 +17,8 @@ from ..similarity import normalize, upcast
 from .base import AnyPairs, Criterion, Penalty, RowLosses, Terms
 from .distances import DISTANCES, similarity_of
 
+COSINE_SLACK = 16  # roundings
+
 
 def hinges(
     pairs: AnyPairs, positives: Reduction, negatives: Reduction, limits: Sequence[Reduction]
@@ -40,7 +42,8 @@ class ContrastiveLoss(Criterion):
         distance: ``"euclidean"`` or ``"cosine"``.
         power: 1 or 2.
         normalize, reduction, impl: see `Criterion`. The loss averages pairs: "nonzero" (default) over positive pairs
-            above 0 plus over negative pairs above 0, "mean_pairs" over all of each; "mean" divides by N.
+            above 0 plus over negative pairs above 0, "mean_pairs" over all of each; "mean" divides by N. Of normalised
+            rows' cosines a pair is above 0 that is so by more than rounding: a row and its copy are not under 1.
 
     Raises:
         ValueError: pos_margin None with power 2, or with reduction "nonzero" (its terms have any sign).
@@ -83,9 +86,11 @@ class ContrastiveLoss(Criterion):
         if self.reduction == "nonzero" and self.pos_margin is not None:
             pos_limit, neg_limit = _plain(self.pos_margin), _plain(self.neg_margin)
             if sign > 0:
+                # Whether a row and its copy have a cosine of 1 or of a rounding less says nothing of them.
+                slack = COSINE_SLACK * torch.finfo(pairs.dtype).eps if self.normalize else 0.0
                 limits = (
-                    Reduction("count", "positives", upper=pos_limit),
-                    Reduction("count", "negatives", lower=neg_limit),
+                    Reduction("count", "positives", upper=pos_limit - slack),
+                    Reduction("count", "negatives", lower=neg_limit + slack),
                 )
             else:
                 limits = (

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..criteria.answers import after_init
 from ..references import References
-from ..similarity import dense_pairs, normalize, poison, upcast
+from ..similarity import alike, copies, dense_pairs, normalize, poison, upcast
 
 BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made of them up to eight times that
 
@@ -88,7 +88,8 @@ class Miner(Generic[Mined]):
     """Selects pairs or triplets; a subclass says which of a block's in `mine`.
 
     A block's decisions are all taken from the same numbers, whose last bits may differ from block size to block size
-    and from a loss's own: a pair that stands at its threshold to the last bit may fall on either side.
+    and from a loss's own: a pair that stands at its threshold to the last bit may fall on either side. References that
+    are equal are equally near.
 
     Args:
         normalize: L2-normalise embeddings and references first; a zero row stays zero.
@@ -196,9 +197,10 @@ class Miner(Generic[Mined]):
         if refs.shape[0] == 0:
             return
         size = chunk(refs.shape[0], refs.itemsize)
+        twins = copies(refs) if self.distance == "dot" else None
         for at in range(first, last, size):
             end = min(at + size, last)
-            z = dense_pairs(x[at:end], refs, self.distance)
+            z = alike(dense_pairs(x[at:end], refs, self.distance), twins)
             positives = labels[at:end, None] == ref_labels[None, :]
             negatives = ~positives
             if y is None:
