@@ -106,6 +106,9 @@ class TestAddresses:
             flashpair.MultiSimilarityLoss()(X, mode.from_tensor(LABELS))
         loss = flashpair.MultiSimilarityLoss()(mode.from_tensor(X), mode.from_tensor(LABELS))
         assert loss.shape == () and type(loss).__name__ == "FakeTensor"
+        criterion = flashpair.ArcFaceLoss(30, X.shape[1])  # whose labels are looked at where they have values
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert criterion(mode.from_tensor(X), mode.from_tensor(LABELS)).shape == ()
 
 
 class Subclass(torch.Tensor):

@@ -201,3 +201,16 @@ def test_norms_far_from_one(size):
     raw = NPairsLoss(impl="tiled")(x * size, labels)
     truth = NPairsLoss(impl="reference")((x * size).double(), labels)
     assert not raw.isfinite() or relative(raw, truth) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("tiled", marks=needs_extension)])
+@pytest.mark.parametrize("size", [1e-18, 1e-12, 1e12])
+def test_signal_to_noise_does_not_depend_on_the_norm(size, impl):
+    """A ratio of variances; and its gradient, which is 1 / size times as large: no reciprocal on the way overflows."""
+    x, labels = batch(60, 8, 4, torch.float64)
+    rows, truth = (x * size).float().requires_grad_(), x.clone().requires_grad_()
+    loss = flashpair.SNRContrastiveLoss(normalize=False, impl=impl)(rows, labels)
+    wanted = flashpair.SNRContrastiveLoss(normalize=False, impl="reference")(truth, labels)
+    assert relative(loss.detach(), wanted.detach()) < 1e-5
+    (found,), (gradient,) = torch.autograd.grad(loss, rows), torch.autograd.grad(wanted, truth)
+    assert relative(found.double() * size, gradient) < 1e-5

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEYED = 2**20  # numbers of rows that are looked at at a time for equal ones
+
 
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for a type of device, of which it does not know all (meta, say)."""
@@ -94,14 +96,20 @@ def taken(z: Tensor, of: Tensor) -> Tensor:
 @torch.no_grad()
 def copies(rows: Tensor) -> Tensor | None:
     """(M,) int64: the first row that is equal to each one; None where none are equal."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
-    bits = (rows.contiguous() + 0.0).view(whole).to(torch.int64)  # of one zero
-    keys = (bits * torch.arange(1, 2 * rows.shape[1], 2, device=rows.device)).sum(1)
-    if keys.unique().shape[0] == keys.shape[0]:
+    odd = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device)
+    keys = torch.cat([(_bits(part) * odd).sum(1) for part in rows.split(max(1, KEYED // rows.shape[1]))])
+    _, group, count = keys.unique(return_inverse=True, return_counts=True)
+    if count.shape[0] == keys.shape[0]:
         return None
-    _, group = bits.unique(dim=0, return_inverse=True)
-    places = torch.arange(rows.shape[0], device=rows.device)
-    return torch.full_like(group, rows.shape[0]).scatter_reduce(0, group, places, "amin")[group]
+    (at,) = (count[group] > 1).nonzero(as_tuple=True)  # rows of one key, among them all that are equal
+    _, group = _bits(rows[at]).unique(dim=0, return_inverse=True)
+    lowest = torch.full_like(at, rows.shape[0]).scatter_reduce(0, group, at, "amin")
+    return torch.arange(rows.shape[0], device=rows.device).index_copy(0, at, lowest[group])
+
+
+def _bits(rows: Tensor) -> Tensor:
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]
+    return (rows.contiguous() + 0.0).view(whole).to(torch.int64)  # of one zero
 
 
 def alike(z: Tensor, first: Tensor | None) -> Tensor:  # (N, M), (M,) -> (N, M)

@@ -42,7 +42,8 @@ class Criterion(nn.Module):
     """A loss of pairs: a subclass says what one row is in `row_losses`; this class does the rest.
 
     Args:
-        normalize: L2-normalise embeddings (and references) first; a zero row stays zero.
+        normalize: L2-normalise embeddings (and references) first; a zero row stays zero, and so counts one whose square
+            underflows (in float32 a norm under 1e-19); one whose square overflows (1e19) is NaN.
         reduction: ``"mean"`` (over all N rows, or the loss's own count where the class says so), ``"sum"``,
             ``"none"`` (N,), ``"mean_valid"`` (over rows that have a loss) or ``"nonzero"`` (over row losses above 0;
             over pairs or triplets above 0 where the class says that it averages these, and there ``"mean_pairs"``, of

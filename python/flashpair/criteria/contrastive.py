@@ -163,10 +163,12 @@ class SNRContrastiveLoss(Criterion):
                 Reduction("count", "positives", lower=torch.maximum(least, noise * (8 * slack) ** 2).detach()),
                 Reduction("count", "negatives", upper=most.detach()),
             )
-        unit = torch.where(varies, 1 / torch.where(varies, noise, 1.0), 0.0)
+        some = torch.where(varies, noise, 1.0)  # divided by, for its reciprocal's slope overflows where it does not
         terms = tuple(
             Terms(
-                t.losses * unit, t.number * varies, None if t.nonzero is None else torch.where(varies, t.nonzero, 0.0)
+                torch.where(varies, t.losses / some, 0.0),
+                t.number * varies,
+                None if t.nonzero is None else torch.where(varies, t.nonzero, 0.0),
             )
             for t in hinges(pairs, positives, negatives, limits)
         )
