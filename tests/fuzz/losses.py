@@ -213,12 +213,22 @@ def _scales(
     sides = {"dx": raw["dx"] if made.normalize else None, "d weight": weight}
     if case.name == "ProxyAnchorLoss":  # whose anchors are the proxies
         sides = dict(reversed(sides.items()))
+    if case.name == "SoftTripleLoss":
+        w = torch.maximum(w, _of_softmaxes(made, seen[0].z.detach(), w))
     of = scales.scales(seen[0], w, {}, True, False, upstream)
     for mine, (name, rows) in zip(("dx", "dy"), list(sides.items()), strict=True):
         of[f"of {name}"] = of.pop(mine) * (1 if rows is None else inverse_norm(rows)[:, 0])
     if case.name == "SoftTripleLoss":
         of["of d weight"] = of["of d weight"] + _of_centres(made, len(raw["dx"]), upstream)
     return {f"scale {k.removeprefix('of ')}": v for k, v in of.items()}
+
+
+def _of_softmaxes(made: Any, s: Tensor, w: Tensor) -> Tensor:
+    """SoftTriple's weights (B, C K) before the terms of dS/ds_k = pi_k (1 + s_k / gamma - S / gamma) cancel."""
+    s, w = (t.unflatten(1, made.weight.shape[:2]) for t in (s, w))
+    share = torch.softmax(s / made.gamma, 2)
+    size = s.abs() + (share * s).sum(2, keepdim=True).abs()
+    return (w.sum(2, keepdim=True) * share * (1 + size / made.gamma)).flatten(1)
 
 
 def _of_centres(made: Any, rows: int, upstream: Tensor) -> Tensor:  # (C K,)
