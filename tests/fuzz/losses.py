@@ -15,7 +15,7 @@ from flashpair.criteria.soft_triple import unit
 from flashpair.similarity import inverse_norm
 
 from . import scales
-from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator
+from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator, maybe_fused
 
 CLASS_LOSSES = (
     "NormalizedSoftmaxLoss", "CosFaceLoss", "ArcFaceLoss", "SphereFaceLoss", "ProxyNCALoss", "ProxyAnchorLoss",
@@ -130,12 +130,13 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
     if options.get("refs") == "Streamed" and impl == "screened":
         impl = "tiled"
     heavy = name in ("AngularLoss", "TripletMarginLoss")
-    return Case(
+    case = Case(
         "loss", seed, name, options, **draw_shape(r, 129 if heavy else 513, options.get("refs", "none") != "none"),
         dtype=r.choice(("float32", "float32", "float64", "float16", "bfloat16")), labels=r.choice(LABELS),
         changes=draw_changes(r, True), layout=r.choice(LAYOUTS[:4] * 3 + LAYOUTS), impl=impl,
         threads=r.choice((1, 2)), need=r.choice(([True, True], [True, True], [True, False], [False, True])),
     )  # fmt: skip
+    return maybe_fused(case)
 
 
 def criterion(case: Case, d: int, impl: str, wide: bool) -> torch.nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashpair import Bound, Reduction, row_reduce
 
 from . import scales
-from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator
+from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator, maybe_fused
 from .compare import failure
 
 TRANSFORMS = ("identity", "softplus", "hinge", "squared_hinge", "triangle", "lifted")
@@ -41,12 +41,13 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
         one["detach"] = r.random() < 0.2
         made.append(one)
     options = {"reductions": made, "distance": r.choice(("dot", "euclidean", "squared_euclidean"))}
-    return Case(
+    case = Case(
         "reduce", seed, "row_reduce", options,
         **draw_shape(r, 513, r.random() < 0.5), dtype=r.choice(("float32", "float64", "float16", "bfloat16")),
         labels=r.choice(LABELS), changes=draw_changes(r, False), layout=r.choice(LAYOUTS[:4]), impl=r.choice(impls),
         threads=r.choice((1, 2)), need=r.choice(([True, True], [True, False], [False, True])),
     )  # fmt: skip
+    return maybe_fused(case)
 
 
 def _made(case: Case, given: Batch, dtype: torch.dtype) -> tuple[list[Reduction], dict[str, Tensor]]:
