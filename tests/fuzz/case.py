@@ -83,8 +83,8 @@ def draw_shape(random: random.Random, most: int, references: bool) -> dict[str, 
 
 
 def maybe_fused(case: Case, share: float = 0.1) -> Case:
-    """Some of the tiny cases by `fused`, where Triton's interpreter runs its kernels. Not of half precision, in which it
-    keeps unit rows, too, as the reference does not.
+    """Some of the tiny cases by `fused`, where Triton's interpreter runs its kernels. Not in half precision, which
+    it keeps unit rows in, as the reference does not.
     """
     tiny = max(case.n, case.m) <= 33 and case.d <= 33 and case.dtype in ("float32", "float64")
     chosen = interpreted() and tiny and random.Random(f"{case.seed} fused").random() < share
