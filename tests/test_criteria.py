@@ -219,6 +219,24 @@ def test_soft_triple_of_any_height_is_as_good_as_dense_code(normalize, gamma, mo
         assert_as_good_as(f, e, t)
 
 
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_soft_triple_of_large_logits_with_ties(size):
+    """The largest term is e^0 at any magnitude, and equal classes share it."""
+    x, labels = batch(20, 8, 4, torch.float64)
+    found = {}
+    for impl, dtype in (("reference", torch.float64), ("reference", torch.float32), ("auto", torch.float32)):
+        torch.manual_seed(0)
+        loss = flashpair.SoftTripleLoss(9, 8, 2, normalize=False, reduction="sum", impl=impl).to(dtype)
+        with torch.no_grad():
+            loss.weight[1:3] = loss.weight[0]
+        a = (x.float() * size).to(dtype).requires_grad_()
+        value = loss(a, labels)
+        found[impl, dtype] = value.detach(), *torch.autograd.grad(value, (a, loss.weight))
+    truth, eager, ours = found.values()
+    for f, e, t in zip(ours, eager, truth, strict=True):
+        assert_as_good_as(f, e, t)
+
+
 @needs_extension
 @pytest.mark.parametrize("name", WANTS_MAX_POSITIVES)
 def test_without_max_positives_a_whole_graph_is_refused_and_a_broken_one_is_right(name):

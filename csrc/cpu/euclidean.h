@@ -139,7 +139,7 @@ bool pull(const Problem<T>& p, const Tile<T>& t, T* w, T* row_pull, T* ref_pull)
       store<T>(refs.data + v, refs.at(v) + rest);
     }
     if (row_pull) row_pull[t.r0 + i] += hsum<T>(total);
-    if (ref_pull && drains(i, t.rows)) refs.drain(ref_pull, t);
+    if (ref_pull && drains(i, t.rows)) refs.drain(ref_pull + t.c0, t.cols);
   }
   return any<T>(found);
 }

@@ -49,14 +49,14 @@ INLINE bool one_serves(T spread, T least) {
 template <class T, bool LOWER, bool UPPER, bool MIRROR>
 void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   using V = Vec<T>;
-  Columns<T> lower, upper, peaks, totals;
+  Columns<T> lower, upper, peaks, totals, part;
   alignas(64) T row_peak[MAX_TILE], row_top[MAX_TILE];  // directed z: of the row's own pairs; of all that any side uses
   const T direction = r.direction(), steep = r.steepness();
   if (MIRROR) {
     lower.fill(r.lower, -INF<T>, t);
     upper.fill(r.upper, INF<T>, t);
     peaks.fill(nullptr, -INF<T>, t);
-    totals.fill(nullptr, T(0), t);
+    totals.fill(nullptr, T(0), t), part.fill(nullptr, T(0), t);
   }
   const V none = splat(-INF<T>);
   T high = -INF<T>, low = INF<T>, least = INF<T>;
@@ -91,22 +91,24 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   const bool shared = MIRROR && one_serves((high - low) * steep, least * steep);
   // 2. exponentials: one a pair where `shared`, else one for each direction
   for (int64_t i = 0; i < t.rows; ++i) {
+    if (MIRROR && i % DRAINED == 0) part.drain(totals.data, t.cols);
     if (!(row_top[i] > -INF<T>)) continue;
     const T* z = t.z + i * t.ld;
     const V low_i = splat(lower_of(r, t.r0 + i)), up_i = splat(upper_of(r, t.r0 + i));
     const V shift = splat(shared ? high : row_peak[i]);
-    V total{};
+    RowSum<T> total;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * direction, e = exp((s - shift) * steep);
-      total += select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), e, V{});
+      total.add(v, select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), e, V{}));
       if constexpr (MIRROR) {
         const auto in = inside<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
         const V c = shared ? e : exp((s - peaks.at(v)) * steep);
-        store<T>(totals.data + v, totals.at(v) + select<T>(both<T>(in, m), c, V{}));
+        store<T>(part.data + v, part.at(v) + select<T>(both<T>(in, m), c, V{}));
       }
     });
-    if (row_peak[i] > -INF<T>) merge(r, t.r0 + i, shared ? high : row_peak[i], hsum<T>(total));
+    if (row_peak[i] > -INF<T>) merge(r, t.r0 + i, shared ? high : row_peak[i], total.value());
   }
+  if (MIRROR) part.drain(totals.data, t.cols);
   if (MIRROR)
     for (int64_t j = 0; j < t.cols; ++j)
       if (peaks.data[j] > -INF<T>) merge(r, t.c0 + j, shared ? high : peaks.data[j], totals.data[j]);
@@ -129,19 +131,19 @@ void sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Phi
     const V low_i = splat(lower_of(r, row)), up_i = splat(upper_of(r, row));
     const V own_i = splat(r.offset ? r.offset[row] : r.shift);
     const V ref_i = splat(MIRROR && r.ref_offset ? r.ref_offset[row] : T(0));
-    V total{};
+    RowSum<T> total;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * r.scale;
       const V phi = transform.template value<T>(s, own_i, ref.at(v));
-      total += select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), phi, V{});
+      total.add(v, select<T>(both<T>(inside<T, LOWER, UPPER>(zv, low_i, up_i), m), phi, V{}));
       if constexpr (MIRROR) {
         const auto in = inside<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
         const V c = transform.template value<T>(s, own.at(v), ref_i);
         store<T>(totals.data + v, totals.at(v) + select<T>(both<T>(in, m), c, V{}));
       }
     });
-    r.total[row] += hsum<T>(total);
-    if (MIRROR && drains(i, t.rows)) totals.drain(r.total, t);
+    r.total[row] += total.value();
+    if (MIRROR && drains(i, t.rows)) totals.drain(r.total + t.c0, t.cols);
   }
 }
 

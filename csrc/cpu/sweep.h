@@ -48,14 +48,26 @@ struct Columns {
     for (int64_t j = 0; j < padded; ++j) data[j] = from && j < t.cols ? from[t.c0 + j] : otherwise;
   }
   INLINE Vec<T> at(int64_t v) const { return load(data + v); }
-  // Adds what is here to a row array, and begins anew: column sums of few rows each, whose roundings do not pile up.
+  // Adds what is here to some other numbers, and begins anew: column sums of few rows each, whose roundings do not pile
+  // up.
   template <class U>
-  INLINE void drain(U* to, const Tile<T>& t) {
-    for (int64_t j = 0; j < t.cols; ++j) to[t.c0 + j] += data[j], data[j] = T(0);
+  INLINE void drain(U* to, int64_t cols) {
+    for (int64_t j = 0; j < cols; ++j) to[j] += data[j], data[j] = T(0);
   }
 };
-constexpr int64_t DRAINED = 16;  // rows after which column sums are
+constexpr int64_t DRAINED = 16;  // rows after which column sums are, and vectors after which a row's sum is
 INLINE bool drains(int64_t i, int64_t rows) { return i % DRAINED == DRAINED - 1 || i == rows - 1; }
+
+// The sum of a row's vectors, some at a time.
+template <class T>
+struct RowSum {
+  Vec<T> whole{}, part{};
+  INLINE void add(int64_t v, Vec<T> t) {
+    part += t;
+    if (v / WIDTH<T> % DRAINED == DRAINED - 1) whole += part, part = Vec<T>{};
+  }
+  INLINE T value() const { return hsum<T>(whole + part); }
+};
 
 // A mining window's bounds for a row, or for a vector of columns: none, the lower, or both; none compiles to nothing.
 template <class T, bool LOWER, bool UPPER>

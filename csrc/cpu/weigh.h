@@ -144,7 +144,8 @@ void weigh_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, int
     dscale += dscale_i;
     if (r.grad_offset) r.grad_offset[t.r0 + i] += rows.grad.data[i] * hsum<T>(doffset_i);
     if (r.grad_ref_offset && t.symmetric) r.grad_ref_offset[t.r0 + i] += hsum<T>(dref_i);
-    if (r.grad_ref_offset && (t.mirror || !t.symmetric) && drains(i, t.rows)) dref.drain(r.grad_ref_offset, t);
+    if (r.grad_ref_offset && (t.mirror || !t.symmetric) && drains(i, t.rows))
+      dref.drain(r.grad_ref_offset + t.c0, t.cols);
   }
   if (r.grad_scale) r.grad_scale[block] += hsum<T>(dscale);
   if (r.grad_offset && t.mirror)

@@ -157,7 +157,7 @@ class WholeLoss {
     if (losses && each) std::fill_n(losses, job_.n, T(0));
     for (auto& side : slope_) side.resize(n);
     const whole::Formula<T> formula = whole::formula_of<T>(job_);
-    double loss = 0, valid = 0, divides = 0;
+    double loss = 0, part = 0, valid = 0, divides = 0;  // some rows at a time: equal ones would round alike
     for (int64_t i = 0; i < n; ++i) {
       whole::Row<T> row{};
       T* lse = row.gives.lse;
@@ -165,7 +165,8 @@ class WholeLoss {
         if (side != summed_) lse[side] = values(summed_ == whole::NO_PAIR ? sum_of(side) : 0)[i];
       if (job_.mined && lse[whole::POSITIVE] == none) lse[whole::NEGATIVE] = none;  // one decision for both sides
       whole::finish_row(formula, row, static_cast<T>(hi_[i] - lo_[i] - square_), true, sums_[i], T(0));
-      loss += row.loss, valid += row.valid, divides += row.divides;
+      part += row.loss, valid += row.valid, divides += row.divides;
+      if (i % 16 == 15 || i == n - 1) loss += part, part = 0;
       if (losses && each) losses[rows_[i]] = row.loss;
       for (int side : {whole::POSITIVE, whole::NEGATIVE})
         slope_[side][i] = row.gives.slope[side] * (upstream ? upstream[rows_[i]] : T(1));

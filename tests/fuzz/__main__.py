@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+from flashpair.dispatch import interpreted
+
 from .case import Case, read
 from .kinds import KINDS, run
 from .shrink import shrink
@@ -20,7 +22,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the same seed gives the same cases")
     parser.add_argument("--only", default=",".join(KINDS), help=f"kinds, of {', '.join(KINDS)}")
     parser.add_argument(
-        "--impls", default="auto,tiled,screened", help="implementations; fused needs TRITON_INTERPRET=1"
+        "--impls",
+        default="auto,tiled,screened",
+        help="implementations; with TRITON_INTERPRET=1 some tiny cases are drawn by fused, too",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with seeds of its own")
     parser.add_argument("--cases", type=int, help="so many of them, instead of minutes")
@@ -64,6 +68,10 @@ def report(case: Case, words: str, whole: bool) -> None:
 
 def main() -> int:
     options = arguments()
+    if interpreted():
+        from ..interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
     if options.case:
         words = run(read(options.case))
         sys.stdout.write(f"{words or 'right'}\n")

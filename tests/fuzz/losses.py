@@ -15,7 +15,7 @@ from flashpair.criteria.soft_triple import unit
 from flashpair.similarity import inverse_norm
 
 from . import scales
-from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator
+from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator, maybe_fused
 
 CLASS_LOSSES = (
     "NormalizedSoftmaxLoss", "CosFaceLoss", "ArcFaceLoss", "SphereFaceLoss", "ProxyNCALoss", "ProxyAnchorLoss",
@@ -130,12 +130,13 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
     if options.get("refs") == "Streamed" and impl == "screened":
         impl = "tiled"
     heavy = name in ("AngularLoss", "TripletMarginLoss")
-    return Case(
+    case = Case(
         "loss", seed, name, options, **draw_shape(r, 129 if heavy else 513, options.get("refs", "none") != "none"),
         dtype=r.choice(("float32", "float32", "float64", "float16", "bfloat16")), labels=r.choice(LABELS),
         changes=draw_changes(r, True), layout=r.choice(LAYOUTS[:4] * 3 + LAYOUTS), impl=impl,
         threads=r.choice((1, 2)), need=r.choice(([True, True], [True, True], [True, False], [False, True])),
     )  # fmt: skip
+    return maybe_fused(case)
 
 
 def criterion(case: Case, d: int, impl: str, wide: bool) -> torch.nn.Module:
@@ -213,12 +214,22 @@ def _scales(
     sides = {"dx": raw["dx"] if made.normalize else None, "d weight": weight}
     if case.name == "ProxyAnchorLoss":  # whose anchors are the proxies
         sides = dict(reversed(sides.items()))
+    if case.name == "SoftTripleLoss":
+        w = torch.maximum(w, _of_softmaxes(made, seen[0].z.detach(), w))
     of = scales.scales(seen[0], w, {}, True, False, upstream)
     for mine, (name, rows) in zip(("dx", "dy"), list(sides.items()), strict=True):
         of[f"of {name}"] = of.pop(mine) * (1 if rows is None else inverse_norm(rows)[:, 0])
     if case.name == "SoftTripleLoss":
         of["of d weight"] = of["of d weight"] + _of_centres(made, len(raw["dx"]), upstream)
     return {f"scale {k.removeprefix('of ')}": v for k, v in of.items()}
+
+
+def _of_softmaxes(made: Any, s: Tensor, w: Tensor) -> Tensor:
+    """SoftTriple's weights (B, C K) before the terms of dS/ds_k = pi_k (1 + s_k / gamma - S / gamma) cancel."""
+    s, w = (t.unflatten(1, made.weight.shape[:2]) for t in (s, w))
+    share = torch.softmax(s / made.gamma, 2)
+    size = s.abs() + (share * s).sum(2, keepdim=True).abs()
+    return (w.sum(2, keepdim=True) * share * (1 + size / made.gamma)).flatten(1)
 
 
 def _of_centres(made: Any, rows: int, upstream: Tensor) -> Tensor:  # (C K,)

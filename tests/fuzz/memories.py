@@ -126,7 +126,8 @@ def _weights(case: Case, given: Batch) -> str:
     wanted, size = (w + w.T) @ x.detach(), (w.abs() + w.T.abs()) @ x.detach().abs()
     if not wanted.isfinite().all():
         return ""
-    bound = 4 * x.shape[0] * torch.finfo(x.dtype).eps * size.amax(1, keepdim=True)  # of sums of 2 N terms, twice
+    eps, tiny = torch.finfo(x.dtype).eps, 2.0**-1074  # roundings, under the smallest normal number too
+    bound = 4 * x.shape[0] * (eps * size.amax(1, keepdim=True) + tiny)  # of sums of 2 N terms, twice
     off = ((found - wanted).abs() - bound).amax().item() if x.numel() else 0.0
     return f"weights: gradients are {off:.3g} apart" if off > 0 else ""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashpair import Bound, Reduction, row_reduce
 
 from . import scales
-from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator
+from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator, maybe_fused
 from .compare import failure
 
 TRANSFORMS = ("identity", "softplus", "hinge", "squared_hinge", "triangle", "lifted")
@@ -41,12 +41,13 @@ def draw(seed: int, impls: tuple[str, ...]) -> Case:
         one["detach"] = r.random() < 0.2
         made.append(one)
     options = {"reductions": made, "distance": r.choice(("dot", "euclidean", "squared_euclidean"))}
-    return Case(
+    case = Case(
         "reduce", seed, "row_reduce", options,
         **draw_shape(r, 513, r.random() < 0.5), dtype=r.choice(("float32", "float64", "float16", "bfloat16")),
         labels=r.choice(LABELS), changes=draw_changes(r, False), layout=r.choice(LAYOUTS[:4]), impl=r.choice(impls),
         threads=r.choice((1, 2)), need=r.choice(([True, True], [True, False], [False, True])),
     )  # fmt: skip
+    return maybe_fused(case)
 
 
 def _made(case: Case, given: Batch, dtype: torch.dtype) -> tuple[list[Reduction], dict[str, Tensor]]:
@@ -91,6 +92,11 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
     x = x.detach().requires_grad_(wide or case.need[0])
     y = None if y is None else y.detach().requires_grad_(wide or case.need[1])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    detached = [one["detach"] for one in case.options["reductions"]]
+    if wide:  # a row without a gradient has terms, too
+        case = case.with_(
+            options={**case.options, "reductions": [one | {"detach": False} for one in case.options["reductions"]]}
+        )
     reductions, learn = _made(case, given, dtype)
     with scales.watched() as seen:
         rows = row_reduce(
@@ -100,10 +106,10 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
     wanted = {k: t for k, t in {"dx": x, "dy": y, **learn}.items() if t is not None and t.requires_grad}
     g = generator(case, "upstream")
     loss = torch.zeros((), dtype=torch.float64)
-    for row in rows:
+    for row, constant in zip(rows, detached, strict=True):
         upstream = torch.randn(row.shape, generator=g, dtype=torch.float64)
         if row.requires_grad:
-            loss = loss + torch.where(row.isfinite(), row, 0.0).double() @ upstream
+            loss = loss + torch.where(row.isfinite(), row, 0.0).double() @ (upstream * (not constant))
     found |= {k: torch.zeros_like(t, dtype=torch.float64) for k, t in wanted.items() if k not in ("dx", "dy")}
     for k, t, need in (("dx", x, case.need[0]), ("dy", y, case.need[1])):
         if t is not None and need:
@@ -115,11 +121,13 @@ def evaluate(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[st
                 continue
             found[k] = torch.zeros_like(t, dtype=torch.float64) if grad is None else grad.double()
         if wide:
-            found |= _scales(seen, list(rows), loss, y is None)
+            found |= _scales(seen, list(rows), reductions, loss, y is None)
     return found
 
 
-def _scales(seen: list[scales.Seen], rows: list[Tensor], loss: Tensor, square: bool) -> dict[str, Tensor]:
+def _scales(
+    seen: list[scales.Seen], rows: list[Tensor], reductions: list[Reduction], loss: Tensor, square: bool
+) -> dict[str, Tensor]:
     """What each result is the sum of; of operands the pairs' weights."""
     w = scales.weights(seen, loss, torch.ones(()))
     if w is None:
@@ -131,10 +139,17 @@ def _scales(seen: list[scales.Seen], rows: list[Tensor], loss: Tensor, square: b
         if row.requires_grad:
             (grad,) = torch.autograd.grad(row, z, torch.ones_like(row), retain_graph=True, allow_unused=True)
             if grad is not None:
-                found[f"scale row {k}"] = scales.scales(seen[0], grad.abs(), {}, False, square, torch.ones_like(row))[
-                    "loss"
-                ]
+                size = scales.scales(seen[0], grad.abs(), {}, False, square, torch.ones_like(row))["loss"]
+                found[f"scale row {k}"] = size + _of_offsets(reductions[k], grad.abs())
     return found
+
+
+def _of_offsets(r: Reduction, w: Tensor) -> Tensor:
+    """What the offsets are among a row's terms: phi(scale z + offset) has the one derivative as often in both."""
+    own = 0.0 if r.offset is None else torch.as_tensor(r.offset).detach().abs().double()
+    ref = 0.0 if r.ref_offset is None else r.ref_offset.detach().abs().double()
+    scale = float(r.scale) if r.op in ("logsumexp", "sum") else 1.0
+    return (w.sum(1) * own + (w * ref).sum(1)) / abs(scale)
 
 
 def run(case: Case) -> str:

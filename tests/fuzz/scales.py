@@ -65,18 +65,16 @@ NEAR, NEAR_GRADIENT = 1 / 16, 1 / 256  # csrc/cpu/euclidean.h: of |x|^2 + |y|^2,
 
 @contextlib.contextmanager
 def by_products() -> Iterator[None]:
-    """Euclidean distances of the reference as the implementations have them, |x|^2 + |y|^2 - 2 x.y of rows less the
-    references' mean where that keeps its digits: the same in another order, whose roundings are those of its terms.
+    """Euclidean distances of the reference as the implementations have them, |x|^2 + |y|^2 - 2 x.y where that keeps its
+    digits: the same in another order, whose roundings are those of its terms.
     """
     plain = flashpair.reference.dense_pairs
 
     def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:
         if distance == "dot" or x.numel() == 0 or y.numel() == 0:
             return plain(x, y, distance)
-        middle = y.detach().mean(0)
-        a, b = x - middle, y - middle
-        squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :]
-        product, apart = squares - 2 * (a @ b.T), plain(x, y, "squared_euclidean")
+        squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :]
+        product, apart = squares - 2 * (x @ y.T), plain(x, y, "squared_euclidean")
         value = torch.where(product > NEAR * squares, product, apart).detach()
         by_product = (apart > NEAR_GRADIENT * squares) & (product.isfinite())
         d2 = value + torch.where(by_product, product - product.detach(), apart - apart.detach())
@@ -104,8 +102,7 @@ def _of_distances(x: Tensor, y: Tensor, z: Tensor, w: Tensor, root: bool) -> tup
     """The terms of z, which are |x|^2 and |y|^2 where it is computed by a product (`by_products`), and of the gradient:
     2 w x and 2 w y there, 2 w (x - y) of near pairs."""
     d2 = z * z if root else z
-    middle = y.mean(0) if y.shape[0] else 0.0
-    squares = ((x - middle) ** 2).sum(1)[:, None] + ((y - middle) ** 2).sum(1)[None, :]
+    squares = (x * x).sum(1)[:, None] + (y * y).sum(1)[None, :]
     terms = torch.where(d2 > NEAR * squares, squares, d2)
     ends = torch.where(d2 > NEAR_GRADIENT * squares, squares, d2).sqrt()
     if not root:

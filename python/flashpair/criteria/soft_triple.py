@@ -155,16 +155,22 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, la: float, gamma: float, bounded: bool
     ) -> tuple[Tensor, Tensor]:
-        own, neg = x.new_zeros(x.shape[0]), x.new_full(x.shape[:1], -torch.inf)
+        # The logsumexp in two numbers, its largest term and the rest: their sum has no digits left for a tie at 1e8.
+        own, top, total = x.new_zeros(x.shape[0]), x.new_full(x.shape[:1], -torch.inf), x.new_zeros(x.shape[0])
         for chunk in _chunks(x, weight, labels, gamma, bounded):
             mine = chunk.mean.gather(1, chunk.column)
             # not in place: torch.compile of torch 2.11 would lose its gradient
             own = own + torch.where(chunk.inside, mine, 0.0)[:, 0]
             logits = (la * chunk.mean).scatter(1, chunk.column, torch.where(chunk.inside, -torch.inf, la * mine))
-            neg = torch.logaddexp(neg, torch.logsumexp(logits, 1))
+            high = torch.maximum(top, logits.amax(1))
+            base = high.masked_fill(~high.isfinite(), 0.0)
+            total = total * (top - base).exp() + (logits - base[:, None]).exp().sum(1)
+            top = high
+        top, rest = top.masked_fill(~top.isfinite(), 0.0), total.log()
         ctx.la, ctx.gamma, ctx.bounded = la, gamma, bounded
-        ctx.save_for_backward(x, weight, labels, neg)
-        return own, neg
+        # of an only class nothing is left over: no gradient
+        ctx.save_for_backward(x, weight, labels, top, rest.masked_fill(total == 0, 0.0))
+        return own, top + rest
 
     @staticmethod
     def backward(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,17 +179,16 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def gradient(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, labels, neg = ctx.saved_tensors
+        x, weight, labels, top, rest = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
             s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
             found = of_similarities(s, labels, ctx.la, ctx.gamma)
             return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
         dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
-        # of an only class nothing is left over: no gradient
-        height, share = torch.where(neg > -torch.inf, neg, 0.0)[:, None], (ctx.la * g_neg)[:, None]
+        share = (ctx.la * g_neg)[:, None]
         for chunk in _chunks(x, weight, labels, ctx.gamma, ctx.bounded):
-            q = torch.exp(ctx.la * chunk.mean - height).mul_(share)
+            q = torch.exp(ctx.la * chunk.mean - top[:, None] - rest[:, None]).mul_(share)
             q.scatter_(1, chunk.column, torch.where(chunk.inside, g_own[:, None], q.gather(1, chunk.column)))
             # dS/ds_k = pi_k (1 + (s_k - S) / gamma)
             w = chunk.t.sub_((chunk.inner - 1)[:, None]).mul_(chunk.e).mul_(q.div_(chunk.total)[:, None])
