@@ -37,7 +37,7 @@ def what(value: Any) -> str:
     return f"{kind} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}"
 
 
-def _to_tensor(value: Any) -> str:
+def to_tensor(value: Any) -> str:
     """How to make a tensor of what is none, as the end of an error; empty where it takes more words."""
     if isinstance(value, Tensor):
         return ""
@@ -86,7 +86,7 @@ def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> T
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), "
-            f"got {what(value)}{_to_tensor(value)}"
+            f"got {what(value)}{to_tensor(value)}"
         )
     value = memory(value, name)
     if value.dim() != 2 or value.shape[1] == 0:
@@ -97,7 +97,7 @@ def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> T
 def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whose: str = "embeddings") -> Tensor:
     """An integer tensor of one entry a row of `of`, on its device; returned as int64, which has no room for uint64."""
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}{_to_tensor(value)}")
+        raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}{to_tensor(value)}")
     value = memory(value, name)
     if value.dim() != 1 or value.shape[0] != of.shape[0]:
         raise ValueError(f"{name} must have shape ({length},) = ({of.shape[0]},) like {whose}, got {what(value)}")

@@ -61,7 +61,8 @@ class GradCache:
 
     Raises:
         TypeError, ValueError: bad arguments, named; of a call, before any work if they are its own.
-        RuntimeError: a call under ``torch.no_grad()``; a replay that differs from its first pass by more than rounding, found at the end of the step.
+        RuntimeError: a call under ``torch.no_grad()``; a replay that differs from its first pass by more than rounding,
+            found at the end of the step.
 
     Example:
         >>> cache = flashpair.GradCache(encoder, flashpair.MultiSimilarityLoss(), micro_batch=256)
