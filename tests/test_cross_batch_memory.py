@@ -593,6 +593,31 @@ def test_rows_that_are_not_finite_do_not_enter(segment):
             assert_same(f, t)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["in a segment", "in the last batch"])
+@pytest.mark.parametrize("way", ["a state", "a dtype that does not hold them"])
+def test_entries_that_are_no_longer_finite_go(way, late, segment):
+    """An older version's state may hold NaN; a cast may make infinities."""
+    common = {"normalize": False, "distance": "euclidean", "pos_margin": 0.0, "neg_margin": 1.0}
+    made, clean = (CrossBatchMemory(flashpair.ContrastiveLoss(**common), D, SIZE) for _ in range(2))
+    for k, (x, labels) in enumerate(batches((7, 9, 5), dtype=torch.float32)):
+        bad = torch.zeros(len(x), dtype=torch.bool)
+        bad[[1, 3]] = (k == 2) if late else (k == 0)
+        made(torch.where(bad[:, None], 1e6, x), labels)
+        clean(x[~bad], labels[~bad])
+    if way == "a state":
+        state = made.state_dict()
+        state["memory"] = torch.where(state["memory"] == 1e6, torch.nan, state["memory"])
+        made.load_state_dict(state)
+    else:
+        made, clean = made.half(), clean.half()
+    assert len(made) == len(clean) == 19
+    for x, labels in batches((4, 6, 11, 9), seed=5, dtype=torch.float32):
+        for f, t in zip(step(made, x, labels), step(clean, x, labels), strict=True):
+            assert f.isfinite().all()
+            torch.testing.assert_close(f, t)
+        assert torch.equal(made.memory[: len(clean)], clean.memory[: len(clean)])
+
+
 def test_distributed_checkpoint_loads_in_place(tmp_path):
     import torch.distributed.checkpoint as dcp
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fractions
+import functools
 import re
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -192,6 +197,29 @@ def _scaled(value, learns=True):
     return flashpair.NTXentLoss(nn.Parameter(torch.tensor(value), requires_grad=learns))
 
 
+@dataclasses.dataclass
+class Settings:
+    margin: float
+
+
+HELD = {
+    "numpy's number": np.float32,
+    "array": lambda value: np.array([value, 1.0]),
+    "long array": lambda value: np.full(100, value),
+    "dataclass": Settings,
+    "namespace": lambda value: types.SimpleNamespace(margin=value),
+    "fraction": fractions.Fraction,
+    "partial": lambda value: functools.partial(torch.clamp, min=value),
+    "long tensor in a list": lambda value: [torch.full((100,), value)],
+}
+
+
+def _holding(kind, value):
+    criterion = flashpair.NTXentLoss()
+    criterion.held = HELD[kind](value)
+    return criterion
+
+
 def _any(name, *arguments):
     return getattr(flashpair, name)(*arguments)
 
@@ -206,11 +234,19 @@ def _any(name, *arguments):
         (_scaled, [(0.5,), (0.25,)], "the same values on every process, and temperature differs"),
         (_scaled, [(0.5,), (0.5, False)], r"temperature is float64 \(\), learned, float64 \(\)"),
         (_any, [("ArcFaceLoss", 200, D), ("ArcFaceLoss", 201, D)], "num_classes is 200, 201"),
+        *((_holding, [(kind, 0.5), (kind, 0.25)], "held is .*") for kind in HELD),
     ],
 )
 def test_criteria_that_differ_are_refused_on_every_process(team, schedule, make, arguments, words):
     for found in team.run(2, _call, make, arguments, schedule):
         assert isinstance(found, str) and re.search(words, found), found
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_criteria_that_hold_the_same_are_the_same(team, kind):
+    first, second = team.run(2, _call, _holding, [(kind, 0.5), (kind, 0.5)], "all_gather")
+    assert not isinstance(first, str), first
+    assert torch.equal(torch.as_tensor(first), torch.as_tensor(second))
 
 
 def _refusing(impls):

@@ -111,3 +111,50 @@ def test_another_dropout_mask_is_seen_and_rounding_is_not(rate):
 
     with pytest.raises(RuntimeError, match="in the replay"):
         GradCache(Drops(IN, D), flashpair.NTXentLoss(), micro_batch=5)(x, labels)
+
+
+def test_a_generator_without_a_state_may_be_held():
+    x, labels = batch()
+    encoder = network()
+    encoder.source = random.SystemRandom()
+    GradCache(encoder, flashpair.NTXentLoss(), micro_batch=5)(x, labels)
+    assert encoder[0].weight.grad.abs().max() > 0
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean in a buffer that its first forward pass makes."""
+
+    def __init__(self, declared):
+        super().__init__()
+        self.inner = network()
+        if declared:
+            self.register_buffer("mean", None)
+
+    def forward(self, x):
+        if getattr(self, "mean", None) is None:
+            self.register_buffer("mean", torch.zeros_like(x[0]))
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.inner(x - self.mean)
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_buffers_that_the_first_pass_makes(declared):
+    x, labels = batch()
+    compare(
+        [Averaging(declared), flashpair.NTXentLoss()],
+        lambda *modules: plain(*modules, x, labels, 5),
+        lambda *modules: GradCache(*modules, micro_batch=5)(x, labels),
+    )
+
+
+def test_what_it_cannot_replay_is_said_before_any_work():
+    x, labels = batch(dtype=torch.float32)
+    lazy = nn.Sequential(nn.LazyLinear(D), nn.Dropout(0.5))
+    cache = GradCache(lazy, flashpair.NTXentLoss(), micro_batch=5)
+    with pytest.raises(ValueError, match=r"^encoder must have all its parameters, got lazy ones"):
+        cache(x, labels)
+    lazy(x)
+    cache(x, labels)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(RuntimeError, match=r"with gradients enabled"):
+            cache(x, labels)

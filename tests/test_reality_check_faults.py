@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def test_arrays_that_are_none_are_named(tmp_path):
         (x * 1j, text, "features of numbers"),
         (x, np.array([0.5, 1, 2, 3]), "labels of integers or text"),
         (x, np.array([np.nan, 1, 2, 3]), "labels of integers or text"),
+        (x, np.array([np.inf, 1, 2, 3]), "labels of integers or text"),
         (x[:0], text[:0], "must have features"),
         (x * 1e300, text, "finite"),
     ]:
@@ -135,6 +137,10 @@ def test_arrays_that_are_none_are_named(tmp_path):
     os.rename(tmp_path / "B.NPZ.npz", tmp_path / "B.NPZ")
     data = load(str(tmp_path / "B.NPZ"))
     assert data.labels.tolist() == [1, 0, 1, 0] and data.samples.eq(1).all()
+    with path.open("wb") as file:
+        np.save(file, x)
+    with pytest.raises(ValueError, match=r"a\.npz cannot be read .* a single array"):
+        load(str(path))
     path.write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match=r"a\.npz cannot be read"):
         load(str(path))
@@ -218,3 +224,26 @@ def test_command_names_what_is_wrong(arguments, words, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+TINY = "--trials 1 --repeats 2 --max-epochs 1 --iterations 1 --embedding-size 4 --batch-size 8 --per-class 2".split()
+
+
+@pytest.mark.parametrize("name", ["[/x] [bold] $$ $x_{1$", "a\nb\udcffc"], ids=ascii)
+def test_names_are_no_markup(name, tmp_path):
+    labels = np.arange(64) // 4
+    np.savez(tmp_path / "made.npz", features=np.random.default_rng(0).normal(size=(64, 4)), labels=labels)
+    folder = tmp_path / name.replace("/", "")
+    folder.mkdir()
+    (tmp_path / "made.npz").rename(folder / f"{name.replace('/', '')}.npz")
+    (folder / "own.py").write_text("import flashpair\nOwn = flashpair.ContrastiveLoss\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "flashpair", "reality-check", "--data", f"{name.replace('/', '')}.npz", "--out", name,
+         "--losses", "own.py:Own", *TINY],
+        cwd=folder, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (folder / name / "results.png").stat().st_size
+    title = name.replace("/", "").replace("\n", "\\n").replace("\udcff", "\\udcff")
+    assert title in done.stdout.decode("utf-8", "replace")
+    assert json.loads((folder / name / "results.json").read_text())["data"]["title"] == title + ".npz"

@@ -333,3 +333,56 @@ def test_labels_are_a_copy(problem):
     stream = StreamedReferences(y, mine)
     mine.zero_()
     assert torch.equal(stream.labels, ref_labels)
+
+
+@pytest.mark.parametrize("kind", ["file", "array", "tensor", "loader that shuffles", "two rows changed places"])
+@pytest.mark.parametrize("name", ["NTXentLoss", "MultiSimilarityLoss"])
+def test_rows_that_change_within_a_call_are_an_error(kind, name, problem, tmp_path):
+    x, labels, y, ref_labels = problem
+    bank = {"file": lambda: _on_disk(y, tmp_path / "bank.npy", np.float64), "tensor": y.clone}.get(
+        kind, lambda: y.numpy().copy()
+    )()
+    if kind == "file":
+        bank = np.load(tmp_path / "bank.npy", mmap_mode="r+")
+    if kind == "loader that shuffles":
+        generator = torch.Generator().manual_seed(0)
+        bank = torch.utils.data.DataLoader(y, batch_size=20, shuffle=True, generator=generator)
+    stream, leaf = StreamedReferences(bank, ref_labels, block=20), x.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r"source must give the same rows each time, and rows \d+ to \d+ have changed"):
+        loss = getattr(flashpair, name)()(leaf, labels, ref_emb=stream)
+        if kind == "two rows changed places":
+            bank[[3, 7]] = bank[[7, 3]]
+        elif kind != "loader that shuffles":
+            bank[45, 0] += 1
+        loss.backward()
+    if kind != "loader that shuffles":  # between two calls the source may change
+        truth = _results(flashpair.NTXentLoss(), x, labels, ref_emb=torch.as_tensor(bank), ref_labels=ref_labels)
+        found = _results(flashpair.NTXentLoss(), x, labels, ref_emb=stream)
+        for f, t in zip(found, truth, strict=True):
+            assert_same(f, t)
+
+
+def test_sources_without_plain_rows_are_refused(problem):
+    class Table:
+        """Has a shape, and slices that are no arrays, as tables and sparse matrices."""
+
+        shape = (len(problem[2]), problem[2].shape[1])
+
+        def __getitem__(self, at):
+            return {"embedding": at}
+
+    x, labels, y, ref_labels = problem
+    for source, error, match in (
+        (y.to_sparse(), TypeError, "source must be a dense tensor that has values, got float64 sparse_coo"),
+        (y.to("meta"), TypeError, "source must be a dense tensor that has values, got .* on meta"),
+        ("bank.npy", TypeError, "source must be an array, a tensor, an iterable or a function, got str"),
+        ({"bank": y}, TypeError, "source must be an array, a tensor, an iterable or a function, got dict"),
+        (Table(), TypeError, "source must be an array whose slices are arrays .*, got Table"),
+        (np.ma.masked_array(y.numpy(), mask=y.numpy() > 1), ValueError, "source must have no masked entries"),
+    ):
+        with pytest.raises(error, match=match):
+            flashpair.NTXentLoss()(x, labels, ref_emb=StreamedReferences(source, ref_labels))
+    with pytest.raises(TypeError, match="labels must be a dense tensor"):
+        StreamedReferences(y, ref_labels.to_sparse())
+    with pytest.raises(TypeError, match=r"labels must be an integer tensor .* torch\.as_tensor makes a tensor of it"):
+        StreamedReferences(y, ref_labels.numpy())

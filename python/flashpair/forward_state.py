@@ -41,7 +41,7 @@ def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
     """How a random generator is set, and its state; None for anything else."""
     if isinstance(value, torch.Generator):
         return value.set_state, value.get_state()
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # which has no state
         return value.setstate, value.getstate()
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.RandomState):
@@ -78,10 +78,17 @@ class ForwardState:
             for name, buffer in module.named_buffers(recurse=False)
             if not nn.parameter.is_lazy(buffer)
         ]
+        self.names = {module: set(module._buffers) for module in modules}
+        self.empty = [(module, k) for module in modules for k, b in module._buffers.items() if b is None]
 
     def restore(self) -> None:
         """Everything: the next forward pass is the one that came after this state."""
         self.restore_values()
+        for module, names in self.names.items():  # what a forward pass has made, the next one makes again
+            for name in module._buffers.keys() - names:
+                delattr(module, name)
+        for module, name in self.empty:
+            setattr(module, name, None)
         for ddp, broadcasts in self.broadcasts:
             ddp.require_forward_param_sync = broadcasts
 

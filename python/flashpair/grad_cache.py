@@ -62,7 +62,8 @@ class GradCache:
 
     Raises:
         TypeError, ValueError: bad arguments, named; of a call, before any work if they are its own.
-        RuntimeError: a replay that differs from its first pass by more than rounding, found at the end of the step.
+        RuntimeError: a call under ``torch.no_grad()``; a replay that differs from its first pass by more than rounding,
+            found at the end of the step.
 
     Example:
         >>> cache = flashpair.GradCache(encoder, flashpair.MultiSimilarityLoss(), micro_batch=256)
@@ -118,6 +119,8 @@ class GradCache:
                 for all but the last of several accumulated calls.
         """
         checks.flag(sync, "sync")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("GradCache must be called with gradients enabled, got a call under no_grad")
         towers = [_Tower(self.encoder, inputs, labels, self.micro_batch, "")]
         references: dict[str, Any] = {}
         if ref_inputs is not None:
@@ -162,6 +165,8 @@ class _Tower:
 
     def __init__(self, encoder: nn.Module, inputs: Any, labels: Any, size: int, prefix: str) -> None:
         name, self.name = f"{prefix}inputs", f"{prefix}encoder"
+        if any(map(nn.parameter.is_lazy, encoder.parameters())):  # the first pass draws them, a replay would not
+            raise ValueError(f"{self.name} must have all its parameters, got lazy ones: call it once before")
         leaves, nesting = _leaves(inputs, name)
         count = leaves[0].shape[0]
         if not isinstance(labels, Tensor) or labels.shape != (count,):

@@ -85,10 +85,15 @@ class Queue:
         return other
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Moves or casts what is kept."""
+        """Moves or casts what is kept. What another dtype cannot hold goes."""
+        before = self.empty.rows.dtype
         self.empty, self.late, *self.segments = (
             Segment(*map(change, s)) for s in (self.empty, self.late, *self.segments)
         )
+        rows = self.empty.rows
+        if rows.dtype != before and rows.device.type != "meta":
+            if not all(bool(s.rows.isfinite().all()) for s in self.held()):
+                self.restore(*self.in_order(), self.count, len(self.late))
 
     def held(self) -> tuple[Segment, ...]:
         """All that is in the queue."""
@@ -143,7 +148,12 @@ class Queue:
         return rows, labels
 
     def restore(self, rows: Tensor, labels: Tensor, count: int, late: int) -> None:
-        """What `in_order` gave, of a queue that had had `count` entries, the last `late` of them not in segments."""
+        """What `in_order` gave, of a queue that had had `count` entries, the last `late` of them not in segments. Rows
+        that are not finite stay out, as those that come do."""
+        finite = rows.isfinite().all(1)
+        if not finite.all():
+            late = int(finite[len(finite) - late :].sum())
+            rows, labels = rows[finite], labels[finite]
         m = labels.shape[0]
         stamps = torch.arange(count - m, count, device=labels.device)
         everything = Segment(rows, labels, stamps)

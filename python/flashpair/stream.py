@@ -28,7 +28,9 @@ class StreamedReferences:
 
     Beside the anchors' own memory a call holds two blocks of references (one that is computed, one that is read ahead)
     and their labels. The loss and the anchors' gradient are those of all references in one piece; references have none.
-    A call reads all of them once for each stage of its mining (Multi-Similarity has three) and once for the gradient.
+    A call reads all of them once for each stage of its mining (Multi-Similarity has three) and once for the gradient,
+    and has to read the same each time: rows that have changed in between (a file that is written to, a loader that
+    shuffles) are an error.
 
     Args:
         source: an array (M, D) of a floating dtype, such as ``numpy.memmap``, or a tensor, on any device: blocks go to
@@ -41,7 +43,7 @@ class StreamedReferences:
 
     Raises:
         TypeError, ValueError: a source that can be read only once (a generator), labels that are no integers (M,), or,
-            in a call, blocks that do not add up to M rows of the anchors' width.
+            in a call, blocks that do not add up to M rows of the anchors' width, or that are others than before.
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class StreamedReferences:
                 "source must be readable more than once, as a list or a function that returns an iterator is, got "
                 f"{type(source).__name__}"
             )
-        if not (callable(source) or isinstance(source, Iterable) or hasattr(source, "shape")):
+        some = callable(source) or isinstance(source, Iterable) or hasattr(source, "shape")
+        if not some or isinstance(source, (str, bytes, dict)):
             kind = type(source).__name__
             raise TypeError(f"source must be an array, a tensor, an iterable or a function, got {kind}")
         shape = getattr(source, "shape", None)
@@ -65,7 +68,8 @@ class StreamedReferences:
             raise ValueError(f"source must have shape (M, D), got {tuple(shape)}")
         if shape is not None:
             _check_dtype(source)
-        if checks.labels_dtype(labels, length="M").dim() != 1:
+        labels = checks.labels_dtype(labels, length="M")
+        if labels.dim() != 1:
             raise TypeError(f"labels must be an integer tensor of shape (M,), got {checks.what(labels)}")
         if shape is not None and shape[0] != labels.shape[0]:
             raise ValueError(f"labels must have shape (M,) = ({shape[0]},) like source, got {checks.what(labels)}")
@@ -115,6 +119,8 @@ class StreamedReferences:
 def _check_dtype(source: Any) -> None:
     """Of an array: floating-point numbers that torch has, in either byte order."""
     if isinstance(source, Tensor):
+        if source.layout != torch.strided or source.is_nested or source.device.type == "meta":
+            raise TypeError(f"source must be a dense tensor that has values, got {checks.what(source)}")
         right = source.dtype in checks.FLOATS
     else:
         dtype = getattr(source, "dtype", None)
@@ -139,7 +145,13 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
             raise ValueError(
                 f"source must be a whole file, got one cut to {mapping.size():,} bytes since it was mapped"
             )
+    if np.ma.is_masked(part):
+        raise ValueError("source must have no masked entries, which have no similarity")
     part = np.array(part)
+    if part.ndim != 2 or part.dtype.kind not in "biufc":
+        raise TypeError(
+            f"source must be an array whose slices are arrays (m, D) of numbers, got {type(source).__name__}"
+        )
     if part.dtype.byteorder not in "=|":
         part = part.astype(part.dtype.newbyteorder("="))
     # A private mapping ("c") would lose what was written to it.
@@ -160,6 +172,14 @@ def _extent(part: Any, mapping: mmap.mmap) -> tuple[int, int]:
     return (low, high) if 0 <= low and high <= len(mapping) else (-1, -1)
 
 
+@torch.no_grad()
+def _digest(block: Tensor) -> Tensor:
+    """() int64 of a block's bits, which another number, or another order of rows, changes."""
+    bits = block.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[block.element_size()])
+    sums = bits.sum(1, dtype=torch.int64)
+    return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
+
+
 class _Stream(Known):
     """The walk over a stream's blocks, each sorted and normalised as it comes."""
 
@@ -169,6 +189,7 @@ class _Stream(Known):
     ) -> None:  # fmt: skip
         self.labels, self.order = torch.sort(labels, stable=True)
         self.stream, self.unit, self.impl, self.prepare = stream, unit, impl, prepare
+        self.digests: dict[tuple[int, int], Tensor] = {}  # of rows [first, last), as this call has read them before
 
     def known(self) -> tuple[Tensor, Tensor]:
         return self.stream.sorted_labels(self.labels.device)
@@ -190,6 +211,18 @@ class _Stream(Known):
     def settle(self) -> list[Found]:
         return []
 
+    def _check_same(self, block: Tensor, first: int, last: int) -> None:
+        """ValueError: this call has read other rows there; on a GPU the device raises."""
+        if first == last:
+            return
+        now = _digest(block)
+        same = now == self.digests.setdefault((first, last), now)
+        words = f"source must give the same rows each time, and rows {first} to {last - 1} have changed since this call"
+        if now.device.type == "cpu" and not same:
+            raise ValueError(f"{words} read them first")
+        if now.device.type != "cpu":
+            torch._assert_async(same, words)
+
     def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
         stream, first = self.stream, 0
         with _progress(stream.progress, stream.count(x.shape[1])) as step, torch.no_grad():
@@ -203,6 +236,7 @@ class _Stream(Known):
                         f"source must give ({len(stream)}, {x.shape[1]}) rows in all, "
                         f"got {checks.what(block)} after {first}"
                     )
+                self._check_same(block, first, last)
                 labels, order = torch.sort(stream.labels[first:last].to(x.device), stable=True)
                 block = block.to(x.device, x.dtype, non_blocking=True)
                 block = block if self.prepare is None else self.prepare(block)

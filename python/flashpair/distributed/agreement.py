@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
+from numbers import Number
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -160,7 +166,21 @@ def _shown(value: Any) -> str:
     if isinstance(value, (set, frozenset)):
         return f"{{{', '.join(sorted(map(_shown, value)))}}}"
     if isinstance(value, Tensor):
-        return f"{value.dtype} {value.tolist()}" if value.numel() <= 64 else f"{value.dtype} {tuple(value.shape)}"
+        few = value.numel() <= 64
+        return f"{value.dtype} {value.tolist() if few else (tuple(value.shape), int(_bits(value)))}"
+    if isinstance(value, functools.partial):
+        return _shown([value.func, value.args, value.keywords])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return f"{type(value).__qualname__} {_shown(named)}"
+    if isinstance(value, SimpleNamespace | argparse.Namespace):
+        return _shown(vars(value))
+    if isinstance(value, Number):
+        return repr(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
+        content = value.tolist() if value.size <= 64 else hashlib.sha256(value.tobytes()).hexdigest()[:16]
+        return f"{value.dtype} {value.shape} {content}".replace("\n", " ")
     return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 

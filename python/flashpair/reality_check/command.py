@@ -66,7 +66,7 @@ def main(given: argparse.Namespace) -> int:
     usable(given.device)
     protocol = Protocol(**{field.name: getattr(given, field.name) for field in fields(Protocol)})
     torch.set_num_threads(checks.integer(given.threads, "threads", at_least=1))
-    console = Console()
+    console = Console(markup=False)  # names of files and losses are shown as they are
     out = given.out or Path(f"reality-check-{Path(given.data).resolve().stem or 'data'}")
     make = named(given.network) if given.network else network
     names = [name.strip() for name in given.losses.split(",") if name.strip()]

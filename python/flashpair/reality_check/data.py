@@ -119,7 +119,9 @@ def _arrays(path: Path) -> Data:
         import numpy as np
 
     try:
-        with np.load(path) as arrays:
+        if isinstance(arrays := np.load(path), np.ndarray):
+            raise ValueError("it is a single array, as numpy.save writes it")
+        with arrays:
             names = list(arrays)
             features, given = (arrays[name] if name in names else None for name in ("features", "labels"))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -139,10 +141,10 @@ def _arrays(path: Path) -> Data:
         samples = torch.from_numpy(features if features.dtype == np.uint8 else features.astype(np.float32))
     if samples.is_floating_point() and not samples.isfinite().all():
         raise ValueError(f"{path} must have finite features, got NaN or infinity")
-    if given.dtype.kind == "f" and not (given == np.floor(given)).all():
+    if given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.floor(given))).all():
         raise ValueError(f"{path} must have labels of integers or text, got {given.dtype} that are none")
     labels = np.unique(given, return_inverse=True)[1]
-    return Data(path.name, samples, torch.from_numpy(labels.astype(np.int64)))
+    return Data(_title(path.name), samples, torch.from_numpy(labels.astype(np.int64)))
 
 
 def _folder(path: Path, size: int, tick: Callable[[int, int], object]) -> Data:
@@ -154,4 +156,9 @@ def _folder(path: Path, size: int, tick: Callable[[int, int], object]) -> Data:
     for place, (file, _) in enumerate(files):
         samples[place] = images.square(file, size)
         tick(place + 1, len(files))
-    return Data(path.resolve().name, samples, torch.tensor([label for _, label in files]))
+    return Data(_title(path.resolve().name), samples, torch.tensor([label for _, label in files]))
+
+
+def _title(name: str) -> str:
+    """A file's name on one line of what can be printed: names may hold line ends, and bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

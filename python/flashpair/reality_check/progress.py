@@ -19,7 +19,8 @@ class Bars(Progress):
     """A bar for each level; where the output is no terminal nothing is shown but what is printed beside."""
 
     def __init__(self, console: Console) -> None:
-        columns = TextColumn("{task.description:>28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        what = TextColumn("{task.description:>28}", markup=False)
+        columns = what, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         self.shown = RichProgress(*columns, console=console, transient=True)
         self.tasks: dict[str, TaskID] = {}
 

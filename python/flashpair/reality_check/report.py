@@ -89,9 +89,11 @@ def draw(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, path: Path
             [i.mean for i in intervals], heights, xerr=[i.half_width for i in intervals], fmt="o", color=colour,
             markersize=4, capsize=3, label=f"{kind}, {size}-d",
         )  # fmt: skip
-    axes.set_yticks(range(len(shown)), [outcome.name for outcome in shown])
+    axes.set_yticks(range(len(shown)), [outcome.name for outcome in shown], parse_math=False)
     axes.set_xlabel(f"MAP@R on the test classes, %; mean of {protocol.repeats} repeats, 95 % interval")
-    axes.set_title(f"{data.title}: {protocol.trials} trials a loss, {protocol.folds} folds", fontsize=11)
+    axes.set_title(
+        f"{data.title}: {protocol.trials} trials a loss, {protocol.folds} folds", fontsize=11, parse_math=False
+    )
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=9)
     figure.savefig(path, dpi=150)
