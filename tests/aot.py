@@ -20,6 +20,7 @@ import triton
 from flashpair.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from ttir import narrow_products
 
 from flashpair import blocked, fused, launch, sieve, sifted
 from flashpair.criteria.circle import _paced
@@ -104,6 +105,7 @@ def describe(kernel: Any, arch: str) -> dict[str, Any]:
     record: dict[str, Any] = {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
     record["tensor_cores"] = TENSOR_CORES[arch] in assembly
     record["int8"] = bool(re.search(INT8, assembly))
+    record["narrow"] = narrow_products(kernel.asm["ttir"])
     if "cubin" in kernel.asm:
         return record | resources(kernel)
     spilled = re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly)
