@@ -20,6 +20,7 @@ from .tile import (
     NEAR_GRADIENT,
     NOTHING,
     POSITIVES,
+    SIZES,
     clean_tile,
     inside_window,
     intervals,
@@ -153,7 +154,7 @@ def spread(w, y_tile, acc, PRECISION: tl.constexpr):
         return tl.dot(w.to(y_tile.dtype), y_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def weigh_rows(
     x, y, d, given, given_row, given_col, weights, weights_row, weights_col, row_squares, col_squares,
     lo, hi, row_end, col_end, listed, counts, near, poison, dx, close_dx, d_pull,
@@ -250,7 +251,7 @@ def weigh_rows(
         for k in range(0, clean):
             tile = clean_tile(first + k, band, in_band, listed, block, list_stride)
             cols = col0 + tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-            valid = cols < col0 + limit
+            valid = tl.full((BLOCK_COLS,), 1, tl.int1)
             z, y_tile = similarities(
                 x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0,
                 d, SQUARE, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
@@ -367,7 +368,7 @@ def leave_sums(slot, at, ref_at, inside, here, spoiled, d_scale, d_offset, d_ref
         tl.store(slot.d_ref_offset + ref_at, d_ref + spoiled, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def list_live(
     live, lo, hi, col_end, listed, counts, rows, cols, live_rows, live_stride, planes, list_stride,
     DIRECT: tl.constexpr, MIRROR: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STEP: tl.constexpr,

@@ -23,6 +23,7 @@ from .tile import (
     MIN,
     NOTHING,
     POSITIVES,
+    SIZES,
     SUM,
     clean_tile,
     direction,
@@ -152,7 +153,7 @@ def fold_exponentials(signed, keep, steep2, top, peak, total):
     return higher, shrunk(total, peak, base, steep2) + tl.sum(terms, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reduce_rows(
     x, y, d, given, given_row, given_col, row_squares, col_squares, lo, hi, end, listed, counts, order,
     row0, row1, col0, col1, n, live_stride, list_stride, scale_a: tl.float64, scale_b: tl.float64, a, b,
@@ -217,7 +218,7 @@ def reduce_rows(
         for k in range(0, clean):
             tile = clean_tile(first + k, band, in_band, listed, tl.program_id(0), list_stride)
             cols = col0 + tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-            valid = cols < col0 + limit
+            valid = tl.full((BLOCK_COLS,), 1, tl.int1)
             z, _ = similarities(
                 x, x_tile, squares, y, col_squares, given, given_row, given_col, rows, inside, cols, valid, row0, col0,
                 d, SQUARE, SQUARED, ONE_CHUNK, True, PRECISION, EVEN_D, BLOCK_K, ACC,
@@ -238,7 +239,7 @@ def reduce_rows(
         leave(b, at, inside, peak_b, total_b, OP_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=("value", "top", "rest", "index"))
 def finish(
     peak, total, poison, value, top, rest, index, n, splits, scale: tl.float64, learned,
     OP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,

@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from .tile import SIZES
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def gather_rows(
     x, order, out, inverse, n, d, TINY: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     ACC: tl.constexpr,
@@ -35,7 +37,7 @@ def gather_rows(
         tl.store(out + target + column, part.to(out.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scatter_rows(
     g, x, order, inverse, dx, n, d, UNIT: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import INF
+from .tile import INF, SIZES
 
 TINY: tl.constexpr = tl.constexpr(1e-36)
 ULP: tl.constexpr = tl.constexpr(2.0**-23)
@@ -44,7 +44,7 @@ class Window(NamedTuple):
     upper: Any = None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def quantise(
     x, q, step, error, norm, n, d, width, ROWS: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +129,7 @@ def side(window, rows):
     return lower, upper
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def screen(
     x, y, a, b, dense, found, end, m, width, dense_stride, room, most,
     BEST_A: tl.constexpr, BEST_B: tl.constexpr, TWO: tl.constexpr, ONE_CHUNK: tl.constexpr, BLOCK: tl.constexpr,

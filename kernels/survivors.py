@@ -12,12 +12,12 @@ import triton.language as tl
 
 from .gradient import anchor, slopes
 from .reduce import fold, leave, start
-from .tile import NOTHING, number, row_vector, through_distance
+from .tile import NOTHING, SIZES, number, row_vector, through_distance
 
 LAST: tl.constexpr = tl.constexpr(2**63 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pair_similarities(
     x, y, d, keys, z, count,
     EUCLIDEAN: tl.constexpr, SQUARED: tl.constexpr, PAIRS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -53,20 +53,22 @@ def entries(starts, n, ROWS: tl.constexpr):
     return rows, inside, begin, stop, tl.max(stop - begin, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def fold_survivors(
-    keys, z, starts, order, n, scale_a: tl.float64, scale_b: tl.float64, a, b,
+    keys, z, starts, order, n, splits, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, PHI_A: tl.constexpr, OP_B: tl.constexpr, PHI_B: tl.constexpr,
     ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """States (N,) of reductions a and b (`Reduced`) over each row's survivors; the exact window decides."""
+    """States of reductions a and b (`Reduced`) over each row's survivors, behind those of so many splits; the exact
+    window decides."""
     rows, inside, begin, stop, longest = entries(starts, n, ROWS)
+    state = tl.full([], splits, tl.int64) * n + rows
     number_a, number_b = number(scale_a, a.scale, ACC), number(scale_b, b.scale, ACC)
     lower_a, upper_a = row_vector(a.lower, rows, inside, 0.0, ACC), row_vector(a.upper, rows, inside, 0.0, ACC)
     lower_b, upper_b = row_vector(b.lower, rows, inside, 0.0, ACC), row_vector(b.upper, rows, inside, 0.0, ACC)
     own_a, own_b = row_vector(a.offset, rows, inside, 0.0, ACC), row_vector(b.offset, rows, inside, 0.0, ACC)
-    peak_a, total_a = start(a, rows, inside, OP_A, ROWS, False, ACC)
-    peak_b, total_b = start(b, rows, inside, OP_B, ROWS, False, ACC)
+    peak_a, total_a = start(a, state, inside, OP_A, ROWS, False, ACC)
+    peak_b, total_b = start(b, state, inside, OP_B, ROWS, False, ACC)
     for k in range(0, longest, PAIRS):
         at = begin[:, None] + k + tl.arange(0, PAIRS)[None, :]
         here = at < stop[:, None]
@@ -80,9 +82,9 @@ def fold_survivors(
                 value, here, b, number_b, lower_b, upper_b, own_b, col, here, order, 0, peak_b, total_b, OP_B, PHI_B,
                 ACC,
             )  # fmt: skip
-    leave(a, rows, inside, peak_a, total_a, OP_A)
+    leave(a, state, inside, peak_a, total_a, OP_A)
     if OP_B != NOTHING:
-        leave(b, rows, inside, peak_b, total_b, OP_B)
+        leave(b, state, inside, peak_b, total_b, OP_B)
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def weigh_term(
     return g * scale, d_scale, d_offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def weigh_survivors(
     keys, z, starts, weights, shares_a, shares_b, n, scale_a: tl.float64, scale_b: tl.float64, a, b,
     OP_A: tl.constexpr, SLOPE_A: tl.constexpr, OP_B: tl.constexpr, SLOPE_B: tl.constexpr,
@@ -178,7 +180,7 @@ def spread_survivors(
         tl.store(dx + row * d + column, sums, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_columns(lists, starts, shares, total, m, ROWS: tl.constexpr, PAIRS: tl.constexpr, ACC: tl.constexpr):
     """total (M,): the sum of `shares` (L,) over each column's survivors, by the lists of a MIRROR."""
     rows, inside, begin, stop, longest = entries(starts, m, ROWS)

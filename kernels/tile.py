@@ -24,6 +24,14 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 INF: tl.constexpr = tl.constexpr(float("inf"))
 
+# Arguments that grow with the batch, for `triton.jit(do_not_specialize=SIZES)`: a kernel compiled for one N serves all.
+# Where blocks begin (row0, col0), d and the strides of products stay special: 0, or multiples of 16 nearly always, they
+# are what wide loads are proved from.
+SIZES = (
+    "row1", "col1", "n", "m", "rows", "cols", "live_rows", "live_stride", "list_stride", "planes", "splits", "count",
+    "dense_stride", "room", "most",
+)  # fmt: skip
+
 # |x - y|^2 under this share of |x|^2 + |y|^2 is added up from differences: |x|^2 + |y|^2 - 2 x.y would lose its digits.
 NEAR: tl.constexpr = tl.constexpr(1 / 16)
 NEAR_GRADIENT: tl.constexpr = tl.constexpr(1 / 256)  # of the gradient, whose terms lose the square root of it

@@ -20,6 +20,7 @@ import triton
 from flashpair.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from ttir import narrow_products
 
 from flashpair import blocked, fused, launch, sieve, sifted
 from flashpair.criteria.circle import _paced
@@ -104,6 +105,7 @@ def describe(kernel: Any, arch: str) -> dict[str, Any]:
     record: dict[str, Any] = {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
     record["tensor_cores"] = TENSOR_CORES[arch] in assembly
     record["int8"] = bool(re.search(INT8, assembly))
+    record["narrow"] = narrow_products(kernel.asm["ttir"])
     if "cubin" in kernel.asm:
         return record | resources(kernel)
     spilled = re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly)
@@ -139,8 +141,10 @@ def loss(name: str) -> tuple[Reduction, ...]:
     return (Reduction("sum", "positives", "lifted", **offsets),)
 
 
-def compile_step(name: str, dtype: torch.dtype, d: int, references: bool, distance: str, schedule: Any = fused) -> None:
-    """One training step of a loss, launched into nothing."""
+def compile_step(
+    name: str, dtype: torch.dtype, d: int, references: bool, distance: str, schedule: Any = fused, n: int = 0
+) -> None:
+    """One training step of a loss of n rows, or of a few tiles, launched into nothing."""
     reductions = loss(name)
     vectors = [(r.offset, r.ref_offset, r.lower, r.upper) for r in reductions]
     slots = [
@@ -153,7 +157,7 @@ def compile_step(name: str, dtype: torch.dtype, d: int, references: bool, distan
     terms = decode(spec.code, spec.shifts, spec.slots)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.ones(len(terms), dtype=wide) if name in ("learned", "hinges") else None
-    n = 256 if schedule is sifted else 64  # the screen is of whole blocks
+    n = n or (256 if schedule is sifted else 64)  # the screen is of whole blocks
     given = Given(scale, spec.scales, [torch.zeros(n, dtype=wide) for _ in slots])
     p = problem(n, dtype, d, references, distance)
     launch.scatter_rows(p.x, p.x, p.order, launch.gather_rows(p.x, p.order, True)[1], True)

@@ -26,18 +26,18 @@ def compiler() -> list[str]:
     return command if shutil.which(command[0]) else []
 
 
-def build(name: str, sources: tuple[str, ...], flags: str = "") -> Path:
-    """build/emulated/<name>, compiled unless sources, headers and flags are those it was compiled from."""
+def build(name: str, sources: tuple[str, ...], flags: str = "", root: Path = ROOT) -> Path:
+    """build/emulated/<name> under `root`, compiled unless sources, headers and flags are those it was compiled from."""
     import pybind11
 
-    include = [ROOT / "tests/cuda_on_host", ROOT / "csrc/cuda", sysconfig.get_path("include"), pybind11.get_include()]
+    include = [root / "tests/cuda_on_host", root / "csrc/cuda", sysconfig.get_path("include"), pybind11.get_include()]
     command = [*compiler(), *FLAGS.split(), *flags.split()]
     command += [f"-I{folder}" for folder in include]
-    command += ["-x", "c++", *(str(ROOT / source) for source in sources)]
-    headers = (f for folder in ("csrc/cuda", "csrc/whole", "tests/cuda_on_host") for f in ROOT.glob(f"{folder}/*"))
-    files = [*(ROOT / source for source in sources), *headers]
+    command += ["-x", "c++", *(str(root / source) for source in sources)]
+    headers = (f for folder in ("csrc/cuda", "csrc/whole", "tests/cuda_on_host") for f in root.glob(f"{folder}/*"))
+    files = [*(root / source for source in sources), *headers]
     digest = hashlib.sha256(b"".join(sorted({f.read_bytes() for f in files})) + repr(command).encode()).hexdigest()
-    out = ROOT / "build/emulated" / f"{digest[:16]}-{name}"
+    out = root / "build/emulated" / f"{digest[:16]}-{name}"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         new = out.with_suffix(f".{os.getpid()}")
@@ -46,10 +46,12 @@ def build(name: str, sources: tuple[str, ...], flags: str = "") -> Path:
     return out
 
 
+LAUNCH = ("tests/cuda_on_host/launch.cpp", "csrc/cuda/onchip.cu")
+
+
 def sanitized(sanitizer: str) -> Path:
     """The kernel and tests/cuda_on_host/launch.cpp as a program, under "thread" or "address,undefined"."""
-    sources = ("tests/cuda_on_host/launch.cpp", "csrc/cuda/onchip.cu")
-    return build(f"launch-{sanitizer}", sources, f"-fsanitize={sanitizer} -fno-sanitize-recover=all")
+    return build(f"launch-{sanitizer}", LAUNCH, f"-fsanitize={sanitizer} -fno-sanitize-recover=all")
 
 
 def module() -> Path | None:

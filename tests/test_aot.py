@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 from flashpair.kernels import configs
+from ttir import narrow_products
 
 CHIPS = ("80", "90", "100", "86", "gfx942")
 
@@ -67,3 +68,22 @@ def test_products_are_on_the_tensor_cores(compiled):
     assert seen
     for r in seen:
         assert r["tensor_cores"] or r["dtype"] == "float64", f"no tensor-core instruction: {r}"
+
+
+def test_offsets_are_products_of_64_bits(compiled):
+    assert len(compiled.kernels) > 8
+    assert not [(r["kernel"], r["narrow"]) for r in compiled.kernels if r["narrow"]]
+
+
+def test_a_product_of_32_bits_is_noticed():
+    """What Triton makes of `x + live_rows * live_stride`, and of two that are no offset of that kind."""
+    code = """
+  tt.func public @sum(%x: !tt.ptr<f32> {tt.divisibility = 16 : i32}, %rows: i32 loc("rows"(#loc)), %stride: i32) {
+    %cst = arith.constant dense<128> : tensor<64xi32>
+    %all = tt.splat %rows : i32 -> tensor<64xi32> loc(#loc1)
+    %first = arith.muli %all, %cst : tensor<64xi32> loc(#loc1)
+    %wide = arith.muli %9, %10 : i64 loc(#loc2)
+    %base = arith.muli %rows, %stride : i32 loc(#loc3)
+    %at = arith.muli %7, %all : tensor<64xi32> loc(#loc4)
+"""
+    assert [line.split()[0] for line in narrow_products(code)] == ["%base", "%at"]

@@ -6,6 +6,8 @@ tests/cuda_on_host tells ThreadSanitizer what CUDA promises: block and grid barr
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 
 import emulated
@@ -36,7 +38,7 @@ def program(sanitizer):
         pytest.skip(f"the compiler has no -fsanitize={sanitizer}: {error}")
 
 
-def launch(sanitizer, criterion, x, labels, y=None, ref_labels=None, *, rows, skip=""):
+def launch(sanitizer, criterion, x, labels, y=None, ref_labels=None, *, rows, skip="", path=None):
     formula = criterion.row_formula()
     code = [
         x.shape[0], (x if y is None else y).shape[0], x.shape[1], rows, FORMULAS.index(formula.name),
@@ -46,7 +48,7 @@ def launch(sanitizer, criterion, x, labels, y=None, ref_labels=None, *, rows, sk
     numbers = [n for t in (labels, ref_labels, x, y) if t is not None for n in t.flatten().tolist()]
     words = [*map(int, code), *formula.scales, *formula.shifts, formula.epsilon or 0.0, *numbers]
     return subprocess.run(
-        [program(sanitizer)],
+        [path or program(sanitizer)],
         input=" ".join(map(repr, words)),
         env={
             **os.environ,
@@ -92,3 +94,21 @@ def test_every_barrier_is_missed(barrier):
     """A problem that needs them all: distances, references with a gradient, two warps, groups that add up in turn."""
     done = launch("thread", CRITERIA[EUCLIDEAN](), *problem(True), rows=4, skip=barrier)
     assert done.returncode == RACE_FOUND and "data race" in done.stderr, done.stdout
+
+
+def test_memory_that_nobody_wrote_is_missed(tmp_path):
+    """A block that owns references has no anchors of its own: what it would weigh pairs by, it may not even look at."""
+    if not emulated.compiler():
+        pytest.skip("no compiler")
+    for folder in ("csrc/cuda", "csrc/whole", "tests/cuda_on_host"):
+        shutil.copytree(emulated.ROOT / folder, tmp_path / folder)
+    for name, guard in (
+        ("csrc/cuda/onchip.cu", "if (owns_anchors && r < count) weight"),
+        ("csrc/whole/losses.h", "if (side == NO_PAIR) return 0;"),
+    ):
+        source = (tmp_path / name).read_text()
+        assert source.count(guard) == 1
+        (tmp_path / name).write_text(source.replace(guard, "weight" if "weight" in guard else ""))
+    path = emulated.build("launch", emulated.LAUNCH, root=tmp_path)
+    done = launch("", CRITERIA["MultiSimilarityLoss"](), *problem(True), rows=4, path=path)
+    assert done.returncode == -signal.SIGFPE, done.stdout

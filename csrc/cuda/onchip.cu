@@ -262,13 +262,15 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   // 5. Weights, in z's place: what both ends of a pair, being anchors, give to it. Of a distance: over it, negative.
   for (int j = threadIdx.x; j < stride; j += THREADS) {
+    const bool from_others = (job.square || !owns_anchors) && j < others.count;
     Anchor<T> other = {};
-    if (job.square || !owns_anchors) other = work.anchor(j);
+    if (from_others) other = work.anchor(j);
     for (int r = 0; r < ROWS; ++r) {
       const int at = r * stride + j;
       const T value = z[at];
-      T weight = pair_weight(work.formula, gives[r], own_side(sides[at]), value);
-      weight += pair_weight(work.formula, other, other_side(sides[at]), value);
+      T weight = 0;
+      if (owns_anchors && r < count) weight = pair_weight(work.formula, gives[r], own_side(sides[at]), value);
+      if (from_others) weight += pair_weight(work.formula, other, other_side(sides[at]), value);
       if (job.euclidean) weight = value > T(0) ? -weight / value : T(0);
       z[at] = weight;
     }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .collect import Collector
-from .launch import Block, Work, groups, splits, weighted
+from .launch import Block, Work, groups, padded, splits, weighted
 from .schedule import NEGATIVES, POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from .similarity import poison
 
@@ -78,11 +78,11 @@ class _Buffers:
 
     def __init__(self, work: Work, backward: bool) -> None:
         rows, cols = min(BLOCK, work.n), min(BLOCK, work.m)
-        self.s = torch.empty(rows, cols, dtype=work.dtype, device=work.device)
+        self.s = torch.empty(rows, padded(cols), dtype=work.dtype, device=work.device)
         # float16 cannot hold small weights
         self.narrow = work.p.x.dtype if work.p.x.dtype != torch.float16 else work.dtype
         if backward:
-            self.w = torch.empty(rows, cols, dtype=self.narrow, device=work.device)
+            self.w = torch.empty(rows, padded(cols), dtype=self.narrow, device=work.device)
             self.g = torch.empty(max(rows, cols), work.d, dtype=work.dtype, device=work.device)
 
     def similarities(self, work: Work, at: _Place) -> Tensor:

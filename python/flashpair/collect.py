@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels.gradient import Weighed
-from .launch import Block, Lists, Side, Work, groups, splits
+from .launch import Block, Lists, Side, Work, aligned, groups, splits
 from .schedule import Gradients
 
 PARTIAL_BYTES = 64 * 2**20  # that the splits' partial gradients may take
@@ -37,7 +37,8 @@ class Collector:
         found = []
         for k in group:
             t, (top, rest) = self.work.terms[k], self.work.relative(k, self.values)
-            s = Weighed(**self.work.shared(k, self.values), top=top, rest=rest, grad=self.grads[k])
+            own = {"top": aligned(top), "rest": aligned(rest), "grad": aligned(self.grads[k])}
+            s = Weighed(**self.work.shared(k, self.values), **own)
             if side.anchor and self.scale is not None:
                 s = s._replace(d_scale=self._part(self.scale[k], count, self.work.n))
             if side.anchor and self.offset is not None and t.slots[0] >= 0:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .collect import Collector
 from .kernels import configs
-from .launch import Side, Work, groups, splits, weighted, windowed
+from .launch import Side, Work, groups, padded, splits, weighted, windowed
 from .schedule import Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from .similarity import poison
 
@@ -26,11 +26,11 @@ def _live_shape(n: int, m: int, d: int, dtype: torch.dtype, device: torch.device
     if not planes:
         return 0, 0, 0
     c = configs.choose(configs.family(device), dtype, d)
-    return planes, -(-n // c.rows), -(-m // c.cols)
+    return planes, -(-n // c.rows), padded(-(-m // c.cols))
 
 
 def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
-    """Places of extremes (K, N), bytes of live tiles (planes, row blocks, column tiles), 0 or NaN (), and nothing."""
+    """Places of extremes (K, N), bytes of live tiles (planes, row blocks, padded tiles), 0 or NaN (), and nothing."""
     (n, d), m = x.shape, (x if y is None else y).shape[0]
     indexed = keep and any(t.indexed for t in terms)
     live = _live_shape(n, m, d, x.dtype, x.device, terms) if keep else (0, 0, 0)

@@ -33,6 +33,17 @@ EXACT = 8.0  # of which the same factor's rounding is none to speak of
 Lists = dict[int, tuple[Tensor, Tensor]]  # `Work.list_live`'s, by the columns of a tile
 MAPPED, NOTHING, UNRANKED = tile.MAPPED.value, tile.NOTHING.value, reduce.UNRANKED.value
 LOG2E = tile.LOG2E.value
+ALIGNMENT = 16  # bytes, and elements: where a tensor's memory begins, or a row's, for one kernel to serve every N
+
+
+def padded(count: int) -> int:
+    """The least multiple of ALIGNMENT that is `count` or more: rows of so many all begin alike."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def aligned(t: Tensor | None) -> Tensor | None:
+    """A vector that begins where kernels may load wide. A row of a matrix may not, and they would be compiled anew."""
+    return t if t is None or t.data_ptr() % ALIGNMENT == 0 else t.clone()
 
 
 @functools.lru_cache(maxsize=16)
@@ -175,7 +186,7 @@ class Work:
             lower = values[t.lower_of] + t.lower_shift
         if t.upper_of >= 0:
             upper = values[t.upper_of] + t.upper_shift
-        return {"lower": lower, "upper": upper}
+        return {"lower": aligned(lower), "upper": aligned(upper)}
 
     def shared(self, k: int, values: Tensor) -> dict[str, Tensor | None]:
         t = self.terms[k]
@@ -183,7 +194,8 @@ class Work:
         offset, ref_offset = (self.given.vector(slot) for slot in t.slots[:2])
         if offset is None and t.shift:
             offset = values.new_full((self.n,), t.shift)
-        return {"scale": scale, "offset": offset, "ref_offset": ref_offset, **self.bounds(k, values)}
+        offsets = {"offset": aligned(offset), "ref_offset": aligned(ref_offset)}
+        return {"scale": scale, **offsets, **self.bounds(k, values)}
 
     def scales(self, group: Sequence[int]) -> list[float]:
         return [float(self.given.scales[k]) for k in group] + [1.0] * (2 - len(group))

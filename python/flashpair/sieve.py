@@ -18,7 +18,7 @@ from .collect import Collector
 from .kernels import configs, screen, survivors
 from .kernels.reduce import Reduced
 from .kernels.screen import Quantised, Window
-from .launch import NOTHING, TRITON, Lists, Side, Work, phi, run, splits
+from .launch import NOTHING, TRITON, Lists, Side, Work, padded, phi, run, splits
 from .reduction import HINGES, TRANSFORMS
 from .schedule import MAX, MIN, SUM
 
@@ -165,16 +165,11 @@ class Sieve:
     def fold(self, group: Sequence[int], states: Sequence[Reduced], found: Found) -> None:
         """The states of one or two terms over survivors, where `reduce_all` has one split more."""
         work = self.work
-        own = [
-            s._replace(
-                peak=None if s.peak is None else s.peak[-1], total=None if s.total is None else s.total[-1], live=None
-            )
-            for s in states
-        ]
+        splits = next(t.shape[0] - 1 for s in states for t in (s.peak, s.total) if t is not None)
         run(
             survivors.fold_survivors, (-(-work.n // ROWS),), work.device,
-            found.keys, found.z, found.starts, work.p.order, work.n, *work.scales(group),
-            *(own if len(own) == 2 else [*own, Reduced()]), *self._forms(group, 0),
+            found.keys, found.z, found.starts, work.p.order, work.n, splits, *work.scales(group),
+            *(states if len(states) == 2 else [*states, Reduced()]), *self._forms(group, 0),
             ROWS=ROWS, PAIRS=ENTRIES, ACC=TRITON[work.dtype], warps=4, stages=1,
         )  # fmt: skip
 
@@ -238,7 +233,7 @@ class Sieve:
     def _quantise(self, x: Tensor, squares: Tensor | None) -> Quantised:
         n, step = x.shape[0], min(1024, configs.power_of_two(self.width))
         q = torch.empty(n, self.width, dtype=torch.int8, device=x.device)
-        own = torch.empty(3, n, dtype=torch.float32, device=x.device)
+        own = torch.empty(3, padded(n), dtype=torch.float32, device=x.device)[:, :n]
         run(
             screen.quantise, (-(-n // (1024 // step)),), x.device, x, q, *own, n, self.work.d, self.width,
             ROWS=1024 // step, STEP=step, ACC=TRITON[self.work.dtype], warps=4, stages=1,

@@ -38,6 +38,7 @@ struct dim3 {
 namespace cuda_on_host {
 
 constexpr int LANES = 32;
+inline uint64_t unwritten = ~uint64_t(0);  // what shared memory starts as: NaN, as float and as double
 
 inline int setting(const char* name, int otherwise) {
   const char* word = std::getenv(name);
@@ -179,7 +180,7 @@ cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(A...), dim3 blocks, dim3 
   for (unsigned b = 0; b < blocks.x; ++b) {
     const size_t words = shared / 8 + 1;
     memory.emplace_back(new uint64_t[words]);
-    std::fill_n(memory.back().get(), words, ~uint64_t(0));
+    std::fill_n(memory.back().get(), words, unwritten);
     auto* bytes = reinterpret_cast<unsigned char*>(memory.back().get());
     all.emplace_back(new Block{threads.x, bytes, {}, std::vector<Warp>(threads.x / LANES)});
   }

@@ -1,0 +1,103 @@
+"""Machine code of NVIDIA chips, read: instructions, loops, and which pipe of a multiprocessor runs what."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+# By the first word of an opcode. What is in none of them and does not begin with U is of the ALU.
+PIPES = {
+    "tensor": "HGMMA HMMA IGMMA IMMA QGMMA DMMA BMMA",
+    "ex2": "MUFU I2F F2I F2F FRND POPC FLO BREV",
+    "fma": "FFMA FMUL FADD FFMA32I FMUL32I FADD32I HFMA2 HMUL2 HADD2 IMAD IMUL FSWZADD",
+    "fp64": "DFMA DMUL DADD DSETP DMNMX",
+    "lsu": "LDG LDS STG STS LDL STL LDSM STSM LDGSTS SHFL ATOM ATOMS ATOMG RED REDUX LDC LD ST MATCH QSPC MOVM S2R",
+    "control": "BRA BRX JMP CALL RET EXIT BAR BSYNC BSSY BREAK WARPSYNC NOP DEPBAR LDGDEPBAR WARPGROUP MEMBAR FENCE "
+    "WARPGROUPSET NANOSLEEP YIELD ERRBAR CCTL SYNCS ARRIVES ELECT ENDCOLLECTIVE KILL PREEXIT",
+}
+PIPE_OF = {word: pipe for pipe, words in PIPES.items() for word in words.split()}
+
+
+class Instruction(NamedTuple):
+    address: int
+    predicate: str
+    opcode: str  # with its modifiers: LDG.E.64
+    operands: str
+
+    @property
+    def pipe(self) -> str:
+        word = self.opcode.split(".")[0]
+        return PIPE_OF.get(word) or ("uniform" if word.startswith("U") or word == "R2UR" else "alu")
+
+
+class Loop(NamedTuple):
+    first: int  # of its instructions, by place
+    last: int
+
+    def within(self, other: Loop) -> bool:
+        return other.first <= self.first and self.last <= other.last and self != other
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+
+
+def dump(cubin: bytes, *options: str) -> str:
+    """What the cuobjdump that comes with Triton says of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([_tool("cuobjdump"), *options, file.name], text=True)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack."""
+    words = dump(cubin, "--dump-resource-usage")
+    found = RESOURCES.search(words)
+    assert found, words
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def read(text: str) -> list[Instruction]:
+    return [Instruction(int(a, 16), p or "", op, rest.strip()) for a, p, op, rest in LINE.findall(text)]
+
+
+def loops(code: list[Instruction]) -> list[Loop]:
+    """One for each branch back, the longest of those that begin at one place."""
+    place = {one.address: k for k, one in enumerate(code)}
+    found: dict[int, int] = {}
+    for k, one in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", one.operands) if one.opcode.startswith("BRA") else None
+        if target and (to := place.get(int(target[1], 16), k + 1)) <= k and to != k:
+            found[to] = max(k, found.get(to, 0))
+    return [Loop(first, last) for first, last in found.items()]
+
+
+def hot(code: list[Instruction]) -> list[Instruction]:
+    """The loop over clean tiles, which nearly all of a large batch's time goes to.
+
+    Of the loops with products it is the shortest outermost one: the one over the band has masks beside the same work.
+    What stands in it is counted once, whether or not a branch leads around it; what it leaves out of line is not.
+    """
+    every = [loop for loop in loops(code) if any(i.pipe == "tensor" for i in code[loop.first : loop.last + 1])]
+    outer = [loop for loop in every if not any(loop.within(other) for other in every)]
+    if not outer:
+        return []
+    best = min(outer, key=lambda loop: loop.last - loop.first)
+    return code[best.first : best.last + 1]
+
+
+def count(code: list[Instruction]) -> Counter[str]:
+    """Instructions by pipe, and `wide`: how many more transactions of 32 bits a lane loads and stores are than they."""
+    found = Counter(one.pipe for one in code)
+    found["imad"] = sum(one.opcode.startswith("IMAD") for one in code)
+    return found
