@@ -99,6 +99,8 @@ def pytest_xdist_make_scheduler(config, log):
             group = _group(nodeid)
             return nodeid.rpartition("[")[2] if group == "test_aot" else group
 
+    if config.option.dist == "worksteal":
+        return None  # xdist's own: every test by itself, as bench.gpu_proof wants them
     config.option.loadscopereorder = False
     return Groups(config, log)
 
