@@ -1,6 +1,6 @@
 """The compiled kernels on a GPU: parity, bits, memory, streams, graphs, compile, 64-bit offsets.
 
-Part of bench/gpu_proof.sh; skipped where torch finds no GPU.
+Part of bench.gpu_proof; skipped where torch finds no GPU.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def run(stage: Stage) -> None:
 def _build(stage: Stage) -> Path:
     sys.path.insert(0, str(site.ROOT / "csrc"))
     try:
-        import ninja
         import compilers
+        import ninja
     except ImportError as error:
         raise Skip(f"the build needs ninja and pybind11: {error}") from error
     os.environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*known(stage)["capability"])
@@ -49,4 +49,3 @@ def _build(stage: Stage) -> Path:
     before = json.loads(built.read_text()) if built.is_file() else {**record, "extension": False, "reason": "not built"}
     built.write_text(json.dumps(before | cuda) + "\n")
     return module
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from .child import Stage
 from .plan import Plan, TableCase
 
 PER_CLASS = 4
+SHOWN = 5
 
 
 class TruthCase(NamedTuple):
@@ -108,15 +110,21 @@ class Kernels:
     """How many kernels this process has compiled itself, because the compile stage had not, or not the same."""
 
     def __init__(self) -> None:
-        self.compiled = 0
+        self.compiled = self.shown = 0
         try:
             from triton import knobs
         except ImportError:
             return
         knobs.compilation.listener = self._heard
 
-    def _heard(self, *, cache_hit: bool, **other: Any) -> None:
-        self.compiled += not cache_hit
+    def _heard(self, *, src: Any, cache_hit: bool, **other: Any) -> None:
+        if cache_hit:
+            return
+        self.compiled += 1
+        self.shown += 1
+        if self.shown <= SHOWN:  # in the log: what was asked for, to be held against what the compile stage noted
+            words = (getattr(src, name, None) for name in ("signature", "attrs", "constants"))
+            sys.stderr.write(f"not compiled ahead: {src.name} {' '.join(map(str, words))}\n")
 
     def take(self) -> int:
         """Since the last call."""

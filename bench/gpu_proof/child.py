@@ -34,9 +34,10 @@ class Stage(NamedTuple):
         self.voice.flush()
 
 
-def _end_with_the_driver() -> None:
-    """The driver holds the other end of stdin: where it dies, however it dies, so does this process group."""
-    sys.stdin.buffer.read()
+def _end_with_the_driver(pipe: int) -> None:
+    """The driver holds the other end: where it dies, however it dies, so does this process group."""
+    while os.read(pipe, 1):
+        pass
     os.killpg(0, signal.SIGKILL)
 
 
@@ -55,7 +56,9 @@ def fatal(error: Exception) -> bool:
 
 def main() -> int:
     name, plan, work, out = sys.argv[1:]
-    threading.Thread(target=_end_with_the_driver, daemon=True).start()
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # whose place pytest takes, too
+    threading.Thread(target=_end_with_the_driver, args=(pipe,), daemon=True).start()
     voice = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is for the log
     stage = Stage(PLANS[plan], plan, Path(work), Path(out), voice)

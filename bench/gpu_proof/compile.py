@@ -104,11 +104,11 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
     """CPU tensors go the way of the GPU's through the engine, and launches are noted."""
     sys.path.append(str(site.ROOT / "tests"))
     from aot import Chip
+    from flashpair.kernels import configs
     from triton.runtime import driver
 
     from flashpair import blocked, dispatch, launch, ops, pairs, rows, schedule
     from flashpair.criteria import base
-    from flashpair.kernels import configs
 
     capability = tuple(machine["capability"])
     family = configs.CAPABILITIES.get(capability, configs.SMALL)

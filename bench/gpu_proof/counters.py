@@ -94,6 +94,7 @@ def _line(counted: dict[str, float] | None) -> dict[str, Any]:
 
 
 def _complaint(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if re.match(r"==(ERROR|WARNING)==|Error", line.strip())]
-    return " ".join(lines[:3]) or text.strip()[-200:]
-
+    """ncu's own words, or the last ones of what it ran."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("==ERROR==")]
+    return " ".join(own[:3] or lines[-1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -124,6 +125,16 @@ class Driver:
 
     def run(self) -> int:
         """0 where nothing failed, 1 where something did, 2 where there is no GPU."""
+        WORK.mkdir(parents=True, exist_ok=True)
+        with (WORK / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.record.say("driver", error=f"another run is at work in {WORK}")
+                return 2
+            return self._run_all()
+
+    def _run_all(self) -> int:
         site.make(WORK)
         for missing in {s.name for s in STAGES if s.background} - {s.name for s in self.stages}:
             site.ended(WORK, missing)

@@ -1,4 +1,4 @@
-"""Stage: how steps are launched: CUDA graphs, side streams, other devices, torch.compile; bits are those of a plain step.
+"""Stage: how steps are launched: CUDA graphs, side streams, devices, torch.compile; bits are those of a plain step.
 
 Each check is of every implementation that runs here.
 """

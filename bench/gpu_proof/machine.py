@@ -13,7 +13,9 @@ import torch
 from .. import machine as found_machine
 from .child import Skip, Stage
 
-FIELDS = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,mig.mode.current"
+FIELDS = (
+    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,mig.mode.current"
+)
 FILE = "machine.json"
 TOOLS = ("nvcc", "ncu", "compute-sanitizer", "nvidia-smi")
 

@@ -188,4 +188,3 @@ def limits(only: tuple[str, ...]) -> list[Stage]:
     if unknown:
         raise ValueError(f"stages must be of {', '.join(NAMES)}, got {', '.join(unknown)}")
     return [s for s in STAGES if not only or s.name in only or s.name == "machine"]
-

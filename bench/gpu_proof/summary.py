@@ -71,7 +71,9 @@ def _stages(lines: Lines) -> Iterator[str]:
     ends = [line for line in lines if "ended" in line and "seconds" in line]
     if ends:
         yield "## Stages\n"
-        yield from markdown(("stage", "ended", "seconds"), ([e["stage"], e["ended"] or "done", e["seconds"]] for e in ends))
+        yield from markdown(
+            ("stage", "ended", "seconds"), ([e["stage"], e["ended"] or "done", e["seconds"]] for e in ends)
+        )
     for line in of(lines, "compile", "kernels", "seconds"):
         yield f"\n{line['kernels']} kernels in {line['seconds']} s, {line['without']} of them could not be compiled."
     skipped = [line for line in lines if "skipped" in line]

@@ -128,7 +128,9 @@ def run(stage: Stage) -> None:
                 raise RuntimeError("the shipped row is not right, or does not run: nothing to tune against")
         elif all(times):
             found[tile] = [t for t in times if t]
-            stage.say(tile=tile, of_shipped=[sum(t.values()) / sum(s.values()) for t, s in zip(times, shipped, strict=True)])
+            stage.say(
+                tile=tile, of_shipped=[sum(t.values()) / sum(s.values()) for t, s in zip(times, shipped, strict=True)]
+            )
     if pick := best(found, shipped):
         report(stage, losses, pick, shipped)
     else:

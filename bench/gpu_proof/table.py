@@ -19,7 +19,7 @@ from ..floor import make_floor
 from ..peers import NotThere
 from ..probe import is_memory
 from ..variants import REGISTRY, TrainingStep, make_step
-from .accelerator import Accelerator, Step, accelerator
+from .accelerator import Step, accelerator
 from .cases import Kernels, Patience, bench_case, schedule, table_name
 from .child import Skip, Stage, fatal, reason
 from .plan import TableCase
@@ -106,7 +106,9 @@ class Table:
 
     def failed(self, name: str, variant: str, error: Exception) -> None:
         over = is_memory(error)
-        self.stage.say(case=name, variant=variant, **({"skipped": "over memory"} if over else {"failed": reason(error)}))
+        self.stage.say(
+            case=name, variant=variant, **({"skipped": "over memory"} if over else {"failed": reason(error)})
+        )
         gc.collect()
         self.gpu.free()
         if fatal(error):

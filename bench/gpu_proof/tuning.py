@@ -42,8 +42,9 @@ def chosen(forward: Tile | None, backward: Tile | None = None) -> Iterator[None]
 
     Columns are not shared among programs, as in a large batch, so that a small one is served by the same kernels.
     """
-    from flashpair import collect, fused
     from flashpair.kernels import configs
+
+    from flashpair import collect, fused
 
     before, splits = configs.choose, fused.splits
     fused.splits = collect.splits = lambda *of: 1
