@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from bench.gpu_proof import counters, sanitizer, site, summary, sweep
 from bench.gpu_proof.__main__ import main
+from bench.gpu_proof.accelerator import Cuda
 from bench.gpu_proof.driver import FILES, Running
 from bench.gpu_proof.plan import NAMES, Stage, Tile
 from bench.gpu_proof.record import Record
@@ -218,6 +221,34 @@ def test_what_the_sanitizer_says():
     assert sanitizer.verdict("racecheck", words, 9) == {"found": 3, "clean": False}
     assert "no summary" in sanitizer.verdict("memcheck", "Error: Device not supported", 255)["failed"]
     assert sanitizer.verdict("memcheck", "ERROR SUMMARY: 0 errors", 1)["failed"] == "the step ended with 1"
+
+
+def test_the_gpu_side_of_the_seam_asks_torch_for_what_there_is(monkeypatch):
+    """Over mocks that have torch.cuda's own names and signatures, on CPU tensors."""
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated", "_sleep",
+                 "current_stream", "device_count", "empty_cache", "graph", "stream"):  # fmt: skip
+        made = mock.create_autospec(getattr(torch.cuda, name))
+        monkeypatch.setattr(torch.cuda, name, made)
+    for name in ("Stream", "CUDAGraph"):
+        whole = getattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, lambda *args, of=whole, **more: mock.create_autospec(of, instance=True))
+    event = mock.create_autospec(torch.cuda.Event, instance=True)
+    event.elapsed_time.return_value = 3.0
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    torch.cuda.max_memory_allocated.return_value, torch.cuda.memory_allocated.return_value = 70, 30
+    torch.cuda.device_count.return_value = 2
+    gpu, steps = Cuda(), []
+    assert gpu.seconds(lambda: steps.append(1), 3) == pytest.approx(1e-3) and len(steps) == 3
+    assert gpu.watch()()() == pytest.approx(3e-3)
+    gpu.hold()
+    replay, result = gpu.graph(lambda: (steps.append(1), len(steps)))
+    replay()
+    assert result[1] == len(steps) == 7
+    target = torch.zeros(3)
+    assert gpu.late(target, torch.ones(3), lambda: target.sum()) == 3
+    assert gpu.peak(lambda: None) == 40 and gpu.devices() == ["cuda:0", "cuda:1"]
+    assert gpu.kernels(lambda: torch.ones(3) + 1) == {}  # no kernel of a GPU
+    gpu.free()
 
 
 def test_markers_of_cases_are_files():

@@ -7,7 +7,6 @@ none, and times say nothing.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .plan import Plan
-from .site import ROOT
+from .site import load
 
 Step = Callable[[], Any]
 SLEEP_CYCLES = 20_000_000  # 10 ms or so: the host is done with launching before the GPU begins
@@ -116,10 +115,7 @@ class Host:
     device = "cpu"
 
     def __init__(self) -> None:
-        sys.path.append(str(ROOT / "tests"))
-        import interpreter
-
-        interpreter.patch_once_a_launch()
+        load("tests/interpreter.py").patch_once_a_launch()
 
     def synchronize(self) -> None:
         pass

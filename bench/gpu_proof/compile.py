@@ -45,8 +45,19 @@ class Wanted(NamedTuple):
         """Equal for launches that are served by one kernel; Triton itself may tell apart less, not more."""
         return self.name, _key(self.args), tuple(sorted((k, repr(v)) for k, v in self.options.items()))
 
-    def compile(self) -> None:
-        self.kernel.run(*self.args, grid=(1,), warmup=True, **self.options)
+    def compile(self) -> Any:
+        return self.kernel.run(*self.args, grid=(1,), warmup=True, **self.options)
+
+
+def make_launcher(made: Any) -> None:
+    """Triton 3.6 has a C compiler make a launcher for each signature at its first launch; later ones share one."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        try:
+            driver.CudaLauncher(made.src, made.metadata)
+        except Exception as error:  # which costs the first launch half a second, no more
+            sys.stderr.write(f"no launcher ahead for {made.name}: {reason(error)}\n")
 
 
 def _key(value: Any) -> Any:
@@ -85,8 +96,8 @@ def jobs(plan: Plan) -> list[Job]:
     for n in (plan.counters_n, plan.sanitizer_n):
         found += [Job(case.name, lambda case=case: case.step("cpu")()) for case in main_cases(plan, n)]
     for impl in launches.TRITON:
-        for dtype in dict.fromkeys((getattr(torch, plan.truth_dtypes[0]), torch.float32)):
-            name = f"launches {impl} {dtype}"
+        for name in launches.names(plan, impl):
+            dtype = getattr(torch, name.split(" ")[-1])
             found.append(Job(name, lambda impl=impl, dtype=dtype: launches.ahead(plan, impl, dtype)))
     for tile in candidates(plan):
         for case in gates(plan):
@@ -102,8 +113,6 @@ def _tuned(case: TruthCase, tile: Tile | None) -> None:
 @contextlib.contextmanager
 def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterator[None]:
     """CPU tensors go the way of the GPU's through the engine, and launches are noted."""
-    sys.path.append(str(site.ROOT / "tests"))
-    from aot import Chip
     from flashpair.kernels import configs
     from triton.runtime import driver
 
@@ -134,7 +143,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         (blocked, "_product", lambda a, b, out: out),
         (blocked, "_mirror", lambda s: None),
     ]
-    driver.set_active(Chip("{}{}".format(*capability), 0))
+    driver.set_active(site.load("tests/aot.py").Chip("{}{}".format(*capability), 0))
     before = [getattr(module, name) for module, name, _ in changes]
     try:
         for module, name, value in changes:
@@ -188,7 +197,7 @@ class Pool:
             return pid
         code = 1
         try:
-            wanted.compile()
+            make_launcher(wanted.compile())
             code = 0
         except BaseException as error:
             self._file(os.getpid()).write_text(reason(error), encoding="utf-8")
@@ -225,6 +234,7 @@ def run(stage: Stage) -> None:
         import triton  # noqa: F401
     except ImportError as error:
         raise Skip(f"there is no Triton: {error}") from error
+    os.nice(10)  # what is measured beside this comes first
     torch.set_num_threads(1)  # no thread may live where a process is forked
     started, facts = time.monotonic(), known(stage)
     pool = Pool(stage, stage.plan.workers or max(1, facts["cores"] - 2))

@@ -16,7 +16,7 @@ from flashpair.check import batch, value_and_gradient
 from flashpair.dispatch import obstacles
 
 from .accelerator import Accelerator, accelerator
-from .cases import Kernels
+from .cases import Kernels, Patience
 from .child import Skip, Stage, fatal, reason
 from .plan import Plan
 from .truth import compare
@@ -105,6 +105,12 @@ def compiled(gpu: Accelerator, impl: str, data: Data) -> None:
         raise Wrong(f"compiled, it is off by {verdict['gradient']}")
 
 
+def names(plan: Plan, impl: str) -> list[str]:
+    """Of the cases that an implementation's kernels are compiled ahead in, and their types after them."""
+    types = dict.fromkeys((plan.truth_dtypes[0], "float32"))
+    return [f"launches {impl} {dtype}" for dtype in types] if impl in TRITON else []
+
+
 def ahead(plan: Plan, impl: str, dtype: torch.dtype) -> None:
     """The kernels of the checks, on CPU tensors, for the compile stage."""
     x, labels = Data(plan).batch("cpu")
@@ -115,12 +121,15 @@ CHECKS: tuple[Check, ...] = (graphs, streams, devices, compiled)
 
 
 def run(stage: Stage) -> None:
-    gpu, data, kernels = accelerator(stage.plan), Data(stage.plan), Kernels()
+    gpu, data, kernels, patience = accelerator(stage.plan), Data(stage.plan), Kernels(), Patience(stage)
     for check in CHECKS:
         for impl in IMPLEMENTATIONS:
             about: dict[str, Any] = {"check": check.__name__, "impl": impl}
             if reasons := obstacles(impl, torch.device(gpu.device)):
                 stage.say(**about, skipped="; ".join(reasons))
+                continue
+            if dropped := [why for name in names(stage.plan, impl) if (why := patience.wait(name))]:
+                stage.say(**about, failed=dropped[0])
                 continue
             try:
                 check(gpu, impl, data)

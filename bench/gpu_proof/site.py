@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(file: str) -> ModuleType:
+    """A module by its file under the root: no other of its name can come before it."""
+    spec = importlib.util.spec_from_file_location(f"flashpair_{Path(file).stem}", ROOT / file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def package(work: Path) -> Path:

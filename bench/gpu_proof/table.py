@@ -23,6 +23,7 @@ from .accelerator import Step, accelerator
 from .cases import Kernels, Patience, bench_case, schedule, table_name
 from .child import Skip, Stage, fatal, reason
 from .plan import TableCase
+from .site import marker
 
 SAMPLE_SECONDS = 0.005  # shorter steps are repeated within a sample
 MOST = 50
@@ -71,7 +72,9 @@ class Table:
     def run(self, case: TableCase) -> None:
         name = table_name(case)
         if any(v.startswith(("flashpair", "graph")) for v in case.variants):
-            self.patience.wait(name)
+            if dropped := self.patience.wait(name):
+                self.stage.say(case=name, variant="flashpair", failed=dropped)
+                return
         batch = make_batch(bench_case(case, self.gpu.device))
         steps: dict[str, Step] = {}
         for variant in case.variants:
@@ -123,6 +126,7 @@ class Table:
             first = turn % max(1, len(names))
             for variant in names[first:] + names[:first]:
                 samples[variant].append(self.gpu.seconds(steps[variant], counts[variant]))
+        alone = marker(self.stage.work, "compile.end").exists()
         flop = 6 * case.n**2 * case.d
         rate = self.rates.get(f"product {case.dtype}")
         if case.dtype == "float32":  # three products of tf32 stand for one
@@ -131,6 +135,7 @@ class Table:
             self.stage.say(
                 case=name, variant=variant, seconds=statistics.median(found), lowest=min(found), highest=max(found),
                 steps=counts[variant], arithmetic_floor=flop / rate if rate else None,
+                alone=alone,
             )  # fmt: skip
 
     def profile(self, name: str, step: Callable[[], Any]) -> None:
