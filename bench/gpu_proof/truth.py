@@ -1,5 +1,5 @@
 """Stage: losses and gradients against the float64 reference, by the project's rule: no further off than twice what
-plain PyTorch is at the same precision, and twice one rounding."""
+plain PyTorch is at the same precision, and one rounding of it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ def worst_row(found: Tensor, truth: Tensor) -> float:
 
 
 def compare(found: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> dict[str, Any]:
-    """Errors and bounds of the value, which is never rounded to 16 bits, and of every gradient."""
+    """Errors and bounds of the value, which is never rounded to 16 bits, and of every gradient, whose weights are, once
+    a pair, as tests/test_gpu.py has it."""
     record: dict[str, Any] = {"right": True}
+    eps = {name: torch.finfo(getattr(torch, name)).eps for name in ("float32", dtype)}
     for what, exact in truth.items():
-        rounding = torch.finfo(torch.float32 if what == "value" else getattr(torch, dtype)).eps
-        error, bound = relative(found[what], exact), FACTOR * (relative(eager[what], exact) + rounding)
+        once = eps[dtype] if what != "value" and eps[dtype] > eps["float32"] else 0.0
+        error, bound = relative(found[what], exact), FACTOR * (relative(eager[what], exact) + eps["float32"]) + once
         record[what] = {"error": error, "bound": bound}
         record["right"] &= error <= bound  # NaN is not
     record["worst_row"] = worst_row(found["gradient"], truth["gradient"])
