@@ -19,8 +19,7 @@ from .cases import Patience, TruthCase, main_cases
 from .child import Skip, Stage
 from .tuning import BACKWARD, FORWARD
 
-SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy", "LaunchStats",
-            "SchedulerStats", "WarpStateStats")  # fmt: skip
+SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "Occupancy", "LaunchStats", "SchedulerStats", "WarpStateStats")
 DURATION = "gpu__time_duration.sum"
 KEPT = (
     r"gpu__time_duration\.sum$",
@@ -35,7 +34,7 @@ KEPT = (
 def command(stage: Stage, case: TruthCase) -> list[str]:
     return [
         "ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--cache-control", "none",
-        "--target-processes", "application-only", "--profile-from-start", "off",
+        "--print-metric-name", "name", "--target-processes", "application-only", "--profile-from-start", "off",
         "--kernel-name", f"regex:^({FORWARD}|{BACKWARD})$",
         *(word for section in SECTIONS for word in ("--section", section)),
         sys.executable, "-m", "bench.gpu_proof.one_step", stage.plan_name, case.name,
