@@ -20,7 +20,7 @@ from bench.gpu_proof.cases import TruthCase
 from bench.gpu_proof.compile import Job, Wanted, pretended
 from bench.gpu_proof.plan import GPU, Tile
 from bench.gpu_proof.tuning import chosen, gates
-from flashpair import launch
+from flashpair import launch, sieve
 
 MACHINE = {"capability": [9, 0], "processors": 132}
 noted: dict[str, str] = {}  # place in the cache: kernel
@@ -42,7 +42,8 @@ def cases() -> list[Job]:
         Job(f"{n}", TruthCase("MultiSimilarityLoss", "bfloat16", n, 128, "fused").step("cpu")) for n in (333, 1000)
     ]
     found.append(Job("split", TruthCase("NTXentLoss", "float32", 4096, 128, "fused").step("cpu")))
-    found.append(Job("tiled", lambda: launches.ahead(plan, "tiled", torch.bfloat16)))
+    for impl in ("tiled", "screened"):
+        found.append(Job(impl, lambda impl=impl: launches.ahead(plan, impl, torch.bfloat16)))
     tuned = gates(plan)[0].step("cpu")
 
     def candidate() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
     ahead = dict(noted)
     noted.clear()
     with pretended(MACHINE, wanted.append):
-        launch.run = real
+        launch.run = sieve.run = real
         for job in cases():
             job.run()
     json.dump([[name, key in ahead] for key, name in noted.items()], sys.stdout)

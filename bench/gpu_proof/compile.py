@@ -116,7 +116,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
     from flashpair.kernels import configs
     from triton.runtime import driver
 
-    from flashpair import blocked, dispatch, launch, ops, pairs, rows, schedule
+    from flashpair import blocked, dispatch, launch, ops, pairs, rows, schedule, sieve
     from flashpair.criteria import base
 
     capability = tuple(machine["capability"])
@@ -135,6 +135,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         (configs, "family", lambda device: family),
         (launch, "processors", lambda device: machine["processors"]),
         (launch, "run", note),
+        (sieve, "run", note),
         (dispatch, "_obstacles", lambda impl, device: ()),
         (ops, "schedule_of", lambda impl, device: importlib.import_module(gpu[impl])),
         (pairs, "sorted_rows", kernel_rows),
