@@ -70,6 +70,8 @@ def test_what_each_stage_says(proof):
     timed = [line for line in lines if line["stage"] == "table" and "seconds" in line and "variant" in line]
     variants = {"flashpair", "graph", "reference", "compiled", "floor", "pytorch-metric-learning"}
     assert {line["variant"] for line in timed} == variants and all(line["arithmetic_floor"] > 0 for line in timed)
+    (beside,) = [line for line in lines if line["stage"] == "table" and "against" in line]
+    assert max(beside["value"], beside["gradient"]) < 1e-6
     tried = [line for line in lines if line["stage"] == "sweep" and "times" in line]
     assert [line["tile"] is None for line in tried] == [True, False, False, False]  # and what was picked, as a whole
     assert all(line["right"] and min(line["times"].values()) > 0 for line in tried)
@@ -212,6 +214,8 @@ def test_tables_of_ncu():
     )
     found = counters.longest(counters.table(done.stdout.splitlines()))
     assert found["reduce_rows"]["gpu__time_duration.sum"] == 412864.0 and len(found) == 2
+    assert counters.complaint("==ERROR== LibraryNotLoaded") == "==ERROR== LibraryNotLoaded"
+    assert not counters.complaint("==ERROR== The application returned an error code (1).\nValueError")
     assert "device__attribute_clock_rate" not in found["weigh_rows"]
 
 
@@ -219,7 +223,8 @@ def test_what_the_sanitizer_says():
     assert sanitizer.verdict("memcheck", "========= ERROR SUMMARY: 0 errors", 0) == {"found": 0, "clean": True}
     words = "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)"
     assert sanitizer.verdict("racecheck", words, 9) == {"found": 3, "clean": False}
-    assert "no summary" in sanitizer.verdict("memcheck", "Error: Device not supported", 255)["failed"]
+    assert "Device not supported" in sanitizer.verdict("memcheck", "Error: Device not supported", 255)["skipped"]
+    assert "no summary" in sanitizer.verdict("memcheck", "Traceback", 1)["failed"]
     assert sanitizer.verdict("memcheck", "ERROR SUMMARY: 0 errors", 1)["failed"] == "the step ended with 1"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashpair.check import batch, value_and_gradients
 from flashpair.forms import CRITERIA
 
-from ..cases import Batch, Case, make_batch
+from ..cases import Case, make_batch
 from ..options import GB, Options
 from ..variants import Step, make_step
 from . import site
@@ -100,10 +100,11 @@ def schedule(plan: Plan, case: TableCase) -> str:
     return "flashpair-fused" if case.d <= 256 or plan.on_host else "flashpair-tiled"
 
 
-def own_step(plan: Plan, case: TableCase, device: str) -> tuple[Step, Batch]:
+def own_steps(plan: Plan, case: TableCase, device: str) -> list[Step]:
+    """A case's steps by Triton kernels: the one that is timed, and the one that it is held against."""
     made = bench_case(case, device)
     found = make_batch(made)
-    return make_step(schedule(plan, case), made, found), found
+    return [make_step(variant, made, found) for variant in dict.fromkeys((schedule(plan, case), "flashpair-tiled"))]
 
 
 class Kernels:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import launches, site
-from .cases import TruthCase, main_cases, own_step, table_name, truth_cases
+from .cases import TruthCase, main_cases, own_steps, table_name, truth_cases
 from .child import Skip, Stage, reason
 from .machine import known
 from .plan import Plan, Tile
@@ -92,7 +92,9 @@ def jobs(plan: Plan) -> list[Job]:
     """In the order in which the stages need them."""
     found = [Job(case.name, lambda case=case: case.step("cpu")()) for case in truth_cases(plan)]
     timed = list(dict.fromkeys(case._replace(variants=(), profiled=False) for case in plan.table))
-    found += [Job(table_name(case), lambda case=case: own_step(plan, case, "cpu")[0]()) for case in timed]
+    found += [
+        Job(table_name(case), lambda case=case: [step() for step in own_steps(plan, case, "cpu")]) for case in timed
+    ]
     for n in (plan.counters_n, plan.sanitizer_n):
         found += [Job(case.name, lambda case=case: case.step("cpu")()) for case in main_cases(plan, n)]
     for impl in launches.TRITON:

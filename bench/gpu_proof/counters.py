@@ -81,8 +81,11 @@ def run(stage: Stage) -> None:
         sys.stderr.write(done.stderr)
         with (stage.out / "ncu.csv").open("a", encoding="utf-8") as file:
             file.write(done.stdout)
+        refused = complaint(done.stdout + done.stderr)
+        if refused:
+            raise Skip(f"ncu cannot run here: {refused}")
         if done.returncode:
-            raise RuntimeError(f"ncu ended with {done.returncode}: {_complaint(done.stdout + done.stderr)}")
+            raise RuntimeError(f"ncu ended with {done.returncode}; log.txt and ncu.csv have its words")
         counted = longest(table(done.stdout.splitlines()))
         for kernel in (FORWARD, BACKWARD):
             stage.say(case=case.name, kernel=kernel, **_line(counted.get(kernel)))
@@ -92,8 +95,7 @@ def _line(counted: dict[str, float] | None) -> dict[str, Any]:
     return {"failed": "ncu saw no such kernel"} if counted is None else {"metrics": counted}
 
 
-def _complaint(text: str) -> str:
-    """ncu's own words, or the last ones of what it ran."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("==ERROR==")]
-    return " ".join(own[:3] or lines[-1:])
+def complaint(text: str) -> str:
+    """What ncu itself says that it cannot do, not what it says of the command that it ran."""
+    lines = [line.strip() for line in text.splitlines() if line.startswith("==ERROR==")]
+    return " ".join(line for line in lines if "application returned an error" not in line)[:300]

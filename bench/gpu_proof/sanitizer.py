@@ -29,6 +29,8 @@ def command(stage: Stage, tool: str, case: str) -> list[str]:
 def verdict(tool: str, text: str, code: int) -> dict[str, object]:
     """What a tool's summary says; a run without one has failed, whatever its exit status."""
     found = re.findall(SUMMARY[tool], text)
+    if not found and "not supported" in text:
+        return {"skipped": f"it cannot run here: {next(li for li in text.splitlines() if 'not supported' in li)}"}
     if not found:
         return {"failed": f"ended with {code} and no summary: {text.strip()[-200:]}"}
     count = int(found[-1])

@@ -26,7 +26,20 @@ def failed(lines: Lines) -> bool:
 
 
 def write(out: Path, lines: Lines) -> None:
-    sections = (_machine, _stages, _faults, _truth, _table, _kernels, _sweep, _counters, _sanitizer, _launches, _suite)
+    sections = (
+        _machine,
+        _stages,
+        _faults,
+        _truth,
+        _table,
+        _agreement,
+        _kernels,
+        _sweep,
+        _counters,
+        _sanitizer,
+        _launches,
+        _suite,
+    )
     words = ["# GPU proof", ""]
     for section in sections:
         found = list(section(lines))
@@ -123,6 +136,13 @@ def _table(lines: Lines) -> Iterator[str]:
 
 def _ratio(line: Line, floor: float | None) -> str | None:
     return None if not floor else f"{line['seconds'] / floor:.2f}"
+
+
+def _agreement(lines: Lines) -> Iterator[str]:
+    for line in of(lines, "table", "against"):
+        verdict = "" if "right" not in line else f", {'within' if line['right'] else '**over**'} {line['bound']:.1e}"
+        errors = f"value {line['value']:.1e}, gradient {line['gradient']:.1e}{verdict}"
+        yield f"- {line['case']}, beside `{line['against']}`: {errors}"
 
 
 def _kernels(lines: Lines) -> Iterator[str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from flashpair.dispatch import WIDEST_FUSED
+
 from ..cases import Batch, make_batch
 from ..floor import make_floor
 from ..peers import NotThere
@@ -24,6 +26,7 @@ from .cases import Kernels, Patience, bench_case, schedule, table_name
 from .child import Skip, Stage, fatal, reason
 from .plan import TableCase
 from .site import marker
+from .truth import relative
 
 SAMPLE_SECONDS = 0.005  # shorter steps are repeated within a sample
 MOST = 50
@@ -38,6 +41,7 @@ class Table:
         self.stage, self.plan = stage, stage.plan
         self.gpu, self.kernels, self.patience = accelerator(stage.plan), Kernels(), Patience(stage)
         self.rates = rates(stage)
+        self.agreed = set[str]()
 
     def make(self, case: TableCase, variant: str, batch: Batch) -> Step:
         """A variant's step; raises Skip or NotThere with the reason."""
@@ -92,9 +96,26 @@ class Table:
             else:
                 steps[variant] = step
                 self.stage.say(case=name, variant=variant, peak=peak, compiled=self.kernels.take())
+        if "flashpair" in steps and case.d <= WIDEST_FUSED and name not in self.agreed:
+            self.agree(case, name, steps["flashpair"], batch)
         self.time(case, name, steps)
         if case.profiled and "flashpair" in steps:
             self.profile(name, steps["flashpair"])
+
+    def agree(self, case: TableCase, name: str, step: Step, batch: Batch) -> None:
+        """The step beside `tiled`, whose products are the vendor's: both round weights and gradients to their type. At
+        any size, where float64 has no room."""
+        self.agreed.add(name)
+        try:
+            found, other = taken(step, batch), taken(self.make(case, "flashpair-tiled", batch), batch)
+        except Exception as error:
+            self.failed(name, "flashpair-tiled", error)
+            return
+        errors = {what: relative(found[what], other[what]) for what in found}
+        bound = 2 * torch.finfo(getattr(torch, case.dtype)).eps
+        right = all(error <= bound for error in errors.values()) if case.dtype != "float32" else None
+        verdict = {} if right is None else {"right": right, "bound": bound}
+        self.stage.say(case=name, against="tiled", **errors, **verdict, compiled=self.kernels.take())
 
     def first(self, step: Step, variant: str, batch: Batch) -> int | None:
         """The memory of a second step, the first one having compiled; a gradient that is not finite is an error."""
@@ -147,6 +168,15 @@ class Table:
         shown = sorted(found.items(), key=lambda item: -item[1][0])[:SHOWN]
         total = sum(seconds for seconds, _ in found.values())
         self.stage.say(case=name, kernels={key: [s, count] for key, (s, count) in shown}, all_kernels=total)
+
+
+def taken(step: Step, batch: Batch) -> dict[str, torch.Tensor]:
+    """Loss and gradient of a step, which leaves none."""
+    value = step()
+    assert batch.x.grad is not None
+    found = {"value": value.detach().clone(), "gradient": batch.x.grad.clone()}
+    batch.x.grad = None
+    return found
 
 
 def rates(stage: Stage) -> dict[str, float]:
