@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .child import Stage
 from .plan import Plan, TableCase
 
 PER_CLASS = 4
+UNIT_ONLY = ("AngularLoss(form='hinge')",)  # which refuse normalize=False
 SHOWN = 5
 
 
@@ -50,7 +52,7 @@ class TruthCase(NamedTuple):
         return unit.to(device), labels.to(device)
 
     def criterion(self, impl: str) -> Any:
-        return CRITERIA[self.loss](impl=impl, normalize=False)
+        return CRITERIA[self.loss](impl=impl, **({} if self.loss in UNIT_ONLY else {"normalize": False}))
 
     def step(self, device: str) -> Callable[[], Any]:
         x, labels = self.batch(device)
@@ -105,6 +107,18 @@ def own_steps(plan: Plan, case: TableCase, device: str) -> list[Step]:
     made = bench_case(case, device)
     found = make_batch(made)
     return [make_step(variant, made, found) for variant in dict.fromkeys((schedule(plan, case), "flashpair-tiled"))]
+
+
+TESTED = (("float64", "float32", "bfloat16", "float16"), ((800, 128), (333, 100)), ("fused", "tiled"))
+
+
+def tested_steps() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What most kernels of the tests are compiled for: tests/test_gpu.py's every criterion against float64."""
+    for loss, dtype, (n, d), impl in itertools.product(CRITERIA, *TESTED):
+        case = TruthCase(loss, dtype, n, d, impl)
+        if (loss, impl) == ("SoftTripleLoss", "fused"):
+            continue  # it has no kernel of its own
+        yield f"tests {case.name}", lambda case=case: case.step("cpu")()
 
 
 class Kernels:

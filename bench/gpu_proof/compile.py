@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import launches, site
-from .cases import TruthCase, main_cases, own_steps, table_name, truth_cases
+from .cases import TruthCase, main_cases, own_steps, table_name, tested_steps, truth_cases
 from .child import Skip, Stage, reason
 from .machine import known
 from .plan import Plan, Tile
@@ -241,9 +241,21 @@ def run(stage: Stage) -> None:
     torch.set_num_threads(1)  # no thread may live where a process is forked
     started, facts = time.monotonic(), known(stage)
     pool = Pool(stage, stage.plan.workers or max(1, facts["cores"] - 2))
+    compile_all(stage, pool, jobs(stage.plan), facts)
+    stage.say(kernels=len(pool.known), without=pool.without, seconds=round(time.monotonic() - started, 1))
+    if stage.plan.tests_ahead:
+        while not site.marker(stage.work, "table.end").exists():  # whose times on the host want the cores
+            time.sleep(0.2)
+        before, since = len(pool.known), time.monotonic()
+        compile_all(stage, pool, [Job(*one) for one in tested_steps()], facts)
+        stage.say(for_tests=len(pool.known) - before, seconds=round(time.monotonic() - since, 1))
+
+
+def compile_all(stage: Stage, pool: Pool, todo: list[Job], facts: dict[str, Any]) -> None:
+    """Notes what the jobs launch, while what is noted is being compiled, and waits for the rest."""
     name = ""
     with pretended(facts, lambda wanted: pool.want(name, wanted)):
-        for job in jobs(stage.plan):
+        for job in todo:
             name = job.name
             try:
                 job.run()
@@ -251,7 +263,6 @@ def run(stage: Stage) -> None:
                 stage.say(case=name, dropped=reason(error))
                 site.marker(stage.work, name).touch()
             pool.work()
-    stage.say(kernels=len(pool.known), cases=len(jobs(stage.plan)), noted=round(time.monotonic() - started, 1))
     said = time.monotonic()
     while pool.waiting or pool.running:
         pool.work()
@@ -259,4 +270,3 @@ def run(stage: Stage) -> None:
             said = time.monotonic()
             stage.say(left=len(pool.waiting) + len(pool.running))
         time.sleep(0.02)
-    stage.say(kernels=len(pool.known), without=pool.without, seconds=round(time.monotonic() - started, 1))

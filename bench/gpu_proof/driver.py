@@ -136,7 +136,7 @@ class Driver:
 
     def _run_all(self) -> int:
         site.make(WORK)
-        for missing in {s.name for s in STAGES if s.background} - {s.name for s in self.stages}:
+        for missing in {s.name for s in STAGES} - {s.name for s in self.stages}:
             site.ended(WORK, missing)
         foreground = [s for s in self.stages if not s.background]
         try:

@@ -65,7 +65,8 @@ class Plan:
         table: what is timed, in order of worth. rounds: timed ones of each.
         sweep_losses: what is tuned on, names of CRITERIA. sweep_n: batch sizes that are gated, and timed.
         sweep: candidates beside the row that is shipped, each timed so many times.
-        tests: files of tests/, the options of pytest, and what is run alone afterwards.
+        tests: files of tests/; tests_alone: what is run by itself afterwards; tests_ahead: their kernels are compiled
+            before, once the table is done.
     """
 
     device: str
@@ -90,6 +91,7 @@ class Plan:
     launches_n: int
     patience: float
     compiler: str
+    tests_ahead: bool
     tests: tuple[str, ...]
     tests_alone: tuple[str, ...]
 
@@ -150,6 +152,7 @@ GPU = Plan(
     launches_n=600,
     patience=120,
     compiler="inductor",
+    tests_ahead=True,
     tests=("tests/test_gpu_onchip.py", "tests/test_gpu.py", "tests/test_gpu_sifted.py"),
     tests_alone=("tests/test_gpu.py::test_offsets_past_two_to_the_thirty_one",),
 )
@@ -176,6 +179,7 @@ HOST = Plan(
     launches_n=40,
     patience=60,
     compiler="eager",
+    tests_ahead=False,
     tests=("tests/test_compilers.py", "tests/test_gpu_onchip.py"),
     tests_alone=("tests/test_compilers.py",),
 )
