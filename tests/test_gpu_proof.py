@@ -45,7 +45,9 @@ def _lines(out):
 @pytest.fixture(scope="module")
 def proof(tmp_path_factory):
     out = tmp_path_factory.mktemp("proof")
-    done = subprocess.run(_command(out), cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        _command(out, "--minutes", "30"), cwd=ROOT, env=_environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()
     return out
 
