@@ -1,4 +1,4 @@
-"""What the stages ask of a GPU, and what stands in for one on the host: the only place that tells them apart.
+"""What the stages ask of a GPU, and what stands in for one on the host: the seam between them.
 
 On the host tensors are the CPU's, and Triton's interpreter runs the kernels; a graph is the step itself, a stream is
 none, and times say nothing.
