@@ -10,8 +10,12 @@ Run from the repository root; nothing here is installed. How one run goes:
 
 `python -m bench.family` does the same for every loss of the library (family_cases.py), in one table.
 `python -m bench.weights` draws what each loss gives to a pair, and dependence.py finds what that depends on.
+`python -m bench.gpu_proof` brings its own copy of flashpair, and runs where none is installed.
 """
 
-from flashpair.extras import need
+import importlib.util
 
-need("bench", "bench", "matplotlib", "numpy", "rich")
+if importlib.util.find_spec("flashpair"):
+    from flashpair.extras import need
+
+    need("bench", "bench", "matplotlib", "numpy", "rich")

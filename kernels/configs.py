@@ -13,6 +13,7 @@ class Config(NamedTuple):
 
     depth: columns of D that go through the tensor cores at a time; slab: columns of the gradient that a program
     accumulates. Where both hold all of D, a tile's embeddings are loaded once for both of its products.
+    registers: the most that a thread may have in each pass, so that more blocks fit a multiprocessor; 0 for no limit.
     """
 
     rows: int
@@ -21,6 +22,7 @@ class Config(NamedTuple):
     slab: int
     forward: tuple[int, int]
     backward: tuple[int, int]
+    registers: tuple[int, int] = (0, 0)
 
 
 class Screen(NamedTuple):
@@ -144,6 +146,7 @@ def choose(family: str, dtype: torch.dtype, d: int) -> Config:
 def of_distances(config: Config) -> Config:
     """The same for Euclidean distances, some of which are taken twice: warps that share 64 rows would need a stack."""
     few = config.rows == 64 and config.forward[0] == 8
+    config = config._replace(registers=(0, 0))
     return config._replace(forward=(4, 1), backward=(4, 1)) if few else config
 
 

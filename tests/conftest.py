@@ -74,7 +74,15 @@ def chip(monkeypatch):
 
 # What takes longest, in this order; the rest follows, so that no worker of pytest-xdist is left with a long one alone.
 LONGEST = ("test_aot", "team", "test_fused", "test_sifted", "test_packaging", "test_criteria", "test_whole")
-LONGEST += ("test_memory", "test_races", "test_onchip", "test_examples", "test_cross_batch_memory", "test_cli")
+LONGEST += (
+    "test_gpu_proof",
+    "test_memory",
+    "test_races",
+    "test_onchip",
+    "test_examples",
+    "test_cross_batch_memory",
+    "test_cli",
+)
 
 
 def _group(nodeid):
@@ -99,6 +107,8 @@ def pytest_xdist_make_scheduler(config, log):
             group = _group(nodeid)
             return nodeid.rpartition("[")[2] if group == "test_aot" else group
 
+    if config.option.dist == "worksteal":
+        return None  # xdist's own: every test by itself, as bench.gpu_proof wants them
     config.option.loadscopereorder = False
     return Groups(config, log)
 

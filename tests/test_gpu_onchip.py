@@ -1,4 +1,4 @@
-"""`onchip` on a GPU: parity, bits, limits (graphs and streams: test_gpu.py). Part of bench/gpu_proof.sh."""
+"""`onchip` on a GPU: parity, bits, limits (graphs and streams: test_gpu.py). Part of bench.gpu_proof."""
 
 from __future__ import annotations
 

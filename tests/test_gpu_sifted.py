@@ -1,6 +1,6 @@
 """`screened`'s compiled kernels on a GPU: parity at every width, as accurate as dense code, same bits.
 
-Part of bench/gpu_proof.sh; skipped where torch finds no GPU. Streams, graphs and compile: tests/test_gpu.py.
+Part of bench.gpu_proof; skipped where torch finds no GPU. Streams, graphs and compile: tests/test_gpu.py.
 """
 
 from __future__ import annotations

@@ -103,6 +103,11 @@ def run(
     return kernel[grid](*args, **options)
 
 
+def at_most(registers: int) -> dict[str, int]:
+    """What a launch is told of the registers that a thread may have; 0: nothing."""
+    return {"maxnreg": registers} if registers else {}
+
+
 class Side(NamedTuple):
     """Who owns the rows of a launch: anchors, references, or both ends of a square problem."""
 
@@ -233,7 +238,7 @@ class Work:
             block.row0, block.row1, block.col0, block.col1, self.n, 0 if live is None else live.shape[-1],
             0 if listed is None else listed.shape[1], *self.scales(group), *states, *self._forms(group, 0),
             SQUARE=self.square, BAND_ONLY=band_only, CARRY=carry, **constants,
-            warps=c.forward[0], stages=c.forward[1],
+            warps=c.forward[0], stages=c.forward[1], **at_most(c.registers[0]),
         )  # fmt: skip
 
     def finish(self, k: int, state: Reduced, poison: Tensor, values: Tensor, index: Tensor | None) -> None:
@@ -313,7 +318,7 @@ class Work:
                 *self._forms(group, 1), ANCHOR=side.anchor, REFERENCE=side.reference, SQUARE=self.square,
                 BAND_ONLY=all(self.terms[k].side == POSITIVES for k in group), CARRY=carry, WANTED=wanted,
                 BLOCK_D=c.slab, EVEN_SLAB=self.d % c.slab == 0, **constants,
-                warps=c.backward[0], stages=c.backward[1],
+                warps=c.backward[0], stages=c.backward[1], **at_most(c.registers[1]),
             )  # fmt: skip
 
     def _around_tops(self, group: Sequence[int], slots: Sequence[Weighed]) -> tuple[Sequence[Weighed], Tensor | None]:
