@@ -1,0 +1,2 @@
+"""wgmma, which four warps issue and the tensor cores do on their own time."""
+TABLE = {}
