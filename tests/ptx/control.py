@@ -10,6 +10,7 @@ import numpy as np
 
 from . import arithmetic, matrix, moves, warpgroup
 from .faults import Unsupported
+from .order import ordered
 from .parse import SIZES, Instruction, Kernel, parse
 from .tensors import UINT
 
@@ -26,6 +27,7 @@ class Segment(NamedTuple):
     guard: int  # the predicate's slot, -1 for none
     negated: bool
     target: int  # of a branch: a segment
+    following: int  # the segment behind it
 
 
 class Program(NamedTuple):
@@ -95,6 +97,7 @@ class Builder:
         if text in self.kernel.parameters:
             return self.kernel.parameters[text][0]
         try:
+            text = text.removesuffix("U")
             return int(text, 0) % 2 ** (8 * size)
         except ValueError:
             raise Unsupported(f"operand {text}") from None
@@ -135,6 +138,14 @@ def _ends(instruction: Instruction) -> str:
     return "" if instruction.op == "bar.warp.sync" else ENDS.get(instruction.words[0], "")
 
 
+def _falls(code: list[Instruction], starts: list[int], k: int) -> bool:
+    """Whether segment k may go on to the next one."""
+    if k + 1 == len(starts):
+        return False
+    last = code[starts[k + 1] - 1]
+    return last.words[0] != "bra" or bool(last.guard)
+
+
 @functools.lru_cache(maxsize=128)
 def assemble(text: str, name: str, threads: int) -> Program:
     """The program of one of a module's kernels, for blocks of so many threads."""
@@ -143,19 +154,26 @@ def assemble(text: str, name: str, threads: int) -> Program:
     goals = {kernel.labels[i.operands[0]] for i in code if i.words[0] == "bra"}  # type: ignore[index]
     starts = sorted({0, *goals, *(at + 1 for at, i in enumerate(code) if _ends(i))} - {len(code)})
     number = {start: k for k, start in enumerate(starts)}
-    segments = []
-    for start, stop in zip(starts, [*starts[1:], len(code)], strict=True):
+    ends = [_ends(code[stop - 1]) or "next" for stop in [*starts[1:], len(code)]]
+    goal = {start: number[kernel.labels[code[stop - 1].operands[0]]] if end == "branch" else -1
+            for start, stop, end in zip(starts, [*starts[1:], len(code)], ends, strict=True)}
+    edges = {
+        k: [] if end == "exit" else [goal[start]] * (end == "branch") + [k + 1] * _falls(code, starts, k)
+        for k, (start, end) in enumerate(zip(starts, ends, strict=True))
+    }
+    rank = {k: place for place, k in enumerate(ordered(list(edges), edges, 0))}
+    segments: list[Any] = [None] * len(starts)
+    for k, (start, stop, end) in enumerate(zip(starts, [*starts[1:], len(code)], ends, strict=True)):
         last = code[stop - 1]
-        end = _ends(last) or "next"
         body = code[start : stop - (end not in ("next", "yield"))]
         if end == "barrier" and (last.operands not in (("0",),) or last.guard):
             raise Unsupported(last.text)
         guard = builder.of(last.guard, 0) if end == "branch" and last.guard else -1
         if end == "exit" and last.guard:
             raise Unsupported(last.text)
-        target = number[kernel.labels[last.operands[0]]] if end == "branch" else -1  # type: ignore[index]
+        target = rank[goal[start]] if end == "branch" else -1
         steps = [step(builder, i) for i in body]
-        segments.append(Segment(start, steps, end, guard, last.negated, target))
+        segments[rank[k]] = Segment(start, steps, end, guard, last.negated, target, rank.get(k + 1, -1))
     for register in [key for key in builder.slots if isinstance(key, str)]:
         assert register in builder.known or register in builder.special or builder.bits(register) in (0, *SIZES.values())
     return Program(kernel, threads, segments, builder.registers, builder.special)

@@ -1,7 +1,7 @@
 """Runs a kernel: a grid of blocks one after the other, and a block's threads in lockstep.
 
-A register is a numpy array over the block's threads. Threads that part at a branch run apart, those at the lowest
-instruction first, until they meet again. A block is a generator: where it waits for other blocks it yields.
+A register is a numpy array over the block's threads. Threads that part at a branch run apart, the earliest
+first (order.py), until they meet again. A block is a generator: where it waits for other blocks it yields.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class Block:
     def run(self) -> Iterator[None]:
         """Until every thread has left."""
         program, registers = self.program, self.registers
-        everyone = np.ones(self.threads, bool)
         ready: dict[int, Mask] = {0: None}
         parked: dict[int, Mask] = {}
         left = 0  # threads that have
@@ -66,7 +65,7 @@ class Block:
                     self.shared.end()
                     return
                 at = self._release(parked, left)
-                ready, parked = {at + 1: None}, {}
+                ready, parked = {program.segments[at].following: None}, {}
             at = min(ready)
             mask = ready.pop(at)
             segment = program.segments[at]
@@ -77,21 +76,19 @@ class Block:
             except (Fault, TypeError, AttributeError, IndexError, ValueError) as error:
                 raise _placed(error, program, segment.start + number, registers) from error
             if segment.end == "barrier":
-                parked[at] = mask
-                if mask is not None and ready:
-                    continue
+                _join(parked, at, mask)
             elif segment.end == "exit":
                 left += self.threads if mask is None else int(mask.sum())
             elif segment.end == "branch":
-                for goal, who in self._branch(segment, at, mask):
-                    _join(ready, goal, who, everyone)
+                for goal, who in self._branch(segment, mask):
+                    _join(ready, goal, who)
             else:
-                _join(ready, at + 1, mask, everyone)
+                _join(ready, segment.following, mask)
                 if segment.end == "yield":
                     yield
         raise Fault("a block does not end", program.kernel.name)
 
-    def _branch(self, segment: Segment, at: int, mask: Mask) -> list[tuple[int, Mask]]:
+    def _branch(self, segment: Segment, mask: Mask) -> list[tuple[int, Mask]]:
         if segment.guard < 0:
             return [(segment.target, mask)]
         taken = self.registers[segment.guard]
@@ -103,8 +100,8 @@ class Block:
         if count == total:
             return [(segment.target, mask)]
         if not count:
-            return [(at + 1, mask)]
-        return [(segment.target, taken), (at + 1, ~taken if mask is None else mask & ~taken)]
+            return [(segment.following, mask)]
+        return [(segment.target, taken), (segment.following, ~taken if mask is None else mask & ~taken)]
 
     def _release(self, parked: dict[int, Mask], left: int) -> int:
         """All threads are at one barrier, or it is a fault."""
@@ -118,7 +115,7 @@ class Block:
         return at
 
 
-def _join(ready: dict[int, Mask], at: int, mask: Mask, everyone: np.ndarray) -> None:
+def _join(ready: dict[int, Mask], at: int, mask: Mask) -> None:
     if at in ready:
         other = ready[at]
         assert mask is not None and other is not None

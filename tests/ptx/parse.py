@@ -48,6 +48,8 @@ class Kernel(NamedTuple):
 
 def _split(text: str) -> list[str]:
     """At commas outside of brackets."""
+    if not any(bracket in text for bracket in "{[("):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, start = [], 0, 0
     for at, letter in enumerate(text):
         depth += letter in "{[("
@@ -71,6 +73,9 @@ def operand(text: str) -> Operand:
 
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _LOCATION = re.compile(r"\.loc\s+(\d+) (\d+) \d+(?:.*?inlined_at (\d+) (\d+))?")
+
+
+_DROPPED = re.compile(r"\{ \.reg \.\w+ (\w+); (.*) \}")  # a register of a line's own, for a half that is not wanted
 
 
 def _instruction(text: str, source: str) -> Instruction:
@@ -121,14 +126,15 @@ def _body(text: str, files: dict[str, str]) -> tuple[list[Instruction], dict[str
                 inner, outer = (f"{files.get(f, f)}:{at}" if f else "" for f, at in (found.groups()[:2], found.groups()[2:]))
                 source = f"{inner} in {outer}" if outer else inner
             continue
+        if found := _DROPPED.fullmatch(stripped):
+            stripped = re.sub(rf"\b{found[1]}\b", "_", found[2])
         while found := re.match(r"(\$?\w+):(?!:)\s*", stripped):
             labels[found[1]] = len(code)
             stripped = stripped[found.end() :]
         for statement in stripped.split(";"):
-            words = statement.strip()
-            if words in ("{", "}"):
+            words = statement.strip().removeprefix("{").strip()
+            if words == "}":
                 continue
-            words = words.removeprefix("{ ").strip()
             if words and not words.startswith("."):
                 code.append(_instruction(words, source))
     return code, labels
