@@ -63,6 +63,8 @@ class Block:
             if not ready:
                 if not parked:
                     self.shared.end()
+                    if self.wgmma and (self.wgmma.groups or self.wgmma.now):
+                        raise Fault("wgmma never waited for", program.kernel.name)
                     return
                 at = self._release(parked, left)
                 ready, parked = {program.segments[at].following: None}, {}

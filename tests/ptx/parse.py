@@ -82,7 +82,10 @@ def _instruction(text: str, source: str) -> Instruction:
     found = _STATEMENT.fullmatch(text)
     if not found:
         raise Unsupported(text)
-    operands = tuple(operand(part) for part in _split(found[4]))
+    try:
+        operands = tuple(operand(part) for part in _split(found[4]))
+    except Unsupported as error:
+        raise Unsupported(f"{text} ({error})") from error
     return Instruction(found[3], found[2] or "", bool(found[1]), operands, source, " ".join(text.split())[:160])
 
 

@@ -1,0 +1,36 @@
+"""The product's compiled kernels, executed: losses and gradients by the project's rule, and no fault on the way.
+
+tests/ptx runs their PTX for sm_80 and sm_90 on CPU tensors, in a process of its own, since Triton is an interpreter in
+this one. `python -m tests.ptx` has the whole matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def _lines(*words):
+    """What `python -m tests.ptx` says, a record a line."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ptx", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent)
+    assert not done.stderr or done.returncode in (0, 1), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_losses_and_gradients(arch):
+    found = _lines("quick", arch)
+    assert len(found) >= 9
+    for record in found:
+        assert not record["fault"], f"{record['case']}: {record['fault']}"
+        assert record["alive"] >= 0.2, f"{record['case']} is trivial: few rows have a gradient"
+        assert record["good"], f"{record['case']}: errors {record['errors']} over {record['bounds']}"
