@@ -1,22 +1,33 @@
-"""`python -m tests.ptx [quick] [words ...]`: a JSON line for each case, of those whose names hold all the words."""
+"""`python -m tests.ptx [quick] [words ...]`: a JSON line for each case, of those whose names hold all the words.
+
+`python -m tests.ptx trials [arch]`: small kernels that prove the executor.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def main(words: Sequence[str]) -> int:
-    from . import cases
+    from . import cases, trials
 
+    if "trials" in words:
+        archs = [arch for arch in cases.ARCHS if arch in words] or cases.ARCHS
+        return _report(record for arch in archs for record in trials.run(arch))
     chosen = cases.quick() if "quick" in words else cases.matrix()
-    wanted, failed = [word for word in words if word != "quick"], 0
-    for case in dict.fromkeys(chosen):
-        if all(word in str(case) for word in wanted):
-            record = cases.run(case)
-            failed += not record["good"]
-            print(json.dumps(record), flush=True)
+    wanted = [word for word in words if word != "quick"]
+    named = (case for case in dict.fromkeys(chosen) if all(word in str(case) for word in wanted))
+    return _report(map(cases.run, named))
+
+
+def _report(records: Iterable[dict[str, Any]]) -> int:
+    failed = 0
+    for record in records:
+        failed += not record["good"]
+        print(json.dumps(record), flush=True)
     return int(failed > 0)
 
 

@@ -104,17 +104,21 @@ def plain(fn: Callable[..., Any]) -> Callable[..., Run]:
 
 
 def _halves(fn: Callable[..., Run]) -> Callable[..., Run]:
-    """bf16 through float32, which holds it exactly; for abs, min and max, which round nothing."""
+    """16-bit floats, one or two a register, through float32, which holds them; abs, min and max round nothing."""
 
     def make(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
-        if words[-1] != "bf16":
+        name = words[-1].removesuffix("x2")
+        if name not in ("bf16", "f16"):
             return fn(builder, words, operands)
-        to, slots = builder.to(operands[0]), [builder.of(o, 2) for o in operands[1:]]
-        own = {"abs": np.abs, "max": np.fmax, "min": np.fmin}[words[0]]
+        size, narrow = (4 if words[-1].endswith("x2") else 2), _bf16 if name == "bf16" else _f16
+        to, slots = builder.to(operands[0]), [builder.of(o, size) for o in operands[1:]]
+        own, read = {"abs": np.abs, "max": np.fmax, "min": np.fmin}[words[0]], _reader(name, 2)
+        if len(words) > 2:
+            raise Unsupported("a form of it")
 
         def run(block: Any, r: list[Any], mask: Any) -> None:
-            wide = own(*((r[s].view("u2").astype("u4") << np.uint32(16)).view("f4") for s in slots))
-            put(r, to, (wide.view("u4") >> np.uint32(16)).astype("u2"), mask)
+            wide = own(*(read(r[s].view("u2")) for s in slots))
+            put(r, to, narrow(wide).view(f"u{size}"), mask)
 
         return run
 

@@ -24,6 +24,7 @@ from .control import assemble
 from .machine import launch
 from .tensors import Region, Tensors
 
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
 PACK = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1": "u1", "u8": "u1", "u16": "u2", "u32": "u4"}
 PACK |= {"u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8"}
 
@@ -106,7 +107,7 @@ class Chip:
         self.launcher_cls = Launcher
         self.utils = SimpleNamespace(
             load_binary=lambda name, kernel, shared, device: (None, kernel.decode(), 0, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 2**20},
+            get_device_properties=lambda device: {"max_shared_mem": SHARED[arch]},
         )
 
     def get_current_target(self) -> GPUTarget:
