@@ -9,18 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
+import numpy as np
 import torch
 from flashpair.forms import CRITERIA, OfClasses
 from torch import Tensor
 
+from flashpair import reference
 from flashpair.check import batch
 
 from . import launch
 from .engine import gpu
+from .matrix import cut
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 ARCHS = ("sm_80", "sm_90")
+DENSE = reference.dense_pairs
 RANK = 6  # of the embeddings, but for noise: at any width, windows then leave some pairs and drop others
 
 
@@ -50,6 +55,18 @@ def embeddings(n: int, d: int, seed: int, dtype: torch.dtype, unit: bool) -> tup
     noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = torch.nn.functional.normalize(x @ spread / rank**0.5 + 0.2 * noise)
     return (x * 3 if unit else x).to(dtype), labels
+
+
+def on_tensor_cores(x: Tensor, y: Tensor, distance: str) -> Tensor:
+    """`dense_pairs` of 16-bit numbers as eager code on a GPU has it: its products' sums truncate, see matrix.py."""
+    exact = DENSE(x, y, distance)
+    if distance != "dot":
+        return exact
+    a, b = (t.detach().double().numpy() for t in (x, y))
+    total = np.zeros(exact.shape, np.float32)
+    for k in range(0, a.shape[1], 16):
+        total = cut(total + a[:, k : k + 16] @ b[:, k : k + 16].T)
+    return exact + (torch.from_numpy(total) - exact).detach()
 
 
 def _made(case: Case, impl: str) -> Any:
@@ -89,7 +106,9 @@ def double_bound(truth: Tensor) -> float:
 def run(case: Case) -> dict[str, Any]:
     """What is found of a case: right or not, errors and bounds of loss and gradients, seconds, or the fault."""
     dtype = DTYPES[case.dtype]
-    truth, eager = step(case, "reference", torch.float64), step(case, "reference", dtype)
+    truth = step(case, "reference", torch.float64)
+    with mock.patch.object(reference, "dense_pairs", on_tensor_cores if dtype.itemsize == 2 else DENSE):
+        eager = step(case, "reference", dtype)
     start, found, fault = time.perf_counter(), [], ""
     launch.launched.clear()
     try:
@@ -151,10 +170,12 @@ def matrix() -> Iterator[Case]:
         for dtype in DTYPES:
             for d in (8, 31, 32, 64, 65, 127, 128, 129, 256, 257, 300):
                 yield Case("fused", arch, dtype, MINED, 65, d)
-            for n in (5, 16, 31, 64, 127, 129):
+            for n in (16, 31, 64, 127, 129):
                 yield Case("fused", arch, dtype, MINED, n, 33)
-            for n, m in ((1, 5), (16, 130), (129, 31)):
+            for n, m in ((16, 130), (129, 31)):
                 yield Case("fused", arch, dtype, MINED, n, 48, m)
+            yield Case("fused", arch, dtype, PLAIN, 5, 33)  # too few for a window to leave any
+            yield Case("fused", arch, dtype, PLAIN, 1, 48, 5)
             yield Case("fused", arch, dtype, PLAIN, 65, 33)
             yield Case("fused", arch, dtype, PLAIN, 40, 130, 70, unit=True)
             for d in (64, 300):

@@ -36,6 +36,7 @@ class Program(NamedTuple):
     segments: list[Segment]
     registers: list[Any]  # constants in their places, None for what the kernel writes
     special: dict[str, int]  # slots of %ctaid.x and its like
+    visited: set[int]  # segments that have run
 
 
 class Builder:
@@ -146,10 +147,13 @@ def _falls(code: list[Instruction], starts: list[int], k: int) -> bool:
     return last.words[0] != "bra" or bool(last.guard)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=32)
 def assemble(text: str, name: str, threads: int) -> Program:
     """The program of one of a module's kernels, for blocks of so many threads."""
-    kernel = parse(text)[name]
+    return build(parse(text)[name], threads)
+
+
+def build(kernel: Kernel, threads: int) -> Program:
     code, builder = kernel.code, Builder(kernel, threads)
     goals = {kernel.labels[i.operands[0]] for i in code if i.words[0] == "bra"}  # type: ignore[index]
     starts = sorted({0, *goals, *(at + 1 for at, i in enumerate(code) if _ends(i))} - {len(code)})
@@ -176,4 +180,4 @@ def assemble(text: str, name: str, threads: int) -> Program:
         segments[rank[k]] = Segment(start, steps, end, guard, last.negated, target, rank.get(k + 1, -1))
     for register in [key for key in builder.slots if isinstance(key, str)]:
         assert register in builder.known or register in builder.special or builder.bits(register) in (0, *SIZES.values())
-    return Program(kernel, threads, segments, builder.registers, builder.special)
+    return Program(kernel, threads, segments, builder.registers, builder.special, set())

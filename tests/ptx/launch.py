@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from .control import assemble
+from .control import Program, assemble
 from .machine import launch
 from .tensors import Region, Tensors
 
@@ -72,6 +72,27 @@ def _merged(regions: list[Region]) -> list[Region]:
     return found
 
 
+class Launch(NamedTuple):
+    """A kernel about to run: its text, name, blocks, and what they get."""
+
+    text: str
+    name: str
+    threads: int
+    grid: tuple[int, int, int]
+    shared: int
+    parameters: bytes
+    regions: list[Region]
+
+    @property
+    def program(self) -> Program:
+        return assemble(self.text, self.name, self.threads)
+
+    def run(self, program: Program | None = None) -> None:
+        """Its own program, or another one on the same memory."""
+        tensors = Tensors([r.fresh() for r in self.regions])
+        launch(program or self.program, self.grid, tensors, self.parameters, self.shared)
+
+
 class Launcher:
     """What Triton calls for a launch, in place of a driver's."""
 
@@ -80,22 +101,20 @@ class Launcher:
         self.names, self.metadata = source.fn.arg_names, metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
-        values = rest[4:]
-        named = [(k, n, v) for k, n, v in flatten(self.kinds, values)]
-        named = [(k, self._name(n), v) for k, n, v in named]
+        named = [(kind, self._name(name), value) for kind, name, value in flatten(self.kinds, rest[4:])]
         parameters, regions = pack(named)
-        text = edit[0](self.metadata.name, function)
-        program = assemble(text, self.metadata.name, 32 * self.metadata.num_warps)
+        m = self.metadata
+        one = Launch(function, m.name, 32 * m.num_warps, (x, y, z), m.shared, parameters, regions)
         start = time.perf_counter()
-        launch(program, (x, y, z), Tensors(regions), parameters, self.metadata.shared)
-        launched.append((self.metadata.name, (x, y, z), time.perf_counter() - start))
+        execute[0](one)
+        launched.append((m.name, one.grid, time.perf_counter() - start))
 
     def _name(self, name: str) -> str:
         first, dot, rest = name.partition(".")
         return f"{self.names[int(first)]}{dot}{rest}"
 
 
-edit: list[Callable[[str, str], str]] = [lambda name, text: text]  # what tests change in a kernel's PTX
+execute: list[Callable[[Launch], None]] = [Launch.run]  # what becomes of a launch
 launched: list[tuple[str, tuple[int, int, int], float]] = []  # name, grid, seconds
 
 

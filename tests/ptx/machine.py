@@ -71,6 +71,7 @@ class Block:
             at = min(ready)
             mask = ready.pop(at)
             segment = program.segments[at]
+            program.visited.add(at)
             number = 0
             try:
                 for number, step in enumerate(segment.steps):

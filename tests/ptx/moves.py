@@ -295,5 +295,5 @@ def _cvta(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
 
 TABLE: dict[str, Callable[..., Run]] = {
     "mov": _mov, "selp": _selp, "ld": _ld, "st": _st, "cp": _cp, "shfl": _shfl, "redux": _redux, "atom": _atom,
-    "trap": _trap, "bar": _nothing, "membar": _nothing, "cvta": _cvta,
+    "trap": _trap, "bar": _nothing, "nop": _nothing, "membar": _nothing, "cvta": _cvta,
 }  # fmt: skip

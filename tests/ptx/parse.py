@@ -143,7 +143,7 @@ def _body(text: str, files: dict[str, str]) -> tuple[list[Instruction], dict[str
     return code, labels
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4)
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a module by their names."""
     files = {n: path.rpartition("/")[2] for n, path in re.findall(r'\.file\s+(\d+) "([^"]+)"', text)}

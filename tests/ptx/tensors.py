@@ -28,9 +28,14 @@ class Region:
         self.base = start & ~15
         held = (ctypes.c_uint8 * (-(-(self.stop - self.base) // 16) * 16)).from_address(self.base)
         self.bytes = np.frombuffer(held, np.uint8)
+        self.own = self.bytes[start - self.base : self.stop - self.base]
         self.units = {width: self.bytes.view(kind) for width, kind in UINT.items()}
         elements = -(-len(self.bytes) // grain)
-        self.writer, self.reader, self.other = (np.full(elements, -1, np.int64) for _ in range(3))
+        self.writer, self.reader, self.other = np.full((3, elements), -1, np.int64)
+
+    def fresh(self) -> Region:
+        """The same memory, which nobody has touched."""
+        return Region(self.name, self.start, self.stop - self.start, self.grain)
 
     def elements(self, at: np.ndarray, width: int) -> np.ndarray:
         """Which are touched by accesses of so many bytes at byte offsets `at` (T,): (T, elements of each)."""

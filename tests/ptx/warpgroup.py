@@ -149,6 +149,7 @@ def _product(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
             x, more = _operand(block, r[a].view("u8"), left, name)
             taken += more
         sums: Any = np.zeros(1)
+        flight.held(r, [slot for slot in to if r[slot] is not None])
         if r[adds].any():
             if not r[adds].all():
                 raise Fault("wgmma whose threads differ on whether it adds")
