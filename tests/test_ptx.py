@@ -34,3 +34,25 @@ def test_losses_and_gradients(arch):
         assert not record["fault"], f"{record['case']}: {record['fault']}"
         assert record["alive"] >= 0.2, f"{record['case']} is trivial: few rows have a gradient"
         assert record["good"], f"{record['case']}: errors {record['errors']} over {record['bounds']}"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_executor_itself(arch):
+    """Products of every type, layout and pipeline, scans, reductions: equal to numpy's."""
+    found = _lines("trials", arch)
+    assert len(found) > 60
+    assert not [record["case"] for record in found if not record["good"]]
+
+
+@pytest.mark.parametrize(("arch", "kinds"), [("sm_80", 3), ("sm_90", 6)])
+def test_a_kernel_with_something_taken_from_it(arch, kinds):
+    """Barriers, waits, fences and masks of the product's own kernels: without one of them, something is found.
+
+    Not every one of them is needed: a compiler puts a barrier where another one follows, and a fence where none of the
+    stores before it is read by a product. `python -m tests.ptx mutants` names those.
+    """
+    found = _lines("mutants", "quick", f"fused-{arch}-bf16-Multi")
+    for kind in {record["mutant"] for record in found}:
+        assert any(record["found"] for record in found if record["mutant"] == kind), f"no {kind} is missed"
+    assert len({record["mutant"] for record in found}) == kinds
+    assert sum(record["good"] for record in found) >= 0.75 * len(found)

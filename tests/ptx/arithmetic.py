@@ -76,6 +76,7 @@ def _wrapped(fn: Callable[..., np.ndarray], kind: np.dtype[Any], words: list[str
 
         def fn(*args: np.ndarray) -> np.ndarray:
             return flush(loose(*map(flush, args)).astype(np.float32))
+
     return fn
 
 

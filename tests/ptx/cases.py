@@ -13,11 +13,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from flashpair.forms import CRITERIA, OfClasses
 from torch import Tensor
 
 from flashpair import reference
 from flashpair.check import batch
+from flashpair.forms import CRITERIA, OfClasses
 
 from . import launch
 from .engine import gpu
@@ -43,7 +43,9 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         refs = f"-m{self.m}" if self.m else ""
-        return f"{self.schedule}-{self.arch}-{self.dtype}-{self.criterion}-n{self.n}-d{self.d}{refs}{'-unit' * self.unit}"
+        return (
+            f"{self.schedule}-{self.arch}-{self.dtype}-{self.criterion}-n{self.n}-d{self.d}{refs}{'-unit' * self.unit}"
+        )
 
 
 def embeddings(n: int, d: int, seed: int, dtype: torch.dtype, unit: bool) -> tuple[Tensor, Tensor]:
@@ -100,7 +102,9 @@ def relative(found: Tensor, truth: Tensor) -> float:
 def double_bound(truth: Tensor) -> float:
     """In the norm that `relative` takes, a thousand roundings of the largest entry each."""
     size = truth.norm().item()
-    return 1000 * torch.finfo(torch.float64).eps * truth.abs().max().item() * truth.numel() ** 0.5 / (size or 1.0) + 1e-16
+    return (
+        1000 * torch.finfo(torch.float64).eps * truth.abs().max().item() * truth.numel() ** 0.5 / (size or 1.0) + 1e-16
+    )
 
 
 def run(case: Case) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From parsed instructions to a program: segments between branches, each instruction a closure of its opcode's table."""
+"""From parsed instructions to a program: segments between branches, each instruction a closure of its table."""
 
 from __future__ import annotations
 
@@ -159,8 +159,10 @@ def build(kernel: Kernel, threads: int) -> Program:
     starts = sorted({0, *goals, *(at + 1 for at, i in enumerate(code) if _ends(i))} - {len(code)})
     number = {start: k for k, start in enumerate(starts)}
     ends = [_ends(code[stop - 1]) or "next" for stop in [*starts[1:], len(code)]]
-    goal = {start: number[kernel.labels[code[stop - 1].operands[0]]] if end == "branch" else -1
-            for start, stop, end in zip(starts, [*starts[1:], len(code)], ends, strict=True)}
+    goal = {
+        start: number[kernel.labels[code[stop - 1].operands[0]]] if end == "branch" else -1
+        for start, stop, end in zip(starts, [*starts[1:], len(code)], ends, strict=True)
+    }
     edges = {
         k: [] if end == "exit" else [goal[start]] * (end == "branch") + [k + 1] * _falls(code, starts, k)
         for k, (start, end) in enumerate(zip(starts, ends, strict=True))
@@ -179,5 +181,7 @@ def build(kernel: Kernel, threads: int) -> Program:
         steps = [step(builder, i) for i in body]
         segments[rank[k]] = Segment(start, steps, end, guard, last.negated, target, rank.get(k + 1, -1))
     for register in [key for key in builder.slots if isinstance(key, str)]:
-        assert register in builder.known or register in builder.special or builder.bits(register) in (0, *SIZES.values())
+        assert (
+            register in builder.known or register in builder.special or builder.bits(register) in (0, *SIZES.values())
+        )
     return Program(kernel, threads, segments, builder.registers, builder.special, set())

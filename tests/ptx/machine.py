@@ -74,8 +74,9 @@ class Block:
             program.visited.add(at)
             number = 0
             try:
-                for number, step in enumerate(segment.steps):
+                for step in segment.steps:
                     step(self, registers, mask)
+                    number += 1
             except (Fault, TypeError, AttributeError, IndexError, ValueError) as error:
                 raise _placed(error, program, segment.start + number, registers) from error
             if segment.end == "barrier":

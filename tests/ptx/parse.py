@@ -126,7 +126,9 @@ def _body(text: str, files: dict[str, str]) -> tuple[list[Instruction], dict[str
         if stripped.startswith(".loc"):
             found = _LOCATION.match(stripped)
             if found:
-                inner, outer = (f"{files.get(f, f)}:{at}" if f else "" for f, at in (found.groups()[:2], found.groups()[2:]))
+                inner, outer = (
+                    f"{files.get(f, f)}:{at}" if f else "" for f, at in (found.groups()[:2], found.groups()[2:])
+                )
                 source = f"{inner} in {outer}" if outer else inner
             continue
         if found := _DROPPED.fullmatch(stripped):
@@ -152,7 +154,9 @@ def parse(text: str) -> dict[str, Kernel]:
     for entry in re.finditer(r"\.entry (\w+)\((.*?)\)(.*?)\n\{\n(.*?)\n\}\n", text, re.S):
         name, parameters, attributes, body = entry.groups()
         threads = re.search(r"\.(?:req|max)ntid (\d+)(?:, *(\d+))?", attributes)
-        counted = {letters: SIZES[kind] * (kind != "pred") for kind, letters in re.findall(r"\.reg \.(\w+)\s+%(\w+)<", body)}
+        counted = {
+            letters: SIZES[kind] * (kind != "pred") for kind, letters in re.findall(r"\.reg \.(\w+)\s+%(\w+)<", body)
+        }
         shared = _variables(text[: text.index(".entry")] + body)
         code, labels = _body(body, files)
         required = int(threads[1]) if threads and ".reqntid" in attributes else 0

@@ -17,7 +17,9 @@ DECLARED = (
 """%r0 is the thread; %d0, %d1 its words of the two arrays; %r1 its word of shared memory."""
 
 
-def run(body: str, first: np.ndarray, second: np.ndarray, threads: int = 64, blocks: int = 1, shared: int = 4096) -> None:
+def run(
+    body: str, first: np.ndarray, second: np.ndarray, threads: int = 64, blocks: int = 1, shared: int = 4096
+) -> None:
     """A kernel of two arrays, whose text is `body` after DECLARED."""
     parameters = "\n.param .u64 .ptr .global .align 1 first,\n.param .u64 .ptr .global .align 1 second\n"
     text = f"{HEAD}.visible .entry kernel({parameters})\n.reqntid {threads}\n{{\n{DECLARED}{body}\nret;\n}}\n"

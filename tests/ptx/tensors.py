@@ -59,7 +59,9 @@ class Tensors:
     def _each(self, address: np.ndarray, length: int):  # type: ignore[no-untyped-def]
         """Regions, which of the accesses are theirs (None for all), and these's byte offsets."""
         if (address & np.uint64(length - 1)).any():
-            raise Fault("misaligned access", f"{int(address[(address & np.uint64(length - 1)) > 0][0]):#x}, {length} bytes")
+            raise Fault(
+                "misaligned access", f"{int(address[(address & np.uint64(length - 1)) > 0][0]):#x}, {length} bytes"
+            )
         left = None
         while True:
             first = address[0] if left is None else address[left][0]

@@ -1,4 +1,4 @@
-"""Small Triton kernels that prove the executor: `python -m tests.ptx trials`. Each result is exact, so equal to numpy's.
+"""Small Triton kernels that prove the executor, whose results are equal to numpy's: `python -m tests.ptx trials`.
 
 Products of small integers, which every type holds and adds without rounding: from memory and from registers, of rows
 and of columns, in one go and in a loop that loads ahead; scans, reductions, exchanges, special functions.
@@ -93,7 +93,10 @@ def products() -> Iterator[tuple[str, bool]]:
             c = torch.full((rows, cols), -1, dtype=wide)
             multiply[(1,)](a, b, c, k, rows, cols, step, trans, acc, stages, num_warps=warps)
             truth = a.double() @ (b.double().T if trans else b.double())
-            yield f"product {name} {rows}x{cols}x{k}{' transposed' * trans} {stages} stages", torch.equal(c.double(), truth)
+            yield (
+                f"product {name} {rows}x{cols}x{k}{' transposed' * trans} {stages} stages",
+                torch.equal(c.double(), truth),
+            )
 
 
 def chains() -> Iterator[tuple[str, bool]]:
