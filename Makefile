@@ -7,7 +7,7 @@ SEED ?= 0
 CSRC := $(shell find csrc -type f -not -path '*/__pycache__/*')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
 
-.PHONY: demo test lint bench fuzz sanitize clean
+.PHONY: demo test lint bench fuzz ptx sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
@@ -20,6 +20,12 @@ bench: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+
+# An hour of a core; what it finds is for bench/results.
+ptx: $(VENV)/.installed
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx > build/ptx.jsonl && mv build/ptx.jsonl bench/results/ptx.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ptx mutants > bench/results/ptx-mutants.jsonl
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff format --check .

@@ -1,0 +1,192 @@
+"""Losses to run through the executor, and whether they are right: `python -m tests.ptx`.
+
+The rule is the project's: the error against the float64 reference is at most twice what eager code of the same
+precision has, and one rounding. float64 is held to a thousand roundings of the largest entry.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashpair import reference
+from flashpair.check import batch
+from flashpair.forms import CRITERIA, OfClasses
+
+from . import launch
+from .engine import gpu
+from .matrix import cut
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
+ARCHS = ("sm_80", "sm_90")
+DENSE = reference.dense_pairs
+RANK = 6  # of the embeddings, but for noise: at any width, windows then leave some pairs and drop others
+
+
+class Case(NamedTuple):
+    """m: references, 0 for a square problem; unit: the kernels normalise."""
+
+    schedule: str
+    arch: str
+    dtype: str
+    criterion: str
+    n: int
+    d: int
+    m: int = 0
+    unit: bool = False
+
+    def __str__(self) -> str:
+        refs = f"-m{self.m}" if self.m else ""
+        return (
+            f"{self.schedule}-{self.arch}-{self.dtype}-{self.criterion}-n{self.n}-d{self.d}{refs}{'-unit' * self.unit}"
+        )
+
+
+def embeddings(n: int, d: int, seed: int, dtype: torch.dtype, unit: bool) -> tuple[Tensor, Tensor]:
+    """(n, d), of unit norm, or to be normalised, and labels (n,)."""
+    generator = torch.Generator().manual_seed(100)
+    rank = min(d, RANK)
+    x, labels = batch(n, rank, 4, torch.float64, seed)
+    spread = torch.randn(rank, d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.nn.functional.normalize(x @ spread / rank**0.5 + 0.2 * noise)
+    return (x * 3 if unit else x).to(dtype), labels
+
+
+def on_tensor_cores(x: Tensor, y: Tensor, distance: str) -> Tensor:
+    """`dense_pairs` of 16-bit numbers as eager code on a GPU has it: its products' sums truncate, see matrix.py."""
+    exact = DENSE(x, y, distance)
+    if distance != "dot":
+        return exact
+    a, b = (t.detach().double().numpy() for t in (x, y))
+    total = np.zeros(exact.shape, np.float32)
+    for k in range(0, a.shape[1], 16):
+        total = cut(total + a[:, k : k + 16] @ b[:, k : k + 16].T)
+    return exact + (torch.from_numpy(total) - exact).detach()
+
+
+def _made(case: Case, impl: str) -> Any:
+    criterion = CRITERIA[case.criterion](impl=impl, normalize=case.unit)
+    if isinstance(criterion, OfClasses):
+        torch.manual_seed(0)
+        criterion = criterion.of_width(case.d)
+    return criterion
+
+
+def step(case: Case, impl: str, dtype: torch.dtype) -> list[Tensor]:
+    """Loss, and gradients of embeddings, references and parameters under an upstream gradient that is not 1."""
+    x, labels = embeddings(case.n, case.d, case.n, DTYPES[case.dtype], case.unit)
+    wanted, more = [x.to(dtype).requires_grad_()], {}
+    if case.m:
+        y, ref_labels = embeddings(case.m, case.d, case.m + 1, DTYPES[case.dtype], case.unit)
+        wanted.append(y.to(dtype).requires_grad_())
+        more = {"ref_emb": wanted[1], "ref_labels": ref_labels}
+    criterion = _made(case, impl)
+    loss = criterion(wanted[0], labels, **more)
+    upstream = torch.tensor(1.7, dtype=loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, wanted, upstream)]
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    size = truth.double().norm().item()
+    off = (found.double() - truth.double()).norm().item()
+    return off / size if size else off
+
+
+def double_bound(truth: Tensor) -> float:
+    """In the norm that `relative` takes, a thousand roundings of the largest entry each."""
+    size = truth.norm().item()
+    return (
+        1000 * torch.finfo(torch.float64).eps * truth.abs().max().item() * truth.numel() ** 0.5 / (size or 1.0) + 1e-16
+    )
+
+
+def run(case: Case) -> dict[str, Any]:
+    """What is found of a case: right or not, errors and bounds of loss and gradients, seconds, or the fault."""
+    dtype = DTYPES[case.dtype]
+    truth = step(case, "reference", torch.float64)
+    with mock.patch.object(reference, "dense_pairs", on_tensor_cores if dtype.itemsize == 2 else DENSE):
+        eager = step(case, "reference", dtype)
+    start, found, fault = time.perf_counter(), [], ""
+    launch.launched.clear()
+    try:
+        with gpu(case.arch), uninitialised_is_nan():
+            found = step(case, case.schedule, dtype)
+    except Exception as error:  # every fault is a line of the report
+        fault = f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    errors = [relative(f, t) for f, t in zip(found, truth, strict=False)]
+    if dtype == torch.float64:
+        bounds = [double_bound(t) for t in truth]
+    else:
+        once = torch.finfo(dtype).eps if case.unit else 0.0  # normalised rows are kept in the embeddings' precision
+        bounds = [2 * (relative(e, t) + max(once, torch.finfo(e.dtype).eps)) for e, t in zip(eager, truth, strict=True)]
+    alive = min((t != 0).any(1).double().mean().item() for t in truth[1:])
+    good = not fault and len(errors) == len(bounds) and all(e <= b for e, b in zip(errors, bounds, strict=True))
+    return {
+        "case": str(case), "good": good and alive >= 0.2, "alive": round(alive, 3),
+        "errors": [float(f"{e:.2e}") for e in errors], "bounds": [float(f"{b:.2e}") for b in bounds],
+        "seconds": round(seconds, 2), "executed": round(sum(took for *_, took in launch.launched), 2),
+        "launches": len(launch.launched), "fault": fault,
+    }  # fmt: skip
+
+
+class uninitialised_is_nan:
+    """What torch.empty gives is NaN meanwhile. (torch.use_deterministic_algorithms would import the compiler.)"""
+
+    def __enter__(self) -> None:
+        torch._C._set_deterministic_algorithms(True)
+
+    def __exit__(self, *error: Any) -> None:
+        torch._C._set_deterministic_algorithms(False)
+
+
+MINED, PLAIN = "MultiSimilarityLoss", "NTXentLoss"
+OTHERS = [
+    "ContrastiveLoss", "MarginLoss", "CircleLoss", "LiftedStructureLoss", "TripletMarginLoss(triplets='hard')",
+    "GeneralizedLiftedStructureLoss(distance='euclidean')", "NCALoss", "LiftedStructureStarLoss(epsilon=0.1)",
+    "TupletMarginLoss", "NPairsLoss", "SupConLoss",
+]  # fmt: skip
+
+
+def quick() -> Iterator[Case]:
+    """A few of everything, those of one architecture and dtype of one compilation where that is possible."""
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            yield Case("fused", arch, dtype, MINED, 65, 33, unit=True)
+        yield Case("fused", arch, "bf16", MINED, 131, 100, 70)
+        yield Case("fused", arch, "bf16", PLAIN, 65, 128)
+        yield Case("fused", arch, "f32", "ContrastiveLoss", 33, 40)
+        yield Case("tiled", arch, "bf16", MINED, 150, 300)
+        yield Case("screened", arch, "bf16", MINED, 300, 64)
+
+
+def matrix() -> Iterator[Case]:
+    """Every schedule and dtype, D and N around the edges of tiles, with and without references, other criteria."""
+    yield from quick()
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for d in (8, 31, 32, 64, 65, 127, 128, 129, 256, 257, 300):
+                yield Case("fused", arch, dtype, MINED, 65, d)
+            for n in (16, 31, 64, 127, 129):
+                yield Case("fused", arch, dtype, MINED, n, 33)
+            for n, m in ((16, 130), (129, 31)):
+                yield Case("fused", arch, dtype, MINED, n, 48, m)
+            yield Case("fused", arch, dtype, PLAIN, 5, 33)  # too few for a window to leave any
+            yield Case("fused", arch, dtype, PLAIN, 1, 48, 5)
+            yield Case("fused", arch, dtype, PLAIN, 65, 33)
+            yield Case("fused", arch, dtype, PLAIN, 40, 130, 70, unit=True)
+            for d in (64, 300):
+                yield Case("tiled", arch, dtype, MINED, 131, d)
+            yield Case("tiled", arch, dtype, PLAIN, 64, 300, 150)
+            yield Case("screened", arch, dtype, MINED, 300, 100)
+            yield Case("screened", arch, dtype, MINED, 130, 40, 260)
+        for dtype in ("bf16", "f32"):
+            for name in OTHERS:
+                yield Case("fused", arch, dtype, name, 65, 40)

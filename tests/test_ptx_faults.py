@@ -1,0 +1,195 @@
+"""tests/ptx finds what it is there to find: each fault in the smallest kernel that has it, and not in its cure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ptx.faults import Fault, Unsupported
+from ptx.small import run
+
+# Each thread leaves its word in shared memory, and takes its neighbour's of the other warp.
+EXCHANGE = """
+ld.global.b32 %r2, [%d0];
+st.shared.b32 [%r1], %r2;
+{barrier}
+xor.b32 %r3, %r1, 128;
+ld.shared.b32 %r4, [%r3];
+st.global.b32 [%d1], %r4;
+"""
+COPY = """
+cp.async.ca.shared.global [%r1], [%d0], 4;
+cp.async.commit_group;
+{wait}
+bar.sync 0;
+xor.b32 %r3, %r1, 128;
+ld.shared.b32 %r4, [%r3];
+st.global.b32 [%d1], %r4;
+"""
+BRANCH = """
+setp.lt.u32 %p1, %r0, {edge};
+@%p1 bra $SIDE;
+mov.b32 %r2, 1;
+bra $MEET;
+$SIDE:
+mov.b32 %r2, 2;
+{inside}
+$MEET:
+{outside}
+st.global.b32 [%d1], %r2;
+"""
+
+
+def words(count=64):
+    return np.arange(count, dtype=np.uint32) + 7, np.zeros(count, np.uint32)
+
+
+def faults(body, kind, **more):
+    with pytest.raises(Fault) as found:
+        run(body, *words(), **more)
+    assert found.value.kind == kind, found.value
+    assert "kernel at" in str(found.value)
+    return str(found.value)
+
+
+def test_a_barrier_orders_two_warps():
+    first, second = words()
+    run(EXCHANGE.format(barrier="bar.sync 0;"), first, second)
+    assert (second == np.roll(first, 32)).all()
+    faults(EXCHANGE.format(barrier=""), "race")
+
+
+def test_within_a_warp_lockstep_is_order_enough():
+    first, second = words()
+    run(EXCHANGE.format(barrier="").replace("128", "64"), first, second)
+    assert (second == first.reshape(2, 2, 16)[:, ::-1].ravel()).all()
+
+
+def test_a_write_may_not_overtake_another_warps_read():
+    again = "bar.sync 0;\nst.shared.b32 [%r1], %r0;\n"
+    body = EXCHANGE.format(barrier="bar.sync 0;")
+    run(body + again, *words())
+    faults(body + again.removeprefix("bar.sync 0;\n"), "race")
+
+
+def test_a_copy_is_there_after_its_wait():
+    first, second = words()
+    run(COPY.format(wait="cp.async.wait_group 0;"), first, second)
+    assert (second == np.roll(first, 32)).all()
+    faults(COPY.format(wait=""), "cp.async read before its wait")
+    faults(COPY.format(wait="cp.async.wait_group 1;"), "cp.async read before its wait")
+
+
+def test_a_copy_without_a_source_is_zero():
+    first, second = words()
+    body = COPY.format(wait="cp.async.wait_group 0;").replace("[%d0], 4;", "[%d0], 4, %r5;")
+    run("and.b32 %r5, %r0, 1;\nshl.b32 %r5, %r5, 2;\n" + body, first, second)
+    assert (second == np.where(np.arange(64) % 2, np.roll(first, 32), 0)).all()
+
+
+def test_memory_that_nobody_wrote_or_that_is_not_there():
+    faults("ld.shared.b32 %r2, [%r1];", "read of unwritten shared memory")
+    words_past = faults("st.shared.b32 [%r1+4000], %r0;", "access outside shared memory")
+    assert "4" in words_past
+    assert "second" in faults("st.global.b32 [%d1+4], %r0;", "access outside the tensors")
+    faults("ld.global.b32 %r2, [%d0+-4];", "access outside the tensors")
+    faults("ld.global.v2.b32 {%r2, %r3}, [%d0];", "misaligned access")
+    faults("add.s32 %r2, %r3, 1;", "read of a register that nothing wrote")
+
+
+def test_a_guard_keeps_threads_from_what_is_not_theirs():
+    first, second = words()
+    run("setp.lt.u32 %p1, %r0, 63;\n@%p1 st.global.b32 [%d1+4], %r0;", first, second)
+    assert (second[1:] == np.arange(63)).all() and second[0] == 0
+
+
+def test_blocks_share_no_element():
+    body = "mov.u32 %r2, %ctaid.x;\nst.global.b32 [%d1], %r2;"
+    run(body, *words(), blocks=1)
+    faults(body, "race", blocks=2)
+    run("ld.global.b32 %r2, [%d1];", *words(), blocks=2)
+    faults("ld.global.b32 %r2, [%d1];\nst.global.b32 [%d1], %r2;", "race", blocks=2)
+
+
+def test_paths_part_and_meet():
+    first, second = words()
+    run(BRANCH.format(edge=37, inside="", outside="bar.sync 0;"), first, second)
+    assert (second == np.where(np.arange(64) < 37, 2, 1)).all()
+    faults(BRANCH.format(edge=37, inside="bar.sync 0;", outside=""), "divergent barrier")
+    faults(BRANCH.format(edge=32, inside="bar.sync 0;", outside="bar.sync 0;"), "divergent barrier")
+    shuffle = "shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;"
+    run(BRANCH.format(edge=32, inside=shuffle, outside=""), first, second)
+    faults(BRANCH.format(edge=37, inside=shuffle, outside=""), "warp instruction in a divergent warp")
+
+
+def test_a_loop_of_each_threads_own_length():
+    first, second = words()
+    body = """
+mov.b32 %r2, 0;
+mov.b32 %r3, 0;
+$AGAIN:
+add.s32 %r3, %r3, %r2;
+add.s32 %r2, %r2, 1;
+setp.le.u32 %p1, %r2, %r0;
+@%p1 bra $AGAIN;
+st.global.b32 [%d1], %r3;
+"""
+    run(body, first, second)
+    assert (second == np.arange(64) * (np.arange(64) + 1) // 2).all()
+
+
+def test_what_is_not_known_is_refused_by_name():
+    with pytest.raises(Unsupported, match="tex"):
+        run("tex.1d.v4.f32.s32 {%r2, %r3, %r4, %r5}, [first, {%r0}];", *words())
+    with pytest.raises(Unsupported, match=r"mma.sync.aligned.m8n8k16"):
+        run("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%r2, %r3}, {%r4}, {%r5}, {%r2, %r3};", *words())
+
+
+# A product of 64 x 16 zeros and 8 x 16 ones: 128-byte rows of 8, for both operands; the descriptors name them.
+PRODUCT = """
+mov.b32 %r2, 0;
+shl.b32 %r3, %r0, 4;
+st.shared.v4.b32 [%r3], {{%r2, %r2, %r2, %r2}};
+st.shared.v4.b32 [%r3+2048], {{%r2, %r2, %r2, %r2}};
+st.shared.v4.b32 [%r3+4096], {{%r2, %r2, %r2, %r2}};
+st.shared.v4.b32 [%r3+6144], {{%r2, %r2, %r2, %r2}};
+st.shared.v4.b32 [%r3+8192], {{%r2, %r2, %r2, %r2}};
+{proxy}
+bar.sync 0;
+mov.b32 %r10, 0;
+mov.b32 %r11, 0;
+mov.b32 %r12, 0;
+mov.b32 %r13, 0;
+mov.b64 %d4, 0x4000004000000000;
+mov.b64 %d5, 0x4000004000000200;
+{fence}
+{early}
+wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r10,%r11,%r12,%r13}}, %d4, %d5, 1, 1, 1, 0, 0;
+wgmma.commit_group.sync.aligned;
+{meanwhile}
+{wait}
+st.global.b32 [%d1], %r10;
+"""
+GOOD = {
+    "proxy": "fence.proxy.async.shared::cta;", "fence": "wgmma.fence.sync.aligned;", "early": "", "meanwhile": "",
+    "wait": "wgmma.wait_group.sync.aligned 0;",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"proxy": ""}, "missing proxy fence"),
+        ({"fence": ""}, "wgmma without a wgmma.fence"),
+        ({"early": "add.s32 %r10, %r10, 1;"}, "wgmma of a register that was written after its wgmma.fence"),
+        ({"wait": ""}, "wgmma accumulator read before its wait"),
+        ({"wait": "wgmma.wait_group.sync.aligned 1;"}, "wgmma accumulator read before its wait"),
+        ({"meanwhile": "st.shared.b32 [%r1], %r0;"}, "write of what a wgmma in flight reads"),
+    ],
+)
+def test_products_in_flight(change, kind):
+    arrays = np.zeros(128, np.uint32), np.ones(128, np.uint32)
+    run(PRODUCT.format(**GOOD), *arrays, threads=128, shared=16384)
+    assert not arrays[1].any()
+    with pytest.raises(Fault) as found:
+        run(PRODUCT.format(**GOOD | change), *arrays, threads=128, shared=16384)
+    assert found.value.kind == kind, found.value
