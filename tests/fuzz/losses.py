@@ -208,6 +208,8 @@ def _scales(
         return {}
     if case.name not in CLASS_LOSSES:
         of = scales.scales(seen[0], w, raw, made.normalize, "dy" not in raw, upstream)
+        if case.name == "FastAPLoss":  # 1 less the precision
+            of["loss"] = of["loss"] + (len(raw["dx"]) if made.reduction == "sum" else 1)
         of |= {f"d {k}": of["d"] / value.detach().abs().clamp(1e-300, 1) for k, value in _learned(made)}
         return {f"scale {k}": v for k, v in of.items()}
     weight = made.weight.detach().flatten(0, -2)
