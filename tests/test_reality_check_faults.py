@@ -230,7 +230,8 @@ TINY = "--trials 1 --repeats 2 --max-epochs 1 --iterations 1 --embedding-size 4 
 
 
 @pytest.mark.parametrize("name", ["[/x] [bold] $$ $x_{1$", "a\nb\udcffc"], ids=ascii)
-def test_names_are_no_markup(name, tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_are_no_markup(name, encoding, tmp_path):
     labels = np.arange(64) // 4
     np.savez(tmp_path / "made.npz", features=np.random.default_rng(0).normal(size=(64, 4)), labels=labels)
     folder = tmp_path / name.replace("/", "")
@@ -240,7 +241,7 @@ def test_names_are_no_markup(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "flashpair", "reality-check", "--data", f"{name.replace('/', '')}.npz", "--out", name,
          "--losses", "own.py:Own", *TINY],
-        cwd=folder, capture_output=True, timeout=300,
+        cwd=folder, capture_output=True, timeout=300, env={**os.environ, "PYTHONIOENCODING": encoding},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (folder / name / "results.png").stat().st_size

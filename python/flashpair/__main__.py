@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from . import __version__, check, info
@@ -22,6 +23,9 @@ def main() -> int:
     )
     command.add(commands.add_parser(command.NAME, help=command.HELP, description=command.HELP))
     given = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):  # a terminal of few characters gets others, and no error after hours
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if given.command == "info":
         return info.main()
     try:
