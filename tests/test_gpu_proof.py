@@ -185,6 +185,20 @@ def test_bad_input_is_named(tmp_path, capsys):
         assert refused.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_a_stage_that_cannot_run_says_why_and_is_no_fault(tmp_path):
+    bare = _environment(PATH=str(tmp_path / "nothing"))
+    done = subprocess.run(
+        _command(tmp_path, "--stages", "counters,sanitizer"), cwd=ROOT, env=bare, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    skipped = {line["stage"]: line["skipped"] for line in _lines(tmp_path) if "skipped" in line}
+    assert skipped == {
+        "machine": "nvidia-smi is not here",
+        "counters": "ncu is not on the PATH",
+        "sanitizer": "compute-sanitizer is not on the PATH",
+    }
+
+
 def test_without_a_gpu_it_says_so_and_stops(tmp_path):
     command = [word for word in _command(tmp_path) if word != "--on-host"]
     done = subprocess.run(command, cwd=ROOT, env=_environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
