@@ -19,8 +19,7 @@ from flashpair import reference
 from flashpair.check import batch
 from flashpair.forms import CRITERIA, OfClasses
 
-from . import launch
-from .engine import gpu
+from . import engine, launch, onchip
 from .matrix import cut
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
@@ -116,7 +115,7 @@ def run(case: Case) -> dict[str, Any]:
     start, found, fault = time.perf_counter(), [], ""
     launch.launched.clear()
     try:
-        with gpu(case.arch), uninitialised_is_nan():
+        with (onchip if case.schedule == "onchip" else engine).gpu(case.arch), uninitialised_is_nan():
             found = step(case, case.schedule, dtype)
     except Exception as error:  # every fault is a line of the report
         fault = f"{type(error).__name__}: {error}"

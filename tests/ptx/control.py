@@ -80,7 +80,7 @@ class Builder:
         if operand.startswith("%"):
             if operand in self.known:
                 return self._slot(operand, self.known[operand])
-            if operand.startswith(("%ctaid", "%nctaid")):
+            if operand.startswith(("%ctaid", "%nctaid", "%envreg")):
                 self.special[operand] = self._slot(operand)
                 return self.special[operand]
             if self.bits(operand) != size:

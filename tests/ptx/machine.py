@@ -140,8 +140,11 @@ def _placed(error: Exception, program: Program, at: int, registers: list[Any]) -
     return error
 
 
-def launch(program: Program, grid: tuple[int, int, int], tensors: Tensors, parameters: bytes, shared: int) -> None:
-    """All blocks of a grid, each to its end, or to where it waits for another."""
+def launch(
+    program: Program, grid: tuple[int, int, int], tensors: Tensors, parameters: bytes, shared: int,
+    more: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    """All blocks of a grid, each to its end, or to where it waits for another. more: further special registers."""
     waiting: list[Iterator[None]] = []
     static = sum(size for _, size in program.kernel.shared.values() if size > 0)
     base = max((offset for offset, _ in program.kernel.shared.values()), default=0)
@@ -150,7 +153,8 @@ def launch(program: Program, grid: tuple[int, int, int], tensors: Tensors, param
             x, rest = number % grid[0], number // grid[0]
             special = {"%ctaid.x": x, "%ctaid.y": rest % grid[1], "%ctaid.z": rest // grid[1]}
             special |= dict(zip(("%nctaid.x", "%nctaid.y", "%nctaid.z"), grid, strict=True))
-            block = Block(program, tensors, parameters, Place(number, max(static, base + shared), special))
+            place = Place(number, max(static, base + shared), special | (more or {}))
+            block = Block(program, tensors, parameters, place)
             running = block.run()
             if next(running, "done") is None:
                 waiting.append(running)

@@ -218,28 +218,32 @@ def whole_warps(block: Any, mask: Any, op: str) -> None:
 
 
 def _shfl(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
-    to, a = operands[0].partition("|")[0], builder.of(operands[1], 4)
-    by, clamp = builder.of(operands[2], 4), builder.constant(operands[3], 4)
-    if builder.constant(operands[4], 4) != 2**32 - 1 or "|" in operands[0]:
-        raise Unsupported("a form of shfl")
-    target, mode = builder.to(to), words[2]
+    """Of whole warps; a lane whose source is none of its segment's keeps its own value."""
+    to, bar, reached = operands[0].partition("|")
+    target, flag, mode = builder.to(to), builder.to(reached) if bar else -1, words[2]
+    a, by, clamp, members = (builder.of(operand, 4) for operand in operands[1:5])
 
     def run(block: Any, r: list[Any], mask: Any) -> None:
         whole_warps(block, mask, "shfl")
+        all_of_a_warp(r[members], mask, "shfl")
         thread = np.arange(block.threads)
-        lane, step = thread % 32, r[by].view("u4").astype(np.int64)
-        segment, most = clamp >> 8, clamp & 31
+        lane, step, given = thread % 32, r[by].view("u4").astype(np.int64), r[clamp].view("u4").astype(np.int64)
+        segment, most = given >> 8 & 31, given & 31
         low = lane & segment
         high = low | (most & ~segment)
-        source = {
-            "up": lambda: np.where(lane - step >= high, lane - step, lane),
-            "down": lambda: np.where(lane + step <= high, lane + step, lane),
-            "bfly": lambda: np.where((lane ^ step) <= high, lane ^ step, lane),
-            "idx": lambda: low | (step & ~segment & 31),
-        }[mode]()
-        put(r, target, r[a].view("u4")[thread - lane + source], mask)
+        source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & ~segment & 31)}[mode]
+        inside = source >= high if mode == "up" else source <= high
+        put(r, target, r[a].view("u4")[thread - lane + np.where(inside, source, lane)], mask)
+        if flag >= 0:
+            put(r, flag, inside, mask)
 
     return run
+
+
+def all_of_a_warp(members: np.ndarray, mask: Any, op: str) -> None:
+    own = members.view("u4") == 2**32 - 1
+    if not (own if mask is None else own[mask]).all():
+        raise Fault("an exchange of a part of a warp", f"{op}: this executor takes whole ones")
 
 
 REDUCE = {"add": np.add.reduce, "min": np.minimum.reduce, "max": np.maximum.reduce, "and": np.bitwise_and.reduce}
@@ -252,9 +256,7 @@ def _redux(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
 
     def run(block: Any, r: list[Any], mask: Any) -> None:
         whole_warps(block, mask, "redux")
-        own = r[members].view("u4") == 2**32 - 1
-        if not (own if mask is None else own[mask]).all():
-            raise Fault("redux of a part of a warp", "this executor takes whole ones")
+        all_of_a_warp(r[members], mask, "redux")
         found = reduce(r[a].view(kind).reshape(-1, 32), 1, dtype=kind)
         put(r, to, np.repeat(found, 32), mask)
 

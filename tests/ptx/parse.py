@@ -155,7 +155,7 @@ def parse(text: str) -> dict[str, Kernel]:
         name, parameters, attributes, body = entry.groups()
         threads = re.search(r"\.(?:req|max)ntid (\d+)(?:, *(\d+))?", attributes)
         counted = {
-            letters: SIZES[kind] * (kind != "pred") for kind, letters in re.findall(r"\.reg \.(\w+)\s+%(\w+)<", body)
+            letters: SIZES[kind] * (kind != "pred") for kind, letters in re.findall(r"\.reg \.(\w+)\s+%(\w+)[<;]", body)
         }
         shared = _variables(text[: text.index(".entry")] + body)
         code, labels = _body(body, files)

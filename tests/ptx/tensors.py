@@ -31,7 +31,11 @@ class Region:
         self.own = self.bytes[start - self.base : self.stop - self.base]
         self.units = {width: self.bytes.view(kind) for width, kind in UINT.items()}
         elements = -(-len(self.bytes) // grain)
-        self.writer, self.reader, self.other = np.full((3, elements), -1, np.int64)
+        self.stamps = np.full((3, elements), -1, np.int64)
+        self.writer, self.reader, self.other = self.stamps
+
+    def forget(self) -> None:
+        self.stamps.fill(-1)
 
     def fresh(self) -> Region:
         """The same memory, which nobody has touched."""
@@ -45,8 +49,9 @@ class Region:
 class Tensors:
     """Global memory of one launch."""
 
-    def __init__(self, regions: list[Region]) -> None:
-        self.regions = regions
+    def __init__(self, regions: list[Region], blocks: int = 0) -> None:
+        """blocks: of a launch with a grid barrier, whose arrivals are atomic additions."""
+        self.regions, self.blocks, self.arrived = regions, blocks, 0
 
     def _find(self, address: int) -> Region:
         for region in self.regions:
@@ -123,6 +128,11 @@ class Tensors:
             for place, index in zip(places, at // width, strict=True):
                 found[place] = region.units[width][index]
                 region.units[width][index] += values[place]
+                self.arrived += 1
+        if self.blocks and self.arrived == self.blocks:  # all is done that came before the barrier
+            self.arrived = 0
+            for region in self.regions:
+                region.forget()
         return found
 
 
