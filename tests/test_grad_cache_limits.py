@@ -104,7 +104,7 @@ MADE = [
 ]
 CALLED = [
     (dict(inputs=[]), ValueError, r"^inputs must be a tensor .* got \[\]"),
-    (dict(inputs={"ids": [X, 3]}), TypeError, r"^inputs must be .* got int at \['ids'\]\[1\]"),
+    (dict(inputs={"ids": [X, 3]}), TypeError, r"^inputs must be .* got int 3 at \['ids'\]\[1\]"),
     (dict(inputs=X[0, 0]), ValueError, r"^inputs must be .* got float64 \(\)"),
     (
         dict(inputs=(X, X[1:])),

@@ -39,11 +39,11 @@ def watched() -> Iterator[list[Seen]]:
         seen.append(Seen(x.detach(), y.detach(), z, distance, []))
         return z
 
-    def of_rows(z: Tensor, mask: Tensor, r: Reduction) -> Tensor:
+    def of_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = None) -> Tensor:
         if not z.requires_grad or not seen or z.shape != seen[0].z.shape:
-            return reduce_rows(z, mask, r)
+            return reduce_rows(z, mask, r, order)
         seen[0].each.append(z * 1)
-        return reduce_rows(seen[0].each[-1], mask, r)
+        return reduce_rows(seen[0].each[-1], mask, r, order)
 
     def with_centres(made: SoftTripleLoss, x: Tensor, *more: Any) -> Any:
         pairs = of_centres(made, x, *more)
