@@ -155,7 +155,9 @@ OTHERS = [
 
 
 def quick() -> Iterator[Case]:
-    """A few of everything, those of one architecture and dtype of one compilation where that is possible."""
+    """A few of everything."""
+    if not onchip.missing():
+        yield Case("onchip", "sm_80", "f32", MINED, 20, 9, unit=True)
     for arch in ARCHS:
         for dtype in DTYPES:
             yield Case("fused", arch, dtype, MINED, 65, 33, unit=True)
@@ -166,9 +168,23 @@ def quick() -> Iterator[Case]:
         yield Case("screened", arch, "bf16", MINED, 300, 64)
 
 
+def whole() -> Iterator[Case]:
+    """Of onchip, where there is an nvcc: embeddings of each type, several rows a block, both kinds of barrier."""
+    if onchip.missing():
+        return
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            yield Case("onchip", arch, dtype, MINED, 20, 9, unit=True)
+            yield Case("onchip", arch, dtype, "NPairsLoss", 33, 20)
+        for n, d, m in ((17, 8, 16), (5, 33, 0), (40, 19, 9)):
+            yield Case("onchip", arch, "f32", "LiftedStructureStarLoss(epsilon=0.1)", n, d, m)
+        yield Case("onchip", arch, "f32", "GeneralizedLiftedStructureLoss(distance='euclidean')", 40, 19, unit=True)
+
+
 def matrix() -> Iterator[Case]:
     """Every schedule and dtype, D and N around the edges of tiles, with and without references, other criteria."""
     yield from quick()
+    yield from whole()
     for arch in ARCHS:
         for dtype in DTYPES:
             for d in (8, 31, 32, 64, 65, 127, 128, 129, 256, 257, 300):

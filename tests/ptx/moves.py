@@ -27,7 +27,7 @@ def _mov(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
         value = r[a]
         if mask is None:
             r[target] = value
-        else:
+        elif value is not None:  # what nothing wrote may be moved, but not used
             put(r, target, value, mask)
 
     return run
@@ -129,20 +129,22 @@ def _ld(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
 
 
 def _parameter(builder: Any, address: Address, slots: list[int], kind: np.dtype[Any], held: list[Any]) -> Run:
-    """Of the kernel's parameters, which lie behind one another."""
+    """Of the kernel's parameters, which lie behind one another; threads may read different ones."""
     base, offset = address
-    source = -1
-    if base.startswith("%"):
-        source = builder.of(base, 8)
-    else:
-        offset += builder.kernel.parameters[base][0]
+    source = builder.of(base, 8) if base.startswith("%") else -1
+    offset += 0 if source >= 0 else builder.kernel.parameters[base][0]
 
     def run(block: Any, r: list[Any], mask: Any) -> None:
-        at = offset + (int(r[source].view("u8")[0]) if source >= 0 else 0)
-        found = np.frombuffer(block.parameters, kind, len(slots), at)
-        for value, slot, wide in zip(found, slots, held, strict=True):
-            one = np.array([value]).astype(wide) if wide.itemsize != kind.itemsize else np.array([value])
-            put(r, slot, np.repeat(one, block.threads), mask)
+        at = np.full(block.threads, offset) if source < 0 else r[source].view("i8") + offset
+        if mask is not None:
+            at = np.where(mask, at, at[mask][0])
+        if at.min() < 0 or at.max() + kind.itemsize * len(slots) > len(block.parameters):
+            raise Fault("access outside the parameters", f"at {at.max()} of {len(block.parameters)}")
+        memory = np.frombuffer(block.parameters, "u1")
+        for k, (slot, wide) in enumerate(zip(slots, held, strict=True)):
+            places = at[:, None] + np.arange(k * kind.itemsize, (k + 1) * kind.itemsize)
+            value = memory[places].view(kind)[:, 0]
+            put(r, slot, value.astype(wide) if wide.itemsize != kind.itemsize else value, mask)
 
     return run
 
@@ -231,7 +233,9 @@ def _shfl(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
         segment, most = given >> 8 & 31, given & 31
         low = lane & segment
         high = low | (most & ~segment)
-        source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & ~segment & 31)}[mode]
+        source = {"up": lane - step, "down": lane + step, "bfly": lane ^ step, "idx": low | (step & ~segment & 31)}[
+            mode
+        ]
         inside = source >= high if mode == "up" else source <= high
         put(r, target, r[a].view("u4")[thread - lane + np.where(inside, source, lane)], mask)
         if flag >= 0:

@@ -28,7 +28,7 @@ from .tensors import Region, Tensors
 ROOT = Path(__file__).resolve().parent.parent.parent
 THREADS = 256
 SOURCES = ("csrc/cuda", "csrc/whole")
-PROCESSORS, SHARED = 132, 227 * 1024
+PROCESSORS, SHARED = 6, 227 * 1024  # so few that small batches have several rows a block
 ITEMSIZE = (8, 4, 2, 2)  # of embeddings, by csrc/whole/job.h's Number
 NONE = 2  # the averaging of a loss of each row
 
@@ -41,7 +41,17 @@ def ptx(arch: str) -> str:
     out = ROOT / f"build/ptx/onchip-{arch}-{digest}.ptx"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        command = ["nvcc", "-O3", "-std=c++17", "-lineinfo", "-ptx", f"-arch={arch}", "csrc/cuda/onchip.cu", "-o", str(out)]
+        command = [
+            "nvcc",
+            "-O3",
+            "-std=c++17",
+            "-lineinfo",
+            "-ptx",
+            f"-arch={arch}",
+            "csrc/cuda/onchip.cu",
+            "-o",
+            str(out),
+        ]
         subprocess.run(command, check=True, cwd=ROOT)
     return out.read_text()
 

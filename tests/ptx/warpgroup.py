@@ -22,14 +22,22 @@ SWIZZLES = {1: 128, 2: 64, 3: 32}  # of a descriptor: bytes of a row of its patt
 BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "s8": 1}
 
 
+class Issued(NamedTuple):
+    """One wgmma in flight: its accumulators, the shared memory and the registers that it reads."""
+
+    to: list[int]
+    bytes: list[np.ndarray]
+    read: list[tuple[int, Any]]
+
+
 class Flight:
     """A block's wgmmas: those not yet committed, the groups, and what registers will hold."""
 
     def __init__(self) -> None:
         self.fenced: set[int] | None = None
         self.kept: list[Any] = []
-        self.now: list[tuple[list[int], list[np.ndarray]]] = []
-        self.groups: list[list[tuple[list[int], list[np.ndarray]]]] = []
+        self.now: list[Issued] = []
+        self.groups: list[list[Issued]] = []
         self.values: dict[int, np.ndarray] = {}
 
     def fence(self, registers: list[Any]) -> None:
@@ -53,11 +61,13 @@ class Flight:
     def wait(self, block: Any, registers: list[Any], left: int) -> None:
         cut = max(0, len(self.groups) - left)
         done, self.groups = self.groups[:cut], self.groups[cut:]
-        later = {slot for group in [*self.groups, self.now] for slots, _ in group for slot in slots}
-        for slots, operands in (one for group in done for one in group):
-            for at in operands:
+        later = {slot for group in [*self.groups, self.now] for one in group for slot in one.to}
+        for one in (one for group in done for one in group):
+            for at in one.bytes:
                 block.shared.hold(at, -1)
-            for slot in slots:
+            if any(registers[slot] is not value for slot, value in one.read):
+                raise Fault("write of a register that a wgmma in flight reads")
+            for slot in one.to:
                 if slot not in later and slot in self.values:
                     registers[slot] = self.values.pop(slot)
 
@@ -161,7 +171,7 @@ def _product(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
             flight.values[slot], r[slot] = np.ascontiguousarray(part), InFlight()
         for at in taken:
             block.shared.hold(at, 1)
-        flight.now.append((to, taken))
+        flight.now.append(Issued(to, taken, [(s, r[s]) for s in a] if isinstance(a, list) else []))
 
     return run
 
