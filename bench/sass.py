@@ -44,6 +44,10 @@ class Loop(NamedTuple):
     def within(self, other: Loop) -> bool:
         return other.first <= self.first and self.last <= other.last and self != other
 
+    def crosses(self, other: Loop) -> bool:
+        one, two = sorted((self, other))
+        return one.first < two.first <= one.last < two.last
+
 
 def _tool(name: str) -> Path:
     import triton
@@ -72,15 +76,17 @@ def read(text: str) -> list[Instruction]:
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
-    """One for each conditional branch back, the longest of those that begin at one place. What is out of line (threads
-    that wait for each other after a branch) comes back without a condition."""
+    """One for each branch back, the longest of those that begin at one place. A branch without a condition that ends
+    elsewhere than in one loop is none: what is out of line (threads that wait for each other) comes back by it."""
     place = {one.address: k for k, one in enumerate(code)}
-    found: dict[int, int] = {}
+    found: dict[bool, dict[int, int]] = {True: {}, False: {}}
     for k, one in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", one.operands) if one.opcode.startswith("BRA") and one.predicate else None
-        if target and (to := place.get(int(target[1], 16), k + 1)) <= k and to != k:
-            found[to] = max(k, found.get(to, 0))
-    return [Loop(first, last) for first, last in found.items()]
+        target = re.search(r"0x([0-9a-f]+)", one.operands) if one.opcode.startswith("BRA") else None
+        if target and (to := place.get(int(target[1], 16), k + 1)) < k:
+            ends = found[bool(one.predicate)]
+            ends[to] = max(k, ends.get(to, 0))
+    sure, maybe = ([Loop(first, last) for first, last in found[known].items()] for known in (True, False))
+    return sure + [loop for loop in maybe if not any(loop.crosses(other) for other in sure)]
 
 
 def hot(code: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:

@@ -84,7 +84,7 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (256, Config(128, 32, 64, 128, (8, 1), (8, 1))),
         (ANY, _DEEP),
     ],
-    (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _SMALLEST)],
+    (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _EIGHT)],
     (HOPPER, _DOUBLE): [(ANY, _TINY._replace(depth=64))],
     (BLACKWELL, _HALF): [
         (128, Config(128, 64, 128, 128, (8, 3), (8, 1))),
@@ -96,7 +96,7 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (256, Config(128, 64, 64, 256, (8, 1), (8, 1))),
         (ANY, _NARROW),
     ],
-    (BLACKWELL, _SINGLE): [(32, _NARROW), (256, Config(128, 32, 32, 128, (8, 2), (8, 2))), (ANY, _SMALLEST)],
+    (BLACKWELL, _SINGLE): [(32, _NARROW), (256, Config(128, 32, 32, 128, (8, 2), (8, 2))), (ANY, _EIGHT)],
     (BLACKWELL, _DOUBLE): [
         (64, _SLIM._replace(depth=64, slab=64)),
         (256, _SLIM._replace(backward=(8, 1))),
@@ -122,7 +122,7 @@ SCREENS = {
     HOPPER: Screen(128, 128, 128, (8, 3)),
     BLACKWELL: Screen(128, 64, 128, (8, 3)),
     SMALL: Screen(128, 128, 128, (8, 2)),
-    CDNA: Screen(128, 128, 64, (8, 1)),
+    CDNA: Screen(128, 128, 32, (8, 1)),
     INTERPRETER: Screen(64, 64, 64, (4, 1)),
 }
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 from flashpair.kernels import configs
 from ttir import narrow_products
 
