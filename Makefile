@@ -7,13 +7,21 @@ SEED ?= 0
 CSRC := $(shell find csrc -type f -not -path '*/__pycache__/*')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
 
-.PHONY: demo test lint bench fuzz ptx sanitize clean
+.PHONY: demo test aot36 lint bench fuzz ptx sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench.demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# What ahead-of-time compilation shows, under the Triton of torch 2.11 beside the environment's own.
+aot36: $(VENV)/.installed build/triton36
+	PYTHONPATH=build/triton36 $(BIN)/python -m pytest -n $(WORKERS) tests/test_aot.py tests/test_compilations.py tests/test_gpu_cost.py
+
+build/triton36:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.new triton==3.6.0
+	mv $@.new $@
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench

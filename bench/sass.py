@@ -44,6 +44,10 @@ class Loop(NamedTuple):
     def within(self, other: Loop) -> bool:
         return other.first <= self.first and self.last <= other.last and self != other
 
+    def crosses(self, other: Loop) -> bool:
+        one, two = sorted((self, other))
+        return one.first < two.first <= one.last < two.last
+
 
 def _tool(name: str) -> Path:
     import triton
@@ -72,32 +76,40 @@ def read(text: str) -> list[Instruction]:
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
-    """One for each branch back, the longest of those that begin at one place."""
+    """One for each branch back, the longest of those that begin at one place. A branch without a condition that ends
+    elsewhere than in one loop is none: what is out of line (threads that wait for each other) comes back by it."""
     place = {one.address: k for k, one in enumerate(code)}
-    found: dict[int, int] = {}
+    found: dict[bool, dict[int, int]] = {True: {}, False: {}}
     for k, one in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", one.operands) if one.opcode.startswith("BRA") else None
-        if target and (to := place.get(int(target[1], 16), k + 1)) <= k and to != k:
-            found[to] = max(k, found.get(to, 0))
-    return [Loop(first, last) for first, last in found.items()]
+        if target and (to := place.get(int(target[1], 16), k + 1)) < k:
+            ends = found[bool(one.predicate)]
+            ends[to] = max(k, ends.get(to, 0))
+    sure, maybe = ([Loop(first, last) for first, last in found[known].items()] for known in (True, False))
+    return sure + [loop for loop in maybe if not any(loop.crosses(other) for other in sure)]
 
 
-def hot(code: list[Instruction]) -> list[Instruction]:
-    """The loop over clean tiles, which nearly all of a large batch's time goes to.
+def hot(code: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
+    """The loop over clean tiles, which nearly all of a large batch's time goes to, and what of it is a loop along D.
 
     Of the loops with products it is the shortest outermost one: the one over the band has masks beside the same work.
-    What stands in it is counted once, whether or not a branch leads around it; what it leaves out of line is not.
+    What stands in it is counted whether or not a branch leads around it; what the compiler leaves out of line is not.
     """
-    every = [loop for loop in loops(code) if any(i.pipe == "tensor" for i in code[loop.first : loop.last + 1])]
-    outer = [loop for loop in every if not any(loop.within(other) for other in every)]
+    with_products = [s for s in loops(code) if any(i.pipe == "tensor" for i in code[s.first : s.last + 1])]
+    outer = [loop for loop in with_products if not any(loop.within(other) for other in with_products)]
     if not outer:
-        return []
+        return [], []
     best = min(outer, key=lambda loop: loop.last - loop.first)
-    return code[best.first : best.last + 1]
+    inner = [loop for loop in with_products if loop.within(best)]
+    along = {k for loop in inner for k in range(loop.first, loop.last + 1)}
+    return (
+        [code[k] for k in range(best.first, best.last + 1) if k not in along],
+        [code[k] for k in sorted(along)],
+    )
 
 
 def count(code: list[Instruction]) -> Counter[str]:
-    """Instructions by pipe, and `wide`: how many more transactions of 32 bits a lane loads and stores are than they."""
+    """Instructions by pipe; imad: those of fma that are integer, at half its rate."""
     found = Counter(one.pipe for one in code)
     found["imad"] = sum(one.opcode.startswith("IMAD") for one in code)
     return found

@@ -64,8 +64,8 @@ _TESTED = Config(64, 32, 64, 64, (4, 1), (4, 1))
 # which of them, with which warps, stages and splits, are the fastest only a GPU can say.
 TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
     (AMPERE, _HALF): [
-        (64, Config(128, 64, 64, 64, (8, 3), (8, 3))),
-        (128, Config(128, 32, 128, 128, (8, 3), (8, 3))),
+        (64, Config(128, 32, 64, 64, (8, 3), (8, 3))),
+        (128, Config(128, 32, 128, 128, (8, 3), (8, 2))),
         (256, Config(64, 32, 64, 256, (8, 2), (8, 2))),
         (ANY, _SMALLEST),
     ],
@@ -83,22 +83,22 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
     ],
     (HOPPER, torch.float16): [
         (128, Config(128, 32, 128, 128, (8, 1), (8, 1))),
-        (256, Config(128, 64, 64, 128, (8, 1), (8, 1))),
+        (256, Config(128, 32, 64, 128, (8, 1), (8, 1))),
         (ANY, _DEEP),
     ],
-    (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _PLAIN)],
-    (HOPPER, _DOUBLE): [(ANY, _TINY)],
+    (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _EIGHT)],
+    (HOPPER, _DOUBLE): [(ANY, _TINY._replace(depth=64))],
     (BLACKWELL, _HALF): [
         (128, Config(128, 64, 128, 128, (8, 3), (8, 1))),
-        (256, Config(128, 64, 256, 256, (8, 2), (8, 2))),
-        (ANY, _NARROW),
+        (256, Config(128, 32, 256, 256, (8, 2), (8, 2))),
+        (ANY, _DEEP),
     ],
     (BLACKWELL, torch.float16): [
         (128, Config(128, 64, 128, 128, (8, 2), (8, 2))),
         (256, Config(128, 64, 64, 256, (8, 1), (8, 1))),
         (ANY, _NARROW),
     ],
-    (BLACKWELL, _SINGLE): [(32, _NARROW), (256, Config(128, 32, 32, 128, (8, 2), (8, 2))), (ANY, _DEEP)],
+    (BLACKWELL, _SINGLE): [(32, _NARROW), (256, Config(128, 32, 32, 128, (8, 2), (8, 2))), (ANY, _EIGHT)],
     (BLACKWELL, _DOUBLE): [
         (64, _SLIM._replace(depth=64, slab=64)),
         (256, _SLIM._replace(backward=(8, 1))),
@@ -110,7 +110,7 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (ANY, _DEEP._replace(depth=64)),
     ],
     (SMALL, torch.float16): [(32, _SMALLEST), (256, Config(64, 32, 64, 64, (4, 1), (4, 1))), (ANY, _DEEP)],
-    (SMALL, _SINGLE): [(32, _NARROW), (256, _WIDE), (ANY, _EIGHT)],
+    (SMALL, _SINGLE): [(32, _PLAIN), (256, _WIDE), (ANY, _EIGHT)],
     (SMALL, _DOUBLE): [(ANY, _TINY)],
     (CDNA, _HALF): [(ANY, Config(64, 32, 64, 64, (4, 1), (4, 1)))],
     (CDNA, torch.float16): [(ANY, Config(64, 32, 64, 64, (4, 1), (4, 1)))],
@@ -124,7 +124,7 @@ SCREENS = {
     HOPPER: Screen(128, 128, 128, (8, 3)),
     BLACKWELL: Screen(128, 64, 128, (8, 3)),
     SMALL: Screen(128, 128, 128, (8, 2)),
-    CDNA: Screen(128, 128, 64, (8, 1)),
+    CDNA: Screen(128, 128, 32, (8, 1)),
     INTERPRETER: Screen(64, 64, 64, (4, 1)),
 }
 

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("triton")
+import triton
 from flashpair.kernels import configs
 from ttir import narrow_products
 
 CHIPS = ("80", "90", "100", "86", "gfx942")
+RANK = "parent layout must have at least rank >= 2"
 
 
 def _screened():
@@ -39,6 +41,8 @@ def compiled(request):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parent / "aot.py"), request.param]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode and request.param == "100" and triton.__version__ == "3.6.0" and RANK in done.stderr:
+        pytest.xfail(f"this Triton cannot compile the forward pass of windows for Blackwell: {RANK}")
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(chip=request.param, kernels=json.loads(done.stdout))
 
