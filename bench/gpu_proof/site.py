@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(file: str) -> ModuleType:
-    """A module by its file under the root: no other of its name can come before it."""
+    """A module by its file under the root, beside which it finds its own: no other of its name can come before it."""
+    if str((ROOT / file).parent) not in sys.path:
+        sys.path.append(str((ROOT / file).parent))
     spec = importlib.util.spec_from_file_location(f"flashpair_{Path(file).stem}", ROOT / file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
