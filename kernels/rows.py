@@ -26,8 +26,11 @@ def gather_rows(
             column = start + tl.arange(0, STEP)[None, :]
             part = tl.load(x + source + column, mask=inside[:, None] & (column < d), other=0.0).to(ACC)
             square += tl.sum(part * part, 1)
-        norm = tl.sqrt(square)
-        factor = tl.where(norm - norm == 0.0, 1.0 / tl.where(norm > TINY, norm, 1.0), float("nan"))
+        # Rounded as the reference's: the fast ones err by a unit more, and a window may open by that.
+        norm = tl.sqrt_rn(square) if ACC == tl.float32 else tl.sqrt(square)
+        some = tl.where(norm > TINY, norm, 1.0)
+        inverse_norm = tl.div_rn(tl.full((ROWS,), 1.0, ACC), some) if ACC == tl.float32 else 1.0 / some
+        factor = tl.where(norm - norm == 0.0, inverse_norm, float("nan"))
         factor = tl.where(norm <= TINY, 0.0, factor)
         tl.store(inverse + rows, factor, mask=inside)
     for start in range(0, d, STEP):
