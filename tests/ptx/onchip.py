@@ -63,7 +63,7 @@ def missing() -> str:
 
 @functools.cache
 def _host() -> Any:
-    import emulated
+    from .. import emulated
 
     library = emulated.build("onchip_parameters.so", ("tests/ptx/onchip_parameters.cpp",), "-fPIC -shared")
     return ctypes.CDLL(str(library)).onchip_parameters
