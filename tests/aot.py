@@ -104,6 +104,7 @@ def describe(kernel: Any, arch: str) -> dict[str, Any]:
     assembly = kernel.asm["ptx"] if "ptx" in kernel.asm else kernel.asm["amdgcn"]
     record: dict[str, Any] = {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared}
     record["tensor_cores"] = TENSOR_CORES[arch] in assembly
+    record["by_warp"] = "mma.sync" in assembly
     record["int8"] = bool(re.search(INT8, assembly))
     record["narrow"] = narrow_products(kernel.asm["ttir"])
     if "cubin" in kernel.asm:

@@ -74,7 +74,8 @@ def test_products_are_on_the_tensor_cores(compiled):
     seen = [r for r in seen if "blocked" not in r["loss"]]  # whose products are the vendor's
     assert seen
     for r in seen:
-        assert r["tensor_cores"] or r["dtype"] == "float64", f"no tensor-core instruction: {r}"
+        fewer = r["config"][0] < 64 and r["by_warp"]  # rows than wgmma and tcgen05 take
+        assert r["tensor_cores"] or fewer or r["dtype"] == "float64", f"no tensor-core instruction: {r}"
 
 
 def test_offsets_are_products_of_64_bits(compiled):
