@@ -61,7 +61,7 @@ def test_two_towers(team, world, name):
 
 @pytest.mark.parametrize("world", [2])
 def test_more_positives_than_a_loss_takes_at_a_time(team, world):
-    few, many = 2 * STEPS + 5, PLACES + 5
+    few, many = 2 * STEPS + 5, 4 * PLACES + 5
     small = Shared(*batch(few, D, few, torch.float64), [few // 2, few - few // 2])
     large = Shared(*batch(2 * many, D, many, torch.float64), [many - 40, many + 40])
     assert_as_one(

@@ -67,6 +67,7 @@ def step(n):
     x = torch.randn(n, 32, requires_grad=True)
     criterion(x, torch.arange(n) % 2).backward()
 step(300)
+assert "torch._dynamo" not in sys.modules  # 150 MB
 print(peak_of(lambda: step(n)).extra)
 """
 
@@ -76,7 +77,7 @@ def test_positives_by_the_thousand(loss):
     """Of two classes each row has N / 2 positives, and a triplet loss some twenty numbers for each: a block of them
     is there at a time."""
     n, d, numbers = 1600, 32, 24
-    room = bound(n, 0, d) + numbers * 4 * positives.PLACES * n
+    room = bound(n, 0, d) + numbers * 4 * 2 * positives.PLACES * n
     assert room < numbers * 4 * n * (n / 2) / 2
     (peak,) = peaks.printed(FEW_CLASSES, n, loss)
     assert peak <= room, f"{peak:,} bytes over {room:,}"

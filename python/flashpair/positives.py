@@ -11,7 +11,7 @@ from . import extension, tiled
 from .rows import plain
 from .similarity import dense_pairs, listed_pairs, taken
 
-PLACES = 128  # of the list of positives at a time; losses keep some twenty numbers for each
+PLACES = 64  # of the list of positives at a time; losses keep some twenty numbers for each
 STEPS = 8  # of `Pairs.sums` at a time; each has N rows of its own
 
 

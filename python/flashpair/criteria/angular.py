@@ -70,7 +70,7 @@ class AngularLoss(Criterion):
             losses, above = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
             return losses, above
 
-        losses, above = sum_of_blocks(run, blocks, 1)
+        losses, above = sum_of_blocks(run, blocks, 1, pairs.labels.device)
         positives = pairs.num_positives()
         if self.max_positives is not None:
             losses = torch.where(positives > self.max_positives, torch.nan, losses)

@@ -16,6 +16,7 @@ from .base import AnyPairs, Criterion, RowLosses, Terms
 from .blocks import sum_of_blocks
 from .distances import DISTANCES
 
+KEPT_BLOCKS = 2  # of the list of positives; of more, backward computes each again
 TRIPLETS = ("all", "hard", "semihard", "semihard_all")
 
 
@@ -100,7 +101,7 @@ class TripletMarginLoss(Criterion):
             z, there = pairs.positives(most, block)
             return each(pairs, z.T, there.T & (pairs.num_negatives() > 0))
 
-        losses, above = sum_of_blocks(run, pairs.positive_blocks(most), 1)
+        losses, above = sum_of_blocks(run, pairs.positive_blocks(most), KEPT_BLOCKS, pairs.labels.device)
         positives, negatives = pairs.num_positives(), pairs.num_negatives()
         if self.max_positives is not None:
             losses = torch.where(positives > self.max_positives, torch.nan, losses)

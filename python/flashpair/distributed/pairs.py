@@ -54,8 +54,8 @@ class SharedPairs(PiecedPairs):
         return int(self.ranks.max(count.max()))
 
     def positive_blocks(self, most: int) -> list[range]:
-        """Some at a time again; each block fetches all references of the other processes, as any pass does."""
-        return cut(range(most), PLACES)
+        """More at a time: each block fetches all references of the other processes, as any pass does."""
+        return cut(range(most), 2 * PLACES)
 
     def sum_blocks(self, most: int) -> list[range]:
         """Every ordered pair is found from both of its ends, so that nothing has to go to the other's process."""
