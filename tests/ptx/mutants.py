@@ -6,6 +6,7 @@ it, or a result that differs. Instructions that the launch does not reach are le
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,8 +89,7 @@ def of_case(case: Case, few: bool) -> list[dict[str, Any]]:
         after = [r.own.copy() for r in one.regions]
         for kind, instruction, program in mutants(one.program, few):
             by = trial(one, program, before, after)
-            record = {"case": str(case), "kernel": one.name, "mutant": kind, "at": instruction.source, "found": by}
-            found.append(record | {"good": bool(by)})
+            found.append({"kernel": one.name, "mutant": kind, "at": instruction.source, "by": by})
         for region, held in zip(one.regions, after, strict=True):
             region.own[:] = held
 
@@ -102,9 +102,19 @@ def of_case(case: Case, few: bool) -> list[dict[str, Any]]:
     return found
 
 
+def summary(case: Case, each: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """By kernel and kind: how many, how many are found and by what, and where those stand that are not."""
+    for kernel, kind in dict.fromkeys((one["kernel"], one["mutant"]) for one in each):
+        own = [one for one in each if (one["kernel"], one["mutant"]) == (kernel, kind)]
+        by = Counter(one["by"] for one in own if one["by"])
+        missed = sorted(one["at"] for one in own if not one["by"])
+        record = {"case": str(case), "kernel": kernel, "mutant": kind, "of": len(own), "found": by.total()}
+        yield record | {"by": dict(by), "missed": missed, "good": bool(by)}
+
+
 def run(words: list[str]) -> Iterator[dict[str, Any]]:
     """Of the cases whose names hold all the words; with "quick" among these, few of each kernel."""
     wanted = [word for word in words if word != "quick"]
     for case in CASES:
         if all(word in str(case) for word in wanted):
-            yield from of_case(case, "quick" in words)
+            yield from summary(case, of_case(case, "quick" in words))
