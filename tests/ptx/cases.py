@@ -29,7 +29,7 @@ RANK = 6  # of the embeddings, but for noise: at any width, windows then leave s
 
 
 class Case(NamedTuple):
-    """m: references, 0 for a square problem; unit: the kernels normalise."""
+    """m: references, 0 for a square problem; unit: the kernels normalise; full: embeddings of full rank."""
 
     schedule: str
     arch: str
@@ -39,23 +39,26 @@ class Case(NamedTuple):
     d: int
     m: int = 0
     unit: bool = False
+    full: bool = False
 
     def __str__(self) -> str:
         refs = f"-m{self.m}" if self.m else ""
         return (
             f"{self.schedule}-{self.arch}-{self.dtype}-{self.criterion}-n{self.n}-d{self.d}{refs}{'-unit' * self.unit}"
+            f"{'-full' * self.full}"
         )
 
 
-def embeddings(n: int, d: int, seed: int, dtype: torch.dtype, unit: bool) -> tuple[Tensor, Tensor]:
+def embeddings(case: Case, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """(n, d), of unit norm, or to be normalised, and labels (n,)."""
+    d, dtype = case.d, DTYPES[case.dtype]
     generator = torch.Generator().manual_seed(100)
-    rank = min(d, RANK)
+    rank = d if case.full else min(d, RANK)
     x, labels = batch(n, rank, 4, torch.float64, seed)
     spread = torch.randn(rank, d, generator=generator, dtype=torch.float64)
     noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x = torch.nn.functional.normalize(x @ spread / rank**0.5 + 0.2 * noise)
-    return (x * 3 if unit else x).to(dtype), labels
+    x = torch.nn.functional.normalize(x if case.full else x @ spread / rank**0.5 + 0.2 * noise)
+    return (x * 3 if case.unit else x).to(dtype), labels
 
 
 def on_tensor_cores(x: Tensor, y: Tensor, distance: str) -> Tensor:
@@ -80,10 +83,10 @@ def _made(case: Case, impl: str) -> Any:
 
 def step(case: Case, impl: str, dtype: torch.dtype) -> list[Tensor]:
     """Loss, and gradients of embeddings, references and parameters under an upstream gradient that is not 1."""
-    x, labels = embeddings(case.n, case.d, case.n, DTYPES[case.dtype], case.unit)
+    x, labels = embeddings(case, case.n, 1 if case.full else case.n)
     wanted, more = [x.to(dtype).requires_grad_()], {}
     if case.m:
-        y, ref_labels = embeddings(case.m, case.d, case.m + 1, DTYPES[case.dtype], case.unit)
+        y, ref_labels = embeddings(case, case.m, case.m + 1)
         wanted.append(y.to(dtype).requires_grad_())
         more = {"ref_emb": wanted[1], "ref_labels": ref_labels}
     criterion = _made(case, impl)
@@ -161,6 +164,7 @@ def quick() -> Iterator[Case]:
     for arch in ARCHS:
         for dtype in DTYPES:
             yield Case("fused", arch, dtype, MINED, 65, 33, unit=True)
+        yield Case("fused", arch, "f32", MINED, 65, 33, unit=True, full=True)
         yield Case("fused", arch, "bf16", MINED, 131, 100, 70)
         yield Case("fused", arch, "bf16", PLAIN, 65, 128)
         yield Case("fused", arch, "f32", "ContrastiveLoss", 33, 40)
