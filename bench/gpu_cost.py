@@ -13,23 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from flashpair.kernels import configs
+from triton.runtime import driver
+
+from flashpair import fused, launch
+from flashpair.reduction import OPS, SIDES
 
 from . import sass
+from .gpu_proof import site
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-import aot  # noqa: E402
-from flashpair.kernels import configs  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-
-from flashpair import fused, launch  # noqa: E402
-from flashpair.reduction import OPS, SIDES  # noqa: E402
+aot = site.load("tests/aot.py")
 
 
 class Chip(NamedTuple):

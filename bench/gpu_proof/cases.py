@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,21 +61,17 @@ class TruthCase(NamedTuple):
 
 
 def truth_cases(plan: Plan) -> list[TruthCase]:
-    """Whole batch sizes first, so that whatever ends the run, all losses have been there."""
-    return [
-        TruthCase(loss, dtype, n, plan.width, "fused")
-        for n in plan.truth_sizes
-        for loss in plan.truth_losses
-        for dtype in plan.truth_dtypes
-    ]
+    return _cases(plan, "fused", plan.truth_losses, plan.truth_sizes)
 
 
 def onchip_cases(plan: Plan) -> list[TruthCase]:
+    return _cases(plan, "onchip", plan.onchip_losses, plan.onchip_sizes)
+
+
+def _cases(plan: Plan, impl: str, losses: Sequence[str], sizes: Sequence[int]) -> list[TruthCase]:
+    """Whole batch sizes first, so that whatever ends the run, all losses have been there."""
     return [
-        TruthCase(loss, dtype, n, plan.width, "onchip")
-        for n in plan.onchip_sizes
-        for loss in plan.onchip_losses
-        for dtype in plan.truth_dtypes
+        TruthCase(loss, dtype, n, plan.width, impl) for n in sizes for loss in losses for dtype in plan.truth_dtypes
     ]
 
 

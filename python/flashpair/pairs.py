@@ -184,7 +184,8 @@ class Pairs:
         """
         wide = accumulator(self.x.dtype)
         x, y, p = self.x.to(wide), self.refs.to(wide), self.plan
-        block = range(self.most_positives(most)) if block is None else block
+        most = self.most_positives(most)
+        block = range(most) if block is None else block
         at = p.lo[:, None] + torch.arange(block.start, block.stop, device=x.device)
         if self.square:
             at = at + (at >= torch.arange(x.shape[0], device=x.device)[:, None])

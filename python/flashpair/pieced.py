@@ -136,7 +136,8 @@ class PiecedPairs(Pairs):
         return [range(most)]
 
     def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
-        x, block = self.x.to(self.dtype), range(self.most_positives(most)) if block is None else block
+        x, most = self.x.to(self.dtype), self.most_positives(most)
+        block = range(most) if block is None else block
         z = Fetched.apply(self.walk.singly(), x, self.shared_refs(), self.positive_places(block), self.distance)
         bad = poison(self.x, None) if self.poison is None else self.poison
         return pad_positives(z, self.num_positives(), bad, most, block.start)

@@ -159,8 +159,8 @@ class ReferencePairs:
         most: K; by default the most that a row has, at least 1. A row with more of them is NaN.
         block: these of the K places only.
         """
-        mask = self.masks["positives"]
-        block = range(self.most_positives(most)) if block is None else block
+        mask, most = self.masks["positives"], self.most_positives(most)
+        block = range(most) if block is None else block
         order = torch.sort(mask.to(torch.uint8), dim=1, descending=True, stable=True).indices[
             :, block.start : block.stop
         ]
@@ -231,10 +231,10 @@ class ReferencePairs:
         return values
 
 
-def pad_positives(z: Tensor, count: Tensor, poison: Tensor, most: int | None, first: int) -> tuple[Tensor, Tensor]:
+def pad_positives(z: Tensor, count: Tensor, poison: Tensor, most: int, first: int) -> tuple[Tensor, Tensor]:
     """`Pairs.positives` from z (N, K) of places `first` and on. A row has `count` (N,) of them, and may have `most`."""
     there = torch.arange(first, first + z.shape[1], device=z.device) < count[:, None]
-    lost = torch.where(count > (first + z.shape[1] if most is None else most), torch.nan, 0.0).to(z.dtype)
+    lost = torch.where(count > most, torch.nan, 0.0).to(z.dtype)
     return torch.where(there, z, 0.0) + lost[:, None] + poison, there
 
 
