@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .criteria.answers import checked_rows, refuse_own
+from .criteria.answers import refuse_own
 from .criteria.base import Criterion, reduce_losses
 from .reference import ReferencePairs
 
@@ -43,6 +43,5 @@ def pair_weights(
     assert isinstance(pairs, ReferencePairs)
     with torch.enable_grad():
         pairs.z.requires_grad_()
-        rows = checked_rows(criterion.row_losses(pairs), type(criterion).__name__, pairs.count, x.device)
-        loss = reduce_losses(rows, criterion.reduction, pairs).sum()
+        loss = reduce_losses(criterion.checked_row_losses(pairs), criterion.reduction, pairs).sum()
         return torch.autograd.grad(loss, pairs.z)[0]

@@ -140,6 +140,10 @@ class Criterion(nn.Module):
         """
         return None
 
+    def checked_row_losses(self, pairs: AnyPairs) -> RowLosses:
+        """`row_losses`, or the error that says what is wrong with them."""
+        return checked_rows(self.row_losses(pairs), type(self).__name__, pairs.count, pairs.labels.device)
+
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         """What is added to every valid row's loss."""
         found = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
@@ -218,7 +222,7 @@ class Criterion(nn.Module):
 
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
         """The loss of embeddings whose pairs come in pieces."""
-        rows = checked_rows(self.row_losses(pairs), type(self).__name__, pairs.count, x.device)
+        rows = self.checked_row_losses(pairs)
         loss = reduce_losses(rows, self.reduction, pairs, self._extra(x, labels, None, None))
         return loss + self.not_finite(x, None).to(loss.dtype)
 

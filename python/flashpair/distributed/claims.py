@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..criteria.answers import checked_rows
 from ..criteria.base import AnyPairs, Criterion, RowLosses
 from ..criteria.classes import ClassCriterion
 from .ranks import Ranks, Total, merged
@@ -143,7 +142,7 @@ def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:
     pairs.total = lambda values: totals.add(total(values))
     try:
         with totals:
-            rows = checked_rows(criterion.row_losses(pairs), type(criterion).__name__, pairs.count, pairs.labels.device)
+            rows = criterion.checked_row_losses(pairs)
     finally:
         del pairs.total
     wrong = criterion.reduction != "none" and not rows.shares and not _own_counts(criterion.reduction, rows, totals)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..classes import class_pairs
-from ..criteria.answers import checked_rows
 from ..criteria.base import AnyPairs, Penalty, RowLosses, Terms
 from ..criteria.classes import ClassCriterion
 from ..reduction import Bound, Reduction
@@ -101,8 +100,7 @@ class ShardedClasses(GlobalCriterion):
         if rows is None:
             pairs = class_pairs(every, mine, criterion.weight, criterion.normalize, criterion.impl)
             part = MergedPairs(pairs, ranks, self.first, criterion.num_classes)
-            found = criterion.row_losses(cast(AnyPairs, part))
-            rows = checked_rows(found, type(criterion).__name__, pairs.count, x.device)
+            rows = criterion.checked_row_losses(cast(AnyPairs, part))
         first = sum(sizes[: ranks.rank])
         here = slice(first, first + sizes[ranks.rank])
 
