@@ -5,7 +5,7 @@ WORKERS ?= 2
 MINUTES ?= 60
 SEED ?= 0
 CSRC := $(shell find csrc -type f -not -path '*/__pycache__/*')
-FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/cuda_on_host/*))
+FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/support/cuda_on_host/*))
 
 .PHONY: demo test aot36 lint bench fuzz ptx sanitize clean
 
@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 
 # What ahead-of-time compilation shows, under the Triton of torch 2.11 beside the environment's own.
 aot36: $(VENV)/.installed build/triton36
-	PYTHONPATH=build/triton36 $(BIN)/python -m pytest -n $(WORKERS) tests/test_aot.py tests/test_compilations.py tests/test_gpu_cost.py
+	PYTHONPATH=build/triton36 $(BIN)/python -m pytest -n $(WORKERS) tests/backends/triton/test_aot.py tests/backends/triton/test_compilations.py tests/bench/test_gpu_cost.py
 
 build/triton36:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.new triton==3.6.0
@@ -48,7 +48,7 @@ sanitize: $(VENV)/.installed
 	extension=$$(echo $(CURDIR)/build/sanitize/flashpair/_C.*.so) && \
 	runtimes=$$(ldd "$$extension" | awk '/lib(asan|ubsan|stdc)/ { print $$3 }' | xargs) && \
 	FLASHPAIR_EXTENSION="$$extension" LD_PRELOAD="$$runtimes" ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/python -m pytest --capture=sys tests/test_tiled.py tests/test_screened.py tests/test_screen_bound.py tests/test_nearest.py tests/test_histograms.py tests/test_transforms.py
+	$(BIN)/python -m pytest --capture=sys tests/backends/cpu/test_tiled.py tests/backends/cpu/test_screened.py tests/backends/cpu/test_screen_bound.py tests/engine/test_nearest.py tests/backends/cpu/test_histograms.py tests/engine/test_transforms.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache .mypy_cache

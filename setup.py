@@ -15,7 +15,7 @@ from setuptools.errors import CompileError
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 import compilers
 
-PACKAGES = {"flashpair": "python/flashpair", "flashpair.kernels": "kernels"}
+PACKAGES = {"flashpair": "python/flashpair", "flashpair.backends.triton.kernels": "kernels"}
 CXX, RECORD = compilers.cpp()
 NVCC, CUDA_RECORD = compilers.cuda(RECORD)
 EXTENSIONS = ["_C"] * bool(CXX) + ["_onchip"] * bool(NVCC)

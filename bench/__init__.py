@@ -16,6 +16,6 @@ Run from the repository root; nothing here is installed. How one run goes:
 import importlib.util
 
 if importlib.util.find_spec("flashpair"):
-    from flashpair.extras import need
+    from flashpair.core.extras import need
 
     need("bench", "bench", "matplotlib", "numpy", "rich")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashpair.dispatch import obstacles
+from flashpair.engine.dispatch import obstacles
 
 from .cases import Batch, Case, make_batch
 from .family_cases import FAMILY

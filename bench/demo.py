@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import flashpair
-from flashpair import dispatch
+from flashpair.engine import dispatch
 from flashpair.metrics import retrieval
 
 from . import demo_plot, report

@@ -13,7 +13,7 @@ means that no trial changed the weight by more than float64 rounds. Similarities
 
 Whole matrices are moved, not one anchor's row: the histogram loss compares with the positives of the whole batch. Its
 bins stand still, so all moves of S are multiples of SHIFT, which must be one of the width of a bin; a shift by a part
-of a bin changes its weights (tests/test_weight_dependence.py). A criterion's reduction must not count terms above 0,
+of a bin changes its weights (test_weight_dependence.py). A criterion's reduction must not count terms above 0,
 because the weights of such an average depend on all pairs: "sum" or "mean", not "nonzero".
 """
 
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 import flashpair as fp
-from flashpair.criteria.base import Criterion, reduce_losses
-from flashpair.reference import ReferencePairs
+from flashpair.backends.reference import ReferencePairs
+from flashpair.losses.base import Criterion, reduce_losses
 
 CLASSES, PER_CLASS = 3, 3
 PAIR = (0, PER_CLASS + 1)  # an N-pair loss has the first two of each class, as anchor and as positive

@@ -1,6 +1,6 @@
 """What the GPU kernels cost, by their machine code, without a GPU: `python -m bench.gpu_cost [--json FILE]`.
 
-Each kernel is compiled for a chip that is not there (tests/aot.py), and the instructions of its loop over tiles are
+Each kernel is compiled for a chip that is not there (support/aot.py), and the instructions of its loop over tiles are
 counted by the pipe of a multiprocessor that runs them. A tile takes as long as the pipe with the most work; where there
 is one block a multiprocessor, the tensor cores' work comes on top, because its warps wait for it together. The floor
 is the tensor cores' work alone. A model, not a measurement: latencies, memory and the clock are not in it.
@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from flashpair.kernels import configs
+from flashpair.backends.triton.kernels import configs
 from triton.runtime import driver
 
-from flashpair import fused, launch
-from flashpair.reduction import OPS, SIDES
+from flashpair.backends.triton import fused, launcher
+from flashpair.core.reduction import OPS, SIDES
 
 from . import sass
 from .gpu_proof import site
 
-aot = site.load("tests/aot.py")
+aot = site.load("tests/support/aot.py")
 
 
 class Chip(NamedTuple):
@@ -93,7 +93,7 @@ def cost(kernel: Any, chip: Chip, dtype: torch.dtype, d: int, more: dict[str, An
 def report() -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     place: dict[str, Any] = {}
-    run, seen = launch.run, set()
+    run, seen = launcher.run, set()
 
     def recorded(kernel: Any, *args: Any, **more: Any) -> Any:
         compiled = run(kernel, *args, **more)
@@ -103,7 +103,7 @@ def report() -> dict[str, Any]:
             found.append({**place, "kernel": words(kernel, args, more), **own_cost})
         return compiled
 
-    launch.run = recorded
+    launcher.run = recorded
     try:
         for index, (arch, loss, dtype, d) in enumerate(CASES):
             driver.set_active(aot.Chip(arch, index))
@@ -111,7 +111,7 @@ def report() -> dict[str, Any]:
             place = {"arch": arch, "loss": loss, "dtype": str(dtype).removeprefix("torch."), "d": d}
             aot.compile_step(loss, dtype, d, False, "dot", fused)
     finally:
-        launch.run = run
+        launcher.run = run
     return {"triton": triton.__version__, "kernels": found}
 
 

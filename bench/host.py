@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 import flashpair
-from flashpair import extension, onchip, whole
+from flashpair.backends import extension
+from flashpair.backends.cuda import onchip
+from flashpair.engine import small_batch
 
 CALLS, ROUNDS = 2000, 15
 
@@ -71,7 +73,7 @@ def measure(calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, float]:
         "dense eager code": step(lambda: dense(x, labels)),
     }
     found: dict[str, list[float]] = {name: [] for name in steps}
-    caches = (onchip._limits, whole._plan, onchip._launch)
+    caches = (onchip._limits, small_batch._plan, onchip._launch)
     with (
         mock.patch.object(extension, "onchip", lambda: _NoKernel),
         mock.patch.object(extension, "emulated", lambda: True),

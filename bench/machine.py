@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import flashpair
-from flashpair import extension
+from flashpair.backends import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashpair.distributed import gather
-from flashpair.distributed.loss import slice_of
+from flashpair.distributed.global_loss import slice_of
 
 from . import machine, sent
 from .cases import Batch, Case, make_batch

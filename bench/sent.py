@@ -15,9 +15,9 @@ from unittest import mock
 
 from torch import Tensor
 
-from flashpair.distributed.ranks import RING, Ranks
-from flashpair.pieces import Job
-from flashpair.schedule import Problem
+from flashpair.chunked.reduce import Job
+from flashpair.core.problem import Problem
+from flashpair.distributed.collectives import RING, Ranks
 
 
 class Sent:

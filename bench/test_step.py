@@ -11,8 +11,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashpair import MultiSimilarityLoss, dispatch
-from flashpair.check import batch, value_and_gradient
+from flashpair import MultiSimilarityLoss
+from flashpair.engine import dispatch
+from flashpair.tools.check import batch, value_and_gradient
 
 
 @pytest.mark.parametrize("n", [64, 256, 1024])

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import flashpair
-from flashpair.criteria.base import Criterion
+from flashpair.losses.base import Criterion
 
 from .arguments import RESULTS
 from .dependence import OTHERS, PUBLISHED, STUDIED, dependence, weights

@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/nearest.h"
-#include "cpu/pass.h"
-#include "cpu/rows.h"
-#include "cpu/whole.h"
+#include "cpu/screen/nearest.h"
+#include "cpu/small_batch.h"
+#include "cpu/tile/pass.h"
+#include "cpu/tile/rows.h"
 
 namespace py = pybind11;
 using namespace flashpair;

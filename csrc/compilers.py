@@ -20,7 +20,7 @@ NVCC_FLAGS = "-O3 -std=c++17 --threads 0 -Xcompiler -fPIC,-fvisibility=hidden"
 ARCHITECTURES = ("80", "90", "100")
 
 SOURCES = {
-    "_C": ["csrc/bindings.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/int8.cpp"],
+    "_C": ["csrc/bindings.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/screen/int8.cpp"],
     "_onchip": ["csrc/cuda/bindings.cpp", "csrc/cuda/onchip.cu"],
 }
 

@@ -60,7 +60,7 @@ _EIGHT = Config(32, 32, 32, 64, (8, 1), (8, 1))
 _PLAIN = Config(64, 32, 32, 64, (8, 1), (8, 1))
 _TESTED = Config(64, 32, 64, 64, (4, 1), (4, 1))
 
-# (family, dtype): rows of (largest D, Config). These are the largest tiles that need no stack (tests/test_aot.py);
+# (family, dtype): rows of (largest D, Config). These are the largest tiles that need no stack (test_aot.py);
 # which of them, with which warps, stages and splits, are the fastest only a GPU can say.
 TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
     (AMPERE, _HALF): [

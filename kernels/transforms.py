@@ -2,7 +2,7 @@
 
 A transform is two jit functions of a block s = scale * z of float32 or float64 and the anchors' offsets: phi; and phi
 with its derivatives in s and in the offset. Those of a transform given to `flashpair.register_transform` are generated
-by programs.py.
+by backends/triton/codegen.py.
 """
 
 import triton

@@ -24,7 +24,9 @@ if not torch.cuda.is_available():  # before anything imports Triton, which looks
 
         interpreter.patch_once_a_launch()
 
-from flashpair import extension, onchip, whole
+from flashpair.backends import extension
+from flashpair.backends.cuda import onchip
+from flashpair.engine import small_batch
 
 needs_extension = pytest.mark.skipif(
     isinstance(extension.load(), str), reason=f"no compiled extension: {extension.load()}"
@@ -65,7 +67,7 @@ def chip(monkeypatch):
 
     def forget():
         onchip._limits.cache_clear()
-        whole._plan.cache_clear()
+        small_batch._plan.cache_clear()
 
     yield make
     monkeypatch.undo()

@@ -115,7 +115,7 @@ class Host:
     device = "cpu"
 
     def __init__(self) -> None:
-        load("tests/interpreter.py").patch_once_a_launch()
+        load("tests/support/interpreter.py").patch_once_a_launch()
 
     def synchronize(self) -> None:
         pass

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashpair.check import batch, value_and_gradients
-from flashpair.forms import CRITERIA
+from flashpair.losses.registry import CRITERIA
+from flashpair.tools.check import batch, value_and_gradients
 
 from ..cases import Case, make_batch
 from ..options import GB, Options
@@ -109,7 +109,7 @@ TESTED = (("float64", "float32", "bfloat16", "float16"), ((800, 128), (333, 100)
 
 
 def tested_steps() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What most kernels of the tests are compiled for: tests/test_gpu.py's every criterion against float64."""
+    """What most kernels of the tests are compiled for: test_gpu.py's every criterion against float64."""
     for loss, dtype, (n, d), impl in itertools.product(CRITERIA, *TESTED):
         case = TruthCase(loss, dtype, n, d, impl)
         if (loss, impl) == ("SoftTripleLoss", "fused"):

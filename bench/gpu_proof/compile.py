@@ -1,6 +1,6 @@
 """Stage, in the background: every kernel that later stages launch, compiled into Triton's cache without a GPU.
 
-The engine runs each case once on CPU tensors over tests/aot.py's driver, which claims to be this chip; what it would
+The engine runs each case once on CPU tensors over support/aot.py's driver, which claims to be this chip; what it would
 launch is noted, not launched. Then each kernel is compiled by a process of its own, forked from this one, so that one
 that crashes or hangs the compiler costs itself alone. Types, constants and alignment are those of a real launch, and so
 is the place in the cache.
@@ -26,6 +26,7 @@ from .machine import known
 from .plan import Plan, Tile
 from .tuning import candidate_name, candidates, chosen, gates
 
+TRITON = "flashpair.backends.triton"
 SMALL = 64  # integers from there on are sizes, not constants
 LONGEST = 120.0  # seconds that one kernel may take
 
@@ -115,15 +116,16 @@ def _tuned(case: TruthCase, tile: Tile | None) -> None:
 @contextlib.contextmanager
 def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterator[None]:
     """CPU tensors go the way of the GPU's through the engine, and launches are noted."""
-    from flashpair.kernels import configs
+    from flashpair.backends.triton.kernels import configs
     from triton.runtime import driver
 
-    from flashpair import blocked, dispatch, launch, ops, pairs, rows, schedule, sieve
-    from flashpair.criteria import base
+    from flashpair.backends.triton import launcher, screened_tiles, tiled
+    from flashpair.core import problem
+    from flashpair.engine import dispatch, pairs, row_reduce_op, sorted_rows
+    from flashpair.losses import base
 
     capability = tuple(machine["capability"])
     family = configs.CAPABILITIES.get(capability, configs.SMALL)
-    gpu = {"tiled": "flashpair.blocked", "fused": "flashpair.fused", "screened": "flashpair.sifted"}
 
     def note(kernel: Any, grid: Any, device: Any, *args: Any, warps: int, stages: int, **more: Any) -> None:
         if 0 not in grid:
@@ -131,22 +133,26 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
             seen(Wanted(kernel, tuple(map(_stand_in, args)), options))
 
     def kernel_rows(x: Tensor, order: Tensor, *, unit: bool, impl: str) -> Tensor:
-        return rows._KernelRows.apply(schedule.solid(x), order, unit)
+        return sorted_rows._KernelRows.apply(problem.solid(x), order, unit)
 
     changes = [
         (configs, "family", lambda device: family),
-        (launch, "processors", lambda device: machine["processors"]),
-        (launch, "run", note),
-        (sieve, "run", note),
+        (launcher, "processors", lambda device: machine["processors"]),
+        (launcher, "run", note),
+        (screened_tiles, "run", note),
         (dispatch, "_obstacles", lambda impl, device: ()),
-        (ops, "schedule_of", lambda impl, device: importlib.import_module(gpu[impl])),
+        (
+            row_reduce_op,
+            "schedule_of",
+            lambda impl, device: importlib.import_module(f"{TRITON}.{impl}"),
+        ),
         (pairs, "sorted_rows", kernel_rows),
         (pairs, "native", lambda impl, x, y: impl != "reference" and x.dtype.itemsize == 2),
         (base, "choose_whole", lambda *args: ""),
-        (blocked, "_product", lambda a, b, out: out),
-        (blocked, "_mirror", lambda s: None),
+        (tiled, "_product", lambda a, b, out: out),
+        (tiled, "_mirror", lambda s: None),
     ]
-    driver.set_active(site.load("tests/aot.py").Chip("{}{}".format(*capability), 0))
+    driver.set_active(site.load("tests/support/aot.py").Chip("{}{}".format(*capability), 0))
     before = [getattr(module, name) for module, name, _ in changes]
     try:
         for module, name, value in changes:

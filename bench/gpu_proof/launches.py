@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flashpair import MultiSimilarityLoss
-from flashpair.check import batch, value_and_gradient
-from flashpair.dispatch import obstacles
+from flashpair.engine.dispatch import obstacles
+from flashpair.tools.check import batch, value_and_gradient
 
 from .accelerator import Accelerator, accelerator
 from .cases import Kernels, Patience

@@ -61,7 +61,7 @@ class Plan:
         workers: processes that compile, that the tests go to; 0: the cores but two.
         most_kernels: that are compiled ahead; 0: all.
         ceiling: the side of a square product, the bytes of a copy, and rounds of each.
-        truth_losses: names of flashpair.forms.CRITERIA. truth_onchip: those of `onchip`, at `onchip_sizes`.
+        truth_losses: names of flashpair.losses.registry.CRITERIA. truth_onchip: those of `onchip`, at `onchip_sizes`.
         table: what is timed, in order of worth. rounds: timed ones of each.
         sweep_losses: what is tuned on, names of CRITERIA. sweep_n: batch sizes that are gated, and timed.
         sweep: candidates beside the row that is shipped, each timed so many times.
@@ -153,8 +153,12 @@ GPU = Plan(
     patience=120,
     compiler="inductor",
     tests_ahead=True,
-    tests=("tests/test_gpu_onchip.py", "tests/test_gpu.py", "tests/test_gpu_sifted.py"),
-    tests_alone=("tests/test_gpu.py::test_offsets_past_two_to_the_thirty_one",),
+    tests=(
+        "tests/backends/cuda/test_gpu_onchip.py",
+        "tests/backends/triton/test_gpu.py",
+        "tests/backends/triton/test_gpu_screened.py",
+    ),
+    tests_alone=("tests/backends/triton/test_gpu.py::test_offsets_past_two_to_the_thirty_one",),
 )
 HOST = Plan(
     device="cpu",
@@ -180,8 +184,8 @@ HOST = Plan(
     patience=60,
     compiler="eager",
     tests_ahead=False,
-    tests=("tests/test_compilers.py", "tests/test_gpu_onchip.py"),
-    tests_alone=("tests/test_compilers.py",),
+    tests=("tests/packaging/test_compilers.py", "tests/backends/cuda/test_gpu_onchip.py"),
+    tests_alone=("tests/packaging/test_compilers.py",),
 )
 PLANS: dict[str, Plan] = {"gpu": GPU, "host": HOST}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flashpair.check import value_and_gradients
+from flashpair.tools.check import value_and_gradients
 
 from .accelerator import accelerator
 from .cases import Kernels, Patience, TruthCase
@@ -88,7 +88,7 @@ def best(found: dict[Tile, list[Times]], shipped: list[Times]) -> tuple[Tile, Ti
 
 def report(stage: Stage, losses: list[Loss], pick: tuple[Tile, Tile], shipped: list[Times]) -> None:
     """Runs the row as a whole, says it, and writes it down as kernels/configs.py has it."""
-    from flashpair.kernels import configs
+    from flashpair.backends.triton.kernels import configs
 
     whole = [try_one(stage, loss, *pick) for loss in losses]
     if not all(whole):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flashpair.dispatch import WIDEST_FUSED
+from flashpair.engine.dispatch import WIDEST_FUSED
 
 from ..cases import Batch, make_batch
 from ..floor import make_floor

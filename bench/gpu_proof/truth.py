@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashpair.check import value_and_gradients
-from flashpair.dispatch import obstacles
+from flashpair.engine.dispatch import obstacles
+from flashpair.tools.check import value_and_gradients
 
 from .accelerator import Accelerator, accelerator
 from .cases import Kernels, Patience, TruthCase, onchip_cases, truth_cases
@@ -33,7 +33,7 @@ def worst_row(found: Tensor, truth: Tensor) -> float:
 
 def compare(found: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> dict[str, Any]:
     """Errors and bounds of the value, which is never rounded to 16 bits, and of every gradient, whose weights are, once
-    a pair, as tests/test_gpu.py has it."""
+    a pair, as tests/backends/triton/test_gpu.py has it."""
     record: dict[str, Any] = {"right": True}
     eps = {name: torch.finfo(getattr(torch, name)).eps for name in ("float32", dtype)}
     for what, exact in truth.items():

@@ -42,27 +42,27 @@ def chosen(forward: Tile | None, backward: Tile | None = None) -> Iterator[None]
 
     Columns are not shared among programs, as in a large batch, so that a small one is served by the same kernels.
     """
-    from flashpair.kernels import configs
+    from flashpair.backends.triton.kernels import configs
 
-    from flashpair import collect, fused
+    from flashpair.backends.triton import fused, gradients
 
     before, splits = configs.choose, fused.splits
-    fused.splits = collect.splits = lambda *of: 1
+    fused.splits = gradients.splits = lambda *of: 1
     if forward is not None:
         configs.choose = lambda *of: row(before(*of), forward, backward or forward)
     try:
         yield
     finally:
         configs.choose = before
-        fused.splits = collect.splits = splits
+        fused.splits = gradients.splits = splits
 
 
 @contextlib.contextmanager
 def timed_kernels(gpu: Accelerator) -> Iterator[Callable[[], dict[str, float]]]:
     """Seconds of each of the two kernels, all launches together, since the last time that it was asked."""
-    from flashpair import launch
+    from flashpair.backends.triton import launcher
 
-    before, seen = launch.run, list[tuple[str, Callable[[], float]]]()
+    before, seen = launcher.run, list[tuple[str, Callable[[], float]]]()
 
     def run(kernel: Any, *args: Any, **more: Any) -> Any:
         stop = gpu.watch()
@@ -79,8 +79,8 @@ def timed_kernels(gpu: Accelerator) -> Iterator[Callable[[], dict[str, float]]]:
         seen.clear()
         return total
 
-    launch.run = run
+    launcher.run = run
     try:
         yield take
     finally:
-        launch.run = before
+        launcher.run = before

@@ -1,10 +1,10 @@
 // Compiled once for each instruction set, which FLASHPAIR_ISA names and the compiler's flags choose.
 #include "kernels.h"
 
-#include "euclidean.h"
-#include "histogram.h"
-#include "survivors.h"
-#include "weigh.h"
+#include "cpu/screen/survivors.h"
+#include "cpu/tile/euclidean.h"
+#include "cpu/tile/weigh.h"
+#include "cpu/transform/histogram.h"
 
 namespace flashpair {
 namespace FLASHPAIR_ISA {

@@ -56,8 +56,8 @@ struct Step {
   double constant;
 };
 constexpr int MAX_STEPS = 96;
-// A transform that came as a list of steps (python/flashpair/programs.py): phi is step `value`, which needs no later
-// one; its derivatives in s = scale * z and in the anchor's offset are two others.
+// A transform that came as a list of steps (python/flashpair/core/expression.py): phi is step `value`, which needs no
+// later one; its derivatives in s = scale * z and in the anchor's offset are two others.
 struct Program {
   std::vector<Step> steps;
   int value, slope, own_slope;

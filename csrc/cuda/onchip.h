@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../whole/job.h"
+#include "../small_batch/job.h"
 
 namespace flashpair::onchip {
 

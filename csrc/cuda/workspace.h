@@ -1,6 +1,6 @@
 // The workspace of `onchip` in global memory: what its blocks leave for each other between phases.
 #pragma once
-#include "../whole/losses.h"
+#include "../small_batch/losses.h"
 #include "onchip.h"
 
 namespace flashpair::onchip {

@@ -5,7 +5,15 @@ loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
 """
 
 from . import distributed, functional, metrics, miners, samplers
-from .criteria import (
+from .backends.cpu.screened import Screening, screening
+from .chunked.streamed_references import StreamedReferences
+from .core.reduction import Bound, Reduction, histogram
+from .core.transforms import register_transform
+from .engine.cached_references import References
+from .engine.nearest import Nearest, nearest
+from .engine.pairs import Pairs, make_pairs
+from .engine.row_reduce import row_reduce
+from .losses import (
     AngularLoss,
     ArcFaceLoss,
     BinLiftedLoss,
@@ -39,17 +47,9 @@ from .criteria import (
     TripletMarginLoss,
     TupletMarginLoss,
 )
-from .cross_batch_memory import CrossBatchMemory
-from .grad_cache import GradCache
-from .neighbours import Nearest, nearest
-from .pairs import Pairs, make_pairs
-from .primitive import row_reduce
-from .reduction import Bound, Reduction, histogram
-from .references import References
-from .screened import Screening, screening
-from .stream import StreamedReferences
-from .transforms import register_transform
-from .weights import pair_weights
+from .losses.pair_weights import pair_weights
+from .memory.cross_batch_memory import CrossBatchMemory
+from .memory.grad_cache import GradCache
 
 __version__ = "0.2.0"
 

@@ -6,8 +6,9 @@ import argparse
 import io
 import sys
 
-from . import __version__, check, info
-from .reality_check import command
+from . import __version__
+from .tools import check, info
+from .tools.reality_check import command
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import criteria
+from . import losses
 
 
 def multi_similarity_loss(
@@ -28,7 +28,7 @@ def multi_similarity_loss(
     impl: str = "auto",
 ) -> Tensor:
     """`MultiSimilarityLoss` of embeddings (N, D) and labels (N,)."""
-    criterion = criteria.MultiSimilarityLoss(
+    criterion = losses.MultiSimilarityLoss(
         alpha, beta, base, epsilon, normalize=normalize, reduction=reduction, impl=impl
     )
     return criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
@@ -48,7 +48,7 @@ def n_pairs_loss(
     impl: str = "auto",
 ) -> Tensor:
     """`NPairsLoss` of embeddings (N, D) and labels (N,)."""
-    criterion = criteria.NPairsLoss(variant, l2_weight, l2_kind, normalize=normalize, reduction=reduction, impl=impl)
+    criterion = losses.NPairsLoss(variant, l2_weight, l2_kind, normalize=normalize, reduction=reduction, impl=impl)
     return criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
 
 
@@ -62,7 +62,7 @@ def lifted_structure_loss(
     impl: str = "auto",
 ) -> Tensor:
     """`LiftedStructureLoss` of embeddings (N, D) and labels (N,)."""
-    criterion = criteria.LiftedStructureLoss(margin, normalize=normalize, reduction=reduction, impl=impl)
+    criterion = losses.LiftedStructureLoss(margin, normalize=normalize, reduction=reduction, impl=impl)
     return criterion(embeddings, labels)
 
 
@@ -79,7 +79,7 @@ def generalized_lifted_structure_loss(
     impl: str = "auto",
 ) -> Tensor:
     """`GeneralizedLiftedStructureLoss` of embeddings (N, D) and labels (N,)."""
-    criterion = criteria.GeneralizedLiftedStructureLoss(
+    criterion = losses.GeneralizedLiftedStructureLoss(
         margin, distance, normalize=normalize, reduction=reduction, impl=impl
     )
     return criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
@@ -99,13 +99,13 @@ def lifted_structure_star_loss(
     impl: str = "auto",
 ) -> Tensor:
     """`LiftedStructureStarLoss` of embeddings (N, D) and labels (N,)."""
-    criterion = criteria.LiftedStructureStarLoss(
+    criterion = losses.LiftedStructureStarLoss(
         alpha, beta, epsilon, normalize=normalize, reduction=reduction, impl=impl
     )
     return criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
 
 
-def _function(kind: type[criteria.Criterion]) -> Callable[..., Tensor]:
+def _function(kind: type[losses.Criterion]) -> Callable[..., Tensor]:
     """A criterion of pairs as a function: its own arguments and defaults, after the embeddings and labels of a call."""
     of_class = inspect.signature(kind)
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -142,19 +142,19 @@ NAMES = {
     "FastAPLoss": "fastap_loss", "SupConLoss": "supcon_loss",
 }  # fmt: skip
 
-contrastive_loss = _function(criteria.ContrastiveLoss)
-snr_contrastive_loss = _function(criteria.SNRContrastiveLoss)
-triplet_margin_loss = _function(criteria.TripletMarginLoss)
-binomial_deviance_loss = _function(criteria.BinomialDevianceLoss)
-bin_lifted_loss = _function(criteria.BinLiftedLoss)
-mined_pair_loss = _function(criteria.MinedPairLoss)
-nca_loss = _function(criteria.NCALoss)
-ntxent_loss = _function(criteria.NTXentLoss)
-supcon_loss = _function(criteria.SupConLoss)
-circle_loss = _function(criteria.CircleLoss)
-tuplet_margin_loss = _function(criteria.TupletMarginLoss)
-intra_pair_variance_loss = _function(criteria.IntraPairVarianceLoss)
-margin_loss = _function(criteria.MarginLoss)
-angular_loss = _function(criteria.AngularLoss)
-histogram_loss = _function(criteria.HistogramLoss)
-fastap_loss = _function(criteria.FastAPLoss)
+contrastive_loss = _function(losses.ContrastiveLoss)
+snr_contrastive_loss = _function(losses.SNRContrastiveLoss)
+triplet_margin_loss = _function(losses.TripletMarginLoss)
+binomial_deviance_loss = _function(losses.BinomialDevianceLoss)
+bin_lifted_loss = _function(losses.BinLiftedLoss)
+mined_pair_loss = _function(losses.MinedPairLoss)
+nca_loss = _function(losses.NCALoss)
+ntxent_loss = _function(losses.NTXentLoss)
+supcon_loss = _function(losses.SupConLoss)
+circle_loss = _function(losses.CircleLoss)
+tuplet_margin_loss = _function(losses.TupletMarginLoss)
+intra_pair_variance_loss = _function(losses.IntraPairVarianceLoss)
+margin_loss = _function(losses.MarginLoss)
+angular_loss = _function(losses.AngularLoss)
+histogram_loss = _function(losses.HistogramLoss)
+fastap_loss = _function(losses.FastAPLoss)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from flashpair.dispatch import interpreted
+from flashpair.engine.dispatch import interpreted
 
 from .case import Case, read
 from .kinds import KINDS, run
@@ -69,7 +69,7 @@ def report(case: Case, words: str, whole: bool) -> None:
 def main() -> int:
     options = arguments()
     if interpreted():
-        from ..interpreter import patch_once_a_launch
+        from ..support.interpreter import patch_once_a_launch
 
         patch_once_a_launch()
     if options.case:

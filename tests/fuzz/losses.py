@@ -1,4 +1,4 @@
-"""Random criteria: every form of forms.py, and the hyper-parameters that each can have."""
+"""Random criteria: every form of losses/registry.py, and the hyper-parameters that each can have."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 import flashpair
 from flashpair import References, StreamedReferences
-from flashpair.criteria.soft_triple import unit
-from flashpair.similarity import inverse_norm
+from flashpair.core.similarity import inverse_norm
+from flashpair.losses.soft_triple import unit
 
 from . import scales
 from .case import LABELS, LAYOUTS, Batch, Case, batch, draw_changes, draw_shape, generator, maybe_fused

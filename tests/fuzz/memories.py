@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import flashpair
-import flashpair.reference
-from flashpair.reference import ReferencePairs
-from flashpair.similarity import inverse_norm, normalize, poison
+import flashpair.backends.reference
+from flashpair.backends.reference import ReferencePairs
+from flashpair.core.similarity import inverse_norm, normalize, poison
 
 from . import losses, scales
 from .case import Batch, Case, batch, generator
@@ -49,7 +49,7 @@ class DensePairs(ReferencePairs):
     """Anchors against themselves, each but for itself, and constants."""
 
     def __init__(self, x: Tensor, labels: Tensor, memory: Tensor, memory_labels: Tensor, distance: str) -> None:
-        z = flashpair.reference.dense_pairs(x, torch.cat([x, memory]), distance)
+        z = flashpair.backends.reference.dense_pairs(x, torch.cat([x, memory]), distance)
         every = torch.cat([labels, memory_labels])
         super().__init__(z, labels, every, square=False, poison=poison(x, memory))
         other = ~torch.eye(*z.shape, dtype=torch.bool)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import flashpair.reference
+import flashpair.backends.reference
 from flashpair import Reduction, SoftTripleLoss
-from flashpair.criteria.soft_triple import unit
-from flashpair.similarity import inverse_norm, normalize
+from flashpair.core.similarity import inverse_norm, normalize
+from flashpair.losses.soft_triple import unit
 
 
 class Seen(NamedTuple):
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 def watched() -> Iterator[list[Seen]]:
     """Keeps what the reference makes its similarities of, with their gradient."""
     seen: list[Seen] = []
-    plain, reduce_rows = flashpair.reference.dense_pairs, flashpair.reference.reduce_rows
+    plain, reduce_rows = flashpair.backends.reference.dense_pairs, flashpair.backends.reference.reduce_rows
     of_centres = SoftTripleLoss.pairs_of
 
     def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:
@@ -51,16 +51,16 @@ def watched() -> Iterator[list[Seen]]:
         seen.append(Seen(x, unit(made.weight).detach().flatten(0, 1), pairs.z, "dot", []))
         return pairs
 
-    flashpair.reference.dense_pairs, flashpair.reference.reduce_rows = dense_pairs, of_rows  # type: ignore[assignment]
+    flashpair.backends.reference.dense_pairs, flashpair.backends.reference.reduce_rows = dense_pairs, of_rows  # type: ignore[assignment]
     SoftTripleLoss.pairs_of = with_centres  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        flashpair.reference.dense_pairs, flashpair.reference.reduce_rows = plain, reduce_rows
+        flashpair.backends.reference.dense_pairs, flashpair.backends.reference.reduce_rows = plain, reduce_rows
         SoftTripleLoss.pairs_of = of_centres  # type: ignore[method-assign]
 
 
-NEAR, NEAR_GRADIENT = 1 / 16, 1 / 256  # csrc/cpu/euclidean.h: of |x|^2 + |y|^2, under which D^2 is summed anew
+NEAR, NEAR_GRADIENT = 1 / 16, 1 / 256  # csrc/cpu/tile/euclidean.h: of |x|^2 + |y|^2, under which D^2 is summed anew
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def by_products() -> Iterator[None]:
     """Euclidean distances of the reference as the implementations have them, |x|^2 + |y|^2 - 2 x.y where that keeps its
     digits: the same in another order, whose roundings are those of its terms.
     """
-    plain = flashpair.reference.dense_pairs
+    plain = flashpair.backends.reference.dense_pairs
 
     def dense_pairs(x: Tensor, y: Tensor, distance: str) -> Tensor:
         if distance == "dot" or x.numel() == 0 or y.numel() == 0:
@@ -82,11 +82,11 @@ def by_products() -> Iterator[None]:
             return d2
         return torch.where(d2 > 0, torch.where(d2 > 0, d2, 1.0).sqrt(), 0.0)
 
-    flashpair.reference.dense_pairs = dense_pairs
+    flashpair.backends.reference.dense_pairs = dense_pairs
     try:
         yield
     finally:
-        flashpair.reference.dense_pairs = plain
+        flashpair.backends.reference.dense_pairs = plain
 
 
 def weights(seen: list[Seen], loss: Tensor, upstream: Tensor) -> Tensor | None:

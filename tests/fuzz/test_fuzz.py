@@ -30,7 +30,7 @@ def test_found_before(case):
 @pytest.fixture
 def swallowed(monkeypatch):
     """A fault: the first row of every sum of losses is 0."""
-    import flashpair.criteria.base as base
+    import flashpair.losses.base as base
 
     whole = base.reduce_losses
 

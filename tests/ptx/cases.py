@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashpair import reference
-from flashpair.check import batch
-from flashpair.forms import CRITERIA, OfClasses
+from flashpair.backends import reference
+from flashpair.losses.registry import CRITERIA, OfClasses
+from flashpair.tools.check import batch
 
 from . import engine, launch, onchip
 from .matrix import cut

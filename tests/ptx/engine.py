@@ -10,14 +10,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from flashpair.kernels import configs
+from flashpair.backends.triton.kernels import configs
 
-from flashpair import blocked, dispatch, ops, rows
+from flashpair.backends.triton import tiled
+from flashpair.engine import dispatch, row_reduce_op, sorted_rows
 
 from .launch import chip
 
 FAMILIES = {"sm_80": configs.AMPERE, "sm_90": configs.HOPPER}
-SCHEDULES = {"tiled": "flashpair.blocked", "fused": "flashpair.fused", "screened": "flashpair.sifted"}
+SCHEDULES = ("tiled", "fused", "screened")
 BLOCK = 128  # of `blocked`, so that small batches have several
 
 
@@ -35,20 +36,20 @@ def _native(impl: str, x: torch.Tensor, y: torch.Tensor | None) -> bool:
 
 
 def _sorted_rows(x: torch.Tensor, order: torch.Tensor, *, unit: bool, impl: str) -> torch.Tensor:
-    return rows._KernelRows.apply(x.contiguous(), order, unit)
+    return sorted_rows._KernelRows.apply(x.contiguous(), order, unit)
 
 
 @contextlib.contextmanager
 def gpu(arch: str) -> Iterator[None]:
     """Until it ends, `impl` on CPU tensors means what it means on a GPU of that architecture."""
     with contextlib.ExitStack() as stack:
-        modules = {impl: importlib.import_module(name) for impl, name in SCHEDULES.items()}
-        _everywhere(stack, ops.schedule_of, lambda impl, device: modules[impl])
-        _everywhere(stack, rows.sorted_rows, _sorted_rows)
+        modules = {impl: importlib.import_module(f"flashpair.backends.triton.{impl}") for impl in SCHEDULES}
+        _everywhere(stack, row_reduce_op.schedule_of, lambda impl, device: modules[impl])
+        _everywhere(stack, sorted_rows.sorted_rows, _sorted_rows)
         _everywhere(stack, dispatch.native, _native)
         _everywhere(stack, dispatch.choose_whole, lambda *args: "")
         _everywhere(stack, dispatch._obstacles, lambda impl, device: ())
         stack.enter_context(mock.patch.object(configs, "family", lambda device: FAMILIES[arch]))
-        stack.enter_context(mock.patch.object(blocked, "BLOCK", BLOCK))
+        stack.enter_context(mock.patch.object(tiled, "BLOCK", BLOCK))
         stack.enter_context(chip(arch))
         yield

@@ -18,7 +18,9 @@ from unittest import mock
 
 import numpy as np
 
-from flashpair import extension, onchip, whole
+from flashpair.backends import extension
+from flashpair.backends.cuda import onchip
+from flashpair.engine import small_batch
 
 from . import launch as record
 from .control import assemble
@@ -27,9 +29,9 @@ from .tensors import Region, Tensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 THREADS = 256
-SOURCES = ("csrc/cuda", "csrc/whole")
+SOURCES = ("csrc/cuda", "csrc/small_batch")
 PROCESSORS, SHARED = 6, 227 * 1024  # so few that small batches have several rows a block
-ITEMSIZE = (8, 4, 2, 2)  # of embeddings, by csrc/whole/job.h's Number
+ITEMSIZE = (8, 4, 2, 2)  # of embeddings, by csrc/small_batch/job.h's Number
 NONE = 2  # the averaging of a loss of each row
 
 
@@ -63,7 +65,7 @@ def missing() -> str:
 
 @functools.cache
 def _host() -> Any:
-    from .. import emulated
+    from ..support import emulated
 
     library = emulated.build("onchip_parameters.so", ("tests/ptx/onchip_parameters.cpp",), "-fPIC -shared")
     return ctypes.CDLL(str(library)).onchip_parameters
@@ -130,7 +132,7 @@ def gpu(arch: str) -> Iterator[None]:
         limits=lambda device: (PROCESSORS, SHARED, True),
         Launch=lambda device, *rest: Launch(arch, *rest),
     )
-    caches = (onchip._limits, onchip._launch, whole._plan)
+    caches = (onchip._limits, onchip._launch, small_batch._plan)
     with mock.patch.object(extension, "onchip", lambda: module):
         for cache in caches:
             cache.cache_clear()

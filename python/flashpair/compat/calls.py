@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.similarity import dense_pairs, normalize
 from ..miners.base import chunk
-from ..similarity import dense_pairs, normalize
 
 Answer = bool | Tensor  # a tensor () of bool, which need not be there yet
 

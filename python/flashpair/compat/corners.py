@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..criteria.contrastive import SNRContrastiveLoss
-from ..criteria.softmax import NCALoss
+from ..core.reduction import Reduction
+from ..core.similarity import normalize, softplus
+from ..losses.contrastive import SNRContrastiveLoss
+from ..losses.softmax import NCALoss
 from ..miners import MultiSimilarityMiner
-from ..reduction import Reduction
-from ..similarity import normalize, softplus
 from .calls import Answer, Block, Call, blocks, of_any
 
 FEW = 4096  # labels that Python counts sooner than torch

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import Labelled
-from ..similarity import autocasts, no_autocast
+from ..core.checks import Labelled
+from ..core.similarity import autocasts, no_autocast
 from .calls import Answer, Call
 from .corners import CORNERS, Corner
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..criteria.base import Criterion
-from ..dispatch import check_name
-from ..extras import extra
+from ..core.extras import extra
+from ..engine.dispatch import check_name
+from ..losses.base import Criterion
 from .divergence import Divergence, Watch
 from .pml_losses import SWITCHES
 from .pml_parts import name, numbers, reduction, regularizers, similarity, statistics, unchanged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .. import criteria
+from .. import losses
 from .pml_switch import (
     PAIR_LOSS,
     POSITIVES,
@@ -30,11 +30,11 @@ ANY = dict.fromkeys(("mean", "nonzero", "sum", "divisor"), "mean")  # of one num
 
 SWITCHES = {
     "NPairsLoss": Switch(
-        lambda a: criteria.NPairsLoss("mc", **a.common),
+        lambda a: losses.NPairsLoss("mc", **a.common),
         reductions={"mean": "mean", "nonzero": "nonzero", "sum": "sum"},
     ),
     "LiftedStructureLoss": Switch(
-        lambda a, neg, pos: criteria.LiftedStructureLoss(neg - pos, **a.common),
+        lambda a, neg, pos: losses.LiftedStructureLoss(neg - pos, **a.common),
         MARGINS, ("euclidean",), reductions=POSITIVES, divergences=("one pair",),
     ),
     "GeneralizedLiftedStructureLoss": Switch(
@@ -42,7 +42,7 @@ SWITCHES = {
         watched=MARGINS,
     ),
     "MultiSimilarityLoss": Switch(
-        lambda a, alpha, beta, base: criteria.MultiSimilarityLoss(alpha, beta, base, a.epsilon, **a.common),
+        lambda a, alpha, beta, base: losses.MultiSimilarityLoss(alpha, beta, base, a.epsilon, **a.common),
         ("alpha", "beta", "base"), divergences=PAIR_LOSS,
     ),
     "ContrastiveLoss": Switch(
@@ -57,27 +57,27 @@ SWITCHES = {
         fixed={"swap": False, "triplets_per_anchor": "all"},
     ),
     "CircleLoss": Switch(
-        lambda a, m, gamma: criteria.CircleLoss(m, gamma, **a.common), ("m", "gamma"), divergences=PAIR_LOSS,
+        lambda a, m, gamma: losses.CircleLoss(m, gamma, **a.common), ("m", "gamma"), divergences=PAIR_LOSS,
     ),
     "NTXentLoss": Switch(
-        lambda a, temperature: criteria.NTXentLoss(temperature, **a.common),
+        lambda a, temperature: losses.NTXentLoss(temperature, **a.common),
         ("temperature",), reductions=POSITIVES, divergences=(*PAIR_LOSS, "nt-xent clip"),
     ),
     "SupConLoss": Switch(
-        lambda a, temperature: criteria.SupConLoss(temperature, **a.common),
+        lambda a, temperature: losses.SupConLoss(temperature, **a.common),
         ("temperature",), divergences=(*PAIR_LOSS, "supcon without negatives"),
     ),
     "NCALoss": Switch(
-        lambda a, scale: criteria.NCALoss(scale, a.word, **a.common),
+        lambda a, scale: losses.NCALoss(scale, a.word, **a.common),
         ("softmax_scale",), ("squared_euclidean", "dot"), reductions=VALID,
         divergences=(*REFERENCES, "nca underflow"),
     ),
     "TupletMarginLoss": Switch(
-        lambda a, angle, scale: criteria.TupletMarginLoss(math.degrees(angle), scale, **a.common),
+        lambda a, angle, scale: losses.TupletMarginLoss(math.degrees(angle), scale, **a.common),
         ("margin", "scale"), raw=False, reductions=POSITIVES, divergences=(*PAIR_LOSS, "tuplet duplicates"),
     ),
     "IntraPairVarianceLoss": Switch(
-        lambda a, pos, neg: criteria.IntraPairVarianceLoss(pos, neg, **a.common),
+        lambda a, pos, neg: losses.IntraPairVarianceLoss(pos, neg, **a.common),
         ("pos_eps", "neg_eps"), reductions={"mean": "mean"}, divergences=PAIR_LOSS,
     ),
     "MarginLoss": Switch(
@@ -85,11 +85,11 @@ SWITCHES = {
         divergences=REFERENCES, fixed={"triplets_per_anchor": "all"}, refusals=margin_refusals,
     ),
     "FastAPLoss": Switch(
-        lambda a, bins: criteria.FastAPLoss(bins, **a.common),
+        lambda a, bins: losses.FastAPLoss(bins, **a.common),
         ("num_bins",), ("squared_euclidean",), raw=False, reductions=VALID,
     ),
     "AngularLoss": Switch(
-        lambda a: criteria.AngularLoss(math.degrees(float(a.loss.alpha)), **a.common),
+        lambda a: losses.AngularLoss(math.degrees(float(a.loss.alpha)), **a.common),
         (), ("euclidean",), raw=False, reductions=POSITIVES, divergences=("angular negatives",),
     ),
     "HistogramLoss": Switch(

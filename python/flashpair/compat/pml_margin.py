@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..criteria.margin import MarginLoss
+from ..losses.margin import MarginLoss
 
 
 class MarginLossWithPenalty(MarginLoss):

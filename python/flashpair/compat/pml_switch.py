@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import criteria
-from ..criteria.base import Criterion
+from .. import losses
+from ..losses.base import Criterion
 from .pml_margin import MarginLossWithPenalty
 from .pml_parts import Similarity
 
@@ -80,28 +80,28 @@ class Switch:
 
 def lifted(a: Asked, neg: float, pos: float) -> Criterion:
     margin = pos - neg if a.similarity.kind == "dot" else neg - pos
-    return criteria.GeneralizedLiftedStructureLoss(margin, a.word, **a.common)
+    return losses.GeneralizedLiftedStructureLoss(margin, a.word, **a.common)
 
 
 def contrastive(a: Asked, pos: float, neg: float) -> Criterion:
     if a.similarity.kind == "snr":
-        return criteria.SNRContrastiveLoss(pos, neg, **a.common)
-    return criteria.ContrastiveLoss(pos, neg, a.word, **a.common)
+        return losses.SNRContrastiveLoss(pos, neg, **a.common)
+    return losses.ContrastiveLoss(pos, neg, a.word, **a.common)
 
 
 def triplet(a: Asked, margin: float, smooth: bool) -> Criterion:
     squared = a.similarity.kind == "squared_euclidean"
     distance = "euclidean" if squared else a.word
-    return criteria.TripletMarginLoss(margin, distance, a.triplets, smooth, 2 if squared else 1, **a.common)
+    return losses.TripletMarginLoss(margin, distance, a.triplets, smooth, 2 if squared else 1, **a.common)
 
 
 def margin(a: Asked, margin: float, nu: float) -> Criterion:
     """Of a boundary that is not learned the loss has no penalty; of one boundary it has the penalty once."""
     beta, learn = a.loss.beta.detach().clone(), a.loss.learn_beta
     if len(beta) > 1:
-        return criteria.MarginLoss(margin, nu if learn else 0.0, beta, "triplets", learn, len(beta), **a.common)
+        return losses.MarginLoss(margin, nu if learn else 0.0, beta, "triplets", learn, len(beta), **a.common)
     if not (learn and nu):
-        return criteria.MarginLoss(margin, 0.0, beta[0], "triplets", learn, **a.common)
+        return losses.MarginLoss(margin, 0.0, beta[0], "triplets", learn, **a.common)
     return MarginLossWithPenalty(margin, beta[0], nu, normalize=a.similarity.unit, impl=a.impl)
 
 
@@ -114,7 +114,7 @@ def margin_refusals(loss: Any, word: str | None) -> list[str]:
 
 
 def histogram(a: Asked, delta: float) -> Criterion:
-    return criteria.HistogramLoss(round(2 / delta), **a.common)
+    return losses.HistogramLoss(round(2 / delta), **a.common)
 
 
 def histogram_refusals(loss: Any, word: str | None) -> list[str]:
@@ -134,7 +134,7 @@ def classes(name: str, *options: str) -> Callable[..., Criterion]:
             told["include_positive"] = True
         if name == "SphereFaceLoss":  # of cosines, times the norm
             told["normalize"] = False
-        made: Criterion = getattr(criteria, name)(*_sizes(a.loss), **{**a.common, **told})
+        made: Criterion = getattr(losses, name)(*_sizes(a.loss), **{**a.common, **told})
         return made
 
     return make
@@ -149,7 +149,7 @@ def _sizes(loss: Any) -> tuple[int, int]:
 
 def soft_triple(a: Asked, la: float, gamma: float, margin: float) -> Criterion:
     sizes = a.loss.num_classes, a.loss.fc.shape[0], a.loss.centers_per_class
-    return criteria.SoftTripleLoss(*sizes, la, 1 / gamma, margin, **a.common)
+    return losses.SoftTripleLoss(*sizes, la, 1 / gamma, margin, **a.common)
 
 
 def transposed(loss: Any, w: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Losses over the batch of many processes, with exact gradients, on torch.distributed."""
 
-from .classes import ShardedClasses, shard_classes
-from .loss import GlobalCriterion, gather
+from .class_shards import ShardedClasses, shard_classes
+from .global_loss import GlobalCriterion, gather
 
 __all__ = ["GlobalCriterion", "ShardedClasses", "gather", "shard_classes"]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..criteria.base import AnyPairs, Criterion, RowLosses
-from ..criteria.classes import ClassCriterion
-from .ranks import Ranks, Total, merged
+from ..losses.base import AnyPairs, Criterion, RowLosses
+from ..losses.class_loss import ClassCriterion
+from .collectives import Ranks, Total, merged
 
 ANCHORS = ("samples", "proxies")
 WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # of one process's batch, where processes share rows

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..criteria.base import Criterion
-from ..drawn import Drawn, draw
-from ..pieced import FetchedRows, PiecedPairs, in_pieces
-from ..positives import PLACES, STEPS, cut
-from ..reduction import Reduction
-from ..rows import sorted_rows
-from ..schedule import accumulator
-from ..similarity import normalize, poison, upcast
-from ..walk import NOBODY, places_of
-from .ranks import Ranks, Total, merged
-from .walks import WALKS, RankWalk
+from ..chunked.pairs import FetchedRows, PiecedPairs, in_pieces
+from ..core.chunks import NOBODY, places_of
+from ..core.class_pairs import Drawn, draw
+from ..core.positives import PLACES, STEPS, cut
+from ..core.problem import accumulator
+from ..core.reduction import Reduction
+from ..core.similarity import normalize, poison, upcast
+from ..engine.sorted_rows import sorted_rows
+from ..losses.base import Criterion
+from .collectives import Ranks, Total, merged
+from .schedules import WALKS, RankWalk
 
 
 class SharedPairs(PiecedPairs):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import flashpair
+from flashpair.core.extras import extra
 from flashpair.distributed import gather
-from flashpair.extras import extra
 from flashpair.samplers import MPerClassSampler
 
 from .setting import convolutional, leave, precision_at_10, turned_digits

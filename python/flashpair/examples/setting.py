@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import flashpair
-from flashpair.extras import extra
+from flashpair.core.extras import extra
 
 
 class Process(NamedTuple):

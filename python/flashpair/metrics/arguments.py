@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
 
 
 def several(value: Any, name: str, kind: str) -> list[Any]:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..extras import extra
-from ..similarity import upcast
+from ..core import checks
+from ..core.extras import extra
+from ..core.similarity import upcast
 
 
 class Clustering(NamedTuple):

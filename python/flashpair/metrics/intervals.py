@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..extras import extra
+from ..core.extras import extra
 
 
 class Interval(NamedTuple):

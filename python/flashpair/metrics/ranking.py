@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, neighbours
-from ..similarity import upcast
+from ..core import checks
+from ..core.similarity import upcast
+from ..engine import nearest
 
 DISTANCES = {"cosine": ("dot", True), "dot": ("dot", False), "euclidean": ("euclidean", False)}
 
@@ -42,8 +43,8 @@ class Search(NamedTuple):
         similarities or minus distances."""
         metric, unit = DISTANCES[self.distance]
         with torch.no_grad():
-            x, y, screened = neighbours.prepared(self.queries, depth, self.gallery, metric, unit, self.impl)
-            for first, found in neighbours.blocks(x, y, depth, metric, screened=screened):
+            x, y, screened = nearest.prepared(self.queries, depth, self.gallery, metric, unit, self.impl)
+            for first, found in nearest.blocks(x, y, depth, metric, screened=screened):
                 scores = -found.values if metric == "euclidean" else found.values
                 yield slice(first, first + len(scores)), self.gallery_labels[found.indices], scores
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..references import References
+from ..core import checks
+from ..engine.cached_references import References
 from .arguments import several
 from .ranking import Search, search
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..pairs import make_pairs
-from ..reduction import Reduction
-from ..references import References
+from ..core import checks
+from ..core.reduction import Reduction
+from ..engine.cached_references import References
+from ..engine.pairs import make_pairs
 from .arguments import several
 from .ranking import DISTANCES, search
 

@@ -8,10 +8,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..criteria.answers import after_init
-from ..references import References
-from ..similarity import alike, copies, dense_pairs, normalize, poison, upcast
+from ..core import checks
+from ..core.similarity import alike, copies, dense_pairs, normalize, poison, upcast
+from ..engine.cached_references import References
+from ..losses.output_checks import after_init
 
 BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made of them up to eight times that
 

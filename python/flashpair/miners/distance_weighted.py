@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..references import References
-from ..similarity import upcast
+from ..core import checks
+from ..core.similarity import upcast
+from ..engine.cached_references import References
 from .base import Block, Miner, Triplets
 
 

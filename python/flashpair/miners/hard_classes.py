@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..similarity import upcast
+from ..core import checks
+from ..core.similarity import upcast
 
 AGGREGATES = ("max", "sum")
 

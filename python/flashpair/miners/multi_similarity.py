@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import checks
+from ..core import checks
 from .base import Block, MinedPairs, Miner
 
 

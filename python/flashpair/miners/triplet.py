@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..criteria.distances import DISTANCES, similarity_of
+from ..core import checks
+from ..losses.distances import DISTANCES, similarity_of
 from .base import Block, Miner, Triplets, chunk
 
 TRIPLETS = ("semihard", "semihard_all", "hard_all", "violating")

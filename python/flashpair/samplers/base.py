@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .. import checks
+from ..core import checks
 
 
 class Classes:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from ..core import checks
 from ..miners.hard_classes import AGGREGATES, hard_classes
 from .base import Classes, ClassSampler
 

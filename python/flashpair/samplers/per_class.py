@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from ..core import checks
 from .base import Classes, ClassSampler
 
 

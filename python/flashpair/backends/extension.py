@@ -1,0 +1,82 @@
+"""The compiled kernels, loaded at first use and never at import."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]  # the build puts its files there
+INTERFACE = 4  # how Python and the kernels talk; csrc/bindings.cpp has the same number
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote down: ``extension``, ``reason``, ``compiler``, ``isas``; ``cuda``, ``cuda_reason``."""
+    path = PACKAGE / "_build.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    never = "this source tree was never built (pip install .)"
+    return {"extension": False, "reason": never, "cuda": "", "cuda_reason": never}
+
+
+def _load(name: str, variable: str, missing: str) -> ModuleType | str:
+    """flashpair.<name>, or the reason why there is none.
+
+    It is the file beside this one, never another installation's; the environment variable names another.
+    """
+    other = os.environ.get(variable)
+    if other:
+        spec = importlib.util.spec_from_file_location(f"flashpair.{name}", other)
+    else:
+        spec = PathFinder.find_spec(f"flashpair.{name}", [str(PACKAGE)])
+    if spec is None or spec.loader is None:
+        return f"{variable}={other} is no extension module" if other else missing or "the build's file is missing"
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        return str(error)
+    return module
+
+
+@functools.cache
+def load() -> ModuleType | str:
+    """The CPU kernels, or the reason why there are none. FLASHPAIR_EXTENSION: another file (the sanitized one)."""
+    module = _load("_C", "FLASHPAIR_EXTENSION", build_record()["reason"])
+    if isinstance(module, str):
+        return module
+    if getattr(module, "INTERFACE", 1) != INTERFACE:
+        return "it was built from other sources than these (pip install . again)"
+    from . import runtime
+
+    runtime.connect(module)
+    return module
+
+
+@functools.cache
+def onchip() -> ModuleType | str:
+    """The CUDA kernel, or the reason why there is none. FLASHPAIR_ONCHIP: another file (an emulated one)."""
+    return _load("_onchip", "FLASHPAIR_ONCHIP", build_record().get("cuda_reason", ""))
+
+
+def emulated() -> bool:
+    """Whether the CUDA kernel is a build for the host, which takes CPU tensors."""
+    return getattr(onchip(), "emulated", False)
+
+
+def require() -> ModuleType:
+    module = load()
+    if isinstance(module, str):
+        raise RuntimeError(f"flashpair's compiled kernels are not available: {module}")
+    return module
+
+
+@functools.cache
+def instruction_set() -> str:
+    """The best instruction set of this processor, or the one that FLASHPAIR_ISA names."""
+    return os.environ.get("FLASHPAIR_ISA") or require().instruction_sets()[0]

@@ -1,0 +1,325 @@
+"""Row reductions against references that come in pieces, of which one at a time is there.
+
+    walk ── piece ──► the schedule's forward or backward of that piece ──► one state for each anchor
+
+Computes: what one call on all references would, since a row's reductions merge: sums add up, log-sum-exps add up in
+logarithms, of extremes the better one stays. Pieces are merged in float64.
+Never materialises: more than the piece that the walk has brought. A window bound to another reduction of the call needs
+that one's value over all pieces, so each stage of a call walks once, and backward walks once more.
+Keeps for backward: the rows' values, and of extremes which reference attained them; of a call that is screened, the
+live pairs of each piece, up to a fixed number a row and reference.
+Deterministic: pieces are merged in the walk's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import screened, tiled
+from ..core import problem
+from ..core.chunks import NOBODY, Found, Piece, Walk, as_integers, as_numbers, only_once, places_of
+from ..core.problem import (
+    COUNT,
+    LOGSUMEXP,
+    MAX,
+    MIN,
+    POSITIVES,
+    SUM,
+    Given,
+    Gradients,
+    Problem,
+    Terms,
+    accumulator,
+    merge_logsumexp,
+    num_rows,
+    solid,
+    stages,
+    tops,
+)
+from ..engine import row_reduce_op
+from . import two_sided
+
+LIVE_PAIRS_PER_ROW = 8  # that are kept of a screened piece, of 8 bytes in float32: fewer than of what is at hand
+
+
+class _State:
+    """The rows' values over the pieces so far, in float64 and in schedule.py's rows, and which reference attained them.
+
+    scales: (K,) numbers or tensors (), of each term.
+    """
+
+    def __init__(self, terms: Terms, scales: Sequence[float | Tensor] | Tensor, n: int, like: Tensor) -> None:
+        start = {LOGSUMEXP: -torch.inf, MAX: -torch.inf, MIN: torch.inf, SUM: 0.0, COUNT: 0.0}
+        self.terms, self.scales, self.dtype, self.tops = terms, scales, accumulator(like.dtype), tops(terms)
+        self.total = like.new_zeros(num_rows(terms), n, dtype=torch.float64)
+        for row, t, top in zip(self.total, terms, self.tops, strict=False):
+            row.fill_(start[t.op])
+            if top >= 0:
+                self.total[top + 1] = torch.inf
+        self.winner = None
+        if any(t.indexed for t in terms):
+            self.winner = torch.full((len(terms), n), NOBODY, dtype=torch.int64, device=like.device)
+
+    def values(self) -> Tensor:
+        return self.total.to(self.dtype)
+
+    def merge(self, which: Sequence[int], own: slice, values: Tensor, winner: Tensor | None) -> None:
+        places = tops([self.terms[k] for k in which])
+        for place, k in enumerate(which):
+            op, mine, new = self.terms[k].op, self.total[k, own], values[place].double()
+            if op == LOGSUMEXP:
+                rows, new_rows = [k, self.tops[k], self.tops[k] + 1], [place, places[place], places[place] + 1]
+                by = 1.0 if self.terms[k].mapped else self.scales[k]
+                merged = merge_logsumexp(self.total[rows][:, own], values[new_rows].double(), by)
+                for row, part in zip(rows, merged, strict=True):
+                    self.total[row, own] = part
+            elif op in (SUM, COUNT):
+                mine += new
+            else:
+                if self.winner is not None and winner is not None:
+                    best, by = self.winner[k, own], winner[place]
+                    better = (new > mine) if op == MAX else (new < mine)
+                    best.copy_(torch.where(better | ((new == mine) & (by < best)), by, best))
+                mine.copy_((torch.maximum if op == MAX else torch.minimum)(mine, new))
+
+
+def resolved(terms: Terms, given: Given, which: Sequence[int], values: Tensor) -> tuple[Terms, Given]:
+    """Those terms, with windows that are bound to values (K, N) as vectors, and the vectors that they need."""
+    vectors: list[Tensor] = []
+    found = []
+    for k in which:
+        t, slots = terms[k], []
+        bounds = {2: (t.lower_of, t.lower_shift), 3: (t.upper_of, t.upper_shift)}
+        for place, slot in enumerate(t.slots):
+            of, shift = bounds.get(place, (-1, 0.0))
+            vector = values[of] + shift if of >= 0 else given.vector(slot)
+            slots.append(-1 if vector is None else len(vectors))
+            vectors += [] if vector is None else [vector]
+        found.append(t._replace(lower_of=-1, upper_of=-1, slots=tuple(slots)))
+    scale = None if given.scale is None else torch.stack([given.scale[k] for k in which])
+    return tuple(found), Given(scale, [given.scales[k] for k in which], vectors)
+
+
+class Job(NamedTuple):
+    """A call: its walk, and what ops.Spec says of it."""
+
+    walk: Walk
+    spec: row_reduce_op.Spec
+
+    def problem(self, x: Tensor, piece: Piece) -> Problem:
+        """The piece against its anchors; with `both` the anchors come first, see groups.py."""
+        labels, order, own = self.walk.labels[piece.own], self.walk.order[piece.own], x[piece.own]
+        lo = torch.searchsorted(piece.labels, labels)
+        hi = torch.searchsorted(piece.labels, labels, right=True)
+        if not piece.both or piece.y is None:
+            return Problem(own, piece.y, lo, hi, piece.end, piece.order, self.spec.distance)
+        n = own.shape[0]
+        back = torch.searchsorted(labels, piece.labels), torch.searchsorted(labels, piece.labels, right=True)
+        rows, order = torch.cat([own, piece.y]), torch.cat([order, piece.order])
+        lo, hi = torch.cat([lo + n, back[0]]), torch.cat([hi + n, back[1]])
+        return Problem(rows, None, lo, hi, None, order, self.spec.distance, n)
+
+    def operands(self, given: Given, piece: Piece) -> Given:
+        """The operands of the piece's anchors, followed with `both` by those of its other ones."""
+        vectors = [v[piece.own].contiguous() for v in given.vectors]
+        if piece.both and piece.along is not None:
+            vectors = [torch.cat(pair) for pair in zip(vectors, piece.along, strict=False)]
+        return Given(given.scale, given.scales, vectors)
+
+    def screens(self, p: Problem, terms: Terms) -> bool:
+        """Whether a piece of a call that may be screened is: `terms` are those of one stage."""
+        some = self.spec.impl == "screened" and not p.split and any(t.side != POSITIVES for t in terms)
+        return some and screened.worthwhile("tiled", p.x, p.refs)
+
+    def schedule(self, p: Problem) -> Any:
+        return tiled if self.spec.impl == "screened" else row_reduce_op.schedule_of(self.spec.impl, p.x.device)
+
+    def forward(
+        self, p: Problem, terms: Terms, given: Given, lists: bool
+    ) -> tuple[Tensor, Tensor | None, tiled.Kept | None]:
+        """Values (K, N), and which references attained extremes (K, N), by their place among all; where it is screened
+        and `lists` are wanted, the live pairs."""
+        keep, live = any(t.indexed for t in terms), None
+        if self.screens(p, terms):
+            lists = lists and any(t.weighted and t.side != POSITIVES for t in terms)
+            values, found = screened.forward(p, terms, given, keep or lists)
+            places = found.extreme
+            if lists:
+                slots = max(found.live_count.shape[0], 1)
+                live = found.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
+        elif p.split:
+            values, places = two_sided.forward(self.spec.impl, p, terms, given, keep)
+        else:
+            own = p._replace(order=two_sided.ranks(p.order)) if keep and not two_sided.joined(self.spec.impl, p) else p
+            values, kept = self.schedule(p).forward(own, terms, given, keep)
+            places = kept[0]
+        if not keep:
+            return values, None, live
+        return values, torch.where(places < 0, NOBODY, p.order[places.clamp_min(0)]), live
+
+    def backward(
+        self, p: Problem, terms: Terms, given: Given, values: Tensor, winner: Tensor | None, grads: Tensor,
+        need: Sequence[bool], live: tiled.Kept | None,
+    ) -> Gradients:  # fmt: skip
+        places = None if winner is None else places_of(winner, p.order)
+        rows = [solid(row) for row in grads]
+        if p.split:
+            if places is not None:  # the own group's rows are no references here
+                second = torch.arange(places.shape[1], device=places.device) >= p.split
+                places = torch.where((places >= p.split) == second, -1, places)
+            return two_sided.backward(self.spec.impl, p, terms, given, values, places, rows, need)
+        module = self.schedule(p)
+        kept = two_sided.kept_of(module, p, terms, places)
+        if live is not None:  # in which positives are not listed
+            listed = [kept[0], *live[1:]]
+            sides = [[g if (t.side == POSITIVES) == own else None for g, t in zip(rows, terms, strict=True)]
+                     for own in (True, False)]  # fmt: skip
+            band = module.backward(p, terms, given, values, kept, sides[0], need)
+            rest = module.backward(p, terms, given, values, listed, sides[1], need)
+            return Gradients(*(None if a is None else a + b for a, b in zip(band, rest, strict=True)))
+        found: Gradients = module.backward(p, terms, given, values, kept, rows, need)
+        return found
+
+
+Lists = dict[int, tiled.Kept]  # of pieces by their number in the walk
+
+
+def reduce_pieces(
+    job: Job, x: Tensor, y: Tensor | None, terms: Terms, given: Given, keep: bool
+) -> tuple[Tensor, Tensor | None, Lists]:
+    """Values (K, N) over all pieces, which references attained extremes, and to `keep` what pieces have left alive."""
+    scales = given.scales if given.scale is None else given.scale
+    state, lists = _State(terms, scales, x.shape[0], x), Lists()
+    for stage in stages(terms):
+        some, operands = resolved(terms, given, stage, state.values())
+        count = num_rows(some)
+        along = torch.stack(list(operands.vectors)) if operands.vectors else None
+        for number, piece in enumerate(job.walk.pieces(x, y, along)):
+            n = x[piece.own].shape[0]
+            if n and piece.labels.shape[0]:
+                values, winner, live = job.forward(job.problem(x, piece), some, job.operands(operands, piece), keep)
+                if live is not None:  # of one stage alone, see screened.refusals
+                    lists[number] = live
+            else:
+                nothing = _State(some, operands.scales, n + piece.labels.shape[0] * piece.both, x)
+                values, winner = nothing.values(), nothing.winner
+            state.merge(stage, piece.own, values[:, :n], None if winner is None else winner[:, :n])
+            if not piece.both:
+                continue
+            out = values[:, n:]
+            out = out if winner is None else torch.cat([out, as_numbers(winner[:, n:], values.dtype)])
+            for own, numbers, _ in job.walk.give(piece, out, None):
+                assert numbers is not None
+                state.merge(stage, own, numbers[:count], None if winner is None else as_integers(numbers[count:]))
+    return state.values(), state.winner, lists
+
+
+class _Backward:
+    """One backward walk: what it needs of the call, and the gradients so far."""
+
+    def __init__(
+        self, job: Job, x: Tensor, y: Tensor | None, scale: Tensor | None, vectors: Sequence[Tensor], kept: Any
+    ) -> None:
+        values, winner, self.lists, g = kept
+        every = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
+        self.which = [k for k, t in enumerate(every) if t.weighted or t.indexed]
+        given = Given(scale, job.spec.scales, vectors)
+        self.terms, self.given = resolved(every, given, self.which, values)
+        above = tops(every)
+        rows = self.which + [above[k] + more for k in self.which if above[k] >= 0 for more in (0, 1)]
+        self.job, self.x, self.y, self.values, self.grads = job, x, y, values[rows], g[self.which]
+        self.winner = winner[self.which] if winner is not None and any(t.indexed for t in self.terms) else None
+        # (term, 0 offset or 1 ref_offset) of each vector that wants a gradient
+        self.offsets = [
+            (j, what) for j, k in enumerate(self.which) for what in (0, 1) if 4 * k + what in job.spec.slots
+        ]
+        wide = accumulator(x.dtype)
+        self.dx = torch.zeros_like(x, dtype=wide)
+        self.dy = None if y is None else torch.zeros_like(y, dtype=wide)
+        self.dscale = None if scale is None else torch.zeros_like(scale)
+        self.doffset = self.values.new_zeros(len(self.offsets), x.shape[0])
+
+    def along(self) -> Tensor:
+        """What anchors need where they are references elsewhere: vectors, values, upstream gradients, winners."""
+        rows = [*(row[None] for row in self.given.vectors), self.values, self.grads]
+        return torch.cat(rows if self.winner is None else [*rows, as_numbers(self.winner, self.values.dtype)])
+
+    def run(self) -> None:
+        walk = self.job.walk
+        for number, piece in enumerate(walk.pieces(self.x, self.y, self.along())):
+            numbers, rows = self._piece(piece, self.lists.get(number))
+            if piece.both or piece.wanted:
+                self._add(walk.give(piece, numbers, rows))
+        self._add(walk.settle())
+
+    def _add(self, found: Sequence[Found]) -> None:
+        for own, numbers, rows in found:
+            if numbers is not None:
+                self.doffset[:, own] += numbers
+            if rows is not None:
+                (self.dx if self.dy is None else self.dy)[own] += rows
+
+    def _piece(self, piece: Piece, live: tiled.Kept | None) -> tuple[Tensor | None, Tensor | None]:
+        """Adds a piece's part, and returns the part of the piece's own anchors or references."""
+        own, m = piece.own, piece.labels.shape[0]
+        n, v, k = self.x[own].shape[0], len(self.given.vectors), len(self.which)
+        r = v + self.values.shape[0]
+        if not n or not m:
+            return (self.doffset.new_zeros(len(self.offsets), m) if piece.both and self.offsets else None,
+                    self.dx.new_zeros(m, self.x.shape[1]))  # fmt: skip
+        values, grads = self.values[:, own], self.grads[:, own]
+        winner = None if self.winner is None else self.winner[:, own]
+        if piece.both:
+            assert piece.along is not None
+            values = torch.cat([values, piece.along[v:r]], 1)
+            grads = torch.cat([grads, piece.along[r : r + k]], 1)
+            winner = None if winner is None else torch.cat([winner, as_integers(piece.along[r + k :])], 1)
+        wants = [any(what == kind for _, what in self.offsets) for kind in (0, 1)]
+        found = self.job.backward(
+            self.job.problem(self.x, piece), self.terms, self.job.operands(self.given, piece), values.contiguous(),
+            winner, grads, [True, piece.wanted and not piece.both, self.dscale is not None, *wants], live,
+        )  # fmt: skip
+        assert found.x is not None
+        self.dx[own] += found.x[:n]
+        if self.dscale is not None and found.scale is not None:
+            self.dscale[self.which] += found.scale.to(self.dscale.dtype)
+        numbers = None
+        if self.offsets:
+            parts = found.offset, found.ref_offset
+            numbers = torch.stack([parts[what][j] for j, what in self.offsets])  # type: ignore[index]
+            self.doffset[:, own] += numbers[:, :n]
+        if not piece.both:
+            return None, found.y
+        return None if numbers is None else numbers[:, n:], found.x[n:]
+
+    def by_slot(self) -> dict[int, Tensor]:
+        """The gradients of vectors, by their `Spec.slots`."""
+        return {4 * self.which[j] + what: row for (j, what), row in zip(self.offsets, self.doffset, strict=True)}
+
+
+class Pieces(torch.autograd.Function):
+    """ops.RowReduce over the pieces of a walk: row values (K, N). Differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, job: Job, x: Tensor, y: Tensor | None, scale: Tensor | None, *vectors: Tensor) -> Tensor:
+        terms = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
+        given = Given(scale, job.spec.scales, vectors)
+        values, winner, ctx.lists = reduce_pieces(job, x, y, terms, given, any(ctx.needs_input_grad))
+        ctx.job = job
+        ctx.save_for_backward(x, y, scale, values, winner, *vectors)
+        return values[: len(terms)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        only_once()
+        x, y, scale, values, winner, *vectors = ctx.saved_tensors
+        pass_ = _Backward(ctx.job, x, y, scale, vectors, (values, winner, ctx.lists, g))
+        if pass_.which:
+            pass_.run()
+        by_slot = pass_.by_slot()
+        dy = None if y is None or pass_.dy is None else pass_.dy.to(y.dtype)
+        return None, pass_.dx.to(x.dtype), dy, pass_.dscale, *(by_slot.get(slot) for slot in ctx.job.spec.slots)

@@ -1,0 +1,29 @@
+"""What a loss is to a schedule that computes it whole: one of a closed set of row formulas, and its numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+FORMULAS = ("multi_similarity", "lifted_star", "lifted", "n_pair", "one_vs_one", "all_pairs")
+
+
+class RowFormula(NamedTuple):
+    """A row's loss from P, logsumexp(scales[0] z) over its positives, and N, logsumexp(scales[1] z) over its negatives.
+
+    Args:
+        name: ``"multi_similarity"``: softplus(P + shifts[0]) / |scales[0]| + softplus(N + shifts[1]) / |scales[1]|;
+            ``"lifted_star"``: P / |scales[0]| + N / |scales[1]|; ``"lifted"``: max(0, P + N + shifts[0]);
+            ``"n_pair"``: softplus(P + N); ``"one_vs_one"``: the sum of softplus(scales[1] z + P) over the negatives;
+            ``"all_pairs"``: the sum of softplus(scales[0] z + N) over the positives. small_batch/losses.h has them all.
+        scales, shifts: of positives and of negatives; tensors where they are learned.
+        epsilon: the width of Multi-Similarity's mining windows; None: no mining.
+        one_pair: a class takes part with one anchor and one positive of it alone, in batch order (Sohn, 2016).
+    """
+
+    name: str
+    scales: tuple[float | Tensor, float | Tensor]
+    shifts: tuple[float | Tensor, float | Tensor] = (0.0, 0.0)
+    epsilon: float | None = None
+    one_pair: bool = False

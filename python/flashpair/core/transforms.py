@@ -1,0 +1,145 @@
+"""Transforms phi of `Reduction` beside the built-in ones: a user's own, and this package's with numbers in them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import expression
+from .checks import what
+from .reduction import BUILT_IN, TRANSFORMS
+
+
+class Custom:
+    """A transform that is not built in.
+
+    Args:
+        dense: a function of t = scale * z + offset, or of scale * z and the offset.
+        value, slope: the user's jit functions, or None.
+    """
+
+    def __init__(self, dense: Callable[..., Tensor], value: Any = None, slope: Any = None) -> None:
+        self.dense, self.value, self.slope = dense, value, slope
+        self.apart = _takes_two(dense)
+        self.program = expression.program(dense, self.apart)  # its steps, or why it has none
+        self.compiled: dict[str, Any] = {}  # what each backend has made of it, by the backend's name
+
+    def of_pairs(self, s: Tensor, own: Tensor | float) -> Tensor:
+        if self.apart:
+            return checked(self.dense(s, own), s)
+        t = s + own
+        return checked(self.dense(t), t)
+
+
+def checked(found: Any, t: Tensor) -> Tensor:
+    """What a transform has made of t."""
+    if not isinstance(found, Tensor) or (found.shape, found.dtype, found.device) != (t.shape, t.dtype, t.device):
+        raise TypeError(f"a transform must return a tensor like t, {what(t)}, got {what(found)}")
+    return found
+
+
+def _check_elementwise(name: str, dense: Callable[..., Tensor], apart: bool) -> None:
+    """ValueError for a function, not taken apart, whose result of an element hangs on the others, on the moment, or
+    whose argument is changed: asked of a few numbers. What it cannot do with them it may do with others."""
+    t = torch.tensor([[-2.5, 0.3, 1.7], [0.9, -0.6, -1.1]], dtype=torch.float64, device="cpu")
+    own = (torch.full_like(t, 0.4),) if apart else ()
+    try:
+        with torch.no_grad():
+            given = t.clone()
+            whole = dense(given, *own)
+            each = [dense(e.reshape(1), *(o[:1, 0] for o in own)) for e in t.clone().flatten()]
+    except Exception:
+        return
+    if not torch.equal(given, t):
+        raise ValueError(f"transform {name!r} must leave its argument as it is, and changes it in place")
+    checked(whole, t)
+    if not torch.allclose(whole, torch.cat(each).reshape(t.shape), rtol=1e-6, atol=1e-9, equal_nan=True):
+        raise ValueError(
+            f"transform {name!r} must be elementwise, the same of a number whatever stands beside it: of six numbers "
+            "at once it gives others than of each alone"
+        )
+
+
+def _takes_two(dense: Callable[..., Tensor]) -> bool:
+    try:
+        parameters = inspect.signature(dense).parameters.values()
+    except (TypeError, ValueError):  # of functions that are not Python's, such as torch.exp
+        return False
+    needed = sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
+    if needed > 2 or not any(p.kind <= p.VAR_POSITIONAL for p in parameters):
+        raise TypeError(f"dense must be a function of t, or of scale * z and the offset, got one of {needed} arguments")
+    return needed == 2
+
+
+_custom: dict[str, Custom] = {}
+
+
+def custom(name: str) -> Custom:
+    return _custom[name]
+
+
+def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = None, slope: Any = None) -> None:
+    """Makes ``Reduction("sum", side, name)`` mean the sum of phi(t) over a row's pairs, t = scale * z + offset.
+
+    Args:
+        name: a word of your own. Registering it again replaces it, but for graphs that wait for their backward.
+        dense: phi in PyTorch, of a tensor t of any shape and dtype, elementwise and differentiable; or of two,
+            scale * z and the offset, where they do not come in as their sum. The reference implementation, and second
+            derivatives, run it. Where it is arithmetic, exp, expm1, log, log1p, sqrt, sigmoid, tanh, softplus, relu,
+            abs, maximum, minimum, clamp, where, comparisons, detach, square and whole powers, and no more than 96 steps
+            with its derivative, it is also taken apart into these, which the C++ kernels run and from which Triton's
+            are generated: it is fused everywhere, with the numbers that it has when it is registered. Otherwise
+            ``impl="auto"`` takes the reference, and other implementations refuse.
+        value, slope: phi and phi' as functions of a block t of float32 or float64, both decorated with
+            ``triton.jit``, to stand in Triton's kernels in place of what would be generated.
+
+    Raises:
+        TypeError, ValueError: a name that is not a word or is built in, one of `value` and `slope` alone, or a function
+            that is not elementwise or returns no tensor like its argument, as far as a few numbers tell.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TypeError(f"name must be a word, got {name!r}")
+    if name in BUILT_IN:
+        raise ValueError(f"name {name!r} is a built-in transform")
+    if not callable(dense):
+        raise TypeError(f"dense must be callable, got {type(dense).__name__}")
+    if (value is None) != (slope is None):
+        raise ValueError("value and slope go together: give both triton.jit functions, or neither")
+    transform = Custom(dense, value, slope)
+    if isinstance(transform.program, str):
+        _check_elementwise(name, dense, transform.apart)
+    _register(name, transform)
+
+
+def _register(name: str, transform: Custom) -> None:
+    """The newest of a name; a graph that has gone forward with an older one goes back with it."""
+    if name in _custom:
+        before = f"{name} {len(TRANSFORMS)}"
+        TRANSFORMS[TRANSFORMS.index(name)], _custom[before] = before, _custom[name]
+    TRANSFORMS.append(name)
+    _custom[name] = transform
+
+
+def parametrised(name: str, dense: Callable[..., Tensor]) -> str:
+    """A transform of this package's with numbers in it, registered when it first comes up under a name of its own."""
+    if name not in _custom:
+        _register(name, Custom(dense))
+    return name
+
+
+def obstacles(name: str, impl: str, device: str) -> str:
+    """Why `impl` cannot run a transform; empty if it can."""
+    if name in BUILT_IN or impl == "reference":
+        return ""
+    own, compiled = _custom[name], impl in ("tiled", "screened") and device == "cpu"
+    if own.value is not None and not compiled:
+        return ""
+    return f"transform {name!r} has no fused form: {own.program}" if isinstance(own.program, str) else ""
+
+
+# What torch.compiler.assume_constant_result sets, as in dispatch.py: what a name means is looked at when it is traced.
+obstacles._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,161 @@
+"""Losses against class weights of which each process holds a part."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..chunked.class_weights import class_pairs
+from ..core.reduction import Bound, Reduction
+from ..losses.base import AnyPairs, Penalty, RowLosses, Terms
+from ..losses.class_loss import ClassCriterion
+from . import pairs as shared
+from .agreement import Described
+from .claims import check_parts
+from .collectives import Gathered, Ranks, Total, merged
+from .global_loss import GlobalCriterion, Place, slice_of
+
+
+def shard_classes(
+    criterion: ClassCriterion,
+    *,
+    schedule: str = "all_gather",
+    gradients: str = "mean",
+    group: dist.ProcessGroup | None = None,
+) -> ShardedClasses:
+    """A loss against class weights over the global batch, of whose C classes each of W processes holds C / W.
+
+    Every process calls it with its own embeddings (n, D) and labels (n,), n as it likes, and gets the loss of all, as
+    with `gather`. Embeddings are gathered, each process computes the logits of all rows against its own classes, and
+    one number a row and reduction is merged, so that neither weights nor their gradient nor optimizer state is held
+    twice. (Where the proxies are the anchors, as of ProxyAnchorLoss, embeddings pass by as `schedule` says.)
+
+    Args:
+        criterion: any loss of class weights, one of your own, too, whose `row_losses` takes sums and logsumexps without
+            windows; it is taken over: its `weight` becomes this process's part, classes
+            [first, last) of the same weights on every process (give them the same seed, or load them before).
+        schedule, gradients, group: see `gather`. The weights' gradient is that of one process, whole, of this part;
+            it belongs to no other process, so leave the criterion out of DistributedDataParallel.
+
+    Raises:
+        TypeError: a criterion without class weights, or of your own with `rows`, `pairs_of` or `penalty_of` of which
+            nothing says how they come from parts. ValueError: SoftTripleLoss with a learned `la` or `gamma`.
+        ValueError: of a call, on every process, what `gather` refuses, other classes among it.
+    """
+    if not isinstance(criterion, ClassCriterion):
+        raise TypeError(f"criterion must be a loss against class weights, got {type(criterion).__name__}")
+    check_parts(criterion)
+    return ShardedClasses(criterion, schedule, gradients, group)
+
+
+class ShardedClasses(GlobalCriterion):
+    """What `shard_classes` returns.
+
+    Attributes:
+        first, last: the classes whose weights are `criterion.weight` here.
+    """
+
+    criterion: ClassCriterion
+
+    def __init__(
+        self, criterion: ClassCriterion, schedule: str, gradients: str, group: dist.ProcessGroup | None
+    ) -> None:
+        super().__init__(criterion, schedule, gradients, group)
+        self.first, self.last = 0, criterion.num_classes
+        if dist.is_available() and dist.is_initialized():
+            ranks = Ranks(group)
+            self.first, self.last = slice_of(criterion.num_classes, ranks.world, ranks.rank)
+            criterion.weight = nn.Parameter(criterion.weight.detach()[self.first : self.last].clone())
+
+    def whole_weight(self) -> Tensor:
+        """The weights of all classes, on every process, without a graph: for a checkpoint. All must call it."""
+        weight = self.criterion.weight.detach()
+        if not (dist.is_available() and dist.is_initialized()):
+            return weight.clone()
+        ranks, count = Ranks(self.group), self.criterion.num_classes
+        ends = [slice_of(count, ranks.world, rank) for rank in range(ranks.world)]
+        return torch.cat(ranks.gather(weight, [last - first for first, last in ends]))
+
+    def _described(self) -> Described:
+        words = (f"call: {type(self).__name__}", f"schedule: {self.schedule}", f"gradients: {self.gradients}")
+        return Described(self.criterion, words, ("weight",))
+
+    def _shared(self, place: Place) -> bool:
+        return not (place.module is self.criterion and place.name == "weight")
+
+    def _rows(
+        self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, sizes: list[int],
+        ref_sizes: list[int],
+    ) -> tuple[RowLosses, AnyPairs | None]:  # fmt: skip
+        criterion = self.criterion
+        if criterion.anchors == "proxies":
+            return super()._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
+        every: Tensor = Gathered.apply(ranks, x, sizes)
+        mine = torch.cat(ranks.gather(labels, sizes)) - self.first  # of other processes' classes: outside of all here
+        rows = criterion.rows_of_parts(every, mine, lambda t: Total.apply(ranks, t), lambda t: merged(ranks, t))
+        pairs = None
+        if rows is None:
+            pairs = class_pairs(every, mine, criterion.weight, criterion.normalize, criterion.impl)
+            part = MergedPairs(pairs, ranks, self.first, criterion.num_classes)
+            rows = criterion.checked_row_losses(cast(AnyPairs, part))
+        first = sum(sizes[: ranks.rank])
+        here = slice(first, first + sizes[ranks.rank])
+
+        def own_rows(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return (values if pairs is None else pairs.restore(values))[here]
+
+        losses, valid = own_rows(rows.losses), own_rows(rows.valid)
+        terms = tuple(Terms(*(own_rows(values) for values in term)) for term in rows.terms)  # type: ignore[arg-type]
+        by = rows.denominator * int(ranks.rank == 0)  # of all rows on every process, and summed over the processes
+        assert losses is not None and valid is not None
+        return RowLosses(losses, valid, by, terms, rows.shares), None
+
+    def _proxies(self, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]) -> shared.SharedPairs:
+        return shared.of_proxies(self.criterion, self.criterion.weight, how, x, labels, sizes)
+
+    def _number(self, ranks: Ranks, penalty: Penalty) -> Tensor:
+        """A mean over all classes, of which each process has its own's part."""
+        if self.criterion.penalizes == "classes":
+            return penalty.number.detach()
+        return super()._number(ranks, penalty)
+
+
+ROW_BY_ROW = ("squares", "restore", "total", "total_logsumexp", "dtype", "count", "x", "impl", "distance", "square")
+
+
+class MergedPairs:
+    """Pairs of all rows with this process's classes [first, ...), whose row values are those of all `count` classes."""
+
+    def __init__(self, pairs: AnyPairs, ranks: Ranks, first: int, count: int) -> None:
+        self.pairs, self.ranks, self.first, self.classes = pairs, ranks, first, count
+        self.labels = pairs.labels + first
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ROW_BY_ROW:
+            raise AttributeError(f"pairs.{name} is of one process's classes, where processes share the classes out")
+        return getattr(self.pairs, name)
+
+    def num_positives(self) -> Tensor:
+        return torch.ones_like(self.labels)
+
+    def num_negatives(self) -> Tensor:
+        return torch.full_like(self.labels, self.classes - 1)
+
+    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        for r in reductions:
+            if r.op not in ("sum", "logsumexp"):
+                raise ValueError(f"classes that are shared out take sums and logsumexps, got op {r.op!r}")
+            if isinstance(r.lower, Bound) or isinstance(r.upper, Bound):
+                raise ValueError("classes that are shared out take no window whose bound is another reduction")
+            if isinstance(r.ref_offset, Tensor) and r.ref_offset.dim():
+                raise ValueError("classes that are shared out take no ref_offset of each class")
+        found = []
+        for row, r in zip(self.pairs.reduce(*reductions), reductions, strict=True):
+            row = Total.apply(self.ranks, row) if r.op == "sum" else merged(self.ranks, row)
+            found.append(row.detach() if r.detach else row)
+        return tuple(found)

@@ -1,0 +1,292 @@
+"""A criterion over the batch of all processes, each of which computes its own anchors' rows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..chunked.pairs import in_pieces
+from ..core import checks
+from ..core.similarity import no_autocast
+from ..engine.dispatch import choose
+from ..engine.pairs import Pairs
+from ..losses.base import AnyPairs, Criterion, Penalty, RowLosses, average, with_extra
+from ..losses.class_loss import ClassCriterion
+from . import pairs as shared
+from .agreement import REFUSED, Described, agree
+from .claims import SampleRows, check_claims, own, rows_of
+from .collectives import Ranks, Scaled, Shared, Total
+from .eager_gradient import AtOnce, kept
+from .schedules import WALKS
+
+GRADIENTS = ("mean", "sum")
+LABELS = ("global", "local")
+
+
+def gather(
+    criterion: Criterion,
+    *,
+    schedule: str = "all_gather",
+    gradients: str = "mean",
+    labels: str = "global",
+    group: dist.ProcessGroup | None = None,
+) -> GlobalCriterion:
+    """`criterion` over the global batch: the rows of all processes of a group, one after the other by rank.
+
+    Each process calls it with its own embeddings (n, D) and labels (n,), n as it likes, 0 among it, and gets the loss
+    of all of them, the same number on each. With `ref_emb` (m, D) and `ref_labels` (m,) anchors are its own and
+    references those of all. A process computes its own anchors' rows alone, of which every two processes share the
+    similarities. See `GlobalCriterion` for gradients. Without torch.distributed, or alone in the group, it is
+    `criterion` itself.
+
+    Args:
+        criterion: any of this package's or of your own; SoftTripleLoss and losses of class weights, too, whose weights
+            every process has whole (`shard_classes` shares them out).
+        schedule: ``"all_gather"``: one all-gather of the rows, and one reduce-scatter of their gradient; every process
+            holds all rows for a moment. ``"ring"``: one other process's rows at a time, which come while it computes.
+        gradients: how the trainer joins the processes' gradients of the network: ``"mean"``, as DistributedDataParallel
+            and FSDP do, or ``"sum"``.
+        labels: ``"global"``: equal labels are one class, on whichever processes they are. So ``torch.arange(n)`` on
+            every process makes positives of strangers. ``"local"``: labels mean something within a process alone
+            (pairs, instances, positions); equal ones of different processes are different classes. A process's
+            `labels` and `ref_labels` are of one kind.
+        group: the processes; None: all.
+
+    Of your own a criterion is what its `row_losses` says, of rows that are this process's: what it asks of all rows it
+    has to ask by `pairs.total` and `pairs.total_logsumexp`. A mean over rows by plain torch is one process's, which
+    nothing here can see.
+
+    Raises:
+        TypeError: a criterion that is none, or of your own with `forward`, `regularizer`, `pairs_of` or `rows` that say
+            more than `row_losses`.
+        ValueError: words outside these sets; local labels for a loss of class weights.
+
+    Example:
+        >>> criterion = gather(flashpair.NTXentLoss(), labels="local")
+        >>> loss = criterion(image_emb, torch.arange(n), ref_emb=text_emb, ref_labels=torch.arange(n))
+    """
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be a flashpair.Criterion, got {type(criterion).__name__}")
+    check_claims(criterion)
+    return GlobalCriterion(criterion, schedule, gradients, group, labels)
+
+
+class GlobalCriterion(nn.Module):
+    """What `gather` returns.
+
+    Gradients are exactly those of one process with the whole batch, L being its loss:
+
+    - of embeddings (and `ref_emb`) it gives W dL/dx for ``gradients="mean"``, W processes, and dL/dx for ``"sum"``.
+      Each network's gradient is then that times dx/dtheta over the process's own samples, and the mean (sum) of these
+      over the processes is dL/dtheta;
+    - of the criterion's own parameters (class weights, temperatures) it gives dL/dp whole, the same on every process:
+      leave them out of DistributedDataParallel (in it they come out right, too, at the price of one more all-reduce).
+
+    All communication is inside the call; backward only multiplies. So every process must call it as often, and the
+    first process to fail, or not to call it, makes the others fail with torch.distributed's error within the group's
+    timeout. Every call compares the criterion: its class, public attributes but `impl`, and the bits of its tensors (an
+    attribute whose name starts with an underscore is a process's own business). Within torch.utils.checkpoint the loss
+    keeps what it needs, so that nothing is sent twice; what computes it again in backward nevertheless
+    (``use_reentrant=True``) has to do so on every process. With
+    ``reduction="none"`` a process gets its own rows' losses (n,), and backward communicates: all must run it.
+    Differentiable once. The call waits for the device once, for the number of rows of each process.
+
+    Raises:
+        TypeError, ValueError: on every process, where one refuses its arguments, or where embeddings differ in width or
+            dtype, or in whether references are given, or criteria in class, hyper-parameters or values.
+        RuntimeError: an `impl` that does not take references in pieces (`tiled` and `fused` do).
+    """
+
+    def __init__(
+        self, criterion: Criterion, schedule: str, gradients: str, group: dist.ProcessGroup | None,
+        labels: str = "global",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.labels = checks.word(labels, LABELS, "labels")
+        if labels == "local" and isinstance(criterion, ClassCriterion):
+            raise ValueError(f"labels must be global for {type(criterion).__name__}, where they are classes, got local")
+        self.criterion = criterion
+        self.schedule = checks.word(schedule, tuple(WALKS), "schedule")
+        self.gradients = checks.word(gradients, GRADIENTS, "gradients")
+        self.group = group
+
+    def extra_repr(self) -> str:
+        return f"schedule={self.schedule!r}, gradients={self.gradients!r}, labels={self.labels!r}"
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
+    ) -> Tensor:
+        """The global loss () of this process's embeddings (n, D) with labels (n,); see `gather`."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
+            loss: Tensor = self.criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
+            return loss
+        ranks = Ranks(self.group)
+        try:
+            x, labels, y, ref_labels = self._checked(embeddings, labels, ref_emb, ref_labels)
+        except Exception:  # or the others would wait for this process until their time is up
+            ranks.tell(REFUSED, embeddings.device if isinstance(embeddings, Tensor) else ranks.device)
+            raise
+        with no_autocast(x.device.type):
+            return self._loss(ranks, x, labels, y, ref_labels)
+
+    def _checked(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The arguments of a call, or an error of this process alone, before it has told the others anything."""
+        batch = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
+        if self.labels == "local":
+            batch = self.criterion.check(batch[0], self._apart(batch[1]), batch[2], self._apart(batch[3]))
+        if isinstance(self.criterion, ClassCriterion) and self.criterion.anchors == "samples":
+            choose(self.criterion.impl, batch[0], None)
+        else:
+            in_pieces(self.criterion.impl, batch[0])
+        return batch
+
+    def _apart(self, labels: Tensor | None) -> Tensor | None:
+        """Local labels as global ones, no two processes' the same."""
+        if labels is None:
+            return None
+        ranks = Ranks(self.group)
+        least, most = (int(t) for t in labels.aminmax()) if labels.numel() else (0, 0)
+        if max(-least, most) >= 2**62 // ranks.world:
+            raise ValueError(f"local labels must be below 2^62 over the number of processes, {ranks.world}, in size")
+        return labels.long() * ranks.world + ranks.rank
+
+    def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
+        learned = learned_of(self.criterion)
+        wants = torch.is_grad_enabled()
+        needs = [wants and t is not None and t.requires_grad for t in (x, y)]
+        sizes, ref_sizes, needs = agree(ranks, x, y, needs, wants and bool(learned), self._described())
+        by = float(ranks.world) if self.gradients == "mean" else 1.0
+
+        def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, AnyPairs | None, Tensor | None]:
+            x = Scaled.apply(x, by) if x.requires_grad else x
+            y = Scaled.apply(y, by) if y is not None and y.requires_grad else y
+            given = {
+                place: Shared.apply(ranks, v) if v.requires_grad and self._shared(place) else v
+                for place, v in zip(learned, values, strict=True)
+            }
+            with substituted(given):
+                found, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
+                drawn = pairs.drawn_here() if isinstance(pairs, shared.SharedPairs) and pairs.has_drawn else None
+                penalty = self.criterion.penalty_of(x, labels, y, ref_labels, drawn)
+            if penalty is None:
+                return found, pairs, None
+            return found, pairs, Total.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
+
+        def share(x: Tensor, y: Tensor | None, *values: Tensor) -> Tensor:
+            found, _, extra = rows(x, y, *values)
+            loss = share_of(found, self.criterion.reduction, extra, ranks)
+            return loss + self.criterion.not_finite(x, y).to(loss.dtype)
+
+        values = [place.get() for place in learned]
+        if self.criterion.reduction == "none":
+            x = x.detach().requires_grad_() if needs[0] and not x.requires_grad else x
+            y = y.detach().requires_grad_() if y is not None and needs[1] and not y.requires_grad else y
+            with kept():
+                found, pairs, extra = rows(x, y, *values)
+                losses = with_extra(found, "none", extra)[0].losses
+                losses = losses + ranks.sum(self.criterion.not_finite(x, y).to(losses.dtype))
+                return losses if pairs is None else pairs.restore(losses)
+        loss: Tensor = AtOnce.apply(ranks, share, needs, x, y, *values)
+        return loss
+
+    def _rows(
+        self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, sizes: list[int],
+        ref_sizes: list[int],
+    ) -> tuple[RowLosses, AnyPairs | None]:  # fmt: skip
+        criterion, how = self.criterion, (ranks, self.schedule, self.criterion.impl)
+        if isinstance(criterion, ClassCriterion) and criterion.anchors == "samples":
+            if own(criterion, "rows"):
+                return criterion.rows(x, labels, y, ref_labels, criterion.impl)
+            found = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
+            return rows_of(criterion, found, ranks), cast(AnyPairs, found)
+        pairs: Pairs
+        if criterion.anchors == "proxies":
+            pairs = self._proxies(how, x, labels, sizes)
+        else:
+            x, y, unit = criterion.prepared(x, y)
+            if y is None or ref_labels is None:
+                pairs = shared.of_batch(*how, criterion.distance, unit, x, labels, sizes)
+            else:
+                pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, sizes, ref_sizes)
+        return rows_of(criterion, pairs, ranks), pairs
+
+    def _proxies(self, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]) -> shared.SharedPairs:
+        """This process's share of the proxies, which all have, as anchors against all processes' embeddings."""
+        ranks, weight = how[0], self.criterion.weight
+        assert isinstance(weight, Tensor)
+        first, last = slice_of(weight.shape[0], ranks.world, ranks.rank)
+        return shared.of_proxies(self.criterion, weight[first:last], how, x, labels, sizes)
+
+    def _described(self) -> Described:
+        """What has to be the same on every process."""
+        words = (
+            f"call: {type(self).__name__}",
+            f"schedule: {self.schedule}",
+            f"gradients: {self.gradients}",
+            f"labels: {self.labels}",
+        )
+        return Described(self.criterion, words)
+
+    def _shared(self, place: Place) -> bool:
+        """Whether what learns there is the same on every process."""
+        return True
+
+    def _number(self, ranks: Ranks, penalty: Penalty) -> Tensor:
+        """Over how many all processes' penalty is a mean."""
+        return ranks.sum(penalty.number.detach())
+
+
+def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
+    """Which of `count` things are a process's: [first, last)."""
+    return count * rank // world, count * (rank + 1) // world
+
+
+def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
+    """This process's share of the one number that its rows and the others' give; the shares add up to it."""
+    rows, extra = with_extra(rows, reduction, extra)
+    share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
+    return share if extra is None else share + extra.to(share.dtype) / ranks.world
+
+
+class Place:
+    """Where a criterion keeps a tensor that learns."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    def get(self) -> Tensor:
+        value: Tensor = getattr(self.module, self.name)
+        return value
+
+
+def learned_of(criterion: nn.Module) -> list[Place]:
+    """Parameters, and plain tensors with a graph, of a criterion and what is in it."""
+    found = []
+    for module in criterion.modules():
+        names = [*module._parameters, *(k for k, v in vars(module).items() if isinstance(v, Tensor))]
+        found += [
+            Place(module, k) for k in names if getattr(module, k) is not None and getattr(module, k).requires_grad
+        ]
+    return found
+
+
+@contextlib.contextmanager
+def substituted(values: dict[Place, Tensor]) -> Iterator[None]:
+    """Puts other tensors in these places for a while: an instance's own attributes come before its parameters."""
+    before = {place: place.module.__dict__.get(place.name) for place in values}
+    try:
+        for place, value in values.items():
+            place.module.__dict__[place.name] = value
+        yield
+    finally:
+        for place, own in before.items():
+            del place.module.__dict__[place.name]
+            if own is not None:
+                place.module.__dict__[place.name] = own

@@ -1,0 +1,96 @@
+"""References that stay the same from call to call: sorted, normalised and rounded to int8 once."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu.screened import keep_rounded
+from ..core import checks
+from .sorted_rows import sorted_rows
+
+_OWNER = "_flashpair_references"  # an attribute of the tensors that are kept
+
+
+class Ordered(NamedTuple):
+    """References by label: the caller's index of each (M,), labels (M,), rows (M, D)."""
+
+    order: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+def _tracked(t: Tensor) -> Tensor:
+    """`t` without its graph; a copy of a tensor of inference mode, whose changes nobody counts."""
+    with torch.inference_mode(False):
+        return t.clone() if t.is_inference() else t.detach()
+
+
+class References(checks.Labelled):
+    """Embeddings (M, D) with labels (M,), for many calls: ``criterion(x, labels, ref_emb=References(y, y_labels))``.
+
+    They stand where `ref_emb` does, and bring their own labels. What a call does to references alone is done at the
+    first one and kept: a sorted copy, for each dtype and for normalised rows and plain ones apart, and for `screened`
+    on the CPU one in int8 (a quarter of float32; half without VNNI). Torch's own changes in place are seen, and all is
+    done anew; those through ``.data`` or NumPy are not, nor those of tensors made in inference mode, which are copied.
+    No gradient reaches references.
+
+    Args:
+        embeddings: (M, D), float16 to float64.
+        labels: (M,), integers.
+
+    Raises:
+        TypeError, ValueError: as a criterion's `ref_emb` and `ref_labels`.
+    """
+
+    def __init__(self, embeddings: Tensor, labels: Tensor) -> None:
+        self.embeddings = _tracked(checks.embeddings(embeddings, "ref_emb", "M, D"))
+        checks.labels(labels, self.embeddings, "ref_labels", "M", "ref_emb")
+        self._source = _tracked(labels)
+        self._forget()
+        self.embeddings.__dict__[_OWNER] = weakref.ref(self)
+
+    def __len__(self) -> int:
+        return self.embeddings.shape[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return References, (self.embeddings.clone(), self._source)
+
+    @property
+    def labels(self) -> Tensor:  # type: ignore[override]
+        """(M,) int64."""
+        self._refresh()
+        return self._labels
+
+    def ordered(self, dtype: torch.dtype, unit: bool, impl: str) -> Ordered:
+        """In the order of their labels, in that dtype, of unit norm if `unit`."""
+        self._refresh()
+        key = (dtype, unit, impl == "fused")
+        if key not in self._kept:
+            with torch.inference_mode(False), torch.no_grad():  # training may follow
+                labels, order = torch.sort(self._labels, stable=True)
+                rows = sorted_rows(self.embeddings.to(dtype), order, unit=unit, impl=impl)
+            keep_rounded(rows)
+            self._kept[key] = Ordered(order, labels, rows)
+        return self._kept[key]
+
+    def _refresh(self) -> None:
+        if (self.embeddings._version, self._source._version) != self._versions:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._kept: dict[tuple[Any, ...], Ordered] = {}
+        self._versions = self.embeddings._version, self._source._version
+        with torch.inference_mode(False):
+            self._labels = self._source.to(torch.int64)
+
+
+def owner(y: Tensor | None, labels: Tensor | None) -> References | None:
+    """The References whose embeddings and labels these are, if they are any's."""
+    if y is None or torch.compiler.is_compiling():
+        return None
+    found = y.__dict__.get(_OWNER, lambda: None)()
+    return found if found is not None and found.labels is labels else None

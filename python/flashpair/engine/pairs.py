@@ -1,0 +1,286 @@
+"""The engine: pairs of anchors and references, whose row reductions are fused and never stored.
+
+    criterion -> Pairs.reduce -> one registered op -> the implementation that `dispatch` chose
+
+A `Pairs` sorts once by label; its rows stand in the order of its `labels` until `restore` puts them back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import screened
+from ..backends.reference import ReferencePairs, pad_positives, partners
+from ..core import checks, transforms
+from ..core.class_pairs import Drawn, draw
+from ..core.label_order import Plan, make_plan, one_to_one
+from ..core.positives import PLACES, STEPS, cut
+from ..core.problem import accumulator, solid
+from ..core.reduction import BUILT_IN, DISTANCES, Bound, Reduction, check_call
+from ..core.similarity import masked_logsumexp, poison, upcast
+from .cached_references import Ordered, owner
+from .dispatch import choose, native
+from .positive_pairs import dense_similarities, positive_pairs
+from .row_reduce_op import RowReduce, Spec, encode
+from .sorted_rows import sorted_rows
+
+
+class Pairs:
+    """N anchors against M references in label order. See `make_pairs`; `ReferencePairs` is the dense twin.
+
+    Attributes:
+        x: (N, D) sorted anchors; `y`: (M, D) sorted references, None if they are the anchors. float32 or float64, or
+            16 bits where `dispatch.native` says so.
+        impl: the schedule that runs; `named`: the caller asked for it by name, so that nothing else may.
+        labels: (N,) int64 in the order of the rows; `ref_labels`: (M,).
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor | None, plan: Plan, distance: str, impl: str, *, named: bool = True,
+        poison: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.x, self._y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
+        self.impl, self.named = impl, named
+        self.labels, self.square = plan.labels, plan.square
+
+    @classmethod
+    def from_embeddings(
+        cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, unit: bool,
+        impl: str, named: bool, ordered: Ordered | None = None,
+    ) -> Pairs:  # fmt: skip
+        """`ordered`: the references, where they are sorted already."""
+        if ordered is not None:
+            plan, y = make_plan(labels, ordered.labels, ordered.order), ordered.rows
+        else:
+            plan = make_plan(labels, ref_labels)
+            y = None if y is None else sorted_rows(y, plan.ref_order, unit=unit, impl=impl)
+        return cls(sorted_rows(x, plan.order, unit=unit, impl=impl), y, plan, distance, impl, named=named)
+
+    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
+        check_call(reductions, self.x, self.count, self.plan.ref_labels.shape[0])
+        if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
+            device = self.x.device.type
+            refused = [why for name in foreign if (why := transforms.obstacles(name, self.impl, device))]
+            if refused and self.named:
+                raise RuntimeError(f"impl={self.impl!r} cannot run: {'; '.join(refused)}")
+            if refused:
+                return self.dense().reduce(*reductions)
+        impl = self._schedule_of(reductions)
+        n, dtype = self.x.shape[0], accumulator(self.x.dtype)
+
+        def tensor(value: float | Tensor) -> Tensor:
+            if isinstance(value, Tensor):
+                return value.to(self.x.device, dtype)
+            return torch.full((), value, dtype=dtype, device=self.x.device)  # no copy from the host, which would wait
+
+        slots: list[int] = []
+        vectors: list[Tensor] = []
+        for k, r in enumerate(reductions):
+            own = (r.offset if isinstance(r.offset, Tensor) and not r.offset_outside else None,
+                   r.ref_offset, r.lower, r.upper)  # fmt: skip
+            for slot, value in enumerate(own):
+                if value is None or isinstance(value, Bound):
+                    continue
+                size = self.plan.ref_labels.shape[0] if slot == 1 else n
+                vector = solid(tensor(value).expand(size))
+                slots.append(4 * k + slot)
+                vectors.append(vector.detach() if slot > 1 else vector)
+        scale = None
+        if any(isinstance(r.scale, Tensor) for r in reductions):
+            scale = torch.stack([tensor(r.scale) for r in reductions])
+        rows = self._rows(encode(reductions, tuple(slots), self.distance, impl), scale, vectors)
+        found = []
+        for row, r in zip(rows, reductions, strict=True):
+            if r.offset_outside and r.offset is not None:
+                row = row + (tensor(r.offset) if isinstance(r.offset, Tensor) else r.offset)
+            row = row if self.poison is None else row + self.poison
+            found.append(row.detach() if r.detach else row)
+        return tuple(found)
+
+    def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
+        """The values (N,) of an encoded call."""
+        p = self.plan
+        given: list[Tensor | None] = [*vectors]
+        if len(vectors) == 2:  # so many more arguments than parameters make torch.compile leave out `ctx`
+            given.append(None)
+        rows: tuple[Tensor, ...] = RowReduce.apply(spec, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, scale, *given)
+        return rows
+
+    def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
+        """`impl`, or `screened` in place of `tiled` for a call that it speeds up and that nobody named `tiled` for."""
+        if self.impl == "screened":
+            if reasons := screened.refusals(reductions, self.x.shape[1]):
+                raise RuntimeError(f"impl='screened' cannot run: {'; '.join(reasons)}")
+        elif (
+            not self.named
+            and screened.worthwhile(self.impl, self.x, self.refs)
+            and not screened.refusals(reductions, self.x.shape[1])
+        ):
+            return "screened"
+        return self.impl
+
+    def dense(self) -> ReferencePairs:
+        """The same pairs, in the same order of rows, over the dense matrix."""
+        wide = accumulator(self.x.dtype)
+        z = dense_similarities(self.x.to(wide), self.refs.to(wide), self.distance)
+        column = torch.arange(self.ref_labels.shape[0], device=z.device)
+        valid = None if self.plan.end is None else column < self.plan.end
+        bad = poison(self.x, self.y) if self.poison is None else self.poison
+        return ReferencePairs(
+            z, self.labels, self.ref_labels, square=self.square, ref_valid=valid, poison=bad, order=self.plan.ref_order
+        )
+
+    def num_positives(self) -> Tensor:  # (N,) int64
+        return self.plan.hi - self.plan.lo - int(self.square)
+
+    def num_negatives(self) -> Tensor:  # (N,) int64
+        end = self.ref_labels.shape[0] if self.plan.end is None else self.plan.end
+        return end - (self.plan.hi - self.plan.lo)
+
+    def paired(self) -> Tensor:  # (N,)
+        """z_kk of a rectangular problem whose rows and references belong together one by one; dot products alone."""
+        wide = accumulator(self.x.dtype)
+        return (self.x.to(wide) * self.refs.to(wide)).sum(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of row values."""
+        return accumulator(self.x.dtype)
+
+    @property
+    def y(self) -> Tensor | None:
+        return self._y
+
+    @property
+    def ref_labels(self) -> Tensor:
+        return self.plan.ref_labels
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.x.shape[0]
+
+    def squares(self) -> Tensor:  # (N,)
+        """Squared norms of the rows."""
+        x = self.x.to(accumulator(self.x.dtype))
+        return (x * x).sum(1)
+
+    def most_positives(self, most: int | None = None) -> int:
+        if most is not None:
+            return most
+        if torch.compiler.is_compiling():  # which then leaves this call to Python, or, to be one graph, fails
+            raise RuntimeError("max_positives must be given for one compiled graph, got None")
+        return max(1, int(self.num_positives().amax())) if self.x.shape[0] else 1
+
+    def positive_blocks(self, most: int) -> list[range]:
+        """K = `most` places in blocks of which `positives` needs memory linear in N."""
+        return cut(range(most), PLACES)
+
+    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
+        """z of each row's positives (N, K), 0 where a row has fewer, and where there are any (N, K) bool.
+
+        most: K; by default the most that a row has, at least 1, for which the host waits. A row with more is NaN.
+        block: these of the K places only.
+        """
+        wide = accumulator(self.x.dtype)
+        x, y, p = self.x.to(wide), self.refs.to(wide), self.plan
+        most = self.most_positives(most)
+        block = range(most) if block is None else block
+        at = p.lo[:, None] + torch.arange(block.start, block.stop, device=x.device)
+        if self.square:
+            at = at + (at >= torch.arange(x.shape[0], device=x.device)[:, None])
+        at = at.clamp(max=max(y.shape[0] - 1, 0))
+        z = positive_pairs(x, y, at, self.distance)
+        return pad_positives(z, self.num_positives(), poison(self.x, self.y), most, block.start)
+
+    def sum_blocks(self, most: int) -> list[range]:
+        """The steps of `sums` that visit every pair of rows that have up to `most` positives, a few at a time."""
+        return cut(range(1, (most + 1) // 2 + 1), STEPS)
+
+    def at_both_ends(self, values: Tensor, other: Tensor, first: Tensor) -> Tensor:
+        """Values (N,) of the unordered pairs of `sums`, where `first`, at the pair's other end, row `other`, too."""
+        values = torch.where(first, values, 0.0)
+        return values + torch.empty_like(values).index_copy(0, other, values)
+
+    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
+        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,); p (N,),
+        and where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once.
+        """
+        p = self.plan
+        _, partner, first = partners(p.lo, p.hi, step)
+        x = self.x.to(accumulator(self.x.dtype))
+        other = x.index_select(0, partner)
+        plan = Plan(p.order, p.ref_order, p.labels, p.ref_labels, p.lo, p.hi, p.end, False)
+        sums = Pairs(x + other, x, plan, self.distance, self.impl, named=self.named)
+        return sums, (x * other).sum(1), partner, first
+
+    @property
+    def refs(self) -> Tensor:
+        return self.x if self.y is None else self.y
+
+    def draw(self) -> Drawn:
+        """One anchor and one positive of each class, as `select` takes them."""
+        return draw(self.labels, None if self.square else self.ref_labels)
+
+    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
+        """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
+        plan = one_to_one(labels, count)
+        bad = poison(self.x, self.y)  # of the samples left out, too
+        x, y = self.x.index_select(0, rows), self.refs.index_select(0, refs)
+        return Pairs(x, y, plan, self.distance, self.impl, named=self.named, poison=bad)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all rows of values (..., N); where a batch is shared by processes, over those of all."""
+        return values.sum(-1)
+
+    def total_logsumexp(self, values: Tensor) -> Tensor:
+        """The logsumexp () of all rows' values (N,), -inf among them; over all processes' rows as `total`."""
+        return masked_logsumexp(values[None], (values != -torch.inf)[None])[0]
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Row values (N,) in the caller's order."""
+        return torch.empty_like(values).index_copy(0, self.plan.order, values)
+
+
+def make_pairs(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    distance: str = "dot",
+    normalize: bool = False,
+    impl: str = "auto",
+) -> Pairs | ReferencePairs:
+    """The pairs of embeddings (N, D) with labels (N,), or of embeddings with `ref_emb` (M, D) and `ref_labels` (M,).
+
+    Args:
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``. `normalize`: L2-normalise rows first.
+        impl: as `Criterion` takes it.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named. RuntimeError: an `impl` that cannot run here, with every reason.
+    """
+    checks.word(distance, DISTANCES, "distance")
+    return checked_pairs(*checks.batch(embeddings, labels, ref_emb, ref_labels), distance, normalize, impl)
+
+
+def checked_pairs(
+    x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, normalize: bool, impl: str
+) -> Pairs | ReferencePairs:
+    """`make_pairs` of arguments that `checks.batch` has returned."""
+    chosen = choose(impl, x, y)
+    kept = owner(y, ref_labels) if chosen != "reference" else None
+    if kept is not None and y is not None:
+        dtype = x.dtype if native(chosen, x, y) else accumulator(torch.promote_types(x.dtype, y.dtype))
+        ordered = kept.ordered(dtype, normalize, chosen)
+        return Pairs.from_embeddings(
+            x.to(dtype), labels, None, None, distance, normalize, chosen, impl != "auto", ordered
+        )
+    if not native(chosen, x, y):
+        x, y = upcast(x, y)
+    if chosen == "reference":
+        return ReferencePairs.from_embeddings(x, labels, y, ref_labels, distance, normalize)
+    return Pairs.from_embeddings(x, labels, y, ref_labels, distance, normalize, chosen, impl != "auto")

@@ -1,0 +1,105 @@
+"""The public row-reduction primitive, in the caller's order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..core import checks
+from ..core.reduction import DISTANCES, Bound, Reduction, place_of
+from .pairs import Pairs, checked_pairs
+
+
+def row_reduce(
+    embeddings: Tensor,
+    labels: Tensor,
+    *reductions: Reduction,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    distance: str = "dot",
+    impl: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Row reductions of all pairs of embeddings (N, D), or of embeddings against `ref_emb` (M, D), never stored.
+
+    Differentiable in the embeddings, the references, and each reduction's scale and offsets (twice, through a dense
+    path). Reductions of one call share their passes; see `Reduction` for what they can be. A loss of your own is some
+    reductions and ordinary PyTorch on (N,) tensors; write it as a `Criterion` to have it sort only once.
+
+    Args:
+        embeddings, labels, ref_emb, ref_labels: as `Criterion` takes them; nothing is normalised here.
+        reductions: `Reduction`s whose vectors stand in the caller's order.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        impl: as `Criterion` takes it.
+
+    Returns:
+        One tensor (N,) for each reduction, in the caller's order, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: bad arguments, named. RuntimeError: an `impl` that cannot run here.
+    """
+    x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
+    for k, r in enumerate(reductions):
+        if not isinstance(r, Reduction):
+            raise TypeError(f"reductions[{k}] must be a Reduction, got {type(r).__name__}")
+        n, m = x.shape[0], (x if y is None else y).shape[0]
+        for name, size in (("scale", None), ("offset", n), ("lower", n), ("upper", n), ("ref_offset", m)):
+            _check(f"{name} of reductions[{k}]", getattr(r, name), size, x)
+    if not reductions:
+        raise ValueError("reductions must be at least one Reduction, got none")
+    checks.word(distance, DISTANCES, "distance")
+    pairs = checked_pairs(x, labels, y, ref_labels, distance, False, impl)
+    if isinstance(pairs, Pairs):
+        reductions = _sorted(reductions, pairs)
+    return tuple(pairs.restore(row) for row in pairs.reduce(*reductions))
+
+
+def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
+    """A number, or a real tensor () or (size,) on the device of `x`; a `Bound`'s shift is a number."""
+    if isinstance(value, Bound):
+        if not isinstance(value.of, Reduction):
+            raise TypeError(f"{name} must be bound to a Reduction, got {checks.what(value.of)}")
+        name, value = f"the shift of {name}", value.shift
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {checks.what(value)}")
+    if value is None:
+        return
+    shape = "()" if size is None else f"() or ({size},)"
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor of shape {shape}, got {checks.what(value)}")
+        if math.isnan(value):
+            raise ValueError(f"{name} must be a number or a tensor of shape {shape}, got NaN")
+        return
+    if value.dtype not in checks.FLOATS + checks.INTEGERS:
+        raise TypeError(f"{name} must be a real tensor of shape {shape}, got {checks.what(value)}")
+    checks.memory(value, name)
+    if tuple(value.shape) not in ((), (size,)):
+        raise ValueError(f"{name} must have shape {shape}, got {checks.what(value)}")
+    checks.like(value, x, name)
+
+
+def _sorted(reductions: tuple[Reduction, ...], pairs: Pairs) -> tuple[Reduction, ...]:
+    """The same reductions with their vectors in the order of `pairs`, and bounds on each other kept."""
+    found: list[Reduction] = []
+
+    def ordered(value: Any, order: Tensor) -> Any:
+        if isinstance(value, Bound):
+            at = place_of(value.of, reductions[: len(found)])
+            return Bound(value.of if at is None else found[at], value.shift)
+        return value.index_select(0, order) if isinstance(value, Tensor) and value.dim() else value
+
+    plan = pairs.plan
+    for r in reductions:
+        found.append(
+            replace(
+                r,
+                offset=ordered(r.offset, plan.order),
+                ref_offset=ordered(r.ref_offset, plan.ref_order),
+                lower=ordered(r.lower, plan.order),
+                upper=ordered(r.upper, plan.order),
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,174 @@
+"""Whole losses: loss and gradient by one call of a schedule that knows the formula, for batches whose steps cost more
+than their pairs.
+
+    criterion -> plan -> one autograd.Function -> `onchip` (one CUDA launch) or `tiled` on the CPU (one C++ call)
+
+It takes criteria that say their `RowFormula`. Forward leaves the gradient of the one number that the loss is, and
+backward scales it; with ``reduction="none"`` backward is a second call. Keeps for backward: that gradient, in float32
+or float64. Double backward goes through the dense reference.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.cpu import tiled
+from ..backends.cuda import onchip
+from ..core.problem import AVERAGINGS, Results, Whole, accumulator, plain, solid
+from ..core.row_formula import FORMULAS, RowFormula
+from ..core.similarity import no_autocast
+
+NONE = AVERAGINGS.index("none")
+
+
+class Spec(NamedTuple):
+    """The constants of a call, as the registered op takes them."""
+
+    code: tuple[int, ...]  # what the schedule chose for itself, formula, averaging, unit, euclidean, one_pair, mined
+    numbers: tuple[float, ...]  # scales, shifts, epsilon
+    impl: str
+
+
+def plan(
+    impl: str, formula: RowFormula | None, x: Tensor, y: Tensor | None, *, reduction: str, unit: bool, distance: str,
+    penalty: bool,
+) -> Spec | tuple[str, ...]:  # fmt: skip
+    """What `impl` is told of a criterion's call, or every reason why it cannot compute the loss whole."""
+    if formula is None:
+        return (f"{impl} knows the losses {', '.join(FORMULAS)}, and this criterion says none of them of itself",)
+    for value in formula.scales + formula.shifts:
+        if isinstance(value, Tensor):
+            return (f"{impl} takes numbers as hyper-parameters, not tensors",)
+    make = _plan_of if torch.compiler.is_compiling() else _plan
+    index = x.device.index or 0
+    if y is None:
+        return make(impl, formula, x.shape, x.shape[0], x.dtype, False, index, reduction, unit, distance, penalty)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    want_dy = y.requires_grad and torch.is_grad_enabled()
+    return make(impl, formula, x.shape, y.shape[0], dtype, want_dy, index, reduction, unit, distance, penalty)
+
+
+def _plan_of(
+    impl: str, formula: RowFormula, shape: torch.Size, m: int, dtype: torch.dtype, want_dy: bool, device: int,
+    reduction: str, unit: bool, distance: str, penalty: bool,
+) -> Spec | tuple[str, ...]:  # fmt: skip
+    n, d = shape
+    chosen: int | str
+    if impl == "onchip":
+        chosen = onchip.block_rows(n, m, d, accumulator(dtype).itemsize, want_dy, onchip.limits(device))
+    else:
+        chosen = 0  # csrc/cpu/small_batch.h takes them all
+    reasons: tuple[str, ...] = (chosen,) if isinstance(chosen, str) else ()
+    if penalty and reduction in ("none", "nonzero"):
+        reasons += (f"{impl} adds a penalty on norms to one number, not to reduction={reduction!r}",)
+    if reasons or isinstance(chosen, str):
+        return reasons
+    code = (
+        chosen, FORMULAS.index(formula.name), AVERAGINGS.index(reduction), int(unit), int(distance == "euclidean"),
+        int(formula.one_pair), int(formula.epsilon is not None),
+    )  # fmt: skip
+    return Spec(code, (*formula.scales, *formula.shifts, formula.epsilon or 0.0), impl)  # type: ignore[arg-type]
+
+
+_plan = functools.lru_cache(maxsize=1024)(_plan_of)
+
+
+def _run(x, labels, y, ref_labels, upstream, code, numbers, impl, *want) -> Results:  # type: ignore[no-untyped-def]
+    schedule = onchip if impl == "onchip" else tiled
+    return schedule.run_whole(Whole(x, labels, y, ref_labels, upstream, code, numbers, *want))
+
+
+_library = torch.library.Library("flashpair", "FRAGMENT")
+_library.define(
+    "whole_loss(Tensor x, Tensor labels, Tensor? y, Tensor? ref_labels, Tensor? upstream, int[] code, "
+    "float[] numbers, str impl, bool want_loss, bool want_share, bool want_dx, bool want_dy) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _op(x, labels, y, ref_labels, upstream, code, numbers, *rest):  # type: ignore[no-untyped-def]
+    found = _run(x, labels, y, ref_labels, upstream, tuple(code), tuple(numbers), *rest)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
+def _fake(x, labels, y, ref_labels, upstream, code, numbers, impl, *want):  # type: ignore[no-untyped-def]
+    rows = (x.shape[0],) if code[2] == NONE else ()
+    shapes = (rows, (), x.shape, (x if y is None else y).shape)
+    dtype = accumulator(x.dtype)
+    return tuple(x.new_empty(s, dtype=dtype) if w else x.new_empty(0) for s, w in zip(shapes, want, strict=True))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("whole_loss", _op, _key)
+torch.library.register_fake("flashpair::whole_loss", _fake, lib=_library)
+
+
+def _call(x: Tensor, *arguments: Any) -> Results:
+    return _run(x, *arguments) if plain(x) else torch.ops.flashpair.whole_loss(x, *arguments)
+
+
+class _Loss(torch.autograd.Function):
+    """The loss, and with `want_share` the share of valid rows. dense(x, y): the same loss, by the reference; grad:
+    whether gradients are on, which `ctx` does not say."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Spec, dense: Callable[..., Tensor] | None, want_share: bool, grad: bool, labels: Tensor,
+        ref_labels: Tensor | None, x: Tensor, y: Tensor | None,
+    ) -> Any:  # fmt: skip
+        need_x, need_y = (grad and need for need in ctx.needs_input_grad[6:])
+        now = spec.code[2] != NONE  # else the gradient has to wait for the rows' upstream
+        loss, share, dx, dy = _call(
+            x, labels, y, ref_labels, None, *spec, True, want_share, need_x and now, need_y and now
+        )
+        ctx.set_materialize_grads(False)
+        ctx.spec, ctx.dense = spec, dense
+        if need_x or need_y:
+            ctx.save_for_backward(x, y, labels, ref_labels, dx, dy)
+        if not want_share:
+            return loss
+        ctx.mark_non_differentiable(share)
+        return loss, share
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 8
+        x, y, labels, ref_labels, dx, dy = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[6:]
+        if ctx.dense is not None and torch.is_grad_enabled():  # to be differentiated again
+            with torch.enable_grad(), no_autocast(x.device.type):
+                x, y = x.view_as(x), None if y is None else y.view_as(y)  # which may owe something to each other
+                wanted = [t for t, need in ((x, need_x), (y, need_y)) if need and t is not None]
+                found = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
+            return *(None,) * 6, found.pop(0) if need_x else None, found[0] if need_y else None
+        if ctx.spec.code[2] == NONE:
+            _, _, dx, dy = _call(x, labels, y, ref_labels, solid(g), *ctx.spec, False, False, need_x, need_y)
+        else:  # in float32 before it is rounded, so that loss scaling works
+            dx, dy = dx * g if need_x else None, dy * g if need_y else None
+        if dx is not None and dx.dtype != x.dtype:
+            dx = dx.to(x.dtype)
+        if dy is not None and dy.dtype != x.dtype:
+            dy = dy.to(x.dtype)
+        return *(None,) * 6, dx, dy
+
+
+def loss(
+    spec: Spec, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, penalty: Tensor | None,
+    dense: Callable[..., Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """The loss that `plan` has let through. penalty (): added to every valid row's loss."""
+    narrow = spec.impl == "onchip"  # which takes 16 bits as they are
+    if (y is not None and y.dtype != x.dtype) or not (narrow or x.dtype.itemsize >= 4):
+        wide = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
+        x, y = x.to(wide), None if y is None else y.to(wide)
+    grad = torch.is_grad_enabled()
+    if penalty is None:
+        return _Loss.apply(spec, dense, False, grad, labels, ref_labels, x, y)
+    value, share = _Loss.apply(spec, dense, True, grad, labels, ref_labels, x, y)
+    return value + penalty.to(value.dtype) * share

@@ -1,0 +1,90 @@
+"""Embeddings in label order, normalised if the criterion asks for it: one pass over them in each direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import extension
+from ..core.problem import accumulator, address, plain, solid
+from ..core.similarity import normalize
+
+INLINE_NUMBERS = 2**18  # of embeddings that are gathered sooner than threads wake
+
+
+def _threads(x: Tensor) -> int:
+    return 1 if x.numel() < INLINE_NUMBERS else torch.get_num_threads()
+
+
+class _SortedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, unit: bool) -> Tensor:
+        module = extension.require()
+        (n, d), y = x.shape, torch.empty_like(x)
+        inverse = x.new_empty(n if unit else 0)
+        module.sorted_rows(
+            x.dtype == torch.float64,
+            address(x),
+            address(order),
+            n,
+            d,
+            address(y),
+            address(inverse) if unit else 0,
+            _threads(x),
+        )
+        ctx.unit = unit
+        ctx.save_for_backward(x, order, y, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        x, order, y, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            (dx,) = torch.autograd.grad(_composed(x, order, ctx.unit), x, g, create_graph=True)
+            return dx, None, None
+        g, (n, d) = solid(g), x.shape
+        dx = torch.empty_like(x)
+        extension.require().sorted_rows_backward(
+            x.dtype == torch.float64, address(g), address(y), address(inverse) if ctx.unit else 0,
+            address(order), n, d, address(dx), _threads(x),
+        )  # fmt: skip
+        return dx, None, None
+
+
+class _KernelRows(torch.autograd.Function):
+    """The same by Triton's kernels, in the dtype of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, unit: bool) -> Tensor:
+        from ..backends.triton import launcher
+
+        y, inverse = launcher.gather_rows(x, order, unit)
+        ctx.unit = unit
+        ctx.save_for_backward(x, order, inverse)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        from ..backends.triton import launcher
+
+        x, order, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            (dx,) = torch.autograd.grad(_composed(x, order, ctx.unit), x, g, create_graph=True)
+            return dx, None, None
+        return launcher.scatter_rows(solid(g), x, order, inverse, ctx.unit), None, None
+
+
+def _composed(x: Tensor, order: Tensor, unit: bool) -> Tensor:
+    y = normalize(x.to(accumulator(x.dtype))).to(x.dtype) if unit else x
+    return y.index_select(0, order)
+
+
+def sorted_rows(x: Tensor, order: Tensor, *, unit: bool, impl: str) -> Tensor:
+    """Rows x[order] (N, D) of x (N, D), of unit norm if `unit` (see `normalize`)."""
+    if not plain(x.detach()):
+        return _composed(x, order, unit)
+    if impl in ("tiled", "screened") and x.device.type == "cpu":
+        return _SortedRows.apply(solid(x), order, unit)
+    return _KernelRows.apply(solid(x), order, unit)

@@ -1,0 +1,97 @@
+"""Angular loss (Wang et al., ICCV 2017)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.reduction import Reduction
+from ..core.similarity import softplus
+from .base import AnyPairs, Criterion, RowLosses, Terms
+from .positive_blocks import sum_of_blocks
+
+SLACK = 16  # roundings of terms of up to 1 + 4 tan^2 in size
+
+
+class AngularLoss(Criterion):
+    """Angular loss (Wang et al., 2017), t = tan(alpha), for each ordered positive pair (a, p):
+
+    log(1 + sum_N e^(4 t^2 (x_a + x_p) . x_n - 2 (1 + t^2) x_a . x_p)).
+
+    ``form="hinge"``: max(0, |x_a - x_p|^2 - 4 t^2 |x_n - (x_a + x_p) / 2|^2) for every triplet.
+
+    Args:
+        alpha: degrees, above 0 and under 90 (45 and 40 are common).
+        form: ``"logsumexp"`` or ``"hinge"``.
+        max_positives: the most positives that an anchor has, where known; see `TripletMarginLoss`.
+        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs, those
+            without a negative counting as 0 (of ``"hinge"``: by the number of triplets, and "nonzero" over those above
+            0 by more than rounding). A row's loss is the sum of its pairs'.
+
+    Raises:
+        ValueError: the hinge with ``normalize=False``; with `ref_emb`: the loss needs the products of positives with
+            negatives.
+    """
+
+    takes_references = False
+    shown = ("alpha", "form", "max_positives")
+
+    def __init__(
+        self,
+        alpha: float = 40.0,
+        form: str = "logsumexp",
+        max_positives: int | None = None,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.alpha = checks.plain_number(alpha, "alpha", above=0)
+        if alpha >= 90:
+            raise ValueError(f"alpha must be under 90 degrees, got {alpha!r}")
+        self.form = checks.word(form, ("logsumexp", "hinge"), "form")
+        if form == "hinge" and not normalize:
+            raise ValueError("form 'hinge' is of unit vectors, got normalize=False")
+        self.max_positives = checks.most(max_positives, "max_positives")
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        blocks = pairs.sum_blocks(pairs.most_positives(self.max_positives))
+        each = self._hinges if self.form == "hinge" else self._logsumexps
+
+        def run(steps: range) -> tuple[Tensor, Tensor]:
+            found = []
+            for step in steps:
+                sums, z, other, first = pairs.sums(step)
+                found.append([pairs.at_both_ends(part, other, first) for part in each(sums, z)])
+            losses, above = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
+            return losses, above
+
+        losses, above = sum_of_blocks(run, blocks, 1, pairs.labels.device)
+        positives = pairs.num_positives()
+        if self.max_positives is not None:
+            losses = torch.where(positives > self.max_positives, torch.nan, losses)
+        if self.form == "logsumexp":
+            return RowLosses(losses, positives > 0, positives.sum())
+        triplets = positives * pairs.num_negatives()
+        return RowLosses(losses, triplets > 0, triplets.sum(), (Terms(losses, triplets, above),))
+
+    def _logsumexps(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:
+        t2 = math.tan(math.radians(self.alpha)) ** 2
+        (neg,) = sums.reduce(Reduction("logsumexp", "negatives", scale=4 * t2))
+        return softplus(neg - 2 * (1 + t2) * z), torch.zeros_like(z)
+
+    def _hinges(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:
+        """|x_a - x_p|^2 - 4 t^2 |x_n - c|^2 = 4 t^2 (x_a + x_p) . x_n + offset, c = (x_a + x_p) / 2, of unit rows."""
+        t2 = math.tan(math.radians(self.alpha)) ** 2
+        offset = 2 - 2 * z - 4 * t2 * (1 + (1 + z) / 2)
+        (loss,) = sums.reduce(Reduction("sum", "negatives", "hinge", scale=4 * t2, offset=offset))
+        if self.reduction != "nonzero":
+            return loss, torch.zeros_like(loss)
+        # Of three equal rows the hinge is 0 but for rounding, by which none is above it.
+        slack = SLACK * torch.finfo(z.dtype).eps * (1 + 4 * t2)
+        (above,) = sums.reduce(Reduction("count", "negatives", lower=((slack - offset) / (4 * t2)).detach()))
+        return loss, above

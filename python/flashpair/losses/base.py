@@ -1,0 +1,315 @@
+"""What every criterion shares: checks, normalisation, the pairs, and how row losses become one number."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.reference import ReferencePairs
+from ..chunked.streamed_references import StreamedReferences
+from ..core import checks
+from ..core.class_pairs import Drawn
+from ..core.problem import AVERAGINGS
+from ..core.reduction import DISTANCES
+from ..core.row_formula import RowFormula
+from ..core.similarity import autocasts, no_autocast, poison, upcast
+from ..engine import small_batch
+from ..engine.dispatch import check_name, choose_whole
+from ..engine.pairs import Pairs, checked_pairs
+from .output_checks import (
+    AT_ONCE,
+    Penalty,
+    RowLosses,
+    Terms,
+    after_init,
+    checked_call,
+    checked_extra,
+    checked_penalty,
+    checked_prepared,
+    checked_rows,
+    refuse_own,
+)
+
+__all__ = ["AnyPairs", "Criterion", "Penalty", "RowLosses", "Terms", "average", "reduce_losses", "with_extra"]
+
+AnyPairs = Pairs | ReferencePairs
+
+
+class Criterion(nn.Module):
+    """A loss of pairs: a subclass says what one row is in `row_losses`; this class does the rest.
+
+    Args:
+        normalize: L2-normalise embeddings (and references) first; a zero row stays zero, and so counts one whose square
+            underflows (in float32 a norm under 1e-19); one whose square overflows (1e19) is NaN.
+        reduction: ``"mean"`` (over all N rows, or the loss's own count where the class says so), ``"sum"``,
+            ``"none"`` (N,), ``"mean_valid"`` (over rows that have a loss) or ``"nonzero"`` (over row losses above 0;
+            over pairs or triplets above 0 where the class says that it averages these, and there ``"mean_pairs"``, of
+            contrastive losses, is the mean over all positive pairs plus the mean over all negative ones). An average
+            over nothing is 0.
+        impl: ``"auto"``, or one of ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"``, ``"onchip"``, which never
+            falls back.
+
+    Attributes:
+        anchors: what a row of `row_losses` is, a word of the class: ``"samples"``, of the batch, or ``"proxies"``, of
+            a `ClassCriterion`: its weights, whose references are the batch.
+        penalizes: what `penalty_of` is a mean over: ``"samples"``, or ``"classes"`` of a `ClassCriterion`.
+
+    Raises:
+        TypeError, ValueError: arguments out of their range, named, before any work.
+        RuntimeError: an explicit `impl` that cannot run on the inputs' device, with every reason.
+    """
+
+    anchors = "samples"
+    penalizes = "samples"
+    distance = "dot"
+    takes_references = True
+    averagings: tuple[str, ...] = AVERAGINGS[:5]
+    differentiates = True  # False: the gradient is by definition not the value's derivative
+
+    def __init__(self, *, normalize: bool, reduction: str, impl: str) -> None:
+        super().__init__()
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be a bool, got {type(normalize).__name__} {normalize!r}")
+        check_name(impl)
+        self._check_distance(self.distance)
+        self.normalize = normalize
+        self.reduction = checks.word(reduction, self.averagings, "reduction")
+        self.impl = impl
+
+    @property
+    def preparation(self) -> tuple[bool, Callable[[Tensor], Tensor] | None]:
+        """Whether embeddings and references are normalised, and what is done to them instead, None: nothing."""
+        return self.normalize, None
+
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+        """The pairs of a call whose arguments `check` has returned."""
+        self._check_distance(self.distance)
+        x, y, unit = self.prepared(x, y)
+        return checked_pairs(x, labels, y, ref_labels, self.distance, unit, impl)
+
+    def prepared(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
+        """Embeddings and references after `preparation`, and whether they are still to be normalised."""
+        unit, prepare = self.preparation
+        if prepare is None:
+            return x, y, unit
+        x, y = upcast(x, y)
+        name = type(self).__name__
+        own = checked_prepared(prepare(x), x, name)
+        return own, None if y is None else checked_prepared(prepare(y), y, name), unit
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
+        raise NotImplementedError(f"{type(self).__name__} has no row_losses(self, pairs), which returns RowLosses")
+
+    init_sets, init_takes = "impl", "normalize=..., reduction=..., impl=..."  # for the error where it was not called
+
+    def __init_subclass__(cls) -> None:
+        """A subclass with rows of its own does not say its parent's formula; its distance is a word of the engine's;
+        its `__init__` calls its parent's."""
+        super().__init_subclass__()
+        if "__init__" in cls.__dict__:
+            cls.__init__ = after_init(cls, cls.init_sets, cls.init_takes)  # type: ignore[method-assign]
+        if not isinstance(cls.distance, property):
+            cls._check_distance(cls.distance)
+        if "row_losses" in cls.__dict__ and "row_formula" not in cls.__dict__:
+            cls.row_formula = Criterion.row_formula  # type: ignore[method-assign]
+
+    @classmethod
+    def _check_distance(cls, distance: Any) -> None:
+        if distance not in DISTANCES:
+            hint = '; cosines are "dot" with normalize=True' if distance == "cosine" else ""
+            raise ValueError(
+                f"distance of {cls.__name__} must be one of {', '.join(DISTANCES)}, got {distance!r}{hint}"
+            )
+
+    def row_formula(self) -> RowFormula | None:
+        """The same as `row_losses` in words that a schedule of whole losses knows; None where they have none."""
+        return None
+
+    penalizes_references = False
+
+    def penalty_of(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+    ) -> Penalty | None:
+        """Of the embeddings as they came, not normalised: its mean is added to every valid row's loss; None: none.
+
+        drawn: of a loss of one pair a class, which of them take part, where that hangs on other processes' samples.
+        """
+        return None
+
+    def checked_row_losses(self, pairs: AnyPairs) -> RowLosses:
+        """`row_losses`, or the error that says what is wrong with them."""
+        return checked_rows(self.row_losses(pairs), type(self).__name__, pairs.count, pairs.labels.device)
+
+    def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+        """What is added to every valid row's loss."""
+        found = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
+        return None if found is None else found.total / found.number.clamp_min(1)
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, *tuples: Any, ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The loss of embeddings (N, D), float16 to float64, with integer labels (N,).
+
+        With `ref_emb` (M, D) and `ref_labels` (M,), or `References` or `StreamedReferences` as `ref_emb` alone, each
+        anchor's pairs are with the references, none of which is taken for the anchor itself; without, with the rest of
+        the batch. Computed and
+        returned in float32, or float64 for float64 inputs, autocast or not: a scalar, or (N,) with
+        ``reduction="none"``.
+        """
+        if tuples:
+            raise TypeError(
+                f"{type(self).__name__} takes no tuples of indices, got {len(tuples)} more argument(s): mining "
+                "is an option of the loss (epsilon, triplets, ...), so leave the miner out; references go by name, "
+                "ref_emb= and ref_labels="
+            )
+        if isinstance(ref_emb, StreamedReferences):
+            return self._streamed(embeddings, labels, ref_emb, ref_labels)
+        batch = self.check(embeddings, labels, ref_emb, ref_labels)
+        if autocasts(batch[0].device.type):
+            with no_autocast(batch[0].device.type):
+                return self._loss(*batch)
+        return self._loss(*batch)
+
+    def check(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The arguments of a call, labels as int64, or the error that names what is wrong with them."""
+        batch = checks.batch(embeddings, labels, ref_emb, ref_labels)
+        checks.parameters(self, batch[0])
+        if ref_emb is not None:
+            self.check_references()
+        return batch
+
+    def check_references(self) -> None:
+        if not self.takes_references:
+            raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None")
+
+    def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
+        extra = self._extra(x, labels, y, ref_labels)
+        formula = self.row_formula()
+        if chosen := choose_whole(self.impl, x, y, formula is not None and formula.one_pair):
+            spec = small_batch.plan(
+                chosen, formula, x, y, reduction=self.reduction, unit=self.normalize,
+                distance=self.distance, penalty=extra is not None,
+            )  # fmt: skip
+            if isinstance(spec, small_batch.Spec):
+                dense = None if torch.compiler.is_compiling() else functools.partial(self._dense, labels, ref_labels)
+                return small_batch.loss(spec, x, labels, y, ref_labels, extra, dense)
+            if self.impl == "onchip":
+                raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(spec)}")
+        return self._by_rows(x, labels, y, ref_labels, extra, self.impl)
+
+    def _extra(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
+        return checked_extra(self.regularizer(x, labels, y, ref_labels), type(self).__name__, x)
+
+    def _streamed(self, embeddings: Tensor, labels: Tensor, refs: StreamedReferences, ref_labels: Any) -> Tensor:
+        if ref_labels is not None:
+            raise ValueError("ref_labels must be None with StreamedReferences as ref_emb, which have labels")
+        self.check_references()
+        refuse_own(self, AT_ONCE, "StreamedReferences")
+        if self.penalizes_references:
+            raise ValueError(f"{type(self).__name__} with a penalty on references needs them in one piece")
+        x, labels, _, _ = self.check(embeddings, labels, None, None)
+        with no_autocast(x.device.type):
+            pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
+            loss = self.of_pieces(x, labels, pairs)
+            return loss + pairs.walk.poison
+
+    def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
+        """The loss of embeddings whose pairs come in pieces."""
+        rows = self.checked_row_losses(pairs)
+        loss = reduce_losses(rows, self.reduction, pairs, self._extra(x, labels, None, None))
+        return loss + self.not_finite(x, None).to(loss.dtype)
+
+    def _by_rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, extra: Tensor | None, impl: str
+    ) -> Tensor:
+        name = type(self).__name__
+        rows, pairs = checked_call(self.rows(x, labels, y, ref_labels, impl), name)
+        checked_rows(rows, name, x.shape[0] if pairs is None else pairs.count, x.device)
+        loss = reduce_losses(rows, self.reduction, pairs, extra)
+        return loss + self.not_finite(x, y).to(loss.dtype)
+
+    def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """0, or NaN where an embedding or reference is not finite, also where no row has a loss to show it."""
+        return poison(x, y)
+
+    def rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
+    ) -> tuple[RowLosses, AnyPairs | None]:
+        """The rows' losses of a call whose arguments `check` has returned, and their pairs, which know the order; None:
+        the caller's."""
+        pairs = self.pairs_of(x, labels, y, ref_labels, impl)
+        return self.row_losses(pairs), pairs
+
+    def _dense(self, labels: Tensor, ref_labels: Tensor | None, x: Tensor, y: Tensor | None) -> Tensor:
+        """The loss without its regularizer, by the reference: for second derivatives."""
+        return self._by_rows(x, labels, y, ref_labels, None, "reference")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Name and value of what the constructor took, for `repr`."""
+        return {name: getattr(self, name) for name in self.shown}
+
+    shown: tuple[str, ...] = ()
+
+    def extra_repr(self) -> str:
+        values = {**self.hyperparameters(), "normalize": self.normalize, "reduction": self.reduction, "impl": self.impl}
+        return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v!r}" for k, v in values.items())
+
+
+def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
+    """The loss of some rows; `extra` () is added to each valid one. pairs: None for rows in the caller's order."""
+    rows, extra = with_extra(rows, reduction, extra)
+    if reduction == "none":
+        return rows.losses if pairs is None else pairs.restore(rows.losses)
+    loss = average(rows, reduction)
+    return loss if extra is None else loss + extra.to(loss.dtype)
+
+
+def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[RowLosses, Tensor | None]:
+    """The rows with `extra` () added to each valid one, and what of it is left for their average: all of it where that
+    is one of terms, which has no rows to add it to."""
+    if extra is None or (rows.terms and reduction in ("nonzero", "mean_pairs")):
+        return rows, extra
+    extra = extra.to(rows.losses.dtype).expand_as(rows.losses)  # of a tensor () where makes the default dtype
+    losses = rows.losses + extra.masked_fill(~rows.valid, 0.0)
+    return RowLosses(losses, rows.valid, rows.denominator, rows.terms, rows.shares), None
+
+
+def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The one number of every reduction but "none". total: the sum over all processes of a count (), where they share
+    the batch and `rows` are one's own: then its share of that number."""
+    losses = rows.losses
+
+    def every(count: Tensor) -> Tensor:
+        return (count if total is None else total(count)).clamp_min(1)
+
+    if rows.shares:
+        return losses.sum()
+    if reduction == "mean_pairs":
+        return _sum_of(t.losses.sum() / every(t.number.sum()) for t in rows.terms)
+    if reduction == "nonzero" and rows.terms:
+        return _sum_of(t.losses.sum() / every(t.nonzero.sum()) for t in rows.terms if t.nonzero is not None)
+    if reduction == "nonzero":
+        positive = ~(losses <= 0)  # NaN among them
+        return torch.where(positive, losses, 0.0).sum() / every(positive.sum())
+    if reduction == "sum":
+        return losses.sum()
+    if reduction not in ("mean", "mean_valid"):
+        raise ValueError(f"reduction must be one of {', '.join(AVERAGINGS)}, got {reduction!r}")
+    by = rows.valid.sum() if reduction == "mean_valid" else rows.denominator
+    if total is not None and not isinstance(by, Tensor):
+        by = torch.full((), by, dtype=torch.int64, device=losses.device)
+    if isinstance(by, Tensor):
+        return losses.sum() / every(by)
+    return losses.mean() if by == losses.shape[0] > 0 else losses.sum() / max(by, 1)
+
+
+def _sum_of(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)

@@ -1,0 +1,203 @@
+"""Classification losses on cosines: normalised softmax (Zhai and Wu, BMVC 2019), CosFace (Wang et al., CVPR 2018),
+ArcFace (Deng et al., CVPR 2019) and SphereFace (Liu et al., CVPR 2017).
+
+L_i = log(1 + e^(neg_i - t_i)), neg the logsumexp of the other classes' logits, t the own class's, margin and all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.reduction import Reduction
+from ..core.similarity import softplus
+from .base import AnyPairs, RowLosses
+from .class_loss import ClassCriterion
+
+
+def _cross_entropy(pairs: AnyPairs, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's cosine with its own class, and the logsumexp of scale times the others'."""
+    own, neg = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "negatives", scale=scale))
+    return own, neg
+
+
+def _losses(neg: Tensor, own: Tensor) -> RowLosses:
+    losses = softplus(neg - own)
+    return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
+
+
+class NormalizedSoftmaxLoss(ClassCriterion):
+    """Cross entropy of cosines over a temperature (Zhai and Wu, 2019).
+
+    Args:
+        num_classes, embedding_size: C and D of `weight` (C, D).
+        temperature: above 0; a number or a learnable tensor ().
+        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; weights always are.
+
+    Raises:
+        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+    """
+
+    shown = (*ClassCriterion.shown, "temperature")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        temperature: float | Tensor = 0.05,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(num_classes, embedding_size, normalize=normalize, reduction=reduction, impl=impl)
+        self.temperature = checks.number(temperature, "temperature", above=0)
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        own, neg = _cross_entropy(pairs, 1 / self.temperature)
+        return _losses(neg, own / self.temperature)
+
+
+class CosFaceLoss(ClassCriterion):
+    """Large-margin cosine loss (Wang et al., 2018, eq. 4): the own class's logit is scale (cos - margin).
+
+    Args:
+        num_classes, embedding_size: C and D of `weight` (C, D).
+        margin: of the cosine; `scale`: above 0; numbers or learnable tensors ().
+        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; weights always are.
+
+    Raises:
+        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+    """
+
+    shown = (*ClassCriterion.shown, "margin", "scale")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float | Tensor = 0.35,
+        scale: float | Tensor = 64.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(num_classes, embedding_size, normalize=normalize, reduction=reduction, impl=impl)
+        self.margin = checks.number(margin, "margin")
+        self.scale = checks.number(scale, "scale", above=0)
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        own, neg = _cross_entropy(pairs, self.scale)
+        return _losses(neg, self.scale * (own - self.margin))
+
+
+class ArcFaceLoss(ClassCriterion):
+    """Additive angular margin loss (Deng et al., 2019, eq. 3): the own class's logit is scale cos(theta + margin).
+
+    Args:
+        num_classes, embedding_size: C and D of `weight` (C, D).
+        margin: degrees, from 0 to 180 (28.65 is 0.5 rad); a number.
+        scale: above 0; a number or a learnable tensor ().
+        fallback: where theta + margin is over 180 degrees, cos theta - margin sin margin (margin in radians) stands in,
+            so that the logit goes on falling.
+        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings, which without it are taken for unit
+            vectors as they are; weights always are normalised.
+
+    Raises:
+        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+    """
+
+    shown = (*ClassCriterion.shown, "margin", "scale", "fallback")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float | Tensor = 64.0,
+        fallback: bool = True,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(num_classes, embedding_size, normalize=normalize, reduction=reduction, impl=impl)
+        self.margin = checks.plain_number(margin, "margin", at_least=0)
+        if self.margin > 180:
+            raise ValueError(f"margin must be at most 180 degrees, got {margin!r}")
+        self.scale = checks.number(scale, "scale", above=0)
+        self.fallback = checks.flag(fallback, "fallback")
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        own, neg = _cross_entropy(pairs, self.scale)
+        m = math.radians(self.margin)
+        target = own * math.cos(m) - sine(own) * math.sin(m)
+        if self.fallback:
+            target = torch.where(own >= -math.cos(m), target, own - m * math.sin(m))
+        return _losses(neg, self.scale * target)
+
+
+def sine(cosine: Tensor) -> Tensor:
+    """sqrt(1 - cosine^2) with gradient 0 at its ends."""
+    rest = 1 - cosine * cosine
+    inside = rest > 0
+    return torch.where(inside, torch.where(inside, rest, 1.0).sqrt(), 0.0)
+
+
+class SphereFaceLoss(ClassCriterion):
+    """SphereFace (Liu et al., 2017, eq. 7): logits |x| cos theta, the own class's |x| psi(theta), psi(theta) =
+    (-1)^k cos(margin theta) - 2 k for theta in [k, k + 1] pi / margin.
+
+    Args:
+        num_classes, embedding_size: C and D of `weight` (C, D).
+        margin: m, an int of at least 1; `scale`: above 0, of all logits; a number or a learnable tensor ().
+        lam: the annealing weight, at least 0: the own logit is |x| (lam cos theta + psi(theta)) / (1 + lam). Set it as
+            training goes on (the authors: max(5, 1000 / (1 + 0.12 iteration))).
+        normalize, reduction, impl: see `Criterion`; as published, embeddings are not normalised. Weights always are.
+
+    Raises:
+        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+    """
+
+    shown = (*ClassCriterion.shown, "margin", "scale", "lam")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: int = 4,
+        scale: float | Tensor = 1.0,
+        lam: float = 0.0,
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(num_classes, embedding_size, normalize=normalize, reduction=reduction, impl=impl)
+        self.margin = checks.integer(margin, "margin", at_least=1)
+        self.scale = checks.number(scale, "scale", above=0)
+        self.lam = checks.plain_number(lam, "lam", at_least=0)
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        own, neg = _cross_entropy(pairs, self.scale)
+        squares = pairs.squares()
+        some = squares > 0
+        norm = torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
+        cosine = torch.where(some, own / torch.where(some, norm, 1.0), 0.0).clamp(-1, 1)
+        theta = torch.acos(cosine.detach())
+        k = (self.margin * theta / math.pi).floor().clamp_max(self.margin - 1)
+        psi = (1 - 2 * (k % 2)) * _chebyshev(cosine, self.margin) - 2 * k
+        target = norm * (self.lam * cosine + psi) / (1 + self.lam)
+        return _losses(neg, self.scale * target)
+
+
+def _chebyshev(cosine: Tensor, order: int) -> Tensor:
+    """cos(order theta) as a polynomial of cos theta, by the recurrence: smooth at the ends, where acos is not."""
+    before, now = torch.ones_like(cosine), cosine
+    for _ in range(order - 1):
+        before, now = now, 2 * cosine * now - before
+    return now

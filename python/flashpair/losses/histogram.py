@@ -1,0 +1,80 @@
+"""Losses of soft histograms: histogram loss (Ustinova and Lempitsky, NIPS 2016), FastAP (Cakir et al., CVPR 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.reduction import histogram
+from .base import AnyPairs, Criterion, RowLosses
+
+
+def of_batch(loss: Tensor, some: Tensor, pairs: AnyPairs) -> RowLosses:
+    """Row losses of a loss () that is of the whole batch: each row has the same share."""
+    n = pairs.labels.shape[0]
+    every = pairs.total(torch.ones_like(pairs.labels)).clamp_min(1)
+    return RowLosses((loss / every).expand(n), some.expand(n), n, shares=True)
+
+
+class HistogramLoss(Criterion):
+    """Histogram loss (Ustinova and Lempitsky, 2016): how probable it is that a negative pair is more similar
+    than a positive one, from soft histograms of the cosines of all positive and all negative pairs of the batch.
+
+    Args:
+        n_bins: nodes stand at -1 + 2 r / n_bins, r = 0 ... n_bins; at least 1.
+        normalize, reduction, impl: see `Criterion`; every reduction but "none" gives the one number, of which each row
+            has the same share. Without a positive or without a negative pair it is 0. Without `normalize` embeddings
+            are taken for unit vectors as they are.
+    """
+
+    shown = ("n_bins",)
+
+    def __init__(
+        self, n_bins: int = 100, *, normalize: bool = True, reduction: str = "mean", impl: str = "auto"
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.n_bins = checks.integer(n_bins, "n_bins", at_least=1)
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        nodes, step = self.n_bins + 1, 2 / self.n_bins
+        rows = pairs.reduce(*histogram("positives", nodes, -1.0, step), *histogram("negatives", nodes, -1.0, step))
+        pos, neg = (pairs.total(torch.stack(rows[k : k + nodes])) for k in (0, nodes))
+        num_pos, num_neg = pairs.total(pairs.num_positives()), pairs.total(pairs.num_negatives())
+        loss = (neg * pos.cumsum(0)).sum() / (num_pos.clamp_min(1).to(pos.dtype) * num_neg.clamp_min(1))
+        some = (num_pos > 0) & (num_neg > 0)
+        return of_batch(loss.masked_fill(~some, 0.0), some, pairs)
+
+
+class FastAPLoss(Criterion):
+    """FastAP (Cakir et al., 2019): 1 - the average precision of each anchor's ranking, from soft histograms of
+    its squared distances, in [0, 4] for unit vectors:  L_i = 1 - 1/|P| sum_l h+_l H+_l / H_l.
+
+    Args:
+        num_bins: nodes stand at 4 l / num_bins, l = 0 ... num_bins; at least 1.
+        normalize, reduction, impl: see `Criterion`; rows without a positive have no loss. Default: "mean_valid".
+            Without `normalize` embeddings are taken for unit vectors as they are.
+    """
+
+    shown = ("num_bins",)
+
+    def __init__(
+        self, num_bins: int = 10, *, normalize: bool = True, reduction: str = "mean_valid", impl: str = "auto"
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.num_bins = checks.integer(num_bins, "num_bins", at_least=1)
+        self.distance = "dot" if normalize else "squared_euclidean"
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        # of unit vectors D^2 is 2 - 2 s, which is had for less
+        nodes, first, step = self.num_bins + 1, *((1.0, -2.0) if self.distance == "dot" else (0.0, 4.0))
+        step /= self.num_bins
+        rows = pairs.reduce(*histogram("positives", nodes, first, step), *histogram("negatives", nodes, first, step))
+        pos, neg = torch.stack(rows[:nodes]), torch.stack(rows[nodes:])
+        both = (pos + neg).cumsum(0)
+        some = both > 0
+        precision = torch.where(some, pos.cumsum(0) / torch.where(some, both, 1.0), 0.0)
+        positives = pairs.num_positives()
+        valid = positives > 0
+        losses = torch.where(valid, 1 - (pos * precision).sum(0) / positives.clamp_min(1), 0.0)
+        return RowLosses(losses, valid, valid.shape[0])

@@ -1,0 +1,96 @@
+"""Margin loss (Wu et al., ICCV 2017), with one boundary or one for each class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import checks
+from ..core.reduction import Reduction
+from .base import AnyPairs, Criterion, RowLosses, Terms
+
+
+class MarginLoss(Criterion):
+    """Margin loss (Wu et al., 2017), over Euclidean distances D:
+    max(0, margin + D_ip - beta) over positives + max(0, margin + beta - D_in) over negatives, beta of anchor i's class.
+
+    Args:
+        margin: alpha, a number or a learnable tensor ().
+        nu: weight of the sum of the rows' (triplets') beta, which is divided as the pairs are; at least 0.
+        beta: the boundary: a number, or a tensor () or (num_classes,), which is copied.
+        mode: ``"pairs"``: each ordered pair once; ``"triplets"``: as often as it is in a triplet of its anchor, so that
+            an anchor needs a positive and a negative.
+        learn_beta: `beta` becomes a Parameter of the criterion; otherwise it is a buffer.
+        num_classes: None, or how many: `beta` is a tensor (num_classes,), looked up by label in [0, num_classes).
+        normalize, reduction, impl: see `Criterion`. Default: "nonzero", over the pairs of both kinds above 0 together.
+    """
+
+    distance = "euclidean"
+    shown: tuple[str, ...] = ("margin", "nu", "mode", "learn_beta", "num_classes")
+
+    def __init__(
+        self,
+        margin: float | Tensor = 0.2,
+        nu: float = 0.0,
+        beta: float | Tensor = 1.2,
+        mode: str = "pairs",
+        learn_beta: bool = False,
+        num_classes: int | None = None,
+        *,
+        normalize: bool = True,
+        reduction: str = "nonzero",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.margin = checks.number(margin, "margin")
+        self.nu = checks.plain_number(nu, "nu", at_least=0)
+        self.mode = checks.word(mode, ("pairs", "triplets"), "mode")
+        self.num_classes = checks.most(num_classes, "num_classes")
+        start = torch.as_tensor(beta, dtype=None if isinstance(beta, Tensor) else torch.float64)
+        wanted = () if num_classes is None else (num_classes,)
+        if tuple(start.shape) not in ((), wanted):
+            raise ValueError(f"beta must be a number or have shape {wanted}, got shape {tuple(start.shape)}")
+        self.learn_beta = checks.flag(learn_beta, "learn_beta")
+        if isinstance(beta, nn.Parameter) and tuple(beta.shape) == wanted:
+            self.beta: Tensor = beta
+        elif learn_beta:
+            dtype = start.dtype if isinstance(beta, Tensor) else torch.get_default_dtype()
+            self.beta = nn.Parameter(start.detach().to(dtype).expand(wanted).clone())
+        else:
+            self.register_buffer("beta", start.detach().double().expand(wanted).clone())  # float32 has no 1.2
+
+    def hyperparameters(self) -> dict[str, object]:
+        shared = {"beta": self.beta.item()} if self.num_classes is None else {}  # not those of every class
+        return {**super().hyperparameters(), **shared}
+
+    def check(
+        self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        x, labels, y, ref_labels = super().check(embeddings, labels, ref_emb, ref_labels)
+        return x, labels if self.num_classes is None else checks.classes(labels, self.num_classes), y, ref_labels
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        beta = (self.beta if self.num_classes is None else self.beta[pairs.labels]).to(pairs.dtype)
+        counts = []
+        if self.reduction == "nonzero":
+            counts = [
+                Reduction("count", "positives", lower=(beta - self.margin).detach()),
+                Reduction("count", "negatives", upper=(beta + self.margin).detach()),
+            ]
+        pos, neg, *above = pairs.reduce(
+            Reduction("sum", "positives", "hinge", offset=self.margin - beta),
+            Reduction("sum", "negatives", "hinge", scale=-1.0, offset=self.margin + beta),
+            *counts,
+        )
+        num_pos, num_neg = pairs.num_positives(), pairs.num_negatives()
+        times_pos, times_neg = (num_neg, num_pos) if self.mode == "triplets" else (1, 1)
+        times_row = num_pos * num_neg if self.mode == "triplets" else 1
+        penalty = self.nu * beta * times_row
+        count = num_pos * times_pos + num_neg * times_neg
+        nonzero = above[0] * times_pos + above[1] * times_neg if above else None
+        if self.nu and nonzero is not None:  # an average over nothing is 0
+            penalty = torch.where(pairs.total(nonzero) > 0, penalty, 0.0)
+        losses = pos * times_pos + neg * times_neg + penalty
+        return RowLosses(losses, count > 0, losses.shape[0], (Terms(losses, count, nonzero),))

@@ -1,0 +1,122 @@
+"""Multi-class N-pair loss (Sohn, NIPS 2016) in its forms, on dot products that are not normalised.
+
+mc:         L_k = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))
+ovo:        L_k = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))
+all_pairs:  L_ip = log(1 + sum_{y_n != y_i} e^(f_i . f_n - f_i . f_p)) for every positive pair (i, p)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.class_pairs import Drawn, draw
+from ..core.reduction import Reduction
+from ..core.row_formula import RowFormula
+from ..core.similarity import softplus, upcast
+from .base import AnyPairs, Criterion, Penalty, RowLosses
+
+L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
+
+
+class NPairsLoss(Criterion):
+    """Multi-class N-pair loss (Sohn, 2016).
+
+    ``"mc"`` and ``"ovo"`` take one pair of each class: its first two samples in batch order as anchor
+    and positive, or with `ref_emb` its first sample and its first reference. The other classes' positives are the
+    negatives; classes without a pair and further samples take no part. ``"all_pairs"`` takes every positive pair, with
+    all samples of other classes as negatives (N x M batches). ``"softlabel"`` is the cross entropy of each anchor's
+    similarities against equal shares of its positives (of anchors against positives as `ref_emb`, it is TensorFlow
+    Addons' npairs_loss, which takes classes that come up twice).
+
+    Args:
+        variant: ``"mc"``, ``"ovo"``, ``"all_pairs"`` or ``"softlabel"``.
+        l2_weight: weight of the penalty on the norms of the embeddings as they come, at least 0 (Sohn: 0.02, times 0.25
+            in the code); a number or a learnable tensor ().
+        l2_kind: ``"mean_sq"``: mean |f|^2 over the vectors that take part; ``"tf_contrib"``: half of that
+            (tf.contrib's 0.25 (mean |f|^2 + mean |f+|^2)); ``"mean_norm"``: mean |f|.
+        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of classes with a pair ("all_pairs":
+            of ordered positive pairs; "softlabel": by N). With "none" the loss of a class stands at its anchor's row.
+    """
+
+    shown = ("variant", "l2_weight", "l2_kind")
+
+    def __init__(
+        self,
+        variant: str = "mc",
+        l2_weight: float | Tensor = 0.0,
+        l2_kind: str = "mean_sq",
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.variant = checks.word(variant, ("mc", "ovo", "all_pairs", "softlabel"), "variant")
+        self.l2_weight = checks.number(l2_weight, "l2_weight", at_least=0)
+        self.l2_kind = checks.word(l2_kind, L2_KINDS, "l2_kind")
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        if self.variant == "softlabel":
+            return self._soft_labels(pairs)
+        return self._every_pair(pairs) if self.variant == "all_pairs" else self._one_pair_a_class(pairs)
+
+    def row_formula(self) -> RowFormula | None:
+        if self.variant == "softlabel":
+            return None
+        name = {"mc": "n_pair", "ovo": "one_vs_one"}.get(self.variant, "all_pairs")
+        return RowFormula(name, (-1.0, 1.0), one_pair=self.variant != "all_pairs")
+
+    def _every_pair(self, pairs: AnyPairs) -> RowLosses:
+        (neg,) = pairs.reduce(Reduction("logsumexp", "negatives"))
+        (losses,) = pairs.reduce(Reduction("sum", "positives", "softplus", scale=-1.0, offset=neg))
+        positives = pairs.num_positives()
+        return RowLosses(losses, positives > 0, positives.sum())
+
+    def _soft_labels(self, pairs: AnyPairs) -> RowLosses:
+        pos, every = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "all"))
+        positives = pairs.num_positives()
+        valid = positives > 0
+        losses = torch.where(valid, every, 0.0) - pos / positives.clamp_min(1)
+        return RowLosses(losses, valid, valid.shape[0])
+
+    def _one_pair_a_class(self, pairs: AnyPairs) -> RowLosses:
+        drawn = pairs.draw()
+        chosen = pairs.select(drawn.anchors, drawn.positives, drawn.place, drawn.taken)
+        target = chosen.paired()
+        if self.variant == "mc":
+            (neg,) = chosen.reduce(Reduction("logsumexp", "negatives"))
+            losses = softplus(neg - target)
+        else:
+            (losses,) = chosen.reduce(Reduction("sum", "negatives", "softplus", offset=-target))
+        taken = drawn.place < drawn.taken
+        rows = losses.new_zeros(pairs.labels.shape[0])
+        losses = rows.index_add(0, drawn.anchors, torch.where(taken, losses, 0.0))
+        valid = rows.detach().index_add(0, drawn.anchors, taken.to(rows.dtype)) > 0
+        return RowLosses(losses, valid, drawn.taken)
+
+    @property
+    def penalizes_references(self) -> bool:  # type: ignore[override]
+        return isinstance(self.l2_weight, Tensor) or self.l2_weight != 0.0
+
+    def penalty_of(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+    ) -> Penalty | None:
+        if not self.penalizes_references:
+            return None
+        x, y = upcast(x, y)
+        if self.variant in ("all_pairs", "softlabel"):
+            squares = torch.cat([x, *([] if y is None else [y])]).square().sum(1)
+            weight = torch.ones_like(squares)
+        else:
+            drawn = draw(labels, ref_labels) if drawn is None else drawn
+            refs = x if y is None else y
+            squares = torch.cat([x[drawn.anchors], refs[drawn.positives]]).square().sum(1)
+            weight = torch.cat([(torch.arange(len(t), device=x.device) < drawn.taken) for t in drawn[:2]]).to(x.dtype)
+        if self.l2_kind == "mean_norm":
+            nonzero = squares > 0
+            size = torch.where(nonzero, torch.where(nonzero, squares, 1.0).sqrt(), 0.0)
+        else:
+            size = squares if self.l2_kind == "mean_sq" else squares / 2
+        return Penalty(self.l2_weight * (size * weight).sum(), weight.sum())

@@ -1,0 +1,178 @@
+"""What the methods of a criterion return, one of a user's own too, or the error that says what is wrong with it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+
+# What makes a loss of one batch at once, and what it is made of: not called where references come in pieces.
+AT_ONCE = ("_loss", "_by_rows", "rows", "pairs_of", "prepared")
+WIDE = (torch.float32, torch.float64)
+
+
+class Terms(NamedTuple):
+    """Terms that a loss averages one by one, rather than by rows: its pairs of one side, or its triplets.
+
+    Args:
+        losses: (N,) each row's sum of them.
+        number: (N,) how many a row has.
+        nonzero: (N,) how many of these are above 0; None where "nonzero" is not asked for.
+    """
+
+    losses: Tensor
+    number: Tensor
+    nonzero: Tensor | None = None
+
+
+class RowLosses(NamedTuple):
+    """The losses of the rows, and what averages divide by.
+
+    Args:
+        losses: (N,), 0 where a row has none.
+        valid: (N,) bool: rows that have a loss.
+        denominator: what "mean" divides by: an int, or a tensor ().
+        terms: of a loss of terms, those of each kind: "nonzero" averages each kind over its terms above 0, and
+            "mean_pairs" over all of them, and both add the averages up. They sum to `losses`.
+        shares: `losses` are shares of one number, which every reduction but "none" gives.
+    """
+
+    losses: Tensor
+    valid: Tensor
+    denominator: int | Tensor
+    terms: tuple[Terms, ...] = ()
+    shares: bool = False
+
+
+class Penalty(NamedTuple):
+    """A mean of something of the embeddings: () its sum, and () over how many."""
+
+    total: Tensor
+    number: Tensor
+
+
+def checked_rows(rows: Any, name: str, count: int, device: torch.device) -> RowLosses:
+    """What `row_losses` of a class has returned of `count` rows.
+
+    Raises:
+        TypeError, ValueError: what is no RowLosses, or has another shape, dtype or device than it must have.
+    """
+    if not isinstance(rows, RowLosses):
+        raise TypeError(
+            f"row_losses of {name} must return RowLosses(losses, valid, denominator), got {checks.what(rows)}"
+        )
+    losses, by = rows.losses, rows.denominator
+    if not isinstance(losses, Tensor):
+        hint = "; pairs.reduce returns a tuple, one tensor a reduction: (r,) = pairs.reduce(...)"
+        raise TypeError(
+            f"losses of {name} must be a tensor of shape ({count},), got {checks.what(losses)}"
+            + (hint if isinstance(losses, tuple) else "")
+        )
+    if losses.dtype not in WIDE:
+        raise TypeError(
+            f"losses of {name} must be float32 or float64, as pairs.reduce gives, got {checks.what(losses)}"
+        )
+    if losses.shape != (count,):
+        raise ValueError(f"losses of {name} must have shape ({count},), one a row, got {checks.what(losses)}")
+    _on(losses, device, f"losses of {name}")
+    _of_rows(rows.valid, f"valid of {name}", count, device, boolean=True)
+    if isinstance(by, Tensor):
+        if by.dim() or by.is_complex():
+            raise ValueError(f"denominator of {name} must be an int, or a tensor of shape (), got {checks.what(by)}")
+        checks.like(by, losses, f"denominator of {name}")
+    elif isinstance(by, bool) or not isinstance(by, (int, float)):
+        raise TypeError(f"denominator of {name} must be an int, or a tensor of shape (), got {checks.what(by)}")
+    for t in rows.terms:
+        _terms(t, name, count, device)
+    return rows
+
+
+def _terms(terms: Any, name: str, count: int, device: torch.device) -> None:
+    if not isinstance(terms, Terms):
+        raise TypeError(f"terms of {name} must be a tuple of Terms(losses, number, nonzero), got {checks.what(terms)}")
+    for each, value in zip(Terms._fields, terms, strict=True):
+        if each != "nonzero" or value is not None:
+            _of_rows(value, f"{each} in terms of {name}", count, device)
+
+
+def _of_rows(value: Any, name: str, count: int, device: torch.device, *, boolean: bool = False) -> None:
+    kind = "bool tensor" if boolean else "tensor"
+    right = isinstance(value, Tensor) and value.shape == (count,)
+    if not right or (value.dtype == torch.bool) < boolean:
+        raise TypeError(f"{name} must be a {kind} of shape ({count},), one a row, got {checks.what(value)}")
+    _on(value, device, name)
+
+
+def _on(value: Tensor, device: torch.device, name: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of embeddings, {device}, got {checks.what(value)}")
+
+
+def checked_call(found: Any, name: str) -> tuple[Any, Any]:
+    """What `rows` of a class has returned."""
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise TypeError(f"rows of {name} must return RowLosses and its pairs, or None, got {checks.what(found)}")
+    return found
+
+
+def checked_extra(extra: Any, name: str, x: Tensor) -> Tensor | None:
+    """What `regularizer` of a class has returned."""
+    if extra is not None and (not isinstance(extra, Tensor) or extra.dim() or not extra.dtype.is_floating_point):
+        raise TypeError(
+            f"regularizer of {name} must return None or a floating-point tensor of shape (), got {checks.what(extra)}"
+        )
+    if extra is not None:
+        checks.like(extra, x, f"regularizer of {name}")
+    return extra
+
+
+def checked_penalty(found: Any, name: str) -> Penalty | None:
+    """What `penalty_of` of a class has returned."""
+    if found is not None and not (isinstance(found, Penalty) and all(isinstance(t, Tensor) for t in found)):
+        raise TypeError(
+            f"penalty_of of {name} must return None or Penalty(total, number) of two tensors of shape (), got "
+            f"{checks.what(found)}"
+        )
+    return found
+
+
+def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
+    """What the function in `preparation` of a class has made of embeddings or references."""
+    right = isinstance(rows, Tensor) and rows.dim() == 2 and rows.shape[0] == given.shape[0]
+    if not right or not rows.dtype.is_floating_point:
+        raise TypeError(
+            f"preparation of {name} must make floating-point rows ({given.shape[0]}, D) of {checks.what(given)}, got "
+            f"{checks.what(rows)}"
+        )
+    _on(rows, given.device, f"what preparation of {name} makes")
+    return rows
+
+
+def after_init(cls: type, wanted: str, call: str) -> Callable[..., None]:
+    """The class's own `__init__`, after which its parent's must have been called, which sets the attribute `wanted`."""
+    init: Callable[..., None] = cls.__dict__["__init__"]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if wanted not in self.__dict__:
+            raise TypeError(f"__init__ of {cls.__name__} must call super().__init__({call})")
+
+    return checked
+
+
+def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:
+    """TypeError: a criterion whose class, or which itself, has one of these methods of a user's own, which is not what
+    is called there."""
+    for method in methods:
+        given = vars(criterion).get(method, getattr(type(criterion), method))
+        if not getattr(given, "__module__", "").startswith("flashpair."):
+            raise TypeError(
+                f"{type(criterion).__name__} has a {method} of its own, which {where} would not call: say it in "
+                "row_losses, preparation or penalty_of"
+            )

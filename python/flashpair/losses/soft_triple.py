@@ -1,0 +1,239 @@
+"""SoftTriple loss (Qian et al., ICCV 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.reference import ReferencePairs
+from ..core import checks
+from ..core.class_pairs import Drawn
+from ..core.similarity import (
+    inverse_norm,
+    masked_logsumexp,
+    no_autocast,
+    normalize,
+    poison,
+    softplus,
+    through_normalize,
+    upcast,
+)
+from .base import AnyPairs, Penalty, RowLosses
+from .class_loss import ClassCriterion
+
+CHUNK_BYTES = 2**21  # of similarities at a time
+MOST_EXPONENT = 40.0  # e^40 and e^-40, their squares, and sums of them are far from where float32 ends
+
+
+class SoftTripleLoss(ClassCriterion):
+    """SoftTriple loss (Qian et al., 2019): cross entropy of la (S_c - margin [c = y]) over classes c of several
+    centres each, S_c = sum_k softmax_k(s_ck / gamma) s_ck, and tau times its regulariser (with 1e-5 under the root,
+    as the authors have it): centres of a class that are not needed should fall together.
+
+    The B x C x K similarities are not stored, unless `la` or `gamma` is a tensor: classes are taken some at a time, and
+    once more by backward.
+
+    Args:
+        num_classes, embedding_size, centers_per_class: C, D and K of `weight` (C, K, D).
+        la, gamma: above 0; gamma is a temperature. `margin`: delta. Numbers or learnable tensors ().
+        tau: weight of the regulariser, at least 0 (the paper: 0.2).
+        normalize, reduction, impl: see `Criterion`, with ``"auto"``, ``"tiled"`` (by chunks, in PyTorch on any device)
+            and ``"reference"``. `normalize` is of embeddings; centres always are.
+
+    Raises:
+        ValueError: labels outside of [0, num_classes), embeddings of another width, or another `impl`.
+    """
+
+    anchors = "samples"  # said here, as `rows` is: a row is of one sample and all centres
+    penalizes = "classes"
+    shown = (*ClassCriterion.shown, "centers_per_class", "la", "gamma", "margin", "tau")
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        centers_per_class: int = 10,
+        la: float | Tensor = 20.0,
+        gamma: float | Tensor = 0.1,
+        margin: float | Tensor = 0.01,
+        tau: float = 0.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(num_classes, embedding_size, normalize=normalize, reduction=reduction, impl=impl)
+        self.centers_per_class = checks.integer(centers_per_class, "centers_per_class", at_least=1)
+        self.la = checks.number(la, "la", above=0)
+        self.gamma = checks.number(gamma, "gamma", above=0)
+        self.margin = checks.number(margin, "margin")
+        self.tau = checks.plain_number(tau, "tau", at_least=0)
+        self.weight = nn.Parameter(torch.empty(num_classes, centers_per_class, embedding_size))
+        self.reset_parameters()
+        if impl not in ("auto", "tiled", "reference"):
+            raise ValueError(f"impl of SoftTripleLoss must be one of auto, tiled, reference, got {impl!r}")
+
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+        """Every centre (C K) is a reference, over the dense matrix."""
+        x, weight = self._sides(x)
+        classes = torch.arange(self.num_classes, device=x.device).repeat_interleave(self.centers_per_class)
+        z = x @ unit(weight).flatten(0, 1).T
+        return ReferencePairs(z, labels, classes, square=False, poison=poison(x, weight.flatten(0, 1)))
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        assert isinstance(pairs, ReferencePairs)
+        s = pairs.z.unflatten(1, (self.num_classes, self.centers_per_class))
+        own, neg = of_similarities(s, pairs.labels, self.la, self.gamma)
+        return self.row_losses_of(own + pairs.poison, neg)
+
+    def rows(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
+    ) -> tuple[RowLosses, AnyPairs | None]:
+        if impl == "reference" or isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
+            return super().rows(x, labels, y, ref_labels, impl)
+        return self.row_losses_of(*self.own_and_others(x, labels)), None
+
+    def refuses_parts(self) -> str | None:
+        if isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
+            return "SoftTripleLoss shares its classes out with numbers as la and gamma, got a tensor"
+        return None
+
+    def rows_of_parts(
+        self, x: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor], logsumexp: Callable[[Tensor], Tensor]
+    ) -> RowLosses | None:
+        own, others = self.own_and_others(x, labels)
+        return self.row_losses_of(total(own), logsumexp(others))
+
+    def own_and_others(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """S of each row's own class, 0 where that is none of these, and the logsumexp of la S over the others (B,)."""
+        bounded = self.normalize and 1 / self.gamma <= MOST_EXPONENT  # |s| is 1 at most
+        own, neg = _Chunked.apply(*self._sides(x), labels, self.la, self.gamma, bounded)
+        return own, neg
+
+    def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = upcast(x, self.weight)
+        assert weight is not None
+        return normalize(x) if self.normalize else x, weight
+
+    def row_losses_of(self, own: Tensor, neg: Tensor) -> RowLosses:
+        losses = softplus(neg - self.la * (own - self.margin))
+        return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
+
+    def penalty_of(
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+    ) -> Penalty | None:
+        """Eq. 9: the mean distance of a class's centres."""
+        k = self.centers_per_class
+        if not self.tau or k == 1:
+            return None
+        w = unit(self.weight)
+        one, other = torch.triu_indices(k, k, 1, device=w.device)
+        distance = (2 + 1e-5 - 2 * torch.bmm(w, w.transpose(1, 2))[:, one, other]).sqrt()
+        mean = self.tau * distance.sum() / (self.num_classes * k * (k - 1))
+        return Penalty(mean, torch.ones_like(mean))
+
+
+def unit(weight: Tensor) -> Tensor:  # (C, K, D)
+    return normalize(weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
+
+
+def of_similarities(s: Tensor, labels: Tensor, la: float | Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
+    """S of each row's own class, and the logsumexp of la S over the others, (B,) each, of similarities (B, C, K)."""
+    relaxed = (torch.softmax(s / gamma, 2) * s).sum(2)
+    others = labels[:, None] != torch.arange(s.shape[1], device=s.device)
+    return relaxed.gather(1, labels[:, None])[:, 0], masked_logsumexp(la * relaxed, others)
+
+
+class _Chunked(torch.autograd.Function):
+    """`of_similarities` of x (B, D) and centres (C, K, D), by chunks of classes, which backward computes again. Keeps
+    (B,) numbers; second derivatives take the dense form."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, la: float, gamma: float, bounded: bool
+    ) -> tuple[Tensor, Tensor]:
+        # The logsumexp in two numbers, its largest term and the rest: their sum has no digits left for a tie at 1e8.
+        own, top, total = x.new_zeros(x.shape[0]), x.new_full(x.shape[:1], -torch.inf), x.new_zeros(x.shape[0])
+        for chunk in _chunks(x, weight, labels, gamma, bounded):
+            mine = chunk.mean.gather(1, chunk.column)
+            # not in place: torch.compile of torch 2.11 would lose its gradient
+            own = own + torch.where(chunk.inside, mine, 0.0)[:, 0]
+            logits = (la * chunk.mean).scatter(1, chunk.column, torch.where(chunk.inside, -torch.inf, la * mine))
+            high = torch.maximum(top, logits.amax(1))
+            base = high.masked_fill(~high.isfinite(), 0.0)
+            total = total * (top - base).exp() + (logits - base[:, None]).exp().sum(1)
+            top = high
+        top, rest = top.masked_fill(~top.isfinite(), 0.0), total.log()
+        ctx.la, ctx.gamma, ctx.bounded = la, gamma, bounded
+        # of an only class nothing is left over: no gradient
+        ctx.save_for_backward(x, weight, labels, top, rest.masked_fill(total == 0, 0.0))
+        return own, top + rest
+
+    @staticmethod
+    def backward(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
+        with no_autocast(g_own.device.type):
+            return _Chunked.gradient(ctx, g_own, g_neg)
+
+    @staticmethod
+    def gradient(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, labels, top, rest = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
+            s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
+            found = of_similarities(s, labels, ctx.la, ctx.gamma)
+            return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
+        dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
+        share = (ctx.la * g_neg)[:, None]
+        for chunk in _chunks(x, weight, labels, ctx.gamma, ctx.bounded):
+            q = torch.exp(ctx.la * chunk.mean - top[:, None] - rest[:, None]).mul_(share)
+            q.scatter_(1, chunk.column, torch.where(chunk.inside, g_own[:, None], q.gather(1, chunk.column)))
+            # dS/ds_k = pi_k (1 + (s_k - S) / gamma)
+            w = chunk.t.sub_((chunk.inner - 1)[:, None]).mul_(chunk.e).mul_(q.div_(chunk.total)[:, None])
+            w = w.flatten(1)
+            dx.addmm_(w, chunk.unit)
+            part = through_normalize(w.T @ x, chunk.unit, chunk.inverse)
+            shape = chunk.e.shape[1:]
+            dweight[chunk.first : chunk.first + shape[1]] = part.unflatten(0, shape).transpose(0, 1)
+        return dx, dweight, None, None, None, None
+
+
+class _Chunk(NamedTuple):
+    """Some classes: unit centres (K c, D), k before c so that softmaxes over K are of whole vectors; similarities
+    t = s / gamma (B, K, c), less a class's highest unless they are bounded, their exponentials e with their `total`,
+    their mean `inner` (B, c), the mean S (B, c) of s; and where (B, 1) a row's own class stands, if it is `inside`."""
+
+    first: int
+    unit: Tensor
+    inverse: Tensor
+    t: Tensor
+    e: Tensor
+    total: Tensor
+    inner: Tensor
+    mean: Tensor
+    inside: Tensor
+    column: Tensor
+
+
+def _chunks(x: Tensor, weight: Tensor, labels: Tensor, gamma: float, bounded: bool) -> Iterator[_Chunk]:
+    x = x / gamma  # not each of the similarities
+    size = max(1, CHUNK_BYTES // (x.element_size() * weight.shape[1] * max(x.shape[0], 1)))
+    for first in range(0, weight.shape[0], size):
+        part = weight[first : first + size].transpose(0, 1)
+        shape = part.shape[:2]
+        part = part.flatten(0, 1)
+        inverse = inverse_norm(part)
+        centres = part * inverse
+        t = (x @ centres.T).unflatten(1, shape)
+        top = None if bounded else t.amax(1)
+        if top is not None:
+            t -= top[:, None]
+        e = t.exp()
+        total = e.sum(1)
+        inner = (e * t).sum(1).div_(total)
+        mean = (inner if top is None else inner + top) * gamma
+        inside = (labels >= first) & (labels < first + shape[1])
+        column = (labels - first).clamp(0, shape[1] - 1)
+        yield _Chunk(first, centres, inverse, t, e, total, inner, mean, inside[:, None], column[:, None])

@@ -1,0 +1,144 @@
+"""Triplet losses: every triplet (Schroff et al., CVPR 2015; Musgrave et al., 2020), the hardest of each anchor
+(Hermans et al., 2017, eq. 5), and semi-hard ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.reduction import Reduction
+from ..core.similarity import softplus
+from .base import AnyPairs, Criterion, RowLosses, Terms
+from .distances import DISTANCES
+from .positive_blocks import sum_of_blocks
+
+KEPT_BLOCKS = 2  # of the list of positives; of more, backward computes each again
+TRIPLETS = ("all", "hard", "semihard", "semihard_all")
+
+
+class TripletMarginLoss(Criterion):
+    """Triplet margin loss, max(0, d), of d = D_ap^power - D_an^power + margin, or d = s_an - s_ap + margin.
+
+    ``triplets="all"``: every triplet; ``"hard"``: of each anchor its farthest positive and nearest negative;
+    ``"semihard"``: of each positive pair the nearest negative that is farther than the positive, or the farthest one
+    if none is (TensorFlow Addons'); ``"semihard_all"``: every triplet with 0 < D_an - D_ap <= margin. Both compare
+    strictly, and rows that are equal are equally far: a negative that is an exact copy of the positive is not farther.
+
+    Args:
+        margin: a number or a learnable tensor ().
+        distance: ``"euclidean"`` or ``"cosine"``.
+        triplets: as above.
+        smooth: log(1 + e^d) in place of the hinge.
+        power: 1 or, of Euclidean distances, 2 (FaceNet).
+        max_positives: the most positives that an anchor has, M - 1 for M a class, where that is known. Without it the
+            batch is asked, which on a GPU waits for it and breaks a compiled graph. An anchor that has more is NaN.
+            Not needed for ``"hard"``.
+        normalize, reduction, impl: see `Criterion`. The loss averages triplets: "nonzero" (default) over those above 0,
+            "mean" over all of them (of ``"hard"``: over N anchors; of ``"semihard_all"``: over those of ``"all"``).
+
+    Raises:
+        ValueError: power 2 of cosines, smooth semi-hard triplets.
+    """
+
+    shown = ("margin", "distance", "triplets", "smooth", "power", "max_positives")
+
+    def __init__(
+        self,
+        margin: float | Tensor = 0.2,
+        distance: str = "euclidean",
+        triplets: str = "all",
+        smooth: bool = False,
+        power: int = 1,
+        max_positives: int | None = None,
+        *,
+        normalize: bool = True,
+        reduction: str = "nonzero",
+        impl: str = "auto",
+    ) -> None:
+        super().__init__(normalize=normalize, reduction=reduction, impl=impl)
+        self.margin = checks.number(margin, "margin")
+        self.triplets = checks.word(triplets, TRIPLETS, "triplets")
+        self.smooth = checks.flag(smooth, "smooth")
+        self.power = checks.integer(power, "power", (1, 2))
+        self.max_positives = checks.most(max_positives, "max_positives")
+        self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
+        if power == 2 and distance == "cosine":
+            raise ValueError("power 2 is of Euclidean distances, got distance 'cosine'")
+        if smooth and triplets.startswith("semihard"):
+            raise ValueError(f"triplets {triplets!r} are of the hinge, got smooth=True")
+        if power == 2:
+            self.distance = "squared_euclidean"
+
+    def hyperparameters(self) -> dict[str, object]:
+        return {**super().hyperparameters(), "distance": "cosine" if self.distance == "dot" else "euclidean"}
+
+    @property
+    def sign(self) -> float:
+        """A negative's z times this is what a triplet's loss rises with."""
+        return 1.0 if self.distance == "dot" else -1.0
+
+    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+        return self._hardest(pairs) if self.triplets == "hard" else self._by_positives(pairs)
+
+    def _hardest(self, pairs: AnyPairs) -> RowLosses:
+        far, near = ("min", "max") if self.sign > 0 else ("max", "min")
+        pos, neg = pairs.reduce(Reduction(far, "positives"), Reduction(near, "negatives"))
+        valid = (pairs.num_positives() > 0) & (pairs.num_negatives() > 0)
+        d = self.sign * (torch.where(valid, neg, 0.0) - torch.where(valid, pos, 0.0)) + self.margin
+        losses = torch.where(valid, softplus(d) if self.smooth else d.relu(), 0.0)
+        return RowLosses(losses, valid, valid.shape[0])
+
+    def _by_positives(self, pairs: AnyPairs) -> RowLosses:
+        """A few reductions over the negatives for each place in the list of positives."""
+        most = pairs.most_positives(self.max_positives)
+        each = self._nearest_farther if self.triplets == "semihard" else self._sums
+
+        def run(block: range) -> tuple[Tensor, ...]:
+            z, there = pairs.positives(most, block)
+            return each(pairs, z.T, there.T & (pairs.num_negatives() > 0))
+
+        losses, above = sum_of_blocks(run, pairs.positive_blocks(most), KEPT_BLOCKS, pairs.labels.device)
+        positives, negatives = pairs.num_positives(), pairs.num_negatives()
+        if self.max_positives is not None:
+            losses = torch.where(positives > self.max_positives, torch.nan, losses)
+        count = positives * ((negatives > 0) if self.triplets == "semihard" else negatives)
+        above = count if self.smooth else above
+        return RowLosses(losses, count > 0, count.sum(), (Terms(losses, count, above),))
+
+    def _sums(self, pairs: AnyPairs, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum (N,) of the triplets with the positives z (K, N), and how many of them are above 0."""
+        offset = torch.where(there, self.margin - self.sign * z, -torch.inf)
+        limit = torch.where(there, z - self.sign * self.margin, self.sign * torch.inf).detach()
+        near, far = ("lower", "upper") if self.sign > 0 else ("upper", "lower")
+        window: list[dict[str, Any]] = [{near: row} for row in limit]
+        if self.triplets == "semihard_all":
+            for row, options in zip(z.detach(), window, strict=True):
+                options[far] = row
+            offset = torch.where(there, offset, 0.0)
+        phi = "softplus" if self.smooth else "hinge"
+        bounds = window if self.triplets == "semihard_all" else [{}] * len(window)
+        sums = [
+            Reduction("sum", "negatives", phi, scale=self.sign, offset=o, **w)
+            for o, w in zip(offset, bounds, strict=True)
+        ]
+        counts = []
+        if self.reduction == "nonzero" and not self.smooth:
+            counts = [Reduction("count", "negatives", detach=True, **w) for w in window]
+        rows = pairs.reduce(*sums, *counts)
+        losses = torch.stack(rows[: len(sums)]).sum(0)
+        return losses, torch.stack(rows[len(sums) :]).sum(0) if counts else torch.zeros_like(losses)
+
+    def _nearest_farther(self, pairs: AnyPairs, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """As `_sums`, of the one triplet of each positive."""
+        near, far, side = ("max", "min", "upper") if self.sign > 0 else ("min", "max", "lower")
+        each = [Reduction(near, "negatives", **{side: row}) for row in z.detach()]
+        *found, last = pairs.reduce(*each, Reduction(far, "negatives"))
+        chosen = torch.stack(found)
+        chosen = torch.where(chosen.isinf(), last, chosen)
+        d = self.sign * (torch.where(there, chosen, 0.0) - z) + self.margin
+        each_loss = torch.where(there, d.relu(), 0.0)
+        return each_loss.sum(0), (each_loss > 0).sum(0)

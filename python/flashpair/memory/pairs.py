@@ -1,0 +1,111 @@
+"""Pairs of a batch with itself, as a square problem, and with a memory's entries, which are constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..chunked.pairs import Known, PiecedPairs
+from ..core.chunks import Found, Piece
+from ..core.class_pairs import Drawn, picked
+from .queue import Segment
+
+
+class MemoryWalk(Known):
+    """The batch, then each segment of the memory. References stand in the order of the batch's samples, as they came,
+    and then of the memory's entries, the oldest first.
+
+    Args:
+        labels: the batch's (N,), sorted; `order`: (N,) the caller's index of each.
+        segments: none of them empty.
+        singly: the batch comes as rows that are met one way, as the memory's are, with their gradient.
+    """
+
+    def __init__(self, labels: Tensor, order: Tensor, segments: Sequence[Segment], *, singly: bool = False) -> None:
+        self.labels, self.order, self.segments, self.one_way = labels, order, segments, singly
+
+    def known(self) -> tuple[Tensor, Tensor]:
+        raise AssertionError("nobody sorts a memory's labels in each step")
+
+    def counts(self) -> tuple[Tensor, int]:
+        same = torch.zeros_like(self.labels)
+        for labels, _ in self.parts():
+            lo, hi = span(labels, self.labels)
+            same += hi - lo
+        return same, self.labels.shape[0] + sum(map(len, self.segments))
+
+    def singly(self) -> MemoryWalk:
+        return MemoryWalk(self.labels, self.order, self.segments, singly=True)
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labels, sorted, and places among all references of the batch and of each segment."""
+        yield self.labels, self.order
+        for s in self.segments:
+            yield s.labels, s.stamps + self.labels.shape[0]
+
+    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
+        yield Piece(y if self.one_way else None, self.labels, self.order, wanted=self.one_way)
+        for s in self.segments:
+            yield Piece(s.rows.to(x.dtype), s.labels, s.stamps + self.labels.shape[0])
+
+    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
+        return [Found(slice(None), None, rows)]
+
+    def settle(self) -> list[Found]:
+        return []
+
+
+class MemoryPairs(PiecedPairs):
+    """Anchors (N, D) against themselves and a memory, of whose entries only counts and places are looked for."""
+
+    walk: MemoryWalk
+
+    def __init__(self, x: Tensor, walk: MemoryWalk, distance: str, impl: str, named: bool) -> None:
+        super().__init__(x, walk.order, walk, True, distance, impl)
+        self.screens = not named and x.device.type == "cpu"
+
+    @property
+    def ref_labels(self) -> Tensor:
+        """Of the batch and of the memory (M,), sorted."""
+        return torch.cat([labels for labels, _ in self.walk.parts()]).sort().values
+
+    def positive_places(self, block: range) -> Tensor:
+        labels, n = self.labels, self.labels.shape[0]
+        k = torch.arange(block.start, block.stop, device=labels.device)
+        rank = torch.arange(n, device=labels.device)
+        found, before = torch.full((n, len(block)), -1, device=k.device), torch.zeros_like(labels)
+        for part, (others, order) in enumerate(self.walk.parts()):
+            lo, hi = span(others, labels)
+            own = int(part == 0)  # of its class in the batch one is the anchor itself
+            at = lo[:, None] + k - before[:, None]
+            here = (at >= lo[:, None]) & (at < (hi - own)[:, None])
+            if own:
+                at = at + (at >= rank[:, None])
+            if order.shape[0]:
+                found = torch.where(here, order[at.clamp(0, order.shape[0] - 1)], found)
+            before = before + (hi - lo - own)
+        return found
+
+    def draw(self) -> Drawn:
+        """The first sample of each class, with the second one or, without it, the first that stands in the memory."""
+        labels, n = self.labels, self.labels.shape[0]
+        rank = torch.arange(n, device=labels.device)
+        first = torch.searchsorted(labels, labels) == rank
+        follows = torch.searchsorted(labels, labels, right=True) > rank + 1
+        none = torch.full_like(rank, torch.iinfo(torch.int64).max)
+        oldest = none
+        for s in self.walk.segments:
+            lo, hi = span(s.labels, labels)
+            stamp = torch.where(hi > lo, s.stamps[lo.clamp_max(len(s) - 1)], none)
+            oldest = torch.minimum(oldest, stamp)
+        there = oldest < none
+        second = self.walk.order[(rank + 1).clamp_max(max(n - 1, 0))] if n else rank
+        positives = torch.where(follows, second, torch.where(there, oldest + n, 0))
+        return picked(rank, positives, first & (follows | there), n)
+
+
+def span(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each of wanted (N,) begins and ends among sorted labels (M,)."""
+    return torch.searchsorted(labels, wanted), torch.searchsorted(labels, wanted, right=True)

@@ -1,0 +1,1 @@
+"""The command line: `info`, `check`, and the protocol of A Metric Learning Reality Check."""

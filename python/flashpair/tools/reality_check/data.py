@@ -1,0 +1,164 @@
+"""Data sets: the digits that scikit-learn brings, an .npz of arrays, or a folder of folders of images."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...core import checks
+from ...core.extras import extra
+from . import images
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples of classes.
+
+    Args:
+        title: for tables.
+        samples: (N, F) features, or (N, C, H, W) images; float32, or uint8 which means 0 to 1.
+        labels: (N,) int64, 0 to one less than there are classes, in the order of the classes' own labels or names.
+        device: that networks compute on; samples and labels are the host's.
+    """
+
+    title: str
+    samples: Tensor
+    labels: Tensor
+    device: str = "cpu"
+
+    def of(self, places: Tensor) -> Tensor:
+        """Some samples, float32, on the device."""
+        samples = self.samples[places].to(self.device)
+        return samples.float() / 255 if samples.dtype == torch.uint8 else samples
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.samples.contiguous().numpy().tobytes())
+        digest.update(self.labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def partitions(classes: int, folds: int = 4) -> tuple[range, list[range]]:
+    """The classes that are tested on, the second half, and of each fold those of the first half that are validated on;
+    the rest of the first half is what that fold trains on.
+
+    Raises:
+        ValueError: a fold of fewer than two classes, among which nothing can be confused.
+    """
+    half = classes // 2
+    validated = [range(f * half // folds, (f + 1) * half // folds) for f in range(folds)]
+    if min(map(len, validated)) < 2:
+        raise ValueError(f"there must be at least {4 * folds} classes for {folds} folds, got {classes}")
+    return range(half, classes), validated
+
+
+def usable(device: str) -> str:
+    """Raises ValueError for what is no device here, before anything is computed for it."""
+    try:
+        torch.ones(1, device=device).cpu()
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError
+        reason = "CUDA is not available here" if "cuda" in str(device) and not torch.cuda.is_available() else error
+        raise ValueError(f"device must be one that torch can use, got {device!r}: {reason}") from error
+    return device
+
+
+def load(where: str, image_size: int = 32, tick: Callable[[int, int], object] = lambda done, of: None) -> Data:
+    """``"digits"``, an .npz file, or a folder.
+
+    Args:
+        where: ``"digits"``: scikit-learn's handwritten digits from 0 to 7, each in its four quarter turns and their
+            mirror images, and moved by up to a pixel each way, so that pixels alone do not do; a digit in one
+            orientation is a class, 64 in all. Each of four folds validates on a digit, and tests are on four others, so
+            that nobody sees an image that it was trained on in another turn. FILE.npz: with
+            the arrays ``features``, (N, F) or images (N, C, H, W), and ``labels`` (N,), integers or text. A folder: of
+            one folder a class, with images in it or deeper; hidden files and folders, files without an image's suffix
+            and classes without images are left. Images of 16 bits, and of floats from 0 to 1, keep their range; what is
+            transparent is over white.
+        image_size: to which a folder's images are scaled and cut: the middle square.
+        tick: is told how many of a folder's images are read.
+
+    Raises:
+        ValueError: there is no such data, it is not of this form, or cannot be read, with its name.
+        ImportError: without scikit-learn or Pillow.
+    """
+    if where == "digits":
+        return _digits()
+    path = Path(where)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return _arrays(path)
+    if path.is_dir():
+        return _folder(path, image_size, tick)
+    raise ValueError(f"data must be digits, a file FILE.npz or a folder, got {where!r}")
+
+
+def _digits() -> Data:
+    with extra("reality-check", "the data 'digits'"):
+        from sklearn.datasets import load_digits
+
+    found = load_digits()
+    kept = found.target < 8
+    images = torch.from_numpy(found.images[kept]).float()[:, None] / 16
+    turns = [torch.rot90(images, turn, (2, 3)) for turn in range(4)]
+    turned = torch.stack([*turns, *(image.flip(3) for image in turns)], dim=1).flatten(0, 1)
+    labels = (8 * torch.from_numpy(found.target[kept]).long()[:, None] + torch.arange(8)).flatten()
+    generator = torch.Generator().manual_seed(0)
+    down, right = torch.randint(3, (2, len(turned)), generator=generator)
+    windows = torch.nn.functional.pad(turned, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)
+    moved = windows[torch.arange(len(turned)), :, down, right]
+    return Data("scikit-learn's digits, turned and moved", moved, labels)
+
+
+def _arrays(path: Path) -> Data:
+    with extra("reality-check", "a file of arrays"):
+        import numpy as np
+
+    try:
+        if isinstance(arrays := np.load(path), np.ndarray):
+            raise ValueError("it is a single array, as numpy.save writes it")
+        with arrays:
+            names = list(arrays)
+            features, given = (arrays[name] if name in names else None for name in ("features", "labels"))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {error}") from error
+    if features is None or given is None:
+        raise ValueError(f"{path} must have the arrays features and labels, got {', '.join(names)}")
+    if features.ndim not in (2, 4) or not features.size or given.shape != features.shape[:1]:
+        raise ValueError(
+            f"{path} must have features (N, F) or (N, C, H, W) and labels (N,), got {features.shape} and {given.shape}"
+        )
+    if features.dtype.kind not in "biuf" or given.dtype.kind not in "biufSU":
+        raise ValueError(
+            f"{path} must have features of numbers and labels of integers or text, got {features.dtype} and"
+            f" {given.dtype}"
+        )
+    with np.errstate(over="ignore"):  # what overflows is refused as infinite
+        samples = torch.from_numpy(features if features.dtype == np.uint8 else features.astype(np.float32))
+    if samples.is_floating_point() and not samples.isfinite().all():
+        raise ValueError(f"{path} must have finite features, got NaN or infinity")
+    if given.dtype.kind == "f" and not (np.isfinite(given) & (given == np.floor(given))).all():
+        raise ValueError(f"{path} must have labels of integers or text, got {given.dtype} that are none")
+    labels = np.unique(given, return_inverse=True)[1]
+    return Data(_title(path.name), samples, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _folder(path: Path, size: int, tick: Callable[[int, int], object]) -> Data:
+    checks.integer(size, "image_size", at_least=1)
+    files = [(file, label) for label, (_, found) in enumerate(images.classes(path)) for file in found]
+    if not files:
+        raise ValueError(f"{path} must have a folder of images for each class, got none ({', '.join(images.SUFFIXES)})")
+    samples = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for place, (file, _) in enumerate(files):
+        samples[place] = images.square(file, size)
+        tick(place + 1, len(files))
+    return Data(_title(path.resolve().name), samples, torch.tensor([label for _, label in files]))
+
+
+def _title(name: str) -> str:
+    """A file's name on one line of what can be printed: names may hold line ends, and bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

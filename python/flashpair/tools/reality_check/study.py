@@ -1,0 +1,261 @@
+"""Every loss searched for its best hyper-parameters, trained again with them, and tested; all of it on disk.
+
+What is done is kept, a fold at a time: a run that was killed goes on where it was, and comes to the numbers that it
+would have come to, as each training, and each choice of hyper-parameters, hangs on its own seed and on finished trials
+alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from ...core.extras import extra
+from ...metrics import retrieval
+from .data import Data, partitions, usable
+from .losses import Candidate, Range, candidate
+from .networks import Standardized, network
+from .protocol import Protocol
+from .record import claim, embedded, opened, read, seed_of, source_of, write
+from .training import OWN_RATE, Trained, embed, made, places_of, train
+
+UNTRAINED = "untrained"
+KINDS = ("separated", "concatenated")
+METRICS = ("precision_at_1", "r_precision", "map_at_r")
+MakeNetwork = Callable[[Sequence[int], int], nn.Module]
+
+
+class Outcome(NamedTuple):
+    """A loss in a comparison.
+
+    Attributes:
+        name: of the loss, or ``"untrained"``.
+        values: the best hyper-parameters. validation: their MAP@R, the mean over folds. trials: out of how many.
+        separated: of each metric one number a repeat, 0 to 1: on the test classes, the mean over the folds' models.
+        concatenated: the same of all models' embeddings, of unit length, one after the other.
+    """
+
+    name: str
+    values: dict[str, float]
+    validation: float
+    trials: int
+    separated: dict[str, list[float]]
+    concatenated: dict[str, list[float]]
+
+
+class Progress:
+    """What a run says of itself as it goes; this one says nothing.
+
+    `level` is one of ``"losses"``, ``"settings"`` (trials, then repeats), ``"folds"`` or ``"epochs"``.
+    """
+
+    def at(self, level: str, done: int, of: int, what: str = "") -> None:
+        pass
+
+
+def run(
+    data: Data, losses: Sequence[str], protocol: Protocol, out: Path, make: MakeNetwork = network,
+    progress: Progress | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Compares losses: class-disjoint cross-validation on the first half of the classes, test on the second.
+
+    Args:
+        data: what is trained on, validated and tested with.
+        losses: names that `candidate` knows.
+        protocol: what all of them get.
+        out: a folder for all results. What it already has of the same data and protocol (but for `trials` and
+            `repeats`, which may be raised) is not done again.
+        make: a network of a sample's shape and an embedding size.
+        progress: is told how far it is.
+
+    Returns:
+        The untrained networks' outcome, and each loss's.
+
+    Raises:
+        ValueError: a loss that is not known, data of too few classes, a device that is not there, or a folder of
+            another run or of which a file is broken. ImportError: without
+            optuna.
+    """
+    with extra("reality-check", "reality-check"):  # now, not after the first trainings
+        import_module("optuna")
+
+    progress = progress or Progress()
+    known = {UNTRAINED: None, **{name: candidate(name) for name in losses}}
+    usable(data.device)
+    _enough(data, protocol)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder, or none yet that can be made, got {str(out)!r}: {error}") from error
+    try:
+        with FileLock(out / "lock", timeout=0):
+            claim(out / "settings.json", _settings(data, protocol, make))
+            studies = [_Study(name, loss, data, protocol, out, make, progress) for name, loss in known.items()]
+            outcomes = []
+            for done, study in enumerate(studies):
+                progress.at("losses", done, len(studies), study.name)
+                outcomes.append(study.outcome())
+            progress.at("losses", len(studies), len(studies))
+            return outcomes
+    except Timeout:
+        raise ValueError(f"another process is at work in {out}; wait for it, or give another folder") from None
+
+
+def _enough(data: Data, protocol: Protocol) -> None:
+    """Refuses data of which nothing could be retrieved."""
+    sizes = data.labels.bincount()
+    tested, folds = partitions(len(sizes), protocol.folds)
+    for what, classes in (("the test", tested), *((f"fold {f}", classes) for f, classes in enumerate(folds))):
+        if sizes[list(classes)].max() < 2:
+            raise ValueError(f"labels must have two samples of some class of each part, got none in {what}")
+
+
+def _settings(data: Data, protocol: Protocol, make: MakeNetwork) -> dict[str, Any]:
+    varied = ("trials", "repeats")
+    return {
+        "data": data.title, "samples": data.fingerprint(), "network": "own" if make is network else source_of(make),
+        "protocol": {name: value for name, value in asdict(protocol).items() if name not in varied},
+    }  # fmt: skip
+
+
+class _Study:
+    """One loss, or no training where it is None."""
+
+    def __init__(
+        self, name: str, loss: Candidate | None, data: Data, protocol: Protocol, out: Path, make: MakeNetwork,
+        progress: Progress,
+    ) -> None:  # fmt: skip
+        self.name, self.loss, self.data, self.protocol = name, loss, data, protocol
+        self.make, self.progress = make, progress
+        self.tested, self.folds = partitions(int(data.labels.max()) + 1, protocol.folds)
+        digest = f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}" if ":" in name else ""
+        self.folder = out / (re.sub(r"[^\w.-]+", "_", name) + digest)
+        self.space: dict[str, Range] = dict(loss.space) if loss else {}
+        if loss is not None:
+            middle = {key: (r.low * r.high) ** 0.5 if r.log else (r.low + r.high) / 2 for key, r in self.space.items()}
+            try:
+                criterion = made(loss, middle, len(self.folds[0]), protocol.embedding_size)
+            except TypeError as error:
+                raise ValueError(f"{name} cannot be made of {', '.join(self.space) or 'nothing'}: {error}") from error
+            if any(True for _ in criterion.parameters()):
+                self.space[OWN_RATE] = Range(1e-3, 1.0, log=True)
+            kept = {
+                "name": name, "source": source_of(loss.make) if ":" in name else "",
+                "space": {key: list(searched) for key, searched in self.space.items()},
+            }  # fmt: skip
+            claim(self.folder / "loss.json", kept)
+
+    def outcome(self) -> Outcome:
+        values, validation, trials = self.search() if self.loss else ({}, 0.0, 0)
+        repeats = []
+        for repeat in range(self.protocol.repeats):
+            self.progress.at("settings", repeat, self.protocol.repeats, "repeat")
+            repeats.append(self.repeat(repeat, values))
+        self.progress.at("settings", self.protocol.repeats, self.protocol.repeats, "repeat")
+        kinds = ({m: [r[kind][m] for r in repeats] for m in METRICS} for kind in KINDS)
+        return Outcome(self.name, values, validation, trials, *kinds)
+
+    def search(self) -> tuple[dict[str, float], float, int]:
+        """The best hyper-parameters, their validation MAP@R, and how many were tried."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        study = opened(self.folder / "trials.db", self.name)
+        for left in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):  # by a run that was killed
+            study.tell(left.number, state=optuna.trial.TrialState.FAIL)
+        ranges: dict[str, optuna.distributions.BaseDistribution] = {
+            key: optuna.distributions.FloatDistribution(r.low, r.high, log=r.log) for key, r in self.space.items()
+        }
+        wanted = self.protocol.trials if ranges else 1
+        kinds = {"tpe": optuna.samplers.TPESampler, "gp": optuna.samplers.GPSampler}
+        complete = (optuna.trial.TrialState.COMPLETE,)
+        while (done := len(study.get_trials(deepcopy=False, states=complete))) < wanted:
+            self.progress.at("settings", done, wanted, "trial")
+            study.sampler = kinds[self.protocol.sampler](seed=seed_of(self.protocol.seed, self.name, done))
+            trial = study.ask(ranges)
+            study.tell(trial, self.validated(done, trial.params))
+        finished = study.get_trials(states=complete)[:wanted]
+        best = max(finished, key=lambda trial: (trial.value, -trial.number))
+        assert best.value is not None
+        return best.params, best.value, len(finished)
+
+    def validated(self, trial: int, values: Mapping[str, float]) -> float:
+        """MAP@R of a trial, the mean over the folds."""
+        scores = []
+        for fold in range(len(self.folds)):
+            file = self.folder / "trials" / f"{trial}-fold-{fold}.json"
+            kept = read(file, "values", "map_at_r")
+            if kept is None or kept["values"] != values:
+                best = self.trained(fold, values, ("trial", trial))
+                kept = {"values": values, "map_at_r": max(best.map_at_r, 0.0), "epoch": best.epoch}
+                write(file, kept)
+            scores.append(kept["map_at_r"])
+        return statistics.fmean(scores)
+
+    def repeat(self, repeat: int, values: Mapping[str, float]) -> dict[str, Any]:
+        """The test metrics of one model a fold, trained with the best hyper-parameters."""
+        file = self.folder / "repeats" / f"{repeat}.json"
+        kept = read(file, "values", *KINDS)
+        parts = [self.folder / "repeats" / f"{repeat}-fold-{fold}.pt" for fold in range(len(self.folds))]
+        if kept is not None and kept["values"] == values:
+            for part in parts:
+                part.unlink(missing_ok=True)
+            return dict(kept)
+        tested = places_of(self.data, self.tested)
+        labels = self.data.labels[tested]
+        embeddings = []
+        for fold, part in enumerate(parts):
+            stored = embedded(part)
+            if stored is None or stored["values"] != values:
+                best = self.trained(fold, values, ("repeat", repeat)).network
+                stored = {"values": values, "embeddings": embed(best, self.data, tested)}
+                part.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(stored, part.with_suffix(".part"))
+                os.replace(part.with_suffix(".part"), part)
+            embeddings.append(torch.nn.functional.normalize(stored["embeddings"], dim=1))
+        each = [_judged(one, labels) for one in embeddings]
+        found = {
+            "values": dict(values),
+            "separated": {m: statistics.fmean(one[m] for one in each) for m in METRICS},
+            "concatenated": _judged(torch.cat(embeddings, dim=1), labels),
+        }
+        write(file, found)
+        for part in parts:
+            part.unlink()
+        return found
+
+    def trained(self, fold: int, values: Mapping[str, float], of: tuple[str, int]) -> Trained:
+        """A fold's best network, or an untrained one."""
+        folds, protocol = self.folds, self.protocol
+        self.progress.at("folds", fold, len(folds), "fold")
+        seed = seed_of(protocol.seed, self.name, *of, fold)
+        learned = [c for other, classes in enumerate(folds) if other != fold for c in classes]
+        if self.loss is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                untrained = self.make(self.data.samples.shape[1:], protocol.embedding_size)
+            scaled = Standardized(untrained, self.data.of(places_of(self.data, learned)))
+            return Trained(scaled.to(self.data.device), 0, 0.0)
+        best = train(
+            self.data, learned, folds[fold], self.loss, values, protocol, self.make, seed,
+            lambda epoch: self.progress.at("epochs", epoch, protocol.max_epochs, "epoch"),
+        )  # fmt: skip
+        self.progress.at("folds", fold + 1, len(folds), "fold")
+        return best
+
+
+def _judged(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    found = retrieval(embeddings, labels, recall_at=())._asdict()
+    return {m: found[m] for m in METRICS}
