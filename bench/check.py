@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 
 from .cases import Batch, Case, make_batch
 from .family_cases import FAMILY
@@ -165,7 +165,13 @@ def find_truth(case: Case, batch: Batch) -> Truth:
     worst = FACTOR * max(e.max().item() for e in off)
     quick = 6 * case.n * (case.centres or case.m) * case.d <= MOST_FLOP
     fits = case.options.num_classes == head.options.num_classes
-    if head != case and quick and fits and case.options.device == "cpu" and not obstacles("tiled", batch.x.device):
+    if (
+        head != case
+        and quick
+        and fits
+        and case.options.device == "cpu"
+        and not unsupported_reasons("tiled", batch.x.device)
+    ):
         if _agree(_double(head, head_batch, "tiled"), dense):
             loss, gradient, weights = _double(case, batch, "tiled")
             how = "flashpair's tiled implementation in float64"

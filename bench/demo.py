@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"classes; retrieving the digits 5-9, {len(digits.images)} images.\n"
         f"Multi-Similarity loss, {given.steps} steps of {len(digits.classes) * PER_CLASS} images."
     )
-    reasons = "; ".join(dispatch.obstacles("tiled", digits.images.device))
+    reasons = "; ".join(dispatch.unsupported_reasons("tiled", digits.images.device))
     why = f", the slow path: {reasons}" if reasons else ""
     console.print(f'impl="auto" is [bold]{implementation()}[/] here{why}.\n')
     document = run_study(console, digits, given.steps, given.seed)

@@ -15,7 +15,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from flashpair.chunked.reduce import Job
+from flashpair.chunked.reduce import ChunkedCall
 from flashpair.core.problem import Problem
 from flashpair.distributed.collectives import RING, Ranks
 
@@ -23,14 +23,14 @@ from flashpair.distributed.collectives import RING, Ranks
 class Sent:
     """Bytes by what they were: all_gather, reduce_scatter, all_reduce; ring, home: from one process to another.
 
-    Of pieces, how many there were, and the pairs of their anchors and references, one that serves both its ends once.
+    Of chunks, how many there were, and the pairs of their anchors and references, one that serves both its ends once.
     """
 
     def __init__(self) -> None:
         self.bytes: dict[str, float] = {}
         self.calls: dict[str, int] = {}
         self.pairs = {"forward": 0.0, "backward": 0.0}
-        self.pieces = {"forward": 0, "backward": 0}
+        self.chunks = {"forward": 0, "backward": 0}
 
     def add(self, what: str, count: float) -> None:
         self.bytes[what] = self.bytes.get(what, 0.0) + count
@@ -42,7 +42,7 @@ class Sent:
             "by_kind": self.bytes,
             "calls": self.calls,
             "pairs": self.pairs,
-            "pieces": self.pieces,
+            "pieces": self.chunks,
         }
 
 
@@ -74,19 +74,19 @@ def counted() -> Iterator[Sent]:
         return exchange(self, out, to, into, source, tag)
 
     def met(way: str, of: Any) -> Any:
-        def run(self: Job, p: Problem, *rest: Any) -> Any:
-            sent.pieces[way] += 1
+        def run(self: ChunkedCall, p: Problem, *rest: Any) -> Any:
+            sent.chunks[way] += 1
             sent.pairs[way] += p.pairs / (2 if p.y is None else 1)
             return of(self, p, *rest)
 
         return run
 
-    passes = {"forward": met("forward", Job.forward), "backward": met("backward", Job.backward)}
+    passes = {"forward": met("forward", ChunkedCall.forward), "backward": met("backward", ChunkedCall.backward)}
     with (
         mock.patch.multiple(
             Ranks, _gathered=gather, scatter_sum=scatter, sum=reduce(total), max=reduce(most), exchange=hand
         ),
-        mock.patch.multiple(Job, **passes),
+        mock.patch.multiple(ChunkedCall, **passes),
     ):
         yield sent
 

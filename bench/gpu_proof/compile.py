@@ -140,7 +140,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         (launcher, "processors", lambda device: machine["processors"]),
         (launcher, "run", note),
         (screened_tiles, "run", note),
-        (dispatch, "_obstacles", lambda impl, device: ()),
+        (dispatch, "_unsupported_reasons", lambda impl, device: ()),
         (
             row_reduce_op,
             "schedule_of",
@@ -148,7 +148,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         ),
         (pairs, "sorted_rows", kernel_rows),
         (pairs, "native", lambda impl, x, y: impl != "reference" and x.dtype.itemsize == 2),
-        (base, "choose_whole", lambda *args: ""),
+        (base, "choose_small_batch", lambda *args: ""),
         (tiled, "_product", lambda a, b, out: out),
         (tiled, "_mirror", lambda s: None),
     ]

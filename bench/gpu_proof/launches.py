@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashpair import MultiSimilarityLoss
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 from flashpair.tools.check import batch, value_and_gradient
 
 from .accelerator import Accelerator, accelerator
@@ -125,7 +125,7 @@ def run(stage: Stage) -> None:
     for check in CHECKS:
         for impl in IMPLEMENTATIONS:
             about: dict[str, Any] = {"check": check.__name__, "impl": impl}
-            if reasons := obstacles(impl, torch.device(gpu.device)):
+            if reasons := unsupported_reasons(impl, torch.device(gpu.device)):
                 stage.say(**about, skipped="; ".join(reasons))
                 continue
             if dropped := [why for name in names(stage.plan, impl) if (why := patience.wait(name))]:

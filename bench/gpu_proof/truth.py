@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 from flashpair.tools.check import value_and_gradients
 
 from .accelerator import Accelerator, accelerator
@@ -61,7 +61,7 @@ def run(stage: Stage) -> None:
     for case in [*truth_cases(stage.plan), *onchip_cases(stage.plan)]:
         if case.impl == "onchip":
             patience.wait_for("build")
-            if reasons := obstacles("onchip", torch.device(gpu.device)):
+            if reasons := unsupported_reasons("onchip", torch.device(gpu.device)):
                 stage.say(case=case.name, skipped="; ".join(reasons))
                 continue
         elif dropped := patience.wait(case.name):

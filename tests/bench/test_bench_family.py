@@ -111,7 +111,7 @@ def test_a_wrong_engine_is_no_truth(right, monkeypatch):
         return lambda x, labels: loss(x, labels) * off
 
     monkeypatch.setattr(check, "criterion", tiled)
-    monkeypatch.setattr(check, "obstacles", lambda impl, device: [])
+    monkeypatch.setattr(check, "unsupported_reasons", lambda impl, device: [])
     case = case_of("binomial", n=96, memory_limit=1_000_000)
     truth = check.find_truth(case, make_batch(case))
     assert (truth.case == case) == right

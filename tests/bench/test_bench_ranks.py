@@ -75,7 +75,7 @@ def test_what_is_wrong_is_not_timed(tmp_path):
         "    def forward(ctx, x, by): return x.view_as(x)\n"
         "    @staticmethod\n"
         "    def backward(ctx, g): return g * 1.01, None\n"
-        "loss.Scaled = Off\n"
+        "loss.ScaleGrad = Off\n"
         "from bench import ranks_work\n"
         "from bench.options import Options\n"
         "plan = ranks_work.Plan(Options(10**9, 1, sizes=(96,), dims=(16,), repeats=1), ('ntxent',), (1, 2))\n"

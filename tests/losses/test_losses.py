@@ -313,7 +313,7 @@ def _op_arguments():
     x, labels = batch(30, 4, 3, torch.float64)
     pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False, "tiled", True)
     spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot", "tiled")
-    p = pairs.plan
+    p = pairs.label_order
     return pairs.x, (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec))
 
 

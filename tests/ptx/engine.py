@@ -47,7 +47,7 @@ def gpu(arch: str) -> Iterator[None]:
         _everywhere(stack, row_reduce_op.schedule_of, lambda impl, device: modules[impl])
         _everywhere(stack, sorted_rows.sorted_rows, _sorted_rows)
         _everywhere(stack, dispatch.native, _native)
-        _everywhere(stack, dispatch.choose_whole, lambda *args: "")
+        _everywhere(stack, dispatch.choose_small_batch, lambda *args: "")
         _everywhere(stack, dispatch._obstacles, lambda impl, device: ())
         stack.enter_context(mock.patch.object(configs, "family", lambda device: FAMILIES[arch]))
         stack.enter_context(mock.patch.object(tiled, "BLOCK", BLOCK))

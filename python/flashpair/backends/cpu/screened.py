@@ -84,7 +84,7 @@ def _quick_products() -> bool:
 _quick_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def refusals(reductions: tuple[Reduction, ...], d: int) -> list[str]:
+def unsupported_reasons(reductions: tuple[Reduction, ...], d: int) -> list[str]:
     """Why pairs of such a call, of D coordinates, cannot be screened; empty if they can."""
     off_band = [(k, r) for k, r in enumerate(reductions) if r.side != "positives"]
     found = [f"screened takes D up to {MOST_DEPTH:,}, got {d:,}"] if d > MOST_DEPTH else []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...core.problem import Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
-from .gradients import Collector
+from .gradients import GradientCollector
 from .kernels import configs
 from .launcher import Side, Work, groups, padded, splits, weighted, windowed
 
@@ -66,7 +66,7 @@ def backward(
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     places, live, spoiled, _ = kept
     work = Work(p, terms, given)
-    found = Collector(work, values, grads, need, spoiled)
+    found = GradientCollector(work, values, grads, need, spoiled)
     active = weighted(terms, grads)
     extremes = [k for k, t in enumerate(terms) if t.indexed and grads[k] is not None]
 

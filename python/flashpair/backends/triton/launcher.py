@@ -210,7 +210,7 @@ class Work:
         found: list[Any] = []
         for k in group:
             t = self.terms[k]
-            found += [MAPPED if t.mapped else t.op, t.side, phi(t)[what]]
+            found += [MAPPED if t.transformed else t.op, t.side, phi(t)[what]]
         return found if len(group) == 2 else [*found, NOTHING, POSITIVES, phi(None)[what]]
 
     def reduce(
@@ -248,7 +248,7 @@ class Work:
         run(
             reduce.finish, (-(-self.n // FINISH_ROWS),), self.device, state.peak, state.total, poison, values[k],
             *self.relative(k, values), index, self.n, count, float(self.given.scales[k]), state.scale,
-            OP=MAPPED if t.mapped else t.op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
+            OP=MAPPED if t.transformed else t.op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
         )  # fmt: skip
 
     def relative(self, k: int, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -328,7 +328,7 @@ class Work:
         device."""
         near, found = None, list(slots)
         for place, (k, s) in enumerate(zip(group, slots, strict=True)):
-            if self.terms[k].op != LOGSUMEXP or self.terms[k].mapped:
+            if self.terms[k].op != LOGSUMEXP or self.terms[k].transformed:
                 continue
             if k not in self._around:
                 self._around[k] = self._one_for_all(k, s)
@@ -380,7 +380,7 @@ class Work:
 
 def phi(t: Term | None) -> tuple[Any, Any]:
     """The jit functions of a term's transform and of its slope."""
-    name = "identity" if t is None or not (t.op == SUM or t.mapped) else TRANSFORMS[t.transform]
+    name = "identity" if t is None or not (t.op == SUM or t.transformed) else TRANSFORMS[t.transform]
     return transforms.table[name] if name in transforms.table else codegen.functions(custom(name))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core.problem import POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
-from .gradients import Collector
+from .gradients import GradientCollector
 from .launcher import Block, Side, Work, groups, splits, weighted
 from .screened_tiles import Found, Sieve, plan
 
@@ -97,7 +97,7 @@ def backward(
     places, keys, dense, z = kept
     work = Work(p, terms, given)
     sieve = Sieve(work)
-    found = Collector(work, values, grads, need, z[-1])
+    found = GradientCollector(work, values, grads, need, z[-1])
     active = weighted(terms, grads)
     extremes = [k for k, t in enumerate(terms) if t.indexed and grads[k] is not None]
     each = [

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...core.problem import NEGATIVES, POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
-from .gradients import Collector
+from .gradients import GradientCollector
 from .launcher import Block, Work, groups, padded, splits, weighted
 
 BLOCK = 4096  # rows and columns: 64 MB of float32 similarities; a multiple of every tile
@@ -163,7 +163,7 @@ def backward(
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     places, spoiled, *_ = kept
     work = Work(p, terms, given)
-    found = Collector(work, values, grads, need, spoiled)
+    found = GradientCollector(work, values, grads, need, spoiled)
     rest, band = _split(work, weighted(terms, grads))
     in_band = [k for group in band for k in group]
     anchors = work.anchors()
