@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -22,6 +23,15 @@ def load(file: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def of_tests(name: str) -> ModuleType:
+    """A module of tests/, which is no package of its own, with what it imports beside it."""
+    if "flashpair_tests" not in sys.modules:
+        tests = ModuleType("flashpair_tests")
+        tests.__path__ = [str(ROOT / "tests")]
+        sys.modules["flashpair_tests"] = tests
+    return importlib.import_module(f"flashpair_tests.{name}")
 
 
 def package(work: Path) -> Path:
@@ -51,8 +61,8 @@ def ended(work: Path, stage: str) -> None:
     marker(work, f"{stage}.end").touch()
 
 
-def environment(work: Path, interpreted: bool) -> dict[str, str]:
-    """Of a stage's process. interpreted: Triton's interpreter stands in for the GPU."""
+def environment(work: Path) -> dict[str, str]:
+    """Of a stage's process."""
     paths = [str(package(work).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
     own = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -62,4 +72,4 @@ def environment(work: Path, interpreted: bool) -> dict[str, str]:
         "TORCHINDUCTOR_COMPILE_THREADS": "4",
     }
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FLASHPAIR_ONCHIP")}
-    return kept | own | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    return kept | own

@@ -34,20 +34,36 @@ def _native(impl: str, x: torch.Tensor, y: torch.Tensor | None) -> bool:
     return impl != "reference" and x.dtype in (torch.bfloat16, torch.float16) and (y is None or y.dtype == x.dtype)
 
 
-def _sorted_rows(x: torch.Tensor, order: torch.Tensor, *, unit: bool, impl: str) -> torch.Tensor:
-    return rows._KernelRows.apply(x.contiguous(), order, unit)
+def _sorted_rows(
+    x: torch.Tensor, order: torch.Tensor, *, unit: bool, impl: str, of: Callable[..., torch.Tensor] = rows.sorted_rows
+) -> torch.Tensor:
+    return of(x, order, unit=unit, impl="fused")  # whose rows are the kernels' on every device
+
+
+def _choose_whole(impl: str, *rest: Any, of: Callable[..., str] = dispatch.choose_whole) -> str:
+    return of(impl, *rest) if impl == "onchip" else ""
+
+
+def _obstacles(impl: str, device: str, of: Callable[..., tuple[str, ...]] = dispatch._obstacles) -> tuple[str, ...]:
+    return of(impl, device) if impl == "onchip" else ()
+
+
+_obstacles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def gpu(arch: str) -> Iterator[None]:
-    """Until it ends, `impl` on CPU tensors means what it means on a GPU of that architecture."""
+    """Until it ends, `impl` on CPU tensors means what it means on a GPU of that architecture.
+
+    `onchip` is what flashpair.extension finds, or onchip.py's.
+    """
     with contextlib.ExitStack() as stack:
         modules = {impl: importlib.import_module(name) for impl, name in SCHEDULES.items()}
         _everywhere(stack, ops.schedule_of, lambda impl, device: modules[impl])
         _everywhere(stack, rows.sorted_rows, _sorted_rows)
         _everywhere(stack, dispatch.native, _native)
-        _everywhere(stack, dispatch.choose_whole, lambda *args: "")
-        _everywhere(stack, dispatch._obstacles, lambda impl, device: ())
+        _everywhere(stack, dispatch.choose_whole, _choose_whole)
+        _everywhere(stack, dispatch._obstacles, _obstacles)
         stack.enter_context(mock.patch.object(configs, "family", lambda device: FAMILIES[arch]))
         stack.enter_context(mock.patch.object(blocked, "BLOCK", BLOCK))
         stack.enter_context(chip(arch))

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import numpy as np
 
 from flashpair import extension, onchip, whole
 
+from .. import emulated
 from . import launch as record
 from .control import assemble
 from .machine import launch
@@ -50,9 +52,10 @@ def ptx(arch: str) -> str:
             f"-arch={arch}",
             "csrc/cuda/onchip.cu",
             "-o",
-            str(out),
+            str(new := out.with_suffix(f".{os.getpid()}")),
         ]
         subprocess.run(command, check=True, cwd=ROOT)
+        new.rename(out)
     return out.read_text()
 
 
@@ -63,8 +66,6 @@ def missing() -> str:
 
 @functools.cache
 def _host() -> Any:
-    from .. import emulated
-
     library = emulated.build("onchip_parameters.so", ("tests/ptx/onchip_parameters.cpp",), "-fPIC -shared")
     return ctypes.CDLL(str(library)).onchip_parameters
 
