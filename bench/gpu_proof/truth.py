@@ -56,11 +56,12 @@ def judge(case: TruthCase, gpu: Accelerator) -> dict[str, Any]:
 
 
 def run(stage: Stage) -> None:
-    gpu, kernels, patience = accelerator(stage.plan), Kernels(), Patience(stage)
+    gpu, kernels, patience = accelerator(stage.plan, stage.work), Kernels(), Patience(stage)
     wrong = 0
     for case in [*truth_cases(stage.plan), *onchip_cases(stage.plan)]:
         if case.impl == "onchip":
             patience.wait_for("build")
+            gpu.built()
             if reasons := unsupported_reasons("onchip", torch.device(gpu.device)):
                 stage.say(case=case.name, skipped="; ".join(reasons))
                 continue
@@ -77,6 +78,6 @@ def run(stage: Stage) -> None:
                 raise
             continue
         wrong += not found["right"]
-        stage.say(case=case.name, **found, compiled=kernels.take())
+        stage.say(case=case.name, **found, compiled=kernels.take(), **gpu.by(case.impl))
         gpu.free()
     stage.say(wrong=wrong)

@@ -147,13 +147,23 @@ def _no_cubin(backend: Any = None, stages: Any = None, *rest: Any) -> tuple[str,
 
 
 @contextlib.contextmanager
-def chip(name: str) -> Iterator[None]:
-    """Triton launches run here, as compiled for sm_80 or sm_90."""
-    before, active = knobs.runtime.add_stages_inspection_hook, driver._active
+def to_ptx() -> Iterator[None]:
+    """Triton compiles as far as `chip` has it, and into the same places of its cache."""
+    before = knobs.runtime.add_stages_inspection_hook
     knobs.runtime.add_stages_inspection_hook = _no_cubin
-    driver.set_active(Chip(int(name.removeprefix("sm_"))))
     try:
         yield
     finally:
-        driver._active = active
         knobs.runtime.add_stages_inspection_hook = before
+
+
+@contextlib.contextmanager
+def chip(name: str) -> Iterator[None]:
+    """Triton launches run here, as compiled for sm_80 or sm_90."""
+    active = driver._active
+    driver.set_active(Chip(int(name.removeprefix("sm_"))))
+    try:
+        with to_ptx():
+            yield
+    finally:
+        driver._active = active

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from flashpair.backends import extension
 from flashpair.backends.cuda import onchip
 from flashpair.engine import small_batch
 
+from .. import emulated
 from . import launch as record
 from .control import assemble
 from .machine import launch
@@ -52,9 +54,10 @@ def ptx(arch: str) -> str:
             f"-arch={arch}",
             "csrc/cuda/onchip.cu",
             "-o",
-            str(out),
+            str(new := out.with_suffix(f".{os.getpid()}")),
         ]
         subprocess.run(command, check=True, cwd=ROOT)
+        new.rename(out)
     return out.read_text()
 
 
@@ -65,8 +68,6 @@ def missing() -> str:
 
 @functools.cache
 def _host() -> Any:
-    from ..support import emulated
-
     library = emulated.build("onchip_parameters.so", ("tests/ptx/onchip_parameters.cpp",), "-fPIC -shared")
     return ctypes.CDLL(str(library)).onchip_parameters
 
