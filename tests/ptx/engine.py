@@ -19,6 +19,7 @@ from .launch import chip
 FAMILIES = {"sm_80": configs.AMPERE, "sm_90": configs.HOPPER}
 SCHEDULES = {"tiled": "flashpair.blocked", "fused": "flashpair.fused", "screened": "flashpair.sifted"}
 BLOCK = 128  # of `blocked`, so that small batches have several
+kept: list[torch.Tensor] = []  # rows (N, D) that the kernels have made of embeddings, in the caller's order
 
 
 def _everywhere(stack: contextlib.ExitStack, old: Callable[..., Any], new: Callable[..., Any]) -> None:
@@ -35,7 +36,9 @@ def _native(impl: str, x: torch.Tensor, y: torch.Tensor | None) -> bool:
 
 
 def _sorted_rows(x: torch.Tensor, order: torch.Tensor, *, unit: bool, impl: str) -> torch.Tensor:
-    return rows._KernelRows.apply(x.contiguous(), order, unit)
+    found = rows._KernelRows.apply(x.contiguous(), order, unit)
+    kept.append(torch.empty_like(found.detach()).index_copy(0, order, found.detach()))
+    return found
 
 
 @contextlib.contextmanager
