@@ -64,6 +64,18 @@ def test_within_a_warp_lockstep_is_order_enough():
     assert (second == first.reshape(2, 2, 16)[:, ::-1].ravel()).all()
 
 
+def test_lanes_that_store_at_one_address_store_the_same():
+    first, second = words()
+    body = "and.b32 %r3, %r1, -8;\nshr.u32 %r4, %r0, {by};\n{store}"
+    into_shared = "st.shared.b32 [%r3], %r4;\nld.shared.b32 %r5, [%r3];\nst.global.b32 [%d1], %r5;"
+    run(body.format(by=1, store=into_shared), first, second)
+    assert (second == np.arange(64) // 2).all()
+    assert "one place" in faults(body.format(by=0, store=into_shared), "race")
+    into_global = "cvt.u64.u32 %d3, %r0;\nand.b64 %d3, %d3, 1;\nshl.b64 %d3, %d3, 2;\nsub.s64 %d3, %d1, %d3;\n"
+    run(body.format(by=1, store=f"{into_global}st.global.b32 [%d3], %r4;"), first, second)
+    assert "one element" in faults(body.format(by=0, store=f"{into_global}st.global.b32 [%d3], %r4;"), "race")
+
+
 def test_a_write_may_not_overtake_another_warps_read():
     again = "bar.sync 0;\nst.shared.b32 [%r1], %r0;\n"
     body = EXCHANGE.format(barrier="bar.sync 0;")

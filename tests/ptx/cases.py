@@ -225,14 +225,33 @@ def whole() -> Iterator[Case]:
             yield Case("onchip", arch, dtype, "NPairsLoss", 33, 20)
         for n, d, m in ((17, 8, 16), (40, 19, 9)):
             yield Case("onchip", arch, "f32", "LiftedStructureStarLoss(epsilon=0.1)", n, d, m)
+        for dtype in ("f32", "f64"):
+            for n, m in ((5, 8), (6, 5), (9, 33)):  # 2, 4 and 8 rows a block, of anchors alone or of references alone
+                yield Case("onchip", arch, dtype, MINED, n, 9, m, unit=n == 9)
         yield Case("onchip", arch, "f32", "GeneralizedLiftedStructureLoss", 5, 33)
         yield Case("onchip", arch, "f32", "GeneralizedLiftedStructureLoss(distance='euclidean')", 40, 19, unit=True)
+
+
+def of_full_rank() -> Iterator[Case]:
+    """Rows that nothing relates: similarities are small and windows cut through the middle of them."""
+    for arch in ARCHS:
+        for dtype in DTYPES:
+            for unit in (False, True):
+                yield Case("fused", arch, dtype, MINED, 62, 33, unit=unit, full=True)
+                yield Case("tiled", arch, dtype, MINED, 131, 64, unit=unit, full=True)
+                yield Case("screened", arch, dtype, MINED, 130, 40, 260, unit=unit, full=True)
+            yield Case("screened", arch, dtype, MINED, 300, 100, full=True)
+        for dtype in ("bf16", "f32"):
+            yield Case("fused", arch, dtype, "MarginLoss", 65, 40, full=True)
+            yield Case("fused", arch, dtype, "TripletMarginLoss(triplets='hard')", 65, 40, unit=True, full=True)
+            yield Case("fused", arch, dtype, "GeneralizedLiftedStructureLoss(distance='euclidean')", 65, 40, full=True)
 
 
 def matrix() -> Iterator[Case]:
     """Every schedule and dtype, D and N around the edges of tiles, with and without references, other criteria."""
     yield from quick()
     yield from whole()
+    yield from of_full_rank()
     for arch in ARCHS:
         for dtype in DTYPES:
             for d in (8, 31, 32, 64, 65, 127, 128, 129, 256, 257, 300):
