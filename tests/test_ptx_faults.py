@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ptx.faults import Fault, Unsupported
 from ptx.small import run
+
+from flashpair.similarity import normalize
 
 # Each thread leaves its word in shared memory, and takes its neighbour's of the other warp.
 EXCHANGE = """
@@ -205,3 +208,17 @@ def test_products_in_flight(change, kind):
     with pytest.raises(Fault) as found:
         run(PRODUCT.format(**GOOD | change), *arrays, threads=128, shared=16384)
     assert found.value.kind == kind, found.value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalised_rows_are_rounded_once(dtype):
+    pytest.importorskip("triton")
+    from ptx.cases import rounded_once
+
+    x = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = normalize(x.float()).to(dtype)
+    assert rounded_once(rows, x)
+    bits = rows.clone().view(torch.int16)
+    bits[7, 3] += 1
+    assert not rounded_once(bits.view(dtype), x)
+    assert not rounded_once(normalize(x.float()).mul(1 + 2.0**-9).to(dtype), x)
