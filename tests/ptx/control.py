@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arithmetic, matrix, moves, warpgroup
+from . import approximate, arithmetic, matrix, moves, warpgroup
 from .faults import Unsupported
 from .order import ordered
 from .parse import SIZES, Instruction, Kernel, parse
 from .tensors import UINT
 
 ENDS = {"bra": "branch", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier"}
-TABLES = (arithmetic.TABLE, moves.TABLE, matrix.TABLE, warpgroup.TABLE)
+TABLES = (arithmetic.TABLE, approximate.TABLE, moves.TABLE, matrix.TABLE, warpgroup.TABLE)
 
 
 class Segment(NamedTuple):

@@ -20,6 +20,7 @@ from .launch import chip
 FAMILIES = {"sm_80": configs.AMPERE, "sm_90": configs.HOPPER}
 SCHEDULES = ("tiled", "fused", "screened")
 BLOCK = 128  # of `blocked`, so that small batches have several
+kept: list[torch.Tensor] = []  # rows (N, D) that the kernels have made of embeddings, in the caller's order
 
 
 def _everywhere(stack: contextlib.ExitStack, old: Callable[..., Any], new: Callable[..., Any]) -> None:
@@ -43,7 +44,9 @@ def _sorted_rows(
     impl: str,
     of: Callable[..., torch.Tensor] = sorted_rows.sorted_rows,
 ) -> torch.Tensor:
-    return of(x, order, unit=unit, impl="fused")  # whose rows are the kernels' on every device
+    found = of(x, order, unit=unit, impl="fused")  # whose rows are the kernels' on every device
+    kept.append(torch.empty_like(found.detach()).index_copy(0, order, found.detach()))
+    return found
 
 
 def _choose_small_batch(impl: str, *rest: Any, of: Callable[..., str] = dispatch.choose_small_batch) -> str:

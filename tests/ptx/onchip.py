@@ -23,7 +23,7 @@ from flashpair.backends import extension
 from flashpair.backends.cuda import onchip
 from flashpair.engine import small_batch
 
-from .. import emulated
+from ..support import emulated
 from . import launch as record
 from .control import assemble
 from .machine import launch

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from ptx.faults import Fault, Unsupported
 from ptx.small import run
+
+from flashpair.core.similarity import normalize
 
 # Each thread leaves its word in shared memory, and takes its neighbour's of the other warp.
 EXCHANGE = """
@@ -62,6 +65,18 @@ def test_within_a_warp_lockstep_is_order_enough():
     first, second = words()
     run(EXCHANGE.format(barrier="").replace("128", "64"), first, second)
     assert (second == first.reshape(2, 2, 16)[:, ::-1].ravel()).all()
+
+
+def test_lanes_that_store_at_one_address_store_the_same():
+    first, second = words()
+    body = "and.b32 %r3, %r1, -8;\nshr.u32 %r4, %r0, {by};\n{store}"
+    into_shared = "st.shared.b32 [%r3], %r4;\nld.shared.b32 %r5, [%r3];\nst.global.b32 [%d1], %r5;"
+    run(body.format(by=1, store=into_shared), first, second)
+    assert (second == np.arange(64) // 2).all()
+    assert "one place" in faults(body.format(by=0, store=into_shared), "race")
+    into_global = "cvt.u64.u32 %d3, %r0;\nand.b64 %d3, %d3, 1;\nshl.b64 %d3, %d3, 2;\nsub.s64 %d3, %d1, %d3;\n"
+    run(body.format(by=1, store=f"{into_global}st.global.b32 [%d3], %r4;"), first, second)
+    assert "one element" in faults(body.format(by=0, store=f"{into_global}st.global.b32 [%d3], %r4;"), "race")
 
 
 def test_a_write_may_not_overtake_another_warps_read():
@@ -193,3 +208,17 @@ def test_products_in_flight(change, kind):
     with pytest.raises(Fault) as found:
         run(PRODUCT.format(**GOOD | change), *arrays, threads=128, shared=16384)
     assert found.value.kind == kind, found.value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalised_rows_are_rounded_once(dtype):
+    pytest.importorskip("triton")
+    from ptx.cases import rounded_once
+
+    x = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = normalize(x.float()).to(dtype)
+    assert rounded_once(rows, x)
+    bits = rows.clone().view(torch.int16)
+    bits[7, 3] += 1
+    assert not rounded_once(bits.view(dtype), x)
+    assert not rounded_once(normalize(x.float()).mul(1 + 2.0**-9).to(dtype), x)
