@@ -24,6 +24,7 @@ from .tile import (
     clean_tile,
     inside_window,
     intervals,
+    largest,
     leading_bits,
     load_rows,
     members,
@@ -334,7 +335,7 @@ def put(
         w = through_distance(w, z, SQUARED)
         own = squares[:, None] + row_vector(col_squares, cols, valid, 0.0, w.dtype)[None, :]
         near = ((z if SQUARED else z * z) <= NEAR_GRADIENT * own) & (w != 0.0)
-        if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
+        if largest(tl.max(near.to(tl.int32), 1)) > 0:
             if close_dx is not None:
                 first = slab * BLOCK_D
                 last = d if dx is None else tl.minimum(first + BLOCK_D, d)
