@@ -292,6 +292,9 @@ def weigh_rows(
     if dx is not None:
         column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
         if col_squares is not None:
+            # Anew, by way of a 0 that the compiler cannot see: kept over the loops, rows took registers that spilled.
+            rows = row0 + (block + tl.minimum(clean, 0)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            inside = rows < row1
             own = load_rows(x, rows, inside, d, slab * BLOCK_D, BLOCK_D, EVEN_SLAB, False)
             acc += pull[:, None] * own.to(acc.dtype)
             tl.debug_barrier()  # what other threads have left of close pairs
