@@ -251,6 +251,16 @@ class Work:
             OP=MAPPED if t.transformed else t.op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
         )  # fmt: skip
 
+    def finish_all(
+        self, group: Sequence[int], states: Sequence[Reduced], poison: Tensor, values: Tensor,
+        index: dict[int, Tensor | None], riders: dict[int, int],
+    ) -> None:  # fmt: skip
+        """Of some terms, and of those that ride with them."""
+        for k, state in zip(group, states, strict=True):
+            self.finish(k, state, poison, values, index[k])
+            for rider in (other for other, leader in riders.items() if leader == k):
+                self.finish(rider, Reduced(peak=state.peak), poison, values, None)
+
     def relative(self, k: int, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The top and rest (N,) of a logsumexp."""
         at = self.tops[k]
@@ -258,13 +268,12 @@ class Work:
 
     def reduce_all(
         self, group: Sequence[int], count: int, poison: Tensor, values: Tensor, index: dict[int, Tensor | None],
-        live: dict[int, Tensor],
+        live: dict[int, Tensor], riders: dict[int, int],
     ) -> None:  # fmt: skip
-        """Values and indices of one or two terms over all pairs, from the embeddings."""
+        """Values and indices of one or two terms, and their riders, over all pairs, from the embeddings."""
         states = [self.state(k, count, index[k] is not None, values, live.get(k)) for k in group]
         self.reduce(group, states, self.anchors(), Block(0, self.n, 0, self.m), count)
-        for k, state in zip(group, states, strict=True):
-            self.finish(k, state, poison, values, index[k])
+        self.finish_all(group, states, poison, values, index, riders)
 
     def state(self, k: int, count: int, indexed: bool, values: Tensor, live: Tensor | None = None) -> Reduced:
         """Empty tensors for the state of a term; `indexed`: with the place of a min's or max's extreme."""

@@ -72,15 +72,14 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
         for group in groups(terms, stage):
             off = tuple(k for k in group if terms[k].side != POSITIVES)
             if not off:
-                work.reduce_all(group, count, spoiled, values, index, {})
+                work.reduce_all(group, count, spoiled, values, index, {}, {})
                 continue
             found = sieve.find(off, values)
             states = [work.state(k, count + (k in off), index[k] is not None, values) for k in group]
             lists = sieve.lists(found.dense, work.anchors())
             work.reduce(group, states, work.anchors(), Block(0, work.n, 0, work.m), count, lists=lists)
             sieve.fold(off, [s for k, s in zip(group, states, strict=True) if k in off], found)
-            for k, state in zip(group, states, strict=True):
-                work.finish(k, state, spoiled, values, index[k])
+            work.finish_all(group, states, spoiled, values, index, {})
             if off in kept:
                 place = kept[off]
                 keys[place], dense[place] = found.keys, found.dense
