@@ -108,17 +108,19 @@ def fold(
         z, keep, lower[:, None], upper[:, None], slot.lower is not None, slot.upper is not None
     )  # fmt: skip
     if OP == LOGSUMEXP:
-        # Pairs that are left out are -inf: a number a pair to keep, where a mask is a predicate of every one.
-        signed = tl.where(keep, z * direction(scale), -INF)
-        top = tl.max(signed, 1)
+        signed = z * direction(scale)
         if windowed:
+            # Pairs that are left out are -inf: a number a pair to keep, where a mask is a predicate of every one.
+            signed = tl.where(keep, signed, -INF)
+            top = tl.max(signed, 1)
             some = largest(top) > -INF
             if slot.live is not None:
                 tl.store(slot.live + live_at, some.to(tl.int8))
             if some:
-                peak, total = fold_exponentials(signed, steepness(scale), top, peak, total)
+                peak, total = fold_exponentials(signed, None, steepness(scale), top, peak, total)
         else:
-            peak, total = fold_exponentials(signed, steepness(scale), top, peak, total)
+            top = tl.max(tl.where(keep, signed, -INF), 1)
+            peak, total = fold_exponentials(signed, keep, steepness(scale), top, peak, total)
     elif OP == SUM:
         ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
         phi = PHI(z * scale, reach(own[:, None], ref, slot.ref_offset is not None))
@@ -126,8 +128,9 @@ def fold(
         if slot.live is not None:
             tl.store(slot.live + live_at, largest(tl.max(keep.to(tl.int32), 1)).to(tl.int8))
     elif OP == MAPPED:
-        t = tl.where(keep, PHI(z * scale, own[:, None]), -INF)
-        peak, total = fold_exponentials(t, LOG2E, tl.max(t, 1), peak, total)
+        t = PHI(z * scale, own[:, None])
+        top = tl.max(tl.where(keep, t, -INF), 1)
+        peak, total = fold_exponentials(t, keep, LOG2E, top, peak, total)
     elif OP == COUNT:
         total += tl.sum(tl.where(keep, 1.0, 0.0).to(ACC), 1)
     else:
@@ -158,11 +161,14 @@ def steepness(scale):
 
 
 @triton.jit
-def fold_exponentials(signed, steep2, top, peak, total):
-    """signed (R, C): -inf where there is no term; top (R,): its rows' largest."""
+def fold_exponentials(signed, keep, steep2, top, peak, total):
+    """signed (R, C): the terms that count, those of `keep`, or where that is None those above -inf; top (R,): each
+    row's largest."""
     higher = tl.maximum(peak, top)
     base = tl.where(higher > -INF, higher, 0.0)
     terms = tl.exp2((signed - base[:, None]) * steep2)
+    if keep is not None:
+        terms = tl.where(keep, terms, 0.0)
     return higher, shrunk(total, peak, base, steep2) + tl.sum(terms, 1)
 
 
