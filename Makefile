@@ -10,7 +10,7 @@ FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/support/cuda_on_ho
 .PHONY: demo test aot36 lint bench fuzz ptx sanitize clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -24,7 +24,7 @@ build/triton36:
 	mv $@.new $@
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench step
 
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)

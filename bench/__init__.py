@@ -1,4 +1,4 @@
-"""Time and memory of a training step, against peers and the bare matrix products: `python -m bench`.
+"""Time and memory of a training step, against peers and the bare matrix products: `python -m bench STUDY`.
 
 Run from the repository root; nothing here is installed. How one run goes:
 
@@ -8,8 +8,8 @@ Run from the repository root; nothing here is installed. How one run goes:
         measure  the rest in one process, interleaved round by round
     -> report: JSON with machine information, a table, a plot
 
-`python -m bench.family` does the same for every loss of the library (family_cases.py), in one table.
-`python -m bench.weights` draws what each loss gives to a pair, and dependence.py finds what that depends on.
+`python -m bench family` does the same for every loss of the library (family_cases.py), in one table.
+`python -m bench weights` draws what each loss gives to a pair, and dependence.py finds what that depends on.
 `python -m bench.gpu_proof` brings its own copy of flashpair, and runs where none is installed.
 """
 

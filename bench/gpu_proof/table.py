@@ -1,6 +1,6 @@
 """Stage: the time of a training step, eager and as a CUDA graph, beside others; its memory; the time of each kernel.
 
-Two floors stand beside it: the bare products of the same shapes, by torch.mm (bench/floor.py), which memory may bound,
+Two floors stand beside it: the bare products of the same shapes, by torch.mm (harness/floor.py), which memory may bound,
 and 6 N M D flop at the rate that a large product reaches here.
 """
 
@@ -16,11 +16,11 @@ import torch
 
 from flashpair.engine.dispatch import WIDEST_FUSED
 
-from ..cases import Batch, make_batch
-from ..floor import make_floor
-from ..peers import NotThere
-from ..probe import is_memory
-from ..variants import REGISTRY, TrainingStep, make_step
+from ..harness.cases import Batch, make_batch
+from ..harness.floor import make_floor
+from ..harness.peers import NotThere
+from ..harness.probe import is_memory
+from ..harness.variants import REGISTRY, TrainingStep, make_step
 from .accelerator import Step, accelerator, stand_in
 from .cases import Kernels, Patience, bench_case, schedule, table_name
 from .child import Skip, Stage, fatal, reason

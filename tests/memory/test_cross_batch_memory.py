@@ -16,7 +16,7 @@ from pytorch_metric_learning import losses, miners
 from torch.utils.checkpoint import checkpoint
 
 import flashpair
-from bench import memory_bank
+from bench.studies import memory_bank
 from flashpair import CrossBatchMemory, screening
 from flashpair.backends import extension
 from flashpair.backends.cpu import screened

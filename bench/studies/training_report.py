@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from . import machine
-from .plot import COLOURS, GRID, INK, OTHERS, PALE
-from .report import BUSY, NARROWEST, Document, percent
-from .units import duration
+from ..harness import machine
+from ..harness.plot import COLOURS, GRID, INK, OTHERS, PALE
+from ..harness.report import BUSY, NARROWEST, Document, percent
+from ..harness.units import duration
 
 Record = dict[str, Any]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..studies.family_cases import FAMILY
 from .cases import Batch, Case
-from .family_cases import FAMILY
 from .floor import floor_products, make_floor
 from .options import FLOORS
 from .peers import NotThere, make_peer

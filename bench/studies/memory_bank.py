@@ -1,4 +1,4 @@
-"""Steps of CrossBatchMemory: `python -m bench.memory_bank`: time over the memory's size, beside the bare products.
+"""Steps of CrossBatchMemory: `python -m bench memory_bank`: time over the memory's size, beside the bare products.
 
 The floor of a step of N anchors and M entries is three products of 2 N M D flop: similarities, the same again in
 backward, and the anchors' gradient, with 8,192 entries at a time so that they stay in cache. Rounds are interleaved.
@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 import flashpair
 
-from . import machine, report
+from ..harness import machine, report
 
 D, CLASSES, NOISE = 128, 5000, 0.2
 LOSSES = {"NTXentLoss": flashpair.NTXentLoss, "MultiSimilarityLoss": flashpair.MultiSimilarityLoss}
@@ -86,7 +86,7 @@ def measure(size: int, n: int, repeats: int) -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m bench.memory_bank", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench memory_bank", description=__doc__.split("\n")[0])
     p.add_argument("--sizes", type=lambda t: [int(s) for s in t.split(",")], default=[10_000, 100_000, 1_000_000])
     p.add_argument("--batches", type=lambda t: [int(s) for s in t.split(",")], default=[256, 1024])
     p.add_argument("--repeats", type=int, default=5)
@@ -112,7 +112,3 @@ def main(arguments: list[str] | None = None) -> None:
                     flush=True,
                 )
     report.save(document, options.out / f"memory-bank-{report.stamp(document)}.json")
-
-
-if __name__ == "__main__":
-    main()

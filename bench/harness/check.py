@@ -21,8 +21,8 @@ from torch import Tensor
 
 from flashpair.engine.dispatch import unsupported_reasons
 
+from ..studies.family_cases import FAMILY
 from .cases import Batch, Case, make_batch
-from .family_cases import FAMILY
 from .variants import Step, TrainingStep, criterion, make_step, training_step
 
 FACTOR = 8.0

@@ -1,4 +1,4 @@
-"""What a step of mined Multi-Similarity costs over the share of pairs that mining leaves: `python -m bench.live`.
+"""What a step of mined Multi-Similarity costs over the share of pairs that mining leaves: `python -m bench live`.
 
 One case of suite.py for each share: `trained` data of cases.py, whose noise is found by bisection, and as the last case
 random data. What a variant of ONCE costs hangs so little on the share that it is measured at the two ends only, which
@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from . import plot, report, suite
-from .arguments import add_batches, add_common, options_of
-from .cases import Case, live_share, make_batch
-from .options import FLOOR, Options
-from .progress import Progress
-from .report import Document, percent
+from ..harness import plot, report, suite
+from ..harness.arguments import add_batches, add_common, options_of
+from ..harness.cases import Case, live_share, make_batch
+from ..harness.options import FLOOR, Options
+from ..harness.progress import Progress
+from ..harness.report import Document, percent
 
 SHARES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)
 ONCE = ("pytorch-metric-learning",)
@@ -94,7 +94,7 @@ def percents(text: str) -> tuple[float, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.live", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench live", description=__doc__.split("\n")[0])
     default = Options(1, 1, data="trained", intrinsic=INTRINSIC, sizes=(8192,), variants=VARIANTS)
     add_batches(p, default)
     p.add_argument("--shares", type=percents, default=SHARES, metavar="%,%", help="of live pairs (0.001 to 30)")
@@ -112,7 +112,3 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             p.error(str(error))
     plot.publish(document, given["out"])
-
-
-if __name__ == "__main__":
-    main()

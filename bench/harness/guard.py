@@ -20,7 +20,7 @@ from .memory import available_bytes, status_bytes
 from .probe import COMPILER_BYTES
 from .units import duration, size
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.02
 START_SECONDS = 180.0  # imports and data
 GRACE_SECONDS = 2.0  # the child times its step itself, and more exactly
@@ -127,7 +127,7 @@ def _concluded(event: dict[str, Any] | None, watch: _Watch, code: int, errors: s
 
 
 def probe(case: Case, variant: str) -> Probed:
-    command = [sys.executable, "-m", "bench.probe", case.options.to_json(), str(case.n), str(case.d), variant]
+    command = [sys.executable, "-m", "bench.harness.probe", case.options.to_json(), str(case.n), str(case.d), variant]
     with tempfile.TemporaryFile() as errors, selectors.DefaultSelector() as selector:
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, env=_environment(), start_new_session=True

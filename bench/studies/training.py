@@ -1,4 +1,4 @@
-"""What the loss costs over a whole training, first step to last: `python -m bench.training`.
+"""What the loss costs over a whole training, first step to last: `python -m bench training`.
 
 Two networks are trained with mined Multi-Similarity as flashpair computes it (training_data.py). At some steps the
 step's embeddings are set aside: how many pairs live is counted, loss and gradient of every variant are checked against
@@ -19,15 +19,16 @@ from torch import Tensor
 import flashpair
 from flashpair import Bound, Reduction
 
-from . import guard, machine, report, training_report
-from .arguments import add_common, options_of
-from .cases import Batch, Case
-from .check import find_truth, judge
-from .measure import Times, interleave
-from .options import Options
-from .progress import Progress
+from ..harness import guard, machine, report
+from ..harness.arguments import add_common, options_of
+from ..harness.cases import Batch, Case
+from ..harness.check import find_truth, judge
+from ..harness.measure import Times, interleave
+from ..harness.options import Options
+from ..harness.progress import Progress
+from ..harness.variants import make_step
+from . import training_report
 from .training_data import PER_CLASS, Training, digits, synthetic
-from .variants import make_step
 
 Record = dict[str, Any]
 OURS = ("flashpair", "flashpair-tiled")
@@ -158,7 +159,7 @@ def study(
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench training", description=__doc__.split("\n")[0])
     p.add_argument("--steps", type=int, default=400, help="of either training (400)")
     p.add_argument("--logged", type=int, default=30, metavar="COUNT", help="steps to measure at, about (30)")
     p.add_argument("--batch", type=int, default=4096, metavar="N", help="of the synthetic training (4096)")
@@ -184,7 +185,3 @@ def main(arguments: list[str] | None = None) -> None:
     training_report.print_table(document)
     print(path)
     print(training_report.draw(document, path.with_suffix(".png")))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .family_cases import FAMILY
+from ..studies.family_cases import FAMILY
 from .options import Options
 
 SAMPLED_ROWS = 1024

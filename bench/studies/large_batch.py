@@ -1,4 +1,4 @@
-"""Training steps of batches that memory does not hold: `python -m bench.large_batch`: GradCache beside the plain step.
+"""Training steps of batches that memory does not hold: `python -m bench large_batch`: GradCache beside the plain step.
 
 The encoder is a small convolutional network whose activations take some 0.2 MB an image; the loss is Multi-Similarity
 with mining, of images of as many classes as a batch has fours. Each way and size trains in a process of its own, some
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import flashpair
 
-from . import machine, memory, report
-from .probe import is_memory
-from .units import duration, size
+from ..harness import machine, memory, report
+from ..harness.probe import is_memory
+from ..harness.units import duration, size
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 SIDE, EMBEDDING, PER_CLASS, NOISE = 16, 128, 4, 0.5
 CHECKED, ALLOWED = 512, 1e-9
 WAYS = {"GradCache": "auto", "plain": "auto", "plain, dense reference": "reference"}  # with which impl of the loss
@@ -113,7 +113,7 @@ def check(micro_batch: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m bench.large_batch", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench large_batch", description=__doc__.split("\n")[0])
     p.add_argument("--batches", type=lambda t: [int(s) for s in t.split(",")], default=[4096, 16384, 65536])
     p.add_argument("--micro-batch", type=int, default=256)
     p.add_argument("--steps", type=int, default=3)
@@ -143,7 +143,3 @@ def main(arguments: list[str] | None = None) -> int:
     report.save(document, given.out)
     Console(width=max(100, Console().width)).print(table)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""One of the processes that bench/ranks.py times: its part of the batch, its steps, and what it says to the others."""
+"""One of the processes that ranks.py times: its part of the batch, its steps, and what it says to the others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch import Tensor
 from flashpair.distributed import gather
 from flashpair.distributed.global_loss import slice_of
 
-from . import machine, sent
-from .cases import Batch, Case, make_batch
-from .check import Truth, find_truth, judge
+from ..harness import machine
+from ..harness.cases import Batch, Case, make_batch
+from ..harness.check import Truth, find_truth, judge
+from ..harness.measure import Times
+from ..harness.memory import peak_of
+from ..harness.options import Options
+from ..harness.variants import criterion
+from . import sent
 from .family_cases import FAMILY
-from .measure import Times
-from .memory import peak_of
-from .options import Options
-from .variants import criterion
 
 SCHEDULES = ("all_gather", "ring")
 ONE, TILED = "one process", "one process, tiled"
@@ -207,7 +208,7 @@ def work(rank: int, plan: Plan, where: str, save: Callable[[dict[str, Any]], obj
         "units": "seconds of the slowest process; throughput: rows of the global batch a second; speedup: over the one "
         "process; processor_seconds, processor_speedup: the same of the processor's time of the process that used "
         "most; peak_extra: bytes that a step adds to the process that needs most; sent: bytes by the first process, of "
-        "collectives what their best algorithm sends (bench/sent.py)",
+        "collectives what their best algorithm sends (sent.py)",
         "kind": "ranks", "machine": described, "options": asdict(replace(plan.options, loss="all")),
         "worlds": list(plan.worlds), "cases": [],
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """The child of guard.py: one variant, one size, one measured step in a fresh process. Speaks lines of JSON.
 
-python -m bench.probe OPTIONS_JSON N D VARIANT
+python -m bench.harness.probe OPTIONS_JSON N D VARIANT
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..studies.family_cases import FAMILY
 from .cases import Case
-from .family_cases import FAMILY
 
 
 class NotThere(Exception):

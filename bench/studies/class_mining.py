@@ -1,4 +1,4 @@
-"""What hard negative class mining is worth: `python -m bench.class_mining` trains with random and with mined classes.
+"""What hard negative class mining is worth: `python -m bench class_mining` trains with random and with mined classes.
 
 Classes are made so that one knows the answer. In one world they come in groups, as breeds do: telling groups apart is
 easy, and two classes of a group differ in little; a random batch has few of one group. In the other no two are nearer
@@ -22,9 +22,9 @@ import flashpair
 from flashpair.metrics import confidence_interval, retrieval
 from flashpair.samplers import ClassSampler, HardClassSampler, NPairsSampler
 
-from . import machine, report
+from ..harness import machine, report
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("random", "max", "sum")
 WORLDS = {"groups of ten": (100, 10), "no groups": (1000, 1)}
 INPUTS, EMBEDDING = 64, 32
@@ -79,7 +79,7 @@ def recall(kind: str, seen: Samples, unseen: Samples, steps: int, batch: int, se
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.class_mining", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench class_mining", description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32, help="classes in a batch")
     parser.add_argument("--seeds", type=int, default=5)
@@ -105,7 +105,3 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_row(name, *cells, str(confidence_interval(gain)))
     Console().print(table)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

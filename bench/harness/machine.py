@@ -16,7 +16,7 @@ import torch
 import flashpair
 from flashpair.backends import extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""What processes that share a batch make of it, beside one that has all of it: `python -m bench.ranks`.
+"""What processes that share a batch make of it, beside one that has all of it: `python -m bench ranks`.
 
 All of them are there from the start, each with one core and one thread. In each round one of them computes the whole
 batch by itself while the others wait, then some or all of them compute it together, once with each schedule; so a
@@ -16,9 +16,10 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from . import machine, ranks_report, report
-from .arguments import add_common, names, numbers, options_of
-from .options import DATA, Options
+from ..harness import machine, report
+from ..harness.arguments import add_common, names, numbers, options_of
+from ..harness.options import DATA, Options
+from . import ranks_report
 from .ranks_work import Plan, work
 from .sent import PASSES
 
@@ -40,7 +41,7 @@ def some_worlds(text: str) -> tuple[int, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.ranks", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench ranks", description=__doc__.split("\n")[0])
     default, cores = Options(1, 1), min(4, machine.cores())
     p.add_argument("--n", type=int, default=16384, help="of the global batch")
     p.add_argument("--dim", type=int, default=128, help="embedding width")
@@ -84,7 +85,3 @@ def main(arguments: list[str] | None = None) -> None:
         mp.spawn(work, (plan, where, partial(save, given["out"]), tell), nprocs=max(plan.worlds))
     made = max(given["out"].glob("*-ranks-*.json"), key=lambda path: path.stat().st_mtime)
     print(ranks_report.markdown(report.read(made)))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import machine
-from .options import Options
-from .report import BUSY, Document, percent
-from .units import duration, size
+from ..harness import machine
+from ..harness.options import Options
+from ..harness.report import BUSY, Document, percent
+from ..harness.units import duration, size
 
 OURS, REFERENCE, PEER = "flashpair", "reference", "pytorch-metric-learning"
 HEAD = ("loss", "time", "memory", "reference", "its memory", PEER, "its memory", "of the floor's speed")

@@ -13,7 +13,7 @@ from . import machine
 from .options import GB, VARIANTS, Options
 
 ALIASES = {"pml": "pytorch-metric-learning"}
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 SHARE_OF_MEMORY = 0.85
 
 

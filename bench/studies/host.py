@@ -1,4 +1,4 @@
-"""What a call of `onchip` costs the host beyond the launch: `python -m bench.host`. Needs no GPU.
+"""What a call of `onchip` costs the host beyond the launch: `python -m bench host`. Needs no GPU.
 
 The launch is replaced by nothing, on CPU tensors; beside it torch's own part of that, an autograd.Function that does
 nothing but hand on a gradient. On a GPU, backward begins on another thread, which both would pay for.
@@ -6,6 +6,7 @@ nothing but hand on a gradient. On a GPU, backward begins on another thread, whi
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -93,7 +94,8 @@ def measure(calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m bench host", description=__doc__.split("\n")[0]).parse_args(arguments)
     torch.set_num_threads(1)
     for name, microseconds in measure().items():
         print(f"{name}: {microseconds:.0f} µs")

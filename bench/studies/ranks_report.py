@@ -1,12 +1,12 @@
-"""The table of bench/ranks.py, from its JSON alone."""
+"""The table of ranks.py, from its JSON alone."""
 
 from __future__ import annotations
 
-from . import machine
-from .options import Options
-from .report import BUSY, Document
+from ..harness import machine
+from ..harness.options import Options
+from ..harness.report import BUSY, Document
+from ..harness.units import duration, size
 from .sent import PASSES
-from .units import duration, size
 
 COUNTED = (
     "processes",

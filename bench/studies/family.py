@@ -1,4 +1,4 @@
-"""One table of every loss of the library, one training step each: `python -m bench.family`.
+"""One table of every loss of the library, one training step each: `python -m bench family`.
 
 One case of suite.py for each row of family_cases.py: flashpair, its dense reference, pytorch-metric-learning's loss of
 the same kind and the floor, each tried in a process of its own, checked against float64, then timed by turns.
@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import family_report, report, suite
-from .arguments import add_common, names, options_of
-from .cases import Case
+from ..harness import report, suite
+from ..harness.arguments import add_common, names, options_of
+from ..harness.cases import Case
+from ..harness.options import DATA, DTYPES, FLOOR, Options
+from ..harness.progress import Progress
+from ..harness.report import Document
+from . import family_report
 from .family_cases import FAMILY
-from .options import DATA, DTYPES, FLOOR, Options
-from .progress import Progress
-from .report import Document
 
 OURS = ("flashpair", "reference")
 PEER = "pytorch-metric-learning"
@@ -78,7 +79,7 @@ def some_losses(text: str) -> tuple[str, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.family", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench family", description=__doc__.split("\n")[0])
     default = Options(1, 1)
     p.add_argument("--n", type=int, default=4096, help="batch size")
     p.add_argument("--dim", type=int, default=128, help="embedding width")
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--classes", dest="num_classes", type=int, default=default.num_classes, help="of losses with weights"
     )
-    p.add_argument("--losses", type=some_losses, help=f"{', '.join(GROUPS)}, or names of bench/family_cases.py")
+    p.add_argument("--losses", type=some_losses, help=f"{', '.join(GROUPS)}, or names of bench/studies/family_cases.py")
     p.add_argument("--data", choices=DATA, default=default.data, help="trained: mining leaves few pairs")
     p.add_argument("--dtype", choices=DTYPES, default=default.dtype)
     add_common(p, default)
@@ -118,7 +119,3 @@ def main(arguments: list[str] | None = None) -> None:
     path = report.write(document, given["out"])
     print(family_report.markdown(document))
     print(f"\n{path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Retrieval metrics of a large test set: `python -m bench.metrics`, by default of the size of Stanford Online Products.
+"""Retrieval metrics of a large test set: `python -m bench metrics`, by default of the size of Stanford Online Products.
 
 What is timed is checked first, on some of the queries, against a dense float64 ranking. Beside it: the same ranks by
 blocks of torch.mm and torch.topk, which is how they are usually found, and one bare product, the floor.
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from flashpair import metrics
 
-from . import machine, memory, report
+from ..harness import machine, memory, report
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 2**25  # similarities at a time
 CHECKED = 256  # queries
 
@@ -70,7 +70,7 @@ def right(x: Tensor, labels: Tensor, ks: tuple[int, ...]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.metrics", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench metrics", description=__doc__)
     parser.add_argument("-n", type=int, default=60_000)
     parser.add_argument("-d", type=int, default=128)
     parser.add_argument("--per-class", type=int, default=5)
@@ -108,7 +108,3 @@ def main(arguments: list[str] | None = None) -> int:
     report.save(document, given.out)
     Console().print(f"{given.n:,} x {given.n:,}, D = {given.d}, {given.per_class} a class", table, sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""Pictures of General Pair Weighting, what each loss of pairs gives to a pair: `python -m bench.weights`.
+"""Pictures of General Pair Weighting, what each loss of pairs gives to a pair: `python -m bench weights`.
 
 weights-curves.png  |w| of one negative, and of one positive, of an anchor over the pair's own similarity, others fixed
 weights-maps.png    |W| of a small clustered batch, sorted by class, by flashpair.pair_weights
@@ -24,9 +24,9 @@ from torch import Tensor
 import flashpair
 from flashpair.losses.base import Criterion
 
-from .arguments import RESULTS
+from ..harness.arguments import RESULTS
+from ..harness.plot import GRID, INK, PALE
 from .dependence import OTHERS, PUBLISHED, STUDIED, dependence, weights
-from .plot import GRID, INK, PALE
 
 LOSSES = {**STUDIED, **OTHERS}
 POSITIVE, NEGATIVE = "#2a8c4a", "#cc3344"
@@ -177,7 +177,7 @@ PICTURES = {"curves": draw_curves, "maps": draw_maps, "table": draw_table}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m bench.weights", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench weights", description=__doc__.split("\n")[0])
     p.add_argument("--pictures", nargs="+", choices=PICTURES, default=list(PICTURES))
     p.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the PNGs")
     given = p.parse_args(arguments)
@@ -187,7 +187,3 @@ def main(arguments: list[str] | None = None) -> None:
         figure.savefig(path, dpi=130)
         plt.close(figure)
         print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The main job on real data: train on the digits 0-4, retrieve the digits 5-9: `python -m bench.demo`.
+"""The main job on real data: train on the digits 0-4, retrieve the digits 5-9: `python -m bench demo`.
 
 Each training digit in each of eight orientations is a class of its own, 40 in all; the unseen digits are
 shown as they are. A small convolutional network is trained with the Multi-Similarity loss, once with the
@@ -27,9 +27,10 @@ import flashpair
 from flashpair.engine import dispatch
 from flashpair.metrics import retrieval
 
-from . import demo_plot, report
+from ..harness import report
+from . import plot as demo_plot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PEERS = "flashpair,reference,pytorch-metric-learning,floor"
 BENCHMARK = ("--sizes", "1024,3072,8192", "--variants", PEERS, "--repeats", "2", "--time-limit", "6")
 PER_CLASS = 8
@@ -231,7 +232,7 @@ def explain(console: Console, document: dict[str, Any]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench demo", description=__doc__.split("\n")[0])
     p.add_argument("--steps", type=int, default=100, help="training steps of each run (100)")
     p.add_argument("--seed", type=int, default=0, help="of weights and batches (0)")
     p.add_argument("--out", type=Path, default=Path("demo-results"), metavar="FOLDER", help="(demo-results)")
@@ -266,13 +267,9 @@ def main(arguments: list[str] | None = None) -> int:
     status = 0
     if not given.no_bench:
         console.rule("[bold]Large batches on this machine", align="left")
-        command = [sys.executable, "-m", "bench", *BENCHMARK, "--out", str(given.out.resolve())]
+        command = [sys.executable, "-m", "bench", "step", *BENCHMARK, "--out", str(given.out.resolve())]
         status = subprocess.run(command, cwd=ROOT).returncode
         if status:
             console.print(f"[red]The benchmark failed with status {status}.[/]")
     console.print(f"\nTook {time.perf_counter() - began:.0f} s in all.")
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

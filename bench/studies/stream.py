@@ -1,4 +1,4 @@
-"""A loss against references on disk that do not fit memory: `python -m bench.stream`.
+"""A loss against references on disk that do not fit memory: `python -m bench stream`.
 
 Writes unit vectors around as many centres as there are classes to a file, and has a process of its own compute the loss
 of some anchors against all of them and the anchors' gradient, with a progress bar: its time, its highest memory as a
@@ -22,9 +22,9 @@ from torch import Tensor
 import flashpair
 from flashpair import StreamedReferences
 
-from . import machine, report
-from .memory import status_bytes
-from .units import duration, size
+from ..harness import machine, report
+from ..harness.memory import status_bytes
+from ..harness.units import duration, size
 
 LOSSES = {
     "ntxent": lambda impl: flashpair.NTXentLoss(impl=impl),
@@ -152,7 +152,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench stream", description=__doc__.split("\n")[0])
     p.add_argument("--anchors", type=int, default=4096)
     p.add_argument("--refs", type=int, default=10_000_000)
     p.add_argument("--dim", type=int, default=64)
@@ -167,7 +167,3 @@ def main(arguments: list[str] | None = None) -> None:
     if given.out is not None:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
         report.save(document, given.out / f"stream-{'-'.join(s.losses)}-{stamp}.json")
-
-
-if __name__ == "__main__":
-    main()

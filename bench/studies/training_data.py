@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import demo
+from ..demo import train as demo
 
 CLASSES, UNSEEN = 2000, 500
 LATENT, INPUTS, HIDDEN, D = 64, 256, 512, 128

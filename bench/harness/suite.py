@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..studies.family_cases import FAMILY
 from . import gpu, guard, machine
 from .cases import Batch, Case, live_share, make_batch
 from .check import Truth, Verdict, find_truth, judge, only_rounds
-from .family_cases import FAMILY
 from .floor import describe, floor_products, is_small
 from .measure import Times, interleave
 from .options import FLOOR, FLOOR_TWO, FLOORS, Options
