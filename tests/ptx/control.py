@@ -38,6 +38,7 @@ class Program(NamedTuple):
     registers: list[Any]  # constants in their places, None for what the kernel writes
     special: dict[str, int]  # slots of %ctaid.x and its like
     visited: set[int]  # segments that have run
+    builder: Builder
 
 
 class Builder:
@@ -194,4 +195,17 @@ def build(kernel: Kernel, threads: int, wrap: Wrap | None = None) -> Program:
         assert (
             register in builder.known or register in builder.special or builder.bits(register) in (0, *SIZES.values())
         )
-    return Program(kernel, threads, segments, builder.registers, builder.special, set())
+    return Program(kernel, threads, segments, builder.registers, builder.special, set(), builder)
+
+
+def changed(program: Program, at: int, instruction: Instruction, wrap: Wrap | None = None) -> Program:
+    """The program with another instruction of the same registers at a place; none at that of a barrier."""
+    number = max((s.start, k) for k, s in enumerate(program.segments) if s.start <= at)[1]
+    own = program.segments[number]
+    if at - own.start < len(own.steps):
+        new = step(program.builder, instruction)
+        new = wrap(program.builder, at, instruction, new) if wrap else new
+        own = own._replace(steps=[*own.steps[: at - own.start], new, *own.steps[at - own.start + 1 :]])
+    else:
+        own = own._replace(end="next")
+    return program._replace(segments=[*program.segments[:number], own, *program.segments[number + 1 :]], visited=set())
