@@ -121,7 +121,7 @@ class Trace:
         return both
 
     def _masked(self, builder: Builder, key: tuple[int, int], i: Instruction, run: Step) -> Step:
-        passes, does = allowed(builder, i, bool(key[1])), _does(builder, i)
+        passes, does = allowed(builder, i, bool(key[1])), _does(builder, i, bool(key[1]))
         outer = allowed(builder, i, False) if key[1] and i.guard else None
 
         def both(block: Any, r: list[Any], mask: Any) -> None:
@@ -154,14 +154,17 @@ def repeats(does: np.ndarray, inside: np.ndarray, out: np.ndarray) -> bool:
     return {row.tobytes() for row in does[out]} <= {row.tobytes() for row in does[inside]}
 
 
-def _does(builder: Builder, i: Instruction) -> Callable[[list[Any]], np.ndarray] | None:
-    """(threads, numbers): the address and values of a store, both addresses of a copy."""
+def _does(builder: Builder, i: Instruction, whole: bool) -> Callable[[list[Any]], np.ndarray] | None:
+    """(threads, numbers): the address and values of a store; both addresses of a copy, and its bytes unless whole."""
     if i.op.startswith("ld"):
         return None
     wide = 8 if i.op.startswith("st") else 4
     parts: list[Callable[[list[Any]], np.ndarray]] = [locate(builder, i.operands[0], wide)]  # type: ignore[arg-type]
     if wide == 4:
         parts.append(locate(builder, i.operands[1], 8))  # type: ignore[arg-type]
+        if not whole and len(i.operands) > 3:
+            given = builder.of(i.operands[3], 4)
+            parts.append(lambda r: r[given].view("u4"))
     else:
         values = i.operands[1] if isinstance(i.operands[1], tuple) else (i.operands[1],)
         least = SIZES[i.words[-1]]
