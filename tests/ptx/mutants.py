@@ -2,7 +2,8 @@
 
 A barrier, a wait, a fence, a mask. Each mutant runs on the memory of the launch that it is a mutant of; a fault finds
 it, or a result that differs, or one that does once what a mask keeps out holds other numbers. What nothing finds must
-have a reason, which trace.py looks for in the launch itself. Instructions that no launch reaches are left out.
+have a reason, which trace.py looks for in the launch itself, and what has one nothing may find. Instructions that no
+launch reaches are left out.
 """
 
 from __future__ import annotations
@@ -183,7 +184,9 @@ class Memory:
         if masks and why == TRUE:
             return "", why
         by = self.trial(without(program, mutant))
-        if by or why or not masks:
+        if not masks:
+            return by, why  # of both, one is wrong
+        if by or why:
             return by, "" if by else why
         poisoned = [self.trial(without(program, mutant, byte)) for byte in POISON]
         return (POISONED, "") if any(poisoned) else ("", DISCARDED)
@@ -249,11 +252,14 @@ def of_case(case: Case, few: bool) -> list[dict[str, Any]]:
 
 
 def summary(case: Case, each: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """By kernel and kind: how many, how many are found and by what, why others are not, and what has no reason."""
+    """By kernel and kind: how many, how many are found and by what, why others are not, and what has no reason.
+
+    Nor has one that is found although there is a reason why it should not be.
+    """
     for kernel, kind in dict.fromkeys((one["kernel"], one["mutant"]) for one in each):
         own = [one for one in each if (one["kernel"], one["mutant"]) == (kernel, kind)]
         by, why = (Counter(one[key] for one in own if one[key]) for key in ("by", "why"))
-        missed = sorted(f"{one['at']}: {one['what']}" for one in own if not one["by"] and not one["why"])
+        missed = sorted(f"{one['at']}: {one['what']}" for one in own if bool(one["by"]) == bool(one["why"]))
         record = {"case": str(case), "kernel": kernel, "mutant": kind, "of": len(own), "found": by.total()}
         yield record | {"by": dict(by), "why": dict(why), "unexplained": missed, "good": not missed}
 
