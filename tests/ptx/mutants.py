@@ -39,7 +39,6 @@ POISON = (0xFF, 0x7F)  # bytes: NaN, -1; the largest numbers
 DISCARDED = "what it keeps out is not used"
 OTHER = "other result"
 POISONED = "other result with other numbers there"
-BY_HAND: dict[tuple[str, str, str], str] = {}  # kernel, mutant and source line: why nothing finds it
 
 
 class Mutant(NamedTuple):
@@ -92,10 +91,12 @@ def without(program: Program, mutant: Mutant, poison: int | None = None) -> Prog
 def poisoned(builder: Builder, i: Instruction, size: bool, run: Step, poison: int) -> Step:
     """An instruction without its mask, after which those whom it would keep out have other numbers."""
     passes = allowed(builder, i, size)
+    others = allowed(builder, i, False) if size and i.guard else None
     spoil = {"ld": _loaded, "st": _stored, "cp": _copied}[i.words[0]](builder, i, run, poison)
 
     def both(block: Any, r: list[Any], mask: Any) -> None:
         here = taking_part(block, mask)
+        here = here & others(r) if others else here
         out = here & ~passes(r)
         spoil(block, r, here & ~out, out)
 
@@ -226,7 +227,6 @@ class Hunt:
         for mutant in wanted:
             by, why = memory.judge(mutant, trace)
             i = one.program.kernel.code[mutant.at]
-            why = why or ("" if by else BY_HAND.get((one.name, mutant.kind, i.source), ""))
             key = one.text, mutant.kind, mutant.at
             if not by and (earlier := self.records.get(key)):
                 why = earlier["why"] if why == TRUE or not earlier["why"] else why
