@@ -1,6 +1,6 @@
 """Stage: the time of a training step, eager and as a CUDA graph, beside others; its memory; the time of each kernel.
 
-Two floors stand beside it: the bare products of the same shapes, by torch.mm (harness/floor.py), which memory may bound,
+Two floors stand beside it: the bare products of the same shapes, by torch.mm (floor.py), which memory may bound,
 and 6 N M D flop at the rate that a large product reaches here.
 """
 
