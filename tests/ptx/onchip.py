@@ -23,7 +23,6 @@ from flashpair.backends import extension
 from flashpair.backends.cuda import onchip
 from flashpair.engine import small_batch
 
-from ..support import emulated
 from . import launch as record
 from .control import assemble
 from .machine import launch
@@ -68,6 +67,8 @@ def missing() -> str:
 
 @functools.cache
 def _host() -> Any:
+    from ..support import emulated  # not above: pytest has this package as `ptx`, which has nothing beside it
+
     library = emulated.build("onchip_parameters.so", ("tests/ptx/onchip_parameters.cpp",), "-fPIC -shared")
     return ctypes.CDLL(str(library)).onchip_parameters
 
