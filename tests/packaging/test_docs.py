@@ -14,6 +14,7 @@ import test_architecture
 
 import flashpair
 import flashpair.compat.pml
+from flashpair.compat.pml_losses import SWITCHES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "python/flashpair"
@@ -136,6 +137,10 @@ def test_every_loss_is_listed(page):
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
 def test_the_number_of_losses(page):
     assert re.search(rf"\b{len(LOSSES)}\b", (ROOT / page).read_text(encoding="utf-8").split("\n\n")[1])
+
+
+def test_the_number_of_losses_that_can_be_switched():
+    assert f"all {len(SWITCHES)} losses" in (DOCS / "switching.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_imports_is_the_one_that_is_tested():
