@@ -4,7 +4,7 @@ All of them are there from the start, each with one core and one thread. In each
 batch by itself while the others wait, then some or all of them compute it together, once with each schedule; so a
 machine that slows down slows them all. Before anything is timed, loss and gradient of each are checked against float64
 (check.py). Beside the times stand the peak memory of a process and the bytes that it sends (sent.py).
-`--table FILE.json` only prints the table, `--counts FILE.json` what was counted beside SCALING.md's formulas.
+`--table FILE.json` only prints the table, `--counts FILE.json` what was counted beside docs/scaling.md's formulas.
 """
 
 from __future__ import annotations

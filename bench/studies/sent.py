@@ -102,8 +102,8 @@ PASSES = {
 
 
 def formula(schedule: str, loss: str, world: int, n: int, d: int, itemsize: int) -> float:
-    """The bytes that SCALING.md says a process of `world` sends of a batch of n rows each; labels included, of single
-    numbers only few bytes are left out."""
+    """The bytes that docs/scaling.md says a process of `world` sends of a batch of n rows each; labels included, of
+    single numbers only few bytes are left out."""
     forward, backward = PASSES[loss]
     apart, steps = (world - 1) / 2, world // 2
     row, number, labels = n * d * itemsize, n * itemsize, (world - 1) * n * 8

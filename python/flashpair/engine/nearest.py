@@ -34,8 +34,8 @@ def nearest(
 ) -> Nearest:  # fmt: skip
     """The k references of the highest similarity, or of the least distance, to each embedding; equal ones by index.
 
-    On the CPU pairs that int8 products prove too far are not computed (SCREENED.md): a row's k-th best so far is the
-    bound. Elsewhere blocks of the dense matrix are sorted. Not differentiable.
+    On the CPU pairs that int8 products prove too far are not computed (docs/screened-mining.md): a row's k-th best so
+    far is the bound. Elsewhere blocks of the dense matrix are sorted. Not differentiable.
 
     Args:
         embeddings: (N, D), float16 to float64.

@@ -1,4 +1,5 @@
-"""`screened` on the CPU: int8 products prove nearly all pairs dead; the survivors alone are computed. SCREENED.md.
+"""`screened` on the CPU: int8 products prove nearly all pairs dead; the survivors alone are computed
+(docs/screened-mining.md).
 
 Computes: what `tiled` does, of calls all of whose reductions off the positives' band have no use for most pairs (mining
 windows, hinges, extremes). csrc/cpu/screen/int8.h has the bound and its products, screen.h what each anchor wants.
