@@ -186,8 +186,14 @@ void whole_loss(const std::string& isa, const std::array<int, 5>& shape, const s
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  using namespace py::literals;
   m.doc() = "flashpair's CPU kernels: addresses and sizes in, nothing owned.";
-  m.attr("INTERFACE") = 4;  // extension.py's: a build of other sources is refused
+  m.attr("SOURCES") = FLASHPAIR_SOURCES;  // extension.py refuses a build of other sources
+  m.attr("WORDS") =
+      py::dict("op"_a = FLASHPAIR_WORDS(FLASHPAIR_OPS), "side"_a = FLASHPAIR_WORDS(FLASHPAIR_SIDES),
+               "transform"_a = FLASHPAIR_WORDS(FLASHPAIR_TRANSFORMS), "step"_a = FLASHPAIR_WORDS(FLASHPAIR_STEP_OPS),
+               "loss"_a = FLASHPAIR_WORDS(FLASHPAIR_LOSSES), "averaging"_a = FLASHPAIR_WORDS(FLASHPAIR_AVERAGINGS),
+               "number"_a = FLASHPAIR_WORDS(FLASHPAIR_NUMBERS));
   m.attr("MAX_TILE") = MAX_TILE;
   m.def("instruction_sets", &instruction_sets, "What this build holds and this processor runs, best first.");
   m.def(

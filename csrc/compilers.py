@@ -2,11 +2,13 @@
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pybind11
 
@@ -23,6 +25,11 @@ SOURCES = {
     "_C": ["csrc/bindings.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/screen/int8.cpp"],
     "_onchip": ["csrc/cuda/bindings.cpp", "csrc/cuda/onchip.cu"],
 }
+
+
+def source_hash():
+    """As the package has it, which is not there to be imported yet."""
+    return runpy.run_path("python/flashpair/backends/source_hash.py")["source_hash"](Path("csrc"))
 
 
 def env_on(name):
@@ -55,7 +62,7 @@ def cpp():
         version = subprocess.getoutput(f"{found[0]} --version").partition("\n")[0]
         x86 = subprocess.getoutput(f"{found[0]} -dumpmachine").startswith("x86_64")
         isas = list(INT8_FLAGS) if x86 else ["baseline"]
-        return found[0], {"extension": True, "reason": "", "compiler": version, "isas": isas}
+        return found[0], {"extension": True, "reason": "", "compiler": version, "isas": isas, "sources": source_hash()}
     return "", {"extension": False, "reason": reason, "compiler": "", "isas": []}
 
 
@@ -104,7 +111,7 @@ def ninja_rules(at, cxx, record, nvcc):
     yield f"rule link\n command = {cxx} {common} {SHARED} $in -o $out {env_flags('LDFLAGS')}"
     x86 = "-DFLASHPAIR_X86_64=1" if "avx2" in record["isas"] else ""
     bindings, kernels, int8 = SOURCES["_C"]
-    yield f"build {at}/bindings.o: cxx {bindings}\n flags = {x86}"
+    yield f"build {at}/bindings.o: cxx {bindings}\n flags = {x86} -DFLASHPAIR_SOURCES='\"{source_hash()}\"'"
     objects = [f"{at}/bindings.o"]
     for name, source, isas in (("kernels", kernels, ISA_FLAGS), ("int8", int8, INT8_FLAGS)):
         for isa in filter(record["isas"].__contains__, isas):

@@ -5,9 +5,14 @@
 
 namespace flashpair {
 
-enum Op : int { LOGSUMEXP, SUM, MIN, MAX, COUNT };
-enum Side : int { POSITIVES, NEGATIVES, ALL };
-enum Transform : int { IDENTITY, SOFTPLUS, HINGE, SQUARED_HINGE, TRIANGLE, LIFTED, PROGRAM };
+// Lists that Python has, too, which compares its words with those that the module exports.
+#define FLASHPAIR_OPS LOGSUMEXP, SUM, MIN, MAX, COUNT
+#define FLASHPAIR_SIDES POSITIVES, NEGATIVES, ALL
+#define FLASHPAIR_TRANSFORMS IDENTITY, SOFTPLUS, HINGE, SQUARED_HINGE, TRIANGLE, LIFTED
+
+enum Op : int { FLASHPAIR_OPS };
+enum Side : int { FLASHPAIR_SIDES };
+enum Transform : int { FLASHPAIR_TRANSFORMS, PROGRAM };
 
 constexpr int64_t STRIDE = 32;     // numbers, two vectors at the least, up to which rows of a tile are written
 constexpr int64_t DEPTH = 128;     // coordinates whose products are one chain of additions
@@ -28,28 +33,10 @@ struct Problem {
   int64_t split = 0;                 // 0: one group
 };
 
-enum StepOp : int {
-  SCALED,
-  OWN,
-  CONSTANT,
-  ADD,
-  SUBTRACT,
-  MULTIPLY,
-  DIVIDE,
-  MAXIMUM,
-  MINIMUM,
-  NEGATE,
-  EXP,
-  LOG,
-  LOG1P,
-  SQRT,
-  SOFTPLUS_OF,
-  SIGMOID,
-  ABSOLUTE,
-  ABOVE,
-  CHOOSE,
-  EXPM1
-};
+#define FLASHPAIR_STEP_OPS                                                                                 \
+  SCALED, OWN, CONSTANT, ADD, SUBTRACT, MULTIPLY, DIVIDE, MAXIMUM, MINIMUM, NEGATE, EXP, LOG, LOG1P, SQRT, \
+      SOFTPLUS_OF, SIGMOID, ABSOLUTE, ABOVE, CHOOSE, EXPM1
+enum StepOp : int { FLASHPAIR_STEP_OPS };
 // One number of a program, from earlier ones: op(a, b), CHOOSE: c ? a : b; ABOVE: a > b, 1 or 0.
 struct Step {
   int op, a, b, c;

@@ -47,12 +47,16 @@ class Launch {
 }  // namespace
 
 PYBIND11_MODULE(_onchip, module) {
+  using namespace py::literals;
   module.doc() = "flashpair's CUDA C++ kernel: a whole loss in one launch.";
 #ifdef ONCHIP_EMULATED
   module.attr("emulated") = true;
 #else
   module.attr("emulated") = false;
 #endif
+  module.attr("WORDS") =
+      py::dict("loss"_a = FLASHPAIR_WORDS(FLASHPAIR_LOSSES), "averaging"_a = FLASHPAIR_WORDS(FLASHPAIR_AVERAGINGS),
+               "number"_a = FLASHPAIR_WORDS(FLASHPAIR_NUMBERS));
   module.def(
       "limits",
       [](int device) {

@@ -5,9 +5,16 @@
 
 namespace flashpair::whole {
 
-enum Loss : int { MULTI_SIMILARITY, LIFTED_STAR, LIFTED, N_PAIR, ONE_VS_ONE, ALL_PAIRS };
-enum Averaging : int { MEAN, SUM, NONE, MEAN_VALID, NONZERO };
-enum Number : int { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };  // of embeddings; gradients are float64 or float32
+// Lists that Python has, too: a module exports their words, which Python compares with its own when it loads one.
+#define FLASHPAIR_LOSSES MULTI_SIMILARITY, LIFTED_STAR, LIFTED, N_PAIR, ONE_VS_ONE, ALL_PAIRS
+#define FLASHPAIR_AVERAGINGS MEAN, SUM, NONE, MEAN_VALID, NONZERO
+#define FLASHPAIR_NUMBERS FLOAT64, FLOAT32, BFLOAT16, FLOAT16
+#define FLASHPAIR_WORDS_(...) #__VA_ARGS__
+#define FLASHPAIR_WORDS(...) FLASHPAIR_WORDS_(__VA_ARGS__)
+
+enum Loss : int { FLASHPAIR_LOSSES };
+enum Averaging : int { FLASHPAIR_AVERAGINGS };
+enum Number : int { FLASHPAIR_NUMBERS };  // of embeddings; gradients are float64 or float32
 enum Side : int { POSITIVE, NEGATIVE, NO_PAIR = -1 };
 
 // What stays the same from call to call: a loss and its shapes. Arrays of two are indexed by Side.

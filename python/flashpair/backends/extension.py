@@ -11,8 +11,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..core.expression import OPS as STEP_OPS
+from ..core.problem import AVERAGINGS, NUMBERS
+from ..core.reduction import BUILT_IN, OPS, SIDES
+from ..core.row_formula import FORMULAS
+from .source_hash import source_hash
+
 PACKAGE = Path(__file__).parents[1]  # the build puts its files there
-INTERFACE = 4  # how Python and the kernels talk; csrc/bindings.cpp has the same number
+CSRC = PACKAGE.parents[1] / "csrc"  # of a checkout; an installation has none
+# Lists that C++ has in the same order: its modules export their words.
+WORDS: dict[str, tuple[str, ...]] = {
+    "op": OPS, "side": SIDES, "transform": BUILT_IN, "step": STEP_OPS, "loss": FORMULAS,
+    "averaging": AVERAGINGS[:-1],  # the last one is Python's alone
+    "number": tuple(str(dtype).removeprefix("torch.") for dtype in NUMBERS),
+}  # fmt: skip
+OTHER_SOURCES = "it was built from other sources than these (pip install . again)"
 
 
 def build_record() -> dict[str, Any]:
@@ -44,14 +57,23 @@ def _load(name: str, variable: str, missing: str) -> ModuleType | str:
     return module
 
 
+def same_words(module: ModuleType) -> bool:
+    """Whether the lists that a module exports are Python's."""
+    told = getattr(module, "WORDS", {})
+    words = {kind: tuple(text.lower().replace("_of", "").split(", ")) for kind, text in told.items()}
+    return bool(words) and all(WORDS.get(kind) == own for kind, own in words.items())
+
+
 @functools.cache
 def load() -> ModuleType | str:
     """The CPU kernels, or the reason why there are none. FLASHPAIR_EXTENSION: another file (the sanitized one)."""
     module = _load("_C", "FLASHPAIR_EXTENSION", build_record()["reason"])
     if isinstance(module, str):
         return module
-    if getattr(module, "INTERFACE", 1) != INTERFACE:
-        return "it was built from other sources than these (pip install . again)"
+    own = getattr(module, "SOURCES", "")
+    known = [source_hash(CSRC), "" if os.environ.get("FLASHPAIR_EXTENSION") else build_record().get("sources", "")]
+    if any(own != other for other in known if other) or not own or not same_words(module):
+        return OTHER_SOURCES
     from . import runtime
 
     runtime.connect(module)
@@ -61,7 +83,8 @@ def load() -> ModuleType | str:
 @functools.cache
 def onchip() -> ModuleType | str:
     """The CUDA kernel, or the reason why there is none. FLASHPAIR_ONCHIP: another file (an emulated one)."""
-    return _load("_onchip", "FLASHPAIR_ONCHIP", build_record().get("cuda_reason", ""))
+    module = _load("_onchip", "FLASHPAIR_ONCHIP", build_record().get("cuda_reason", ""))
+    return module if isinstance(module, str) or same_words(module) else OTHER_SOURCES
 
 
 def emulated() -> bool:
