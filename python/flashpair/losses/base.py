@@ -40,27 +40,49 @@ AnyPairs = Pairs | ReferencePairs
 
 
 class Criterion(nn.Module):
-    """A loss of pairs: a subclass says what one row is in `row_losses`; this class does the rest.
+    """Base of all losses of pairs: a subclass computes each row's loss in `row_losses`, this class does the rest.
+
+    It checks the arguments, normalises, chooses an implementation, and reduces the row losses to one number.
 
     Args:
-        normalize: L2-normalise embeddings (and references) first; a zero row stays zero, and so counts one whose square
-            underflows (in float32 a norm under 1e-19); one whose square overflows (1e19) is NaN.
-        reduction: ``"mean"`` (over all N rows, or the loss's own count where the class says so), ``"sum"``,
-            ``"none"`` (N,), ``"mean_valid"`` (over rows that have a loss) or ``"nonzero"`` (over row losses above 0;
-            over pairs or triplets above 0 where the class says that it averages these, and there ``"mean_pairs"``, of
-            contrastive losses, is the mean over all positive pairs plus the mean over all negative ones). An average
-            over nothing is 0.
-        impl: ``"auto"``, or one of ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"``, ``"onchip"``, which never
-            falls back.
+        normalize: L2-normalise embeddings and references first. A zero row stays zero, and so does one whose squared
+            norm underflows (in float32 a norm below 1e-19); a row whose squared norm overflows (1e19) becomes NaN.
+        reduction: how the row losses become one number. An average over nothing is 0.
+
+            - ``"mean"``: divides by N, or by the count that the loss's own docstring names.
+            - ``"sum"``.
+            - ``"none"``: no reduction, (N,).
+            - ``"mean_valid"``: mean over rows that have a loss.
+            - ``"nonzero"``: mean over row losses above 0; where the loss says so, over pairs or triplets above 0.
+            - ``"mean_pairs"`` (contrastive losses): mean over all positive pairs plus mean over all negative pairs.
+        impl: ``"auto"``, or ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"`` or ``"onchip"``. A named
+            implementation never falls back to another; ``python -m flashpair info`` lists those that run here.
 
     Attributes:
-        anchors: what a row of `row_losses` is, a word of the class: ``"samples"``, of the batch, or ``"proxies"``, of
-            a `ClassCriterion`: its weights, whose references are the batch.
+        anchors: what a row of `row_losses` is: ``"samples"`` of the batch, or ``"proxies"``, the weights of a
+            `ClassCriterion`, whose references are the batch.
         penalizes: what `penalty_of` is a mean over: ``"samples"``, or ``"classes"`` of a `ClassCriterion`.
 
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
     Raises:
-        TypeError, ValueError: arguments out of their range, named, before any work.
-        RuntimeError: an explicit `impl` that cannot run on the inputs' device, with every reason.
+        TypeError: an argument of a wrong type, named, before any work.
+        ValueError: an argument out of its range, or an unknown word, named, before any work.
+        RuntimeError: in a call, a named `impl` that cannot run on the inputs' device, with every reason.
+
+    Examples:
+        >>> class HighestNegative(flashpair.Criterion):
+        ...     def row_losses(self, pairs):
+        ...         (highest,) = pairs.reduce(flashpair.Reduction("max", "negatives"))
+        ...         return flashpair.RowLosses(highest, pairs.num_negatives() > 0, highest.shape[0])
+        >>> criterion = HighestNegative(normalize=True, reduction="mean", impl="auto")
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(criterion(x, labels).item(), 4)
+        0.4
     """
 
     anchors = "samples"
@@ -154,13 +176,26 @@ class Criterion(nn.Module):
         self, embeddings: Tensor, labels: Tensor, *tuples: Any, ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The loss of embeddings (N, D), float16 to float64, with integer labels (N,).
+        """The loss of a batch.
 
-        With `ref_emb` (M, D) and `ref_labels` (M,), or `References` or `StreamedReferences` as `ref_emb` alone, each
-        anchor's pairs are with the references, none of which is taken for the anchor itself; without, with the rest of
-        the batch. Computed and
-        returned in float32, or float64 for float64 inputs, autocast or not: a scalar, or (N,) with
-        ``reduction="none"``.
+        With references each anchor's pairs are with the references, none of which is taken for the anchor itself;
+        without them, with the rest of the batch. It is computed in float32, or in float64 for float64 inputs, under
+        autocast, too.
+
+        Args:
+            embeddings: (N, D), float16 to float64.
+            labels: (N,), integers.
+            tuples: not taken; the error explains where miners' tuples went.
+            ref_emb: (M, D), `References` or `StreamedReferences` (which bring their labels); None: the batch itself.
+            ref_labels: (M,), integers, with a tensor as `ref_emb`.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``.
+
+        Raises:
+            TypeError: embeddings or labels of a wrong type, or a miner's tuples.
+            ValueError: shapes or devices that do not fit, or references for a loss that takes none.
+            RuntimeError: a named `impl` that cannot run here, with every reason.
         """
         if tuples:
             raise TypeError(

@@ -17,12 +17,19 @@ WIDE = (torch.float32, torch.float64)
 
 
 class Terms(NamedTuple):
-    """Terms that a loss averages one by one, rather than by rows: its pairs of one side, or its triplets.
+    """Terms that a loss averages one by one instead of by rows: its pairs of one kind, or its triplets.
 
-    Args:
-        losses: (N,) each row's sum of them.
-        number: (N,) how many a row has.
-        nonzero: (N,) how many of these are above 0; None where "nonzero" is not asked for.
+    A loss that has them returns them in `RowLosses`, so that "nonzero" and "mean_pairs" can average over terms.
+
+    Attributes:
+        losses: (N,), each row's sum of its terms.
+        number: (N,), how many terms a row has.
+        nonzero: (N,), how many of these are above 0; None where "nonzero" is not asked for.
+
+    Examples:
+        >>> terms = flashpair.Terms(torch.tensor([1.5, 0.0]), torch.tensor([3, 2]), torch.tensor([2, 0]))
+        >>> terms.nonzero.tolist()
+        [2, 0]
     """
 
     losses: Tensor
@@ -31,15 +38,20 @@ class Terms(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """The losses of the rows, and what averages divide by.
+    """The losses of the rows, and what averages divide by: what `row_losses` of a `Criterion` returns.
 
-    Args:
-        losses: (N,), 0 where a row has none.
-        valid: (N,) bool: rows that have a loss.
+    Attributes:
+        losses: (N,), float32 or float64; 0 where a row has no loss.
+        valid: (N,) bool, rows that have a loss.
         denominator: what "mean" divides by: an int, or a tensor ().
-        terms: of a loss of terms, those of each kind: "nonzero" averages each kind over its terms above 0, and
-            "mean_pairs" over all of them, and both add the averages up. They sum to `losses`.
-        shares: `losses` are shares of one number, which every reduction but "none" gives.
+        terms: for a loss that averages pairs or triplets, its terms of each kind: "nonzero" averages each kind over its
+            terms above 0, "mean_pairs" over all of them, and both add the averages up. The terms sum to `losses`.
+        shares: True if `losses` are shares of one number, which every reduction but "none" gives.
+
+    Examples:
+        >>> rows = flashpair.RowLosses(torch.tensor([0.5, 0.0]), torch.tensor([True, False]), 2)
+        >>> (rows.losses.sum() / rows.denominator).item()
+        0.25
     """
 
     losses: Tensor
