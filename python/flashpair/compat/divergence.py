@@ -58,7 +58,11 @@ _said: set[tuple[str, str]] = set()
 
 
 class Divergence(UserWarning):
-    """The fused criterion gives another number than the loss that it was made from, where that number is wrong."""
+    """Warning: a fused criterion differs from the loss it was made from, where that loss's number is wrong.
+
+    `flashpair.compat.pml.fuse` makes the criteria that warn with it; `flashpair.compat.divergence.REASONS` lists the
+    cases.
+    """
 
 
 def announce(owner: str, reason: str) -> None:

@@ -83,23 +83,36 @@ def custom(name: str) -> Custom:
 
 
 def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = None, slope: Any = None) -> None:
-    """Makes ``Reduction("sum", side, name)`` mean the sum of phi(t) over a row's pairs, t = scale * z + offset.
+    """Makes a function phi of your own a transform: ``Reduction("sum", side, name)`` sums phi(scale z + offset).
+
+    If `dense` uses only arithmetic, exp, expm1, log, log1p, sqrt, sigmoid, tanh, softplus, relu, abs, maximum, minimum,
+    clamp, where, comparisons, detach, square and whole powers, and has at most 96 steps with its derivative, it is
+    traced: the C++ kernels run the steps and Triton kernels are generated from them, so it is fused everywhere, with
+    the numbers that it has when it is registered. Otherwise ``impl="auto"`` uses the reference, and other
+    implementations raise.
 
     Args:
-        name: a word of your own. Registering it again replaces it, but for graphs that wait for their backward.
-        dense: phi in PyTorch, of a tensor t of any shape and dtype, elementwise and differentiable; or of two,
-            scale * z and the offset, where they do not come in as their sum. The reference implementation, and second
-            derivatives, run it. Where it is arithmetic, exp, expm1, log, log1p, sqrt, sigmoid, tanh, softplus, relu,
-            abs, maximum, minimum, clamp, where, comparisons, detach, square and whole powers, and no more than 96 steps
-            with its derivative, it is also taken apart into these, which the C++ kernels run and from which Triton's
-            are generated: it is fused everywhere, with the numbers that it has when it is registered. Otherwise
-            ``impl="auto"`` takes the reference, and other implementations refuse.
-        value, slope: phi and phi' as functions of a block t of float32 or float64, both decorated with
-            ``triton.jit``, to stand in Triton's kernels in place of what would be generated.
+        name: an identifier of your own. Registering it again replaces it, except in graphs that wait for their
+            backward.
+        dense: phi in PyTorch, elementwise and differentiable, of a tensor t of any shape and dtype; or of two tensors,
+            scale z and the offset, if they do not enter as their sum. The reference and second derivatives run it.
+        value: phi as a function of a block t of float32 or float64, decorated with ``triton.jit``, to be used in
+            Triton's kernels instead of generated code; with `slope`.
+        slope: phi', likewise; with `value`.
 
     Raises:
-        TypeError, ValueError: a name that is not a word or is built in, one of `value` and `slope` alone, or a function
-            that is not elementwise or returns no tensor like its argument, as far as a few numbers tell.
+        TypeError: `name` is not an identifier, `dense` not callable with one or two tensors or not returning a tensor
+            like its argument.
+        ValueError: a built-in name, one of `value` and `slope` alone, or a function that is not elementwise or changes
+            its argument, as far as some numbers show.
+
+    Examples:
+        >>> flashpair.register_transform("cubed", lambda t: t * t * t)
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> (cubes,) = flashpair.row_reduce(x, labels, flashpair.Reduction("sum", "positives", "cubed"))
+        >>> [round(value, 4) for value in cubes.tolist()]
+        [0.216, 0.216, 0.216, 0.216]
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise TypeError(f"name must be a word, got {name!r}")

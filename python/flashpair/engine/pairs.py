@@ -27,13 +27,27 @@ from .sorted_rows import sorted_rows
 
 
 class Pairs:
-    """N anchors against M references in label order. See `make_pairs`; `ReferencePairs` is the dense twin.
+    """N anchors against M references, sorted by label, whose row reductions are fused; `make_pairs` returns it.
+
+    `row_losses` of a `Criterion` receives it. Row values stand in the order of `labels`; `restore` puts them into the
+    caller's. `ReferencePairs` is the same over the dense matrix.
+
+    Args:
+        x: (N, D), sorted anchors.
+        y: (M, D), sorted references; None if they are the anchors.
+        plan: the order by label and where each row's positives are.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        impl: the implementation that runs.
+        named: whether the caller asked for it by name, so that no other may run.
+        poison: NaN or 0, added to row values, to show embeddings that are not finite.
 
     Attributes:
-        x: (N, D) sorted anchors; `y`: (M, D) sorted references, None if they are the anchors. float32 or float64, or
-            16 bits where `dispatch.native` says so.
-        impl: the schedule that runs; `named`: the caller asked for it by name, so that nothing else may.
-        labels: (N,) int64 in the order of the rows; `ref_labels`: (M,).
+        x: (N, D), sorted anchors, float32 or float64, or 16 bits where the implementation takes them.
+        y: (M, D), sorted references; None if they are the anchors.
+        impl: the implementation that runs.
+        named: whether the caller asked for it by name.
+        labels: (N,) int64, in the order of the rows.
+        ref_labels: (M,) int64, in the order of the references.
     """
 
     def __init__(
@@ -254,14 +268,32 @@ def make_pairs(
     normalize: bool = False,
     impl: str = "auto",
 ) -> Pairs | ReferencePairs:
-    """The pairs of embeddings (N, D) with labels (N,), or of embeddings with `ref_emb` (M, D) and `ref_labels` (M,).
+    """The pairs of embeddings with one another, or with references: what losses reduce.
 
     Args:
-        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``. `normalize`: L2-normalise rows first.
+        embeddings: (N, D), float16 to float64.
+        labels: (N,), integers.
+        ref_emb: (M, D), or None: the embeddings themselves, without self pairs.
+        ref_labels: (M,), integers, with `ref_emb`.
+        distance: ``"dot"`` (the default), ``"euclidean"`` or ``"squared_euclidean"``.
+        normalize: L2-normalise the rows first; by default they are taken as they are.
         impl: as `Criterion` takes it.
 
+    Returns:
+        A `Pairs`, or for ``impl="reference"`` a `ReferencePairs` with the same methods.
+
     Raises:
-        TypeError, ValueError: bad arguments, named. RuntimeError: an `impl` that cannot run here, with every reason.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an unknown word, or shapes and devices that do not fit.
+        RuntimeError: a named `impl` that cannot run here, with every reason.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> pairs = flashpair.make_pairs(x, labels)
+        >>> (highest,) = pairs.reduce(flashpair.Reduction("max", "negatives"))
+        >>> [round(value, 4) + 0.0 for value in pairs.restore(highest).tolist()]
+        [0.0, 0.8, 0.8, 0.0]
     """
     checks.word(distance, DISTANCES, "distance")
     return checked_pairs(*checks.batch(embeddings, labels, ref_emb, ref_labels), distance, normalize, impl)

@@ -18,11 +18,14 @@ DISTANCES = {"cosine": ("dot", True), "dot": ("dot", False), "euclidean": ("eucl
 class Search(NamedTuple):
     """Queries and the gallery that they are ranked in, checked.
 
-    Args:
-        queries: (N, D). labels: (N,) int64, as `classes`.
-        gallery: (M, D), or None: the queries, of which none is its own.
-        gallery_labels: (M,) int64. relevant: (N,) int64, how many of the gallery have the query's label.
-        distance: "cosine", "dot" or "euclidean".
+    Attributes:
+        queries: (N, D).
+        labels: (N,) int64.
+        gallery: (M, D), or None: the queries, none of which is its own reference.
+        gallery_labels: (M,) int64.
+        relevant: (N,) int64, how many of the gallery have the query's label.
+        distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
+        impl: of `flashpair.nearest`.
     """
 
     queries: Tensor

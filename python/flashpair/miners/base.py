@@ -47,10 +47,13 @@ class Triplets(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Anchors ``first`` to ``first + B`` against all M references.
+    """Anchors ``first`` to ``first + B`` against all M references: what `mine` of a `Miner` gets.
 
-    Args:
-        z: (B, M) similarities or distances, float32 or float64. positives, negatives: (B, M) bool, no self pairs.
+    Attributes:
+        first: the index of the first anchor.
+        z: (B, M) similarities or distances, float32 or float64.
+        positives: (B, M) bool, without self pairs.
+        negatives: (B, M) bool.
         width: D, of the embeddings.
     """
 
