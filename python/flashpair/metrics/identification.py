@@ -15,7 +15,7 @@ from .ranking import search
 
 
 class OpenSet(NamedTuple):
-    """What is reached at one false alarm rate; a part of `Identification`.
+    """What is reached at one false alarm rate; a part of the result of `identification`.
 
     Attributes:
         threshold: the value that a score has to exceed.

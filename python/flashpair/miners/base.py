@@ -19,6 +19,8 @@ BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made o
 class MinedPairs(NamedTuple):
     """Positive pairs ``(a1[k], p[k])`` and negative pairs ``(a2[k], n[k])``, as indices on the embeddings' device.
 
+    `MultiSimilarityMiner` returns them.
+
     Attributes:
         a1: int64 (P,), anchors of the positive pairs, indices into the embeddings.
         p: int64 (P,), their positives, indices into the references.
@@ -34,6 +36,8 @@ class MinedPairs(NamedTuple):
 
 class Triplets(NamedTuple):
     """Anchor, positive and negative of each triplet, as indices on the embeddings' device.
+
+    `TripletMarginMiner`, `BatchHardMiner` and `DistanceWeightedMiner` return them.
 
     Attributes:
         a: int64 (T,), anchors, indices into the embeddings.
