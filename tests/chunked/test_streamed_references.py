@@ -242,7 +242,7 @@ def test_what_cannot_be(problem):
         criterion(x, labels, ref_emb=stream, ref_labels=ref_labels)
     with pytest.raises(ValueError, match="within a batch"):
         flashpair.LiftedStructureLoss()(x, labels, ref_emb=stream)
-    with pytest.raises(ValueError, match="in one piece"):
+    with pytest.raises(ValueError, match="which must be one tensor then"):
         flashpair.NPairsLoss(l2_weight=0.1)(x, labels, ref_emb=stream)
     for impl in ("reference", "screened"):
         with pytest.raises(RuntimeError, match=f"'tiled' and 'fused': impl='{impl}' cannot run"):
@@ -263,7 +263,7 @@ def test_second_derivatives_are_refused(problem):
     x, labels, y, ref_labels = problem
     stream = StreamedReferences(y, ref_labels, block=20)
     loss, leaf = _leaf(flashpair.SupConLoss(), x, labels, stream)
-    with pytest.raises(RuntimeError, match="in one piece"):
+    with pytest.raises(RuntimeError, match="in one tensor, on one process"):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 

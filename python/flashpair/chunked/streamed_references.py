@@ -70,7 +70,7 @@ class StreamedReferences:
     ) -> None:
         if isinstance(source, Iterator):
             raise TypeError(
-                "source must be readable more than once, as a list or a function that returns an iterator is, got "
+                "source must be readable more than once, such as a list or a function that returns an iterator, got "
                 f"{type(source).__name__}"
             )
         some = callable(source) or isinstance(source, Iterable) or hasattr(source, "shape")
@@ -157,10 +157,10 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
         start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
         if mapping.size() < start + high:  # reading on would kill the process
             raise ValueError(
-                f"source must be a whole file, got one cut to {mapping.size():,} bytes since it was mapped"
+                f"source must not shrink: its file was cut to {mapping.size():,} bytes after it was mapped"
             )
     if np.ma.is_masked(part):
-        raise ValueError("source must have no masked entries, which have no similarity")
+        raise ValueError("source must have no masked entries")
     part = np.array(part)
     if part.ndim != 2 or part.dtype.kind not in "biufc":
         raise TypeError(
@@ -234,7 +234,7 @@ class _Stream(Known):
             return
         now = _digest(block)
         same = now == self.digests.setdefault((first, last), now)
-        words = f"source must give the same rows each time, and rows {first} to {last - 1} have changed since this call"
+        words = f"source must give the same rows each time; rows {first} to {last - 1} have changed since this call"
         if now.device.type == "cpu" and not same:
             raise ValueError(f"{words} read them first")
         if now.device.type != "cpu":

@@ -139,7 +139,7 @@ def _mining(
         if isinstance(miner, known) and owner == of:
             break
     else:
-        reasons.append(f"miner {name(miner)} with {owner}: no criterion mines so")
+        reasons.append(f"miner {name(miner)} with {owner}: no criterion has this mining")
         return {}, None
     unchanged(miner, known, "miner", reasons)
     statistics(miner, "miner", reasons)

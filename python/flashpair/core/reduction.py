@@ -109,9 +109,9 @@ class Reduction:
             raise ValueError(f"scale must be a number or a tensor of shape (), got shape {tuple(self.scale.shape)}")
         plain = self.offset is None and not isinstance(self.scale, Tensor) and self.scale == 1
         if self.op in ("min", "max", "count") and not plain:
-            raise ValueError(f"op {self.op!r} is of the similarity itself and takes no scale and no offset")
+            raise ValueError(f"op {self.op!r} reduces the similarity itself and takes no scale and no offset")
         if (self.transform == "lifted") != (self.ref_offset is not None):
-            raise ValueError("ref_offset goes with transform 'lifted', and that transform needs it")
+            raise ValueError("ref_offset must be given with transform 'lifted', and with no other")
         if self.transform == "lifted" and not isinstance(self.offset, Tensor):
             raise ValueError("transform 'lifted' needs offset, a tensor of shape (N,)")
 
@@ -138,9 +138,11 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
         for name, bound in (("lower", r.lower), ("upper", r.upper)):
             of = place_of(bound.of, reductions[:k]) if isinstance(bound, Bound) else -1
             if of is None:
-                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
+                raise ValueError(f"{name} of reductions[{k}] must be bound to an earlier reduction of the same call")
             if isinstance(bound, Bound) and bound.of.offset is not None:
-                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction with an offset; shift it")
+                raise ValueError(
+                    f"{name} of reductions[{k}] is bound to a reduction with an offset; use the Bound's shift instead"
+                )
             pair.append(of)
         found.append((pair[0], pair[1]))
     return found

@@ -55,12 +55,11 @@ def _check_elementwise(name: str, dense: Callable[..., Tensor], apart: bool) -> 
     except Exception:
         return
     if not torch.equal(given, t):
-        raise ValueError(f"transform {name!r} must leave its argument as it is, and changes it in place")
+        raise ValueError(f"transform {name!r} must not change its argument in place")
     checked(whole, t)
     if not torch.allclose(whole, torch.cat(each).reshape(t.shape), rtol=1e-6, atol=1e-9, equal_nan=True):
         raise ValueError(
-            f"transform {name!r} must be elementwise, the same of a number whatever stands beside it: of six numbers "
-            "at once it gives others than of each alone"
+            f"transform {name!r} must be elementwise: on six numbers at once it returns other values than on each alone"
         )
 
 
@@ -71,7 +70,9 @@ def _takes_two(dense: Callable[..., Tensor]) -> bool:
         return False
     needed = sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
     if needed > 2 or not any(p.kind <= p.VAR_POSITIONAL for p in parameters):
-        raise TypeError(f"dense must be a function of t, or of scale * z and the offset, got one of {needed} arguments")
+        raise TypeError(
+            f"dense must be a function of t, or of scale * z and the offset, got one with {needed} arguments"
+        )
     return needed == 2
 
 
@@ -115,13 +116,13 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
         [0.216, 0.216, 0.216, 0.216]
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise TypeError(f"name must be a word, got {name!r}")
+        raise TypeError(f"name must be an identifier, got {name!r}")
     if name in BUILT_IN:
         raise ValueError(f"name {name!r} is a built-in transform")
     if not callable(dense):
         raise TypeError(f"dense must be callable, got {type(dense).__name__}")
     if (value is None) != (slope is None):
-        raise ValueError("value and slope go together: give both triton.jit functions, or neither")
+        raise ValueError("value and slope must be given together, or neither")
     transform = Custom(dense, value, slope)
     if isinstance(transform.program, str):
         _check_elementwise(name, dense, transform.apart)

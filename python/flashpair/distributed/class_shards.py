@@ -160,7 +160,9 @@ class MergedPairs:
 
     def __getattr__(self, name: str) -> Any:
         if name not in ROW_BY_ROW:
-            raise AttributeError(f"pairs.{name} is of one process's classes, where processes share the classes out")
+            raise AttributeError(
+                f"pairs.{name} sees one process's classes only: not available where classes are split over processes"
+            )
         return getattr(self.pairs, name)
 
     def num_positives(self) -> Tensor:
@@ -172,11 +174,13 @@ class MergedPairs:
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         for r in reductions:
             if r.op not in ("sum", "logsumexp"):
-                raise ValueError(f"classes that are shared out take sums and logsumexps, got op {r.op!r}")
+                raise ValueError(
+                    f"op must be 'sum' or 'logsumexp' where classes are split over processes, got {r.op!r}"
+                )
             if isinstance(r.lower, Bound) or isinstance(r.upper, Bound):
-                raise ValueError("classes that are shared out take no window whose bound is another reduction")
+                raise ValueError("lower and upper must not be a Bound where classes are split over processes")
             if isinstance(r.ref_offset, Tensor) and r.ref_offset.dim():
-                raise ValueError("classes that are shared out take no ref_offset of each class")
+                raise ValueError("ref_offset must not be a vector where classes are split over processes")
         found = []
         for row, r in zip(self.pairs.reduce(*reductions), reductions, strict=True):
             row = Total.apply(self.ranks, row) if r.op == "sum" else merged(self.ranks, row)

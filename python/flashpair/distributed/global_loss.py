@@ -123,7 +123,9 @@ class GlobalCriterion(nn.Module):
         super().__init__()
         self.labels = checks.word(labels, LABELS, "labels")
         if labels == "local" and isinstance(criterion, ClassCriterion):
-            raise ValueError(f"labels must be global for {type(criterion).__name__}, where they are classes, got local")
+            raise ValueError(
+                f"labels must be 'global' for {type(criterion).__name__}, where they are class indices, got 'local'"
+            )
         self.criterion = criterion
         self.schedule = checks.word(schedule, tuple(WALKS), "schedule")
         self.gradients = checks.word(gradients, GRADIENTS, "gradients")
@@ -178,7 +180,7 @@ class GlobalCriterion(nn.Module):
         ranks = Ranks(self.group)
         least, most = (int(t) for t in labels.aminmax()) if labels.numel() else (0, 0)
         if max(-least, most) >= 2**62 // ranks.world:
-            raise ValueError(f"local labels must be below 2^62 over the number of processes, {ranks.world}, in size")
+            raise ValueError(f"local labels must be below 2^62 / {ranks.world} (the number of processes) in size")
         return labels.long() * ranks.world + ranks.rank
 
     def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:

@@ -185,7 +185,7 @@ class Pairs:
         if most is not None:
             return most
         if torch.compiler.is_compiling():  # which then leaves this call to Python, or, to be one graph, fails
-            raise RuntimeError("max_positives must be given for one compiled graph, got None")
+            raise RuntimeError("max_positives must be given where the call is to be one compiled graph, got None")
         return max(1, int(self.num_positives().amax())) if self.x.shape[0] else 1
 
     def positive_blocks(self, most: int) -> list[range]:

@@ -71,7 +71,7 @@ class AngularLoss(Criterion):
             raise ValueError(f"alpha must be under 90 degrees, got {alpha!r}")
         self.form = checks.word(form, ("logsumexp", "hinge"), "form")
         if form == "hinge" and not normalize:
-            raise ValueError("form 'hinge' is of unit vectors, got normalize=False")
+            raise ValueError("normalize must be True with form 'hinge', got False")
         self.max_positives = checks.most(max_positives, "max_positives")
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:

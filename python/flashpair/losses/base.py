@@ -125,7 +125,9 @@ class Criterion(nn.Module):
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
         """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
-        raise NotImplementedError(f"{type(self).__name__} has no row_losses(self, pairs), which returns RowLosses")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no row_losses(self, pairs); define one that returns RowLosses"
+        )
 
     init_sets, init_takes = "impl", "normalize=..., reduction=..., impl=..."  # for the error where it was not called
 
@@ -223,7 +225,9 @@ class Criterion(nn.Module):
 
     def check_references(self) -> None:
         if not self.takes_references:
-            raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None")
+            raise ValueError(
+                f"{type(self).__name__} is defined within a batch and takes no references: ref_emb must be None"
+            )
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         extra = self._extra(x, labels, y, ref_labels)
@@ -249,7 +253,7 @@ class Criterion(nn.Module):
         self.check_references()
         refuse_own(self, AT_ONCE, "StreamedReferences")
         if self.penalizes_references:
-            raise ValueError(f"{type(self).__name__} with a penalty on references needs them in one piece")
+            raise ValueError(f"{type(self).__name__} has a penalty on references, which must be one tensor then")
         x, labels, _, _ = self.check(embeddings, labels, None, None)
         with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)

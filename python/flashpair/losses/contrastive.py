@@ -93,7 +93,9 @@ class ContrastiveLoss(Criterion):
         self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
         self.power = checks.integer(power, "power", (1, 2))
         if pos_margin is None and (power == 2 or reduction == "nonzero"):
-            raise ValueError("pos_margin None goes with power 1 and a reduction other than 'nonzero'")
+            raise ValueError(
+                f"pos_margin=None needs power 1 and a reduction but 'nonzero', got power {power} and {reduction!r}"
+            )
 
     def hyperparameters(self) -> dict[str, object]:
         return {**super().hyperparameters(), "distance": similarity_of(self.distance)}

@@ -128,7 +128,9 @@ def _on(value: Tensor, device: torch.device, name: str) -> None:
 def checked_call(found: Any, name: str) -> tuple[Any, Any]:
     """What `rows` of a class has returned."""
     if not isinstance(found, tuple) or len(found) != 2:
-        raise TypeError(f"rows of {name} must return RowLosses and its pairs, or None, got {checks.what(found)}")
+        raise TypeError(
+            f"rows of {name} must return a tuple of RowLosses and the pairs (or None), got {checks.what(found)}"
+        )
     return found
 
 
@@ -158,8 +160,7 @@ def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
     right = isinstance(rows, Tensor) and rows.dim() == 2 and rows.shape[0] == given.shape[0]
     if not right or not rows.dtype.is_floating_point:
         raise TypeError(
-            f"preparation of {name} must make floating-point rows ({given.shape[0]}, D) of {checks.what(given)}, got "
-            f"{checks.what(rows)}"
+            f"preparation of {name} must return floating-point rows ({given.shape[0]}, D), got {checks.what(rows)}"
         )
     _on(rows, given.device, f"what preparation of {name} makes")
     return rows
@@ -185,6 +186,6 @@ def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:
         given = vars(criterion).get(method, getattr(type(criterion), method))
         if not getattr(given, "__module__", "").startswith("flashpair."):
             raise TypeError(
-                f"{type(criterion).__name__} has a {method} of its own, which {where} would not call: say it in "
-                "row_losses, preparation or penalty_of"
+                f"{type(criterion).__name__} overrides {method}, which {where} does not call: override row_losses, "
+                "preparation or penalty_of instead"
             )

@@ -93,9 +93,9 @@ class TripletMarginLoss(Criterion):
         self.max_positives = checks.most(max_positives, "max_positives")
         self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
         if power == 2 and distance == "cosine":
-            raise ValueError("power 2 is of Euclidean distances, got distance 'cosine'")
+            raise ValueError("power must be 1 with distance 'cosine', got 2")
         if smooth and triplets.startswith("semihard"):
-            raise ValueError(f"triplets {triplets!r} are of the hinge, got smooth=True")
+            raise ValueError(f"smooth must be False with triplets {triplets!r}, got True")
         if power == 2:
             self.distance = "squared_euclidean"
 

@@ -87,7 +87,9 @@ class CrossBatchMemory(nn.Module):
             )
         refuse_own(criterion, ("forward", *AT_ONCE), "CrossBatchMemory")
         if criterion.penalizes_references:
-            raise ValueError(f"criterion must have no penalty on references, as this {type(criterion).__name__} has")
+            raise ValueError(
+                f"criterion must have no penalty on references, and this {type(criterion).__name__} has one"
+            )
         if dtype not in checks.FLOATS:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
         self.criterion = criterion
@@ -171,8 +173,8 @@ class CrossBatchMemory(nn.Module):
             torch.equal(late.labels, labels) and torch.equal(late.rows, rows.detach().to(late.rows.dtype))
         ):
             raise RuntimeError(
-                "CrossBatchMemory can be recomputed (torch.utils.checkpoint) until its next call, with the same "
-                "embeddings, all of them finite: call it outside of what is checkpointed"
+                "torch.utils.checkpoint can recompute a call of CrossBatchMemory only until the next call and with the "
+                "same finite embeddings: call it outside of the checkpointed part"
             )
         return before
 

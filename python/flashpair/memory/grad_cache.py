@@ -176,7 +176,7 @@ class _Tower:
     def __init__(self, encoder: nn.Module, inputs: Any, labels: Any, size: int, prefix: str) -> None:
         name, self.name = f"{prefix}inputs", f"{prefix}encoder"
         if any(map(nn.parameter.is_lazy, encoder.parameters())):  # the first pass draws them, a replay would not
-            raise ValueError(f"{self.name} must have all its parameters, got lazy ones: call it once before")
+            raise ValueError(f"{self.name} must have no lazy parameters: call it once on some inputs before")
         leaves, nesting = _leaves(inputs, name)
         count = leaves[0].shape[0]
         if not isinstance(labels, Tensor) or labels.shape != (count,):
@@ -241,9 +241,9 @@ class _Tower:
         """Read once a step: a GPU is not waited for in between."""
         if self.apart and torch.stack(self.apart).any():
             raise RuntimeError(
-                f"{self.name} must return the same in the replay as in the first pass, and did not: it draws from a "
-                "random generator or changes a state that GradCache does not know. The gradients that this call has "
-                "added are wrong"
+                f"{self.name} must return the same in the replay as in the first pass, and did not: it uses a random "
+                "generator or changes a state that GradCache does not restore. The gradients that this call has added "
+                "are wrong"
             )
 
 

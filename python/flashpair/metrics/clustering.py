@@ -70,7 +70,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
         for t, name in ((labels, "labels"), (clusters, "clusters"))
     )
     if not len(truth):
-        raise ValueError("labels must be of some samples, got none")
+        raise ValueError("labels must not be empty")
     (apart, joined), (split, together) = pair_confusion_matrix(truth, found).tolist()
 
     def share(part: int, whole: int) -> float:
@@ -119,7 +119,7 @@ def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: 
 
     x, labels, _, _ = checks.batch(embeddings, labels, None, None)
     if x.shape[0] == 0:
-        raise ValueError("embeddings must be of some samples, got none")
+        raise ValueError("embeddings must not be empty")
     checks.flag(unit, "unit")
     seeds = checks.integer(seeds, "seeds", at_least=1)
     x = upcast(x.detach(), None)[0]

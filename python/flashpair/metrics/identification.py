@@ -94,7 +94,7 @@ def identification(
     right, score = torch.cat(nearest) == found.labels, torch.cat(best)
     genuine = found.relevant > 0
     if not genuine.any():
-        raise ValueError("labels must be some reference's, got probes without a subject of the gallery alone")
+        raise ValueError("labels must have a reference of some probe's class in the gallery, got only impostors")
     alarms = score[~genuine].sort(descending=True).values
     if rates and not len(alarms):
         raise ValueError("false_alarm_rates need impostors, probes whose label no reference has; got none")

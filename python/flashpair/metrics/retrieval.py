@@ -114,7 +114,9 @@ def retrieval(
     known = found.relevant > 0
     kept = known if lone == "skip" else torch.ones_like(known)
     if not kept.any():
-        raise ValueError(f"labels must be some reference's, got {len(kept)} queries without one (lone='skip')")
+        raise ValueError(
+            f"labels must have a reference of some query's class, got none for {len(kept)} queries (lone='skip')"
+        )
 
     def mean(values: Tensor) -> float:
         values, of = values[kept].double(), found.labels[kept]

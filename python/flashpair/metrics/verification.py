@@ -71,10 +71,10 @@ def verification_rate(
         z, there = pairs.positives()
         of, others = there.sum(1), pairs.num_negatives()
         if not there.any():
-            raise ValueError("labels must hold some class twice, got no positive pair")
+            raise ValueError("labels must have two samples of some class, got no positive pair")
         fewest = int(others[of > 0].min())
         if max(counts, default=0) > fewest:
-            raise ValueError(f"negatives must be at most {fewest}, as a query has no more, got {max(counts)}")
+            raise ValueError(f"negatives must be at most {fewest}, the number that some query has, got {max(counts)}")
         side = "lower" if metric == "euclidean" else "upper"
         totals = torch.zeros(len(counts), dtype=torch.float64, device=z.device)
         for bounds, valid in zip(

@@ -139,9 +139,9 @@ class ClassSampler(Sampler[list[int]]):
         """This process's rows of what is drawn for all, which all have to draw, or their generators part."""
         return drawn[self.rank * rows :][:rows]
 
-    def need(self, wanted: int, what: str) -> None:
+    def need(self, wanted: int, kind: str, asked: str) -> None:
         if wanted > len(self.classes):
-            raise ValueError(f"{what}, {wanted} classes in all processes, got labels of {len(self.classes)}")
+            raise ValueError(f"labels must have {wanted} {kind} ({asked}, over all processes), got {len(self.classes)}")
 
 
 def _refuse_second_share(frame: FrameType | None) -> None:
@@ -151,9 +151,9 @@ def _refuse_second_share(frame: FrameType | None) -> None:
             return
         if type(frame.f_locals.get("self")).__name__ == "BatchSamplerShard":
             raise RuntimeError(
-                "this sampler gives a process its own share, which accelerate would share out once more: leave the "
-                "loader out of prepare, or make batches of all processes (num_replicas=1, rank=0) and prepare them "
-                "with split_batches=True"
+                "this sampler already gives each process its share, which accelerate would split again: leave the "
+                "loader out of prepare, or make global batches (num_replicas=1, rank=0) and prepare them with "
+                "split_batches=True"
             )
         frame = frame.f_back
 

@@ -59,7 +59,7 @@ class HardClassSampler(ClassSampler):
         self.embed, self.aggregate = embed, checks.word(aggregate, AGGREGATES, "aggregate")
         super().__init__(Classes(labels, at_least=2), classes * m, batches, seed, num_replicas, rank)
         chosen = classes * self.num_replicas
-        self.need(chosen, "classes of two samples or more are needed")
+        self.need(chosen, "classes of two samples or more", "classes")
         self.candidates = min(checks.most(candidates, "candidates") or 10 * chosen, len(self.classes))
         if self.candidates < chosen:
             raise ValueError(f"candidates must be at least the classes of all processes, {chosen}, got {candidates}")

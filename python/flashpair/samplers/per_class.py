@@ -45,8 +45,8 @@ class MPerClassSampler(ClassSampler):
         super().__init__(Classes(labels), share, batches, seed, num_replicas, rank)
         whole = share * self.num_replicas
         if whole % m:
-            raise ValueError(f"batch_size must, of all processes, be a multiple of m = {m}, got {whole}")
-        self.need(whole // m, f"batch_size and m ask for {whole} / {m}")
+            raise ValueError(f"batch_size times the number of processes must be a multiple of m = {m}, got {whole}")
+        self.need(whole // m, "classes", f"batch_size / m = {whole} / {m}")
 
     def draw(self, generator: torch.Generator) -> list[int]:
         classes = self.classes.some(self.share * self.num_replicas // self.m, generator)
@@ -84,7 +84,7 @@ class NPairsSampler(ClassSampler):
     ) -> None:  # fmt: skip
         self.count = checks.integer(classes, "classes", at_least=1)
         super().__init__(Classes(labels, at_least=2), 2 * classes, batches, seed, num_replicas, rank)
-        self.need(classes * self.num_replicas, "classes of two samples or more are needed")
+        self.need(classes * self.num_replicas, "classes of two samples or more", "classes")
 
     def draw(self, generator: torch.Generator) -> list[int]:
         chosen = self.classes.some(self.count * self.num_replicas, generator)
