@@ -94,7 +94,7 @@ class ShardedClasses(GlobalCriterion):
             criterion.weight = nn.Parameter(criterion.weight.detach()[self.first : self.last].clone())
 
     def whole_weight(self) -> Tensor:
-        """The weights of all classes, on every process, without a graph: for a checkpoint. All must call it."""
+        """The weights of all classes, on every process, without a graph, for a checkpoint. All processes call it."""
         weight = self.criterion.weight.detach()
         if not (dist.is_available() and dist.is_initialized()):
             return weight.clone()

@@ -59,9 +59,15 @@ class Criterion(nn.Module):
             implementation never falls back to another; ``python -m flashpair info`` lists those that run here.
 
     Attributes:
+        distance: what pairs are compared by: ``"dot"`` (the default; cosines when normalised), ``"euclidean"`` or
+            ``"squared_euclidean"``.
         anchors: what a row of `row_losses` is: ``"samples"`` of the batch, or ``"proxies"``, the weights of a
             `ClassCriterion`, whose references are the batch.
         penalizes: what `penalty_of` is a mean over: ``"samples"``, or ``"classes"`` of a `ClassCriterion`.
+        takes_references: False for a loss that is defined within a batch.
+        averagings: the words that `reduction` takes.
+        differentiates: False if the gradient is by definition not the value's derivative.
+        shown: names of hyper-parameters that `repr` shows.
 
     Shape:
         - embeddings: (N, D), float16 to float64. labels: (N,), integers.
@@ -104,11 +110,14 @@ class Criterion(nn.Module):
 
     @property
     def preparation(self) -> tuple[bool, Callable[[Tensor], Tensor] | None]:
-        """Whether embeddings and references are normalised, and what is done to them instead, None: nothing."""
+        """Whether rows are normalised, and a function that replaces normalisation (None: there is none).
+
+        A subclass overrides it to transform embeddings and references, (n, D) to (n, D'), before they are compared.
+        """
         return self.normalize, None
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
-        """The pairs of a call whose arguments `check` has returned."""
+        """The pairs of a call, of arguments that `check` has returned."""
         self._check_distance(self.distance)
         x, y, unit = self.prepared(x, y)
         return checked_pairs(x, labels, y, ref_labels, self.distance, unit, impl)
@@ -124,7 +133,15 @@ class Criterion(nn.Module):
         return own, None if y is None else checked_prepared(prepare(y), y, name), unit
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
+        """The loss of each row; every subclass defines it.
+
+        Args:
+            pairs: a `Pairs` or `ReferencePairs`; `pairs.reduce` gives row values (N,), in the order of
+                ``pairs.labels``.
+
+        Returns:
+            `RowLosses`, in the same order.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} has no row_losses(self, pairs); define one that returns RowLosses"
         )
@@ -151,7 +168,7 @@ class Criterion(nn.Module):
             )
 
     def row_formula(self) -> RowFormula | None:
-        """The same as `row_losses` in words that a schedule of whole losses knows; None where they have none."""
+        """The same loss as a formula that whole-loss kernels know; None (the default): it is not one of them."""
         return None
 
     penalizes_references = False
@@ -159,9 +176,18 @@ class Criterion(nn.Module):
     def penalty_of(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
     ) -> Penalty | None:
-        """Of the embeddings as they came, not normalised: its mean is added to every valid row's loss; None: none.
+        """A penalty on the embeddings before normalisation, whose mean is added to every valid row's loss.
 
-        drawn: of a loss of one pair a class, which of them take part, where that hangs on other processes' samples.
+        Args:
+            x: (N, D), the embeddings.
+            labels: (N,) int64.
+            y: (M, D) or None, the references.
+            ref_labels: (M,) int64 or None.
+            drawn: for a loss of one pair of each class, which pairs take part, if this depends on other processes'
+                samples.
+
+        Returns:
+            A `Penalty`, a sum and over how many it is a mean; None (the default): there is no penalty.
         """
         return None
 
@@ -170,7 +196,7 @@ class Criterion(nn.Module):
         return checked_rows(self.row_losses(pairs), type(self).__name__, pairs.count, pairs.labels.device)
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
-        """What is added to every valid row's loss."""
+        """The number that is added to every valid row's loss: the mean of `penalty_of`, or None."""
         found = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
         return None if found is None else found.total / found.number.clamp_min(1)
 
@@ -216,7 +242,15 @@ class Criterion(nn.Module):
     def check(
         self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The arguments of a call, labels as int64, or the error that names what is wrong with them."""
+        """Checks the arguments of a call.
+
+        Returns:
+            Embeddings, labels as int64, references and their labels (or None).
+
+        Raises:
+            TypeError: an argument of a wrong type, named.
+            ValueError: shapes or devices that do not fit, or references for a loss that takes none.
+        """
         batch = checks.batch(embeddings, labels, ref_emb, ref_labels)
         checks.parameters(self, batch[0])
         if ref_emb is not None:
@@ -261,7 +295,7 @@ class Criterion(nn.Module):
             return loss + pairs.walk.poison
 
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
-        """The loss of embeddings whose pairs come in pieces."""
+        """The loss of embeddings whose references come in chunks."""
         rows = self.checked_row_losses(pairs)
         loss = reduce_losses(rows, self.reduction, pairs, self._extra(x, labels, None, None))
         return loss + self.not_finite(x, None).to(loss.dtype)
@@ -276,14 +310,16 @@ class Criterion(nn.Module):
         return loss + self.not_finite(x, y).to(loss.dtype)
 
     def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """0, or NaN where an embedding or reference is not finite, also where no row has a loss to show it."""
+        """0, or NaN if an embedding or reference is not finite, even where no row has a loss to show it."""
         return poison(x, y)
 
     def rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
     ) -> tuple[RowLosses, AnyPairs | None]:
-        """The rows' losses of a call whose arguments `check` has returned, and their pairs, which know the order; None:
-        the caller's."""
+        """The row losses of a call, of arguments that `check` has returned, and their pairs, which know their order.
+
+        Without pairs (None) the rows are in the caller's order.
+        """
         pairs = self.pairs_of(x, labels, y, ref_labels, impl)
         return self.row_losses(pairs), pairs
 
@@ -303,7 +339,7 @@ class Criterion(nn.Module):
 
 
 def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
-    """The loss of some rows; `extra` () is added to each valid one. pairs: None for rows in the caller's order."""
+    """The loss of rows, with `extra` () added to each valid one; without `pairs` the rows are in the caller's order."""
     rows, extra = with_extra(rows, reduction, extra)
     if reduction == "none":
         return rows.losses if pairs is None else pairs.restore(rows.losses)
@@ -312,8 +348,10 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra
 
 
 def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[RowLosses, Tensor | None]:
-    """The rows with `extra` () added to each valid one, and what of it is left for their average: all of it where that
-    is one of terms, which has no rows to add it to."""
+    """The rows with `extra` () added to each valid one, and the part of `extra` that is left to add to their average.
+
+    That is all of it where the average is over terms, which have no rows to add it to.
+    """
     if extra is None or (rows.terms and reduction in ("nonzero", "mean_pairs")):
         return rows, extra
     extra = extra.to(rows.losses.dtype).expand_as(rows.losses)  # of a tensor () where makes the default dtype
@@ -322,8 +360,14 @@ def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[R
 
 
 def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """The one number of every reduction but "none". total: the sum over all processes of a count (), where they share
-    the batch and `rows` are one's own: then its share of that number."""
+    """The one number that every reduction but "none" gives.
+
+    Args:
+        rows: the row losses.
+        reduction: any word but "none".
+        total: where processes share the batch and `rows` are one's own: the sum over all processes of a count (). The
+            result is then this process's share of the number.
+    """
     losses = rows.losses
 
     def every(count: Tensor) -> Tensor:

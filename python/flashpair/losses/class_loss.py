@@ -84,13 +84,21 @@ class ClassCriterion(Criterion):
         return poison(x, self.weight)
 
     def refuses_parts(self) -> str | None:
-        """Why processes cannot share the classes out (`flashpair.distributed.shard_classes`); None: they can."""
+        """Why the classes cannot be split over processes (`flashpair.distributed.shard_classes`); None: they can."""
         return None
 
     def rows_of_parts(
         self, x: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor], logsumexp: Callable[[Tensor], Tensor]
     ) -> RowLosses | None:
-        """Of a class with `rows` of its own: those of all samples (B, D), `weight` being one process's part and
-        `labels` outside of it for other processes' classes. total, logsumexp: over the parts, of row values (B,).
-        None: as `row_losses` has them."""
+        """The row losses of all samples where classes are split over processes; for a class that overrides `rows`.
+
+        Args:
+            x: (N, D), the samples of all processes.
+            labels: (N,), negative or at least the number of this process's classes for other processes' classes.
+            total: the sum over processes of row values (N,).
+            logsumexp: the log-sum-exp over processes of row values (N,).
+
+        Returns:
+            `RowLosses`, or None to compute them from `row_losses`.
+        """
         return None

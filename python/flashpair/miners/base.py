@@ -228,7 +228,14 @@ class Miner(Generic[Mined]):
         return mined
 
     def mine(self, block: Block) -> Iterator[Mined]:
-        """What is mined of `block`, its anchors counted from the first of all."""
+        """Yields what is mined of `block`, in parts of any size; every subclass defines it.
+
+        Args:
+            block: a `Block`. Anchors are counted from the first of all: add ``block.first``.
+
+        Returns:
+            An iterator of `MinedPairs` or `Triplets`, as the class attribute ``mined`` says.
+        """
         raise NotImplementedError
 
     def rows(

@@ -108,7 +108,7 @@ class ClassSampler(Sampler[list[int]]):
         self.batches = checks.most(batches, "batches") or max(1, classes.samples // (share * self.num_replicas))
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch, from 0 on, of the next iteration."""
+        """Sets the number of the next iteration's epoch, from 0 on."""
         self.epoch = checks.integer(epoch, "epoch")
 
     def __len__(self) -> int:
@@ -132,11 +132,14 @@ class ClassSampler(Sampler[list[int]]):
             yield self.draw(generator)
 
     def draw(self, generator: torch.Generator) -> list[int]:
-        """This process's share of a batch of all."""
+        """This process's share of one global batch, as sample indices."""
         raise NotImplementedError
 
     def mine(self, drawn: Tensor, rows: int) -> Tensor:
-        """This process's rows of what is drawn for all, which all have to draw, or their generators part."""
+        """This process's rows of what was drawn for all processes.
+
+        All processes must draw the same, or their generators go out of step.
+        """
         return drawn[self.rank * rows :][:rows]
 
     def need(self, wanted: int, kind: str, asked: str) -> None:
