@@ -234,7 +234,7 @@ class _Stream(Known):
             return
         now = _digest(block)
         same = now == self.digests.setdefault((first, last), now)
-        words = f"source must give the same rows each time; rows {first} to {last - 1} have changed since this call"
+        words = f"source must give the same rows each time, and rows {first} to {last - 1} have changed since this call"
         if now.device.type == "cpu" and not same:
             raise ValueError(f"{words} read them first")
         if now.device.type != "cpu":
