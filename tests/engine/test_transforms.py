@@ -277,10 +277,12 @@ def test_steps_are_not_repeated_and_constants_are_worked_out():
 def test_triton_can_tell_generated_functions_apart():
     """It knows the functions that a kernel calls by their names."""
     pytest.importorskip("triton")
+    from flashpair.backends.triton.codegen import functions
+
     register_transform("one", lambda t: t * t)
     register_transform("other", lambda t: t * t * t)
     register_transform("wrapped", lambda t: t * t, value=lambda t: t * t, slope=lambda t: 2.0 * t)
-    names = [f.__name__ for name in ("one", "other", "wrapped") for f in custom(name).jit]
+    names = [f.__name__ for name in ("one", "other", "wrapped") for f in functions(custom(name))]
     assert len(set(names)) == 6
 
 

@@ -1,4 +1,4 @@
-"""Where pytorch-metric-learning 2.9 gives a number that flashpair does not reproduce: said when it occurs.
+"""Warnings where pytorch-metric-learning 2.9 gives a number that flashpair does not reproduce.
 
 A fused criterion has a hook, `Watch`, that puts each call to the questions of `corners` and warns of a corner case once
 a process and class of loss; then it asks no more. On a GPU answers are read when they have come, in a later call, so

@@ -1,4 +1,4 @@
-"""What a criterion says of itself, and what its rows may ask of the whole batch: exact, or refused with the reason."""
+"""What a criterion declares about itself, and what its rows may ask of the whole batch: exact, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the methods of a criterion return, one of a user's own too, or the error that says what is wrong with it."""
+"""Checks of what the methods of a criterion return, with errors for the author of a criterion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""General Pair Weighting made visible: what a loss gives to each pair."""
+"""General Pair Weighting: the weight that a loss gives to each pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Identification: who of a gallery is it, and is it anybody of the gallery at all?"""
+"""Identification: which subject of a gallery a probe shows, and whether it is in the gallery at all."""
 
 from __future__ import annotations
 

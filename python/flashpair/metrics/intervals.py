@@ -1,4 +1,4 @@
-"""How sure a mean over repeated runs is. Needs SciPy."""
+"""Confidence intervals of a mean over repeated runs. Needs SciPy."""
 
 from __future__ import annotations
 

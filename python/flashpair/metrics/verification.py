@@ -1,4 +1,4 @@
-"""Verification: is a positive nearer than negatives drawn beside it?"""
+"""Verification: how often a positive is nearer than some of the negatives."""
 
 from __future__ import annotations
 

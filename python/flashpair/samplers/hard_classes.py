@@ -1,4 +1,4 @@
-"""Batches of classes that the network takes for one another."""
+"""Batches of classes that the network confuses with one another."""
 
 from __future__ import annotations
 

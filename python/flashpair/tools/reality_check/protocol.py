@@ -1,4 +1,4 @@
-"""What every loss gets alike."""
+"""The settings that all losses of a comparison share."""
 
 from __future__ import annotations
 
