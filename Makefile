@@ -7,13 +7,17 @@ SEED ?= 0
 CSRC := $(shell find csrc -type f -not -path '*/__pycache__/*')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/support/cuda_on_host/*))
 
-.PHONY: demo test aot36 lint bench fuzz ptx sanitize clean
+.PHONY: demo test docs aot36 lint bench fuzz ptx sanitize clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m bench.demo
+	$(BIN)/python -m bench demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# The pages of docs/ as a site in build/site. The package is imported, because some of its functions are made, not written.
+docs: $(VENV)/.installed $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # What ahead-of-time compilation shows, under the Triton of torch 2.11 beside the environment's own.
 aot36: $(VENV)/.installed build/triton36
@@ -24,7 +28,7 @@ build/triton36:
 	mv $@.new $@
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench step
 
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
@@ -58,6 +62,10 @@ clean:
 $(VENV)/.requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.requirements requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml setup.py $(CSRC)

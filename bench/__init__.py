@@ -1,4 +1,4 @@
-"""Time and memory of a training step, against peers and the bare matrix products: `python -m bench`.
+"""Time and memory of a training step, against peers and the bare matrix products: `python -m bench STUDY`.
 
 Run from the repository root; nothing here is installed. How one run goes:
 
@@ -8,14 +8,19 @@ Run from the repository root; nothing here is installed. How one run goes:
         measure  the rest in one process, interleaved round by round
     -> report: JSON with machine information, a table, a plot
 
-`python -m bench.family` does the same for every loss of the library (family_cases.py), in one table.
-`python -m bench.weights` draws what each loss gives to a pair, and dependence.py finds what that depends on.
+`python -m bench family` does the same for every loss of the library (family_cases.py), in one table.
+`python -m bench weights` draws what each loss gives to a pair, and dependence.py finds what that depends on.
 `python -m bench.gpu_proof` brings its own copy of flashpair, and runs where none is installed.
 """
 
 import importlib.util
+import os
+import sys
 
-if importlib.util.find_spec("flashpair"):
+PROOF = "FLASHPAIR_GPU_PROOF"  # set in processes of bench.gpu_proof, which draws nothing and may have torch alone
+if any(word.startswith("bench.gpu_proof") for word in sys.orig_argv):
+    os.environ[PROOF] = "1"  # whatever it starts says other words
+if PROOF not in os.environ and importlib.util.find_spec("flashpair"):
     from flashpair.core.extras import need
 
     need("bench", "bench", "matplotlib", "numpy", "rich")

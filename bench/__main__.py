@@ -1,50 +1,40 @@
-"""The command line: `python -m bench`, `--plot FILE.json`, `--table FILE.json`."""
+"""The command line: `python -m bench STUDY [options]`; `python -m bench` lists the studies."""
 
 from __future__ import annotations
 
-import argparse
+import ast
+import importlib
+import sys
 from pathlib import Path
 
-from . import plot, report, suite
-from .arguments import add_batches, add_common, options_of
-from .options import DATA, DEVICES, DTYPES, LOSSES, PHASES, Options
-from .progress import Progress
+STUDIES = {
+    "step": "studies.step", "family": "studies.family", "live": "studies.live", "training": "studies.training",
+    "large_batch": "studies.large_batch", "memory_bank": "studies.memory_bank", "stream": "studies.stream",
+    "ranks": "studies.ranks", "metrics": "studies.metrics", "class_mining": "studies.class_mining",
+    "host": "studies.host", "weights": "studies.weights", "demo": "demo.train", "gpu_cost": "gpu_cost",
+}  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m bench", description="Time and memory of one training step, against peers."
-    )
-    default = Options(memory_limit=1, threads=1)
-    p.add_argument("--loss", choices=LOSSES, default=default.loss)
-    add_batches(p, default)
-    p.add_argument("--data", choices=DATA, default=default.data, help="trained: mining leaves few pairs")
-    p.add_argument("--noise", type=float, default=default.noise, help="of trained data, within a class")
-    p.add_argument("--intrinsic", type=int, default=default.intrinsic, help="of trained data, dimensions of centres")
-    p.add_argument("--dtype", choices=DTYPES, default=default.dtype)
-    p.add_argument("--device", choices=DEVICES, default=default.device)
-    p.add_argument("--phase", choices=PHASES, default=default.phase)
-    p.add_argument("--ref", type=int, metavar="M", help="against M references without gradient, not the batch itself")
-    add_common(p, default)
-    p.add_argument("--plot", type=Path, metavar="FILE.json", help="only redraw the PNG beside this file")
-    p.add_argument("--table", type=Path, metavar="FILE.json", help="only print this file's Markdown table")
-    return p
+def usage() -> str:
+    """Every study, and what its file says of it."""
+    lines = ["usage: python -m bench STUDY [options]", ""]
+    for name, module in STUDIES.items():
+        file = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
+        said = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
+        lines.append(f"  {name:13}{said.split(': `')[0].rstrip('.')}")
+    lines += ["", "python -m bench STUDY --help tells a study's options; python -m bench.gpu_proof OUT is for a GPU."]
+    return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    p = parser()
-    given = vars(p.parse_args(arguments))
-    if given["table"]:
-        print(report.markdown(report.read(given["table"])))
-        return
-    if given["plot"]:
-        print(plot.draw(report.read(given["plot"]), given["plot"].with_suffix(".png")))
-        return
-    options = options_of(p, given)
-    with Progress() as progress:
-        document = suite.run(options, progress, lambda document: report.write(document, given["out"]))
-    plot.publish(document, given["out"])
+def main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] not in STUDIES:
+        print(f"{usage()}\n\nno study {words[0]!r}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(f"bench.{STUDIES[words[0]]}").main(words[1:]) or 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

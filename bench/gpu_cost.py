@@ -130,10 +130,10 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write it there, as bench/results/gpu-cost-VERSION.json has it")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     result = report()
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -19,7 +19,7 @@ from flashpair.tools.check import batch, value_and_gradient
 @pytest.mark.parametrize("n", [64, 256, 1024])
 @pytest.mark.parametrize("impl", ["tiled", "reference"])
 def test_multi_similarity(benchmark, impl, n):
-    if reasons := dispatch.obstacles(impl, torch.device("cpu")):
+    if reasons := dispatch.unsupported_reasons(impl, torch.device("cpu")):
         pytest.skip("; ".join(reasons))
     x, labels = batch(n, 128, 4, torch.float32)
     truth = value_and_gradient(MultiSimilarityLoss(impl="reference"), x.double(), labels)

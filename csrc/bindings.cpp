@@ -239,7 +239,7 @@ PYBIND11_MODULE(_C, m) {
                     : rounded_rows(int8, at<float>(x), n, d, at<float>(square), threads);
       },
       Release());
-  m.def("whole_loss", &whole_loss, Release(), "tiled.py's run_whole");
+  m.def("whole_loss", &whole_loss, Release(), "tiled.py's run_small_batch");
   bind_pass<float>(m, "PassFloat");
   bind_pass<double>(m, "PassDouble");
 }

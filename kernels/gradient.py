@@ -24,6 +24,7 @@ from .tile import (
     clean_tile,
     inside_window,
     intervals,
+    largest,
     leading_bits,
     load_rows,
     members,
@@ -291,6 +292,9 @@ def weigh_rows(
     if dx is not None:
         column = slab * BLOCK_D + tl.arange(0, BLOCK_D)
         if col_squares is not None:
+            # Anew, by way of a 0 that the compiler cannot see: kept over the loops, rows took registers that spilled.
+            rows = row0 + (block + tl.minimum(clean, 0)) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            inside = rows < row1
             own = load_rows(x, rows, inside, d, slab * BLOCK_D, BLOCK_D, EVEN_SLAB, False)
             acc += pull[:, None] * own.to(acc.dtype)
             tl.debug_barrier()  # what other threads have left of close pairs
@@ -334,7 +338,7 @@ def put(
         w = through_distance(w, z, SQUARED)
         own = squares[:, None] + row_vector(col_squares, cols, valid, 0.0, w.dtype)[None, :]
         near = ((z if SQUARED else z * z) <= NEAR_GRADIENT * own) & (w != 0.0)
-        if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
+        if largest(tl.max(near.to(tl.int32), 1)) > 0:
             if close_dx is not None:
                 first = slab * BLOCK_D
                 last = d if dx is None else tl.minimum(first + BLOCK_D, d)

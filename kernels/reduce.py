@@ -29,6 +29,7 @@ from .tile import (
     direction,
     inside_window,
     intervals,
+    largest,
     load_rows,
     members,
     number,
@@ -40,6 +41,7 @@ from .tile import (
 from .transforms import log1p_unit
 
 UNRANKED: tl.constexpr = tl.constexpr(2147483647)
+LEAST: tl.constexpr = tl.constexpr(2.0**-126)  # of the normal float32 numbers
 
 
 class Reduced(NamedTuple):
@@ -101,24 +103,30 @@ def fold(
 
     cols, valid: (1, C), or (R, C) where each row has columns of its own.
     """
+    windowed: tl.constexpr = (slot.lower is not None) | (slot.upper is not None)
     keep = inside_window(
         z, keep, lower[:, None], upper[:, None], slot.lower is not None, slot.upper is not None
     )  # fmt: skip
-    if slot.live is not None:
-        alive = tl.max(tl.max(keep.to(tl.int32), 1), 0)
-        tl.store(slot.live + live_at, alive.to(tl.int8))
     if OP == LOGSUMEXP:
-        steep2, signed = tl.abs(scale) * LOG2E, z * direction(scale)
-        top = tl.max(tl.where(keep, signed, -INF), 1)
-        if (slot.lower is not None) | (slot.upper is not None):
-            if tl.max(top, 0) > -INF:
-                peak, total = fold_exponentials(signed, keep, steep2, top, peak, total)
+        signed = z * direction(scale)
+        if windowed:
+            # Pairs that are left out are -inf: a number a pair to keep, where a mask is a predicate of every one.
+            signed = tl.where(keep, signed, -INF)
+            top = tl.max(signed, 1)
+            some = largest(top) > -INF
+            if slot.live is not None:
+                tl.store(slot.live + live_at, some.to(tl.int8))
+            if some:
+                peak, total = fold_exponentials(signed, None, steepness(scale), top, peak, total)
         else:
-            peak, total = fold_exponentials(signed, keep, steep2, top, peak, total)
+            top = tl.max(tl.where(keep, signed, -INF), 1)
+            peak, total = fold_exponentials(signed, keep, steepness(scale), top, peak, total)
     elif OP == SUM:
         ref = row_vector(slot.ref_offset, cols, valid, 0.0, ACC)
         phi = PHI(z * scale, reach(own[:, None], ref, slot.ref_offset is not None))
         total += tl.sum(tl.where(keep, phi, 0.0), 1)
+        if slot.live is not None:
+            tl.store(slot.live + live_at, largest(tl.max(keep.to(tl.int32), 1)).to(tl.int8))
     elif OP == MAPPED:
         t = PHI(z * scale, own[:, None])
         top = tl.max(tl.where(keep, t, -INF), 1)
@@ -129,7 +137,7 @@ def fold(
         signed = tl.where(keep, z if OP == MAX else -z, -INF)
         top = tl.max(signed, 1)
         if slot.total is not None:
-            if tl.max(((top >= peak) & (top > -INF)).to(tl.int32), 0) > 0:
+            if largest(((top >= peak) & (top > -INF)).to(tl.int32)) > 0:
                 rank = tl.load(order + cols, mask=valid, other=UNRANKED).to(tl.int32)
                 hit = keep & (signed == top[:, None])
                 first = tl.min(tl.where(hit, rank, UNRANKED), 1)
@@ -146,10 +154,21 @@ def shrunk(total, peak, base, steep2):
 
 
 @triton.jit
+def steepness(scale):
+    """|scale| in base 2, but never 0, which -inf must not be multiplied by: of a scale of 0 it is next to nothing."""
+    steep2 = tl.abs(scale) * LOG2E
+    return tl.where(steep2 == 0.0, LEAST, steep2)
+
+
+@triton.jit
 def fold_exponentials(signed, keep, steep2, top, peak, total):
+    """signed (R, C): the terms that count, those of `keep`, or where that is None those above -inf; top (R,): each
+    row's largest."""
     higher = tl.maximum(peak, top)
     base = tl.where(higher > -INF, higher, 0.0)
-    terms = tl.where(keep, tl.exp2((signed - base[:, None]) * steep2), 0.0)
+    terms = tl.exp2((signed - base[:, None]) * steep2)
+    if keep is not None:
+        terms = tl.where(keep, terms, 0.0)
     return higher, shrunk(total, peak, base, steep2) + tl.sum(terms, 1)
 
 

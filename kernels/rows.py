@@ -21,11 +21,14 @@ def gather_rows(
     target = rows.to(tl.int64)[:, None] * d
     factor = tl.full((ROWS,), 1.0, ACC)
     if UNIT:
-        square = tl.zeros((ROWS,), ACC)
+        # Added up by column first. A product in the sum across lanes would be fused into it, from one end only: lanes
+        # would then hold different sums, and which of them is kept is up to the hardware.
+        squares = tl.zeros((ROWS, STEP), ACC)
         for start in range(0, d, STEP):
             column = start + tl.arange(0, STEP)[None, :]
             part = tl.load(x + source + column, mask=inside[:, None] & (column < d), other=0.0).to(ACC)
-            square += tl.sum(part * part, 1)
+            squares += part * part
+        square = tl.sum(squares, 1)
         # Rounded as the reference's: the fast ones err by a unit more, and a window may open by that.
         norm = tl.sqrt_rn(square) if ACC == tl.float32 else tl.sqrt(square)
         some = tl.where(norm > TINY, norm, 1.0)
@@ -52,11 +55,13 @@ def scatter_rows(
     factor, along = tl.full((ROWS,), 1.0, ACC), tl.zeros((ROWS,), ACC)
     if UNIT:
         factor = tl.load(inverse + rows, mask=inside, other=0.0)
+        products = tl.zeros((ROWS, STEP), ACC)
         for start in range(0, d, STEP):
             column = start + tl.arange(0, STEP)[None, :]
             here = inside[:, None] & (column < d)
             part = tl.load(x + source + column, mask=here, other=0.0).to(ACC) * factor[:, None]
-            along += tl.sum(part * tl.load(g + sorted_row + column, mask=here, other=0.0).to(ACC), 1)
+            products += part * tl.load(g + sorted_row + column, mask=here, other=0.0).to(ACC)
+        along = tl.sum(products, 1)
     for start in range(0, d, STEP):
         column = start + tl.arange(0, STEP)[None, :]
         here = inside[:, None] & (column < d)

@@ -63,7 +63,9 @@ def quantise(
     some = s > 0.0
     wide = s.to(ACC)
     inverse = tl.where(some, 1.0 / tl.where(some, wide, 1.0), 0.0)
-    whole, rest, held = tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC), tl.zeros((ROWS,), ACC)
+    # By column first, as in rows.py.
+    wholes = tl.zeros((ROWS, STEP), ACC)
+    rests, helds = wholes, wholes
     for start in range(0, width, STEP):
         column = start + tl.arange(0, STEP)[None, :]
         part = tl.load(source + column, mask=inside[:, None] & (column < d), other=0.0).to(ACC)
@@ -71,10 +73,11 @@ def quantise(
         near = tl.where(near == near, tl.minimum(tl.maximum(near, -127.0), 127.0), 0.0)
         left = (part - near * wide[:, None]) / unit[:, None]
         part = part / unit[:, None]
-        whole += tl.sum(part * part, 1)
-        rest += tl.sum(left * left, 1)
-        held += tl.sum(near * near, 1)
+        wholes += part * part
+        rests += left * left
+        helds += near * near
         tl.store(target + column, near.to(tl.int32).to(tl.int8), mask=inside[:, None] & (column < width))
+    whole, rest, held = tl.sum(wholes, 1), tl.sum(rests, 1), tl.sum(helds, 1)
     more = 1.0 + 1.0 / 1024 + d * ULP
     most = tl.maximum(unit * tl.sqrt(whole), wide * tl.sqrt(held)) * more + TINY
     far = unit * tl.sqrt(rest) * more + (d + 64) * ULP * most + TINY

@@ -50,6 +50,12 @@ def direction(scale):
 
 
 @triton.jit
+def largest(vector):
+    """The largest entry. By way of a matrix: Triton 3.6 fails where a vector made of a Blackwell product is reduced."""
+    return tl.reshape(tl.max(vector[:, None], 0), ())
+
+
+@triton.jit
 def row_vector(pointer, index, inside, default, ACC: tl.constexpr):
     """Entries `index` of a vector; without one, the default (which the compiler then drops)."""
     if pointer is None:
@@ -200,7 +206,7 @@ def similarities(
         if SQUARE:
             self = rows[:, None] == cols[None, :]
             d2, near = tl.where(self, 0.0, d2), near & (self == 0)
-        if tl.max(tl.max(near.to(tl.int32), 1), 0) > 0:
+        if largest(tl.max(near.to(tl.int32), 1)) > 0:
             d2 = tl.where(near, apart(x, y, rows, inside, cols, valid, d, ACC), d2)
         z = d2 if SQUARED else tl.sqrt(d2)
     return z, y_tile

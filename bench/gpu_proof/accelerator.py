@@ -1,7 +1,8 @@
 """What the stages ask of a GPU, and what stands in for one on the host: the seam between them.
 
-On the host tensors are the CPU's, and Triton's interpreter runs the kernels; a graph is the step itself, a stream is
-none, and times say nothing.
+On the host tensors are the CPU's, and kernels are run as compiled for the GPU, by tests/ptx. That is no GPU where time,
+graphs, streams or devices are asked of it: a graph is the step itself, a stream is none, and times are the host's.
+Lines say what they are `by`, where it is not a GPU.
 """
 
 from __future__ import annotations
@@ -9,24 +10,37 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from .child import Skip
 from .plan import Plan
-from .site import load
+from .site import marker, of_tests
 
 Step = Callable[[], Any]
 SLEEP_CYCLES = 20_000_000  # 10 ms or so: the host is done with launching before the GPU begins
 WARM_UP = 3
+EXECUTOR = "executor"  # of compiled PTX, on the CPU
+EMULATED = "emulated"  # the CUDA C++, compiled for the CPU
+STAND_IN = "stand-in"  # what answers, and proves nothing of a GPU
+ONCHIP_PTX = "onchip.ptx"  # a marker
 
 
 class Cuda:
     """The current CUDA device."""
 
     device = "cuda"
+
+    def by(self, impl: str, what: str = "") -> dict[str, str]:
+        """Fields of a line about the kernels of `impl`, and times or the like: what stood in for a GPU."""
+        return {}
+
+    def built(self) -> None:
+        """The build stage is over: `onchip` is asked for from now on."""
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -110,12 +124,23 @@ class Cuda:
 
 
 class Host:
-    """The CPU in a GPU's place."""
+    """The CPU in a GPU's place, and the executor under Triton until the process ends."""
 
     device = "cpu"
 
-    def __init__(self) -> None:
-        load("tests/support/interpreter.py").patch_once_a_launch()
+    def __init__(self, plan: Plan, work: Path) -> None:
+        self.arch, self.compiled_onchip, self.ptx = f"sm_{plan.arch}", False, marker(work, ONCHIP_PTX)
+        self.life = contextlib.ExitStack()
+        self.life.enter_context(of_tests("ptx.engine").gpu(self.arch))
+
+    def built(self) -> None:
+        if self.ptx.exists() and not self.compiled_onchip:
+            self.life.enter_context(of_tests("ptx.onchip").gpu(self.arch))
+            self.compiled_onchip = True
+
+    def by(self, impl: str, what: str = "") -> dict[str, str]:
+        own = EMULATED if impl == "onchip" and not self.compiled_onchip else EXECUTOR
+        return {"by": f"{own}, {what}: {STAND_IN}" if what else own}
 
     def synchronize(self) -> None:
         pass
@@ -173,5 +198,15 @@ class Host:
 Accelerator = Cuda | Host
 
 
-def accelerator(plan: Plan) -> Accelerator:
-    return Host() if plan.on_host else Cuda()
+def accelerator(plan: Plan, work: Path) -> Accelerator:
+    if not plan.on_host:
+        return Cuda()
+    try:
+        return Host(plan, work)
+    except ImportError as error:
+        raise Skip(f"the executor needs Triton: {error}") from error
+
+
+def stand_in(plan: Plan) -> dict[str, str]:
+    """Fields of a line about what only a GPU, or a tool for it, can do."""
+    return {"by": STAND_IN} if plan.on_host else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +12,8 @@ import time
 from pathlib import Path
 
 from . import site
-from .child import Skip, Stage
+from .accelerator import ONCHIP_PTX
+from .child import Skip, Stage, reason
 from .machine import known
 
 
@@ -19,15 +21,35 @@ def run(stage: Stage) -> None:
     started = time.monotonic()
     module = _build(stage)
     stage.say(built=module.name, seconds=round(time.monotonic() - started, 1))
+    if stage.plan.on_host:
+        _to_ptx(stage)
+
+
+def _to_ptx(stage: Stage) -> None:
+    """What the executor runs; without it the kernel is the one that was built, for the CPU."""
+    onchip = site.of_tests("ptx.onchip")
+    why = onchip.missing()
+    try:
+        if not why:
+            onchip.ptx(f"sm_{stage.plan.arch}")
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = reason(error)
+    if why:
+        stage.say(part="PTX", skipped=why)
+    else:
+        site.marker(stage.work, ONCHIP_PTX).touch()
 
 
 def _build(stage: Stage) -> Path:
     sys.path.insert(0, str(site.ROOT / "csrc"))
     try:
         import compilers
-        import ninja
     except ImportError as error:
-        raise Skip(f"the build needs ninja and pybind11: {error}") from error
+        raise Skip(f"the build needs pybind11: {error}") from error
+    ninja = _ninja()
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise Skip(f"the build needs Python's headers: there is no {header}")
     os.environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*known(stage)["capability"])
     cxx, record = compilers.cpp()
     nvcc, cuda = compilers.cuda(record)
@@ -37,7 +59,7 @@ def _build(stage: Stage) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rules = folder / "build.ninja"
     rules.write_text("\n".join(compilers.ninja_rules(str(folder), cxx, record, nvcc)), encoding="utf-8")
-    command = [str(Path(ninja.BIN_DIR, "ninja")), "-f", str(rules), str(folder / "_onchip.so")]
+    command = [ninja, "-f", str(rules), str(folder / "_onchip.so")]
     done = subprocess.run(command, cwd=site.ROOT, stdout=sys.stderr)
     if done.returncode:
         raise RuntimeError(f"ninja ended with {done.returncode}; log.txt has its words")
@@ -49,3 +71,14 @@ def _build(stage: Stage) -> Path:
     before = json.loads(built.read_text()) if built.is_file() else {**record, "extension": False, "reason": "not built"}
     built.write_text(json.dumps(before | cuda) + "\n")
     return module
+
+
+def _ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ImportError as error:
+        found = shutil.which("ninja")
+        if not found:
+            raise Skip(f"the build needs ninja: {error}, and there is none on the PATH") from error
+        return found
+    return str(Path(BIN_DIR, "ninja"))

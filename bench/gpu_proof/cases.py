@@ -15,9 +15,9 @@ from torch import Tensor
 from flashpair.losses.registry import CRITERIA
 from flashpair.tools.check import batch, value_and_gradients
 
-from ..cases import Case, make_batch
-from ..options import GB, Options
-from ..variants import Step, make_step
+from ..harness.cases import Case, make_batch
+from ..harness.options import GB, Options
+from ..harness.variants import Step, make_step
 from . import site
 from .child import Stage
 from .plan import Plan, TableCase

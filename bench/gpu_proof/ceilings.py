@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from .accelerator import Accelerator, accelerator
+from .accelerator import Accelerator, accelerator, stand_in
 from .child import Skip, Stage
 from .machine import smi
 
@@ -33,15 +33,15 @@ def copy(gpu: Accelerator, size: int, rounds: int) -> float:
 
 
 def run(stage: Stage) -> None:
-    gpu = accelerator(stage.plan)
+    gpu, by = accelerator(stage.plan, stage.work), stand_in(stage.plan)
     side, size, rounds = stage.plan.ceiling
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        stage.say(ceiling=f"product {name}", flop_per_second=product(gpu, side, rounds, dtype), side=side)
+        stage.say(ceiling=f"product {name}", flop_per_second=product(gpu, side, rounds, dtype), side=side, **by)
     torch.set_float32_matmul_precision("high")
-    stage.say(ceiling="product tf32", flop_per_second=product(gpu, side, rounds, torch.float32), side=side)
-    stage.say(ceiling="copy", bytes_per_second=copy(gpu, size, rounds), bytes=size)
+    stage.say(ceiling="product tf32", flop_per_second=product(gpu, side, rounds, torch.float32), side=side, **by)
+    stage.say(ceiling="copy", bytes_per_second=copy(gpu, size, rounds), bytes=size, **by)
     try:
-        stage.say(ceiling="clocks", after=smi())
+        stage.say(ceiling="clocks", after=smi(), **by)
     except Skip as why:
         stage.say(part="clocks", skipped=str(why))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from .plan import PLANS, Plan
+from .session import guard
 
 
 class Skip(Exception):
@@ -34,13 +33,6 @@ class Stage(NamedTuple):
         self.voice.flush()
 
 
-def _end_with_the_driver(pipe: int) -> None:
-    """The driver holds the other end: where it dies, however it dies, so does this process group."""
-    while os.read(pipe, 1):
-        pass
-    os.killpg(0, signal.SIGKILL)
-
-
 def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()] or lines or [""]
@@ -57,8 +49,8 @@ def fatal(error: Exception) -> bool:
 def main() -> int:
     name, plan, work, out = sys.argv[1:]
     pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)  # whose place pytest takes, too
-    threading.Thread(target=_end_with_the_driver, args=(pipe,), daemon=True).start()
+    os.dup2(nothing, 0)
+    guard(pipe)
     voice = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is for the log
     stage = Stage(PLANS[plan], plan, Path(work), Path(out), voice)
@@ -78,4 +70,4 @@ if __name__ == "__main__":
 
     code = child.main()
     sys.stdout.flush()
-    os._exit(code)  # with the watcher's thread still reading
+    os._exit(code)  # whatever threads libraries have left

@@ -3,7 +3,7 @@
 The engine runs each case once on CPU tensors over support/aot.py's driver, which claims to be this chip; what it would
 launch is noted, not launched. Then each kernel is compiled by a process of its own, forked from this one, so that one
 that crashes or hangs the compiler costs itself alone. Types, constants and alignment are those of a real launch, and so
-is the place in the cache.
+is the place in the cache. On the host it is PTX, which the executor runs, and no machine code.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def jobs(plan: Plan) -> list[Job]:
     ]
     for n in (plan.counters_n, plan.sanitizer_n):
         found += [Job(case.name, lambda case=case: case.step("cpu")()) for case in main_cases(plan, n)]
-    for impl in launches.TRITON:
+    for impl in plan.launches:
         for name in launches.names(plan, impl):
             dtype = getattr(torch, name.split(" ")[-1])
             found.append(Job(name, lambda impl=impl, dtype=dtype: launches.ahead(plan, impl, dtype)))
@@ -140,7 +140,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         (launcher, "processors", lambda device: machine["processors"]),
         (launcher, "run", note),
         (screened_tiles, "run", note),
-        (dispatch, "_obstacles", lambda impl, device: ()),
+        (dispatch, "_unsupported_reasons", lambda impl, device: ()),
         (
             row_reduce_op,
             "schedule_of",
@@ -148,7 +148,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         ),
         (pairs, "sorted_rows", kernel_rows),
         (pairs, "native", lambda impl, x, y: impl != "reference" and x.dtype.itemsize == 2),
-        (base, "choose_whole", lambda *args: ""),
+        (base, "choose_small_batch", lambda *args: ""),
         (tiled, "_product", lambda a, b, out: out),
         (tiled, "_mirror", lambda s: None),
     ]
@@ -175,9 +175,7 @@ class Pool:
         self.without = 0
 
     def want(self, case: str, wanted: Wanted) -> None:
-        key, most = wanted.key(), self.stage.plan.most_kernels
-        if most and key not in self.known and len(self.known) == most:
-            return
+        key = wanted.key()
         self.cases.setdefault(case, set()).add(key)
         if key not in self.known:
             self.known[key] = None
@@ -243,11 +241,13 @@ def run(stage: Stage) -> None:
         import triton  # noqa: F401
     except ImportError as error:
         raise Skip(f"there is no Triton: {error}") from error
-    os.nice(10)  # what is measured beside this comes first
+    if not stage.plan.on_host:
+        os.nice(10)  # what is measured beside this comes first
     torch.set_num_threads(1)  # no thread may live where a process is forked
     started, facts = time.monotonic(), known(stage)
     pool = Pool(stage, stage.plan.workers or max(1, facts["cores"] - 2))
-    compile_all(stage, pool, jobs(stage.plan), facts)
+    with site.of_tests("ptx.launch").to_ptx() if stage.plan.on_host else contextlib.nullcontext():
+        compile_all(stage, pool, jobs(stage.plan), facts)
     stage.say(kernels=len(pool.known), without=pool.without, seconds=round(time.monotonic() - started, 1))
     if stage.plan.tests_ahead:
         while not site.marker(stage.work, "table.end").exists():  # whose times on the host want the cores

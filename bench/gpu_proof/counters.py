@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import site
+from .accelerator import stand_in
 from .cases import Patience, TruthCase, main_cases
 from .child import Skip, Stage
 from .tuning import BACKWARD, FORWARD
@@ -37,7 +38,7 @@ def command(stage: Stage, case: TruthCase) -> list[str]:
         "--print-metric-name", "name", "--target-processes", "application-only", "--profile-from-start", "off",
         "--kernel-name", f"regex:^({FORWARD}|{BACKWARD})$",
         *(word for section in SECTIONS for word in ("--section", section)),
-        sys.executable, "-m", "bench.gpu_proof.one_step", stage.plan_name, case.name,
+        sys.executable, "-m", "bench.gpu_proof.one_step", stage.plan_name, str(stage.work), case.name,
     ]  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def run(stage: Stage) -> None:
             raise RuntimeError(f"ncu ended with {done.returncode}; log.txt and ncu.csv have its words")
         counted = longest(table(done.stdout.splitlines()))
         for kernel in (FORWARD, BACKWARD):
-            stage.say(case=case.name, kernel=kernel, **_line(counted.get(kernel)))
+            stage.say(case=case.name, kernel=kernel, **_line(counted.get(kernel)), **stand_in(stage.plan))
 
 
 def _line(counted: dict[str, float] | None) -> dict[str, Any]:

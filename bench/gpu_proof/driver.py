@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +13,7 @@ from typing import IO, Any
 from . import site, summary
 from .plan import STAGES, Stage, limits
 from .record import Record
+from .session import PATIENCE, end_session
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build/gpu_proof"  # kept: the next run finds what was compiled
@@ -27,7 +25,7 @@ POLL = 0.1
 
 
 class Running:
-    """A stage's process; it leads a session, so that one signal reaches all of it, and ends where its stdin does."""
+    """A stage's process; it leads a session, all of which ends with it, and where its stdin ends."""
 
     def __init__(self, stage: Stage, command: list[str], environment: dict[str, str], record: Record) -> None:
         self.stage, self.record, self.since = stage, record, time.monotonic()
@@ -55,17 +53,19 @@ class Running:
         """Waits for it, or ends it at once where there is a reason, and says how it went."""
         if why:
             self._kill()
-        code = self.process.wait()
+        try:
+            code = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            code, why = -9, f"{why}; it does not die"
         self._kill()  # what it left behind
         for reader in self.readers:
-            reader.join(5)
+            reader.join(PATIENCE)
         ended = why or ("" if code == 0 else f"ended with {code}")
         site.ended(WORK, self.stage.name)
         self.record.say(self.stage.name, done=not ended, ended=ended, seconds=round(self.seconds, 1))
 
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end_session(self.process.pid)
 
 
 class Driver:
@@ -95,8 +95,7 @@ class Driver:
 
     def _start(self, stage: Stage) -> Running:
         command = [sys.executable, "-m", "bench.gpu_proof.child", stage.name, self.plan, str(WORK), str(self.out)]
-        environment = site.environment(WORK, interpreted=self.plan == "host" and stage.name != "compile")
-        return Running(stage, command, environment, self.record)
+        return Running(stage, command, site.environment(WORK), self.record)
 
     def _left(self) -> float:
         return self.total - MARGIN - self.record.elapsed

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashpair import MultiSimilarityLoss
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 from flashpair.tools.check import batch, value_and_gradient
 
 from .accelerator import Accelerator, accelerator
@@ -21,8 +21,6 @@ from .child import Skip, Stage, fatal, reason
 from .plan import Plan
 from .truth import compare
 
-IMPLEMENTATIONS = ("fused", "onchip", "tiled", "screened")
-TRITON = ("fused", "tiled", "screened")  # whose kernels are compiled ahead
 Check = Callable[[Accelerator, str, "Data"], None]
 
 
@@ -106,9 +104,9 @@ def compiled(gpu: Accelerator, impl: str, data: Data) -> None:
 
 
 def names(plan: Plan, impl: str) -> list[str]:
-    """Of the cases that an implementation's kernels are compiled ahead in, and their types after them."""
+    """Of the cases that an implementation's Triton kernels are compiled ahead in, and their types after them."""
     types = dict.fromkeys((plan.truth_dtypes[0], "float32"))
-    return [f"launches {impl} {dtype}" for dtype in types] if impl in TRITON else []
+    return [f"launches {impl} {dtype}" for dtype in types] if impl != "onchip" else []
 
 
 def ahead(plan: Plan, impl: str, dtype: torch.dtype) -> None:
@@ -121,11 +119,14 @@ CHECKS: tuple[Check, ...] = (graphs, streams, devices, compiled)
 
 
 def run(stage: Stage) -> None:
-    gpu, data, kernels, patience = accelerator(stage.plan), Data(stage.plan), Kernels(), Patience(stage)
+    gpu, data = accelerator(stage.plan, stage.work), Data(stage.plan)
+    kernels, patience = Kernels(), Patience(stage)
+    patience.wait_for("build")
+    gpu.built()
     for check in CHECKS:
-        for impl in IMPLEMENTATIONS:
+        for impl in stage.plan.launches:
             about: dict[str, Any] = {"check": check.__name__, "impl": impl}
-            if reasons := obstacles(impl, torch.device(gpu.device)):
+            if reasons := unsupported_reasons(impl, torch.device(gpu.device)):
                 stage.say(**about, skipped="; ".join(reasons))
                 continue
             if dropped := [why for name in names(stage.plan, impl) if (why := patience.wait(name))]:
@@ -141,4 +142,4 @@ def run(stage: Stage) -> None:
                 if fatal(error):
                     raise
             else:
-                stage.say(**about, right=True, compiled=kernels.take())
+                stage.say(**about, right=True, compiled=kernels.take(), **gpu.by(impl, check.__name__))

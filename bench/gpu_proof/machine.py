@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import machine as found_machine
+from ..harness import machine as found_machine
 from .child import Skip, Stage
 
 FIELDS = (

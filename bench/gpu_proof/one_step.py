@@ -1,9 +1,10 @@
-"""What ncu and compute-sanitizer run: `python -m bench.gpu_proof.one_step PLAN CASE`, two steps of one of its cases,
-the second one between the marks that a profiler looks for."""
+"""What ncu and compute-sanitizer run: `python -m bench.gpu_proof.one_step PLAN WORK CASE`, two steps of one of a plan's
+cases, the second one between the marks that a profiler looks for."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -13,10 +14,10 @@ from .plan import PLANS
 
 
 def main() -> int:
-    plan = PLANS[sys.argv[1]]
+    plan, work, name = PLANS[sys.argv[1]], Path(sys.argv[2]), sys.argv[3]
     every = [case for n in (plan.counters_n, plan.sanitizer_n) for case in main_cases(plan, n)]
-    case = next(case for case in every if case.name == sys.argv[2])
-    gpu = accelerator(plan)
+    case = next(case for case in every if case.name == name)
+    gpu = accelerator(plan, work)
     step = case.step(gpu.device)
     step()
     gpu.synchronize()

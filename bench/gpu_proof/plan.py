@@ -59,12 +59,12 @@ class Plan:
     Args:
         device: "cuda", or "cpu" on the host. arch: what is compiled for on the host, where no chip says.
         workers: processes that compile, that the tests go to; 0: the cores but two.
-        most_kernels: that are compiled ahead; 0: all.
         ceiling: the side of a square product, the bytes of a copy, and rounds of each.
         truth_losses: names of flashpair.losses.registry.CRITERIA. truth_onchip: those of `onchip`, at `onchip_sizes`.
         table: what is timed, in order of worth. rounds: timed ones of each.
         sweep_losses: what is tuned on, names of CRITERIA. sweep_n: batch sizes that are gated, and timed.
         sweep: candidates beside the row that is shipped, each timed so many times.
+        launches: implementations that are launched in other ways.
         tests: files of tests/; tests_alone: what is run by itself afterwards; tests_ahead: their kernels are compiled
             before, once the table is done.
     """
@@ -72,7 +72,6 @@ class Plan:
     device: str
     arch: str
     workers: int
-    most_kernels: int
     ceiling: tuple[int, int, int]
     truth_losses: tuple[str, ...]
     truth_dtypes: tuple[str, ...]
@@ -89,6 +88,7 @@ class Plan:
     counters_n: int
     sanitizer_n: int
     launches_n: int
+    launches: tuple[str, ...]
     patience: float
     compiler: str
     tests_ahead: bool
@@ -124,7 +124,6 @@ GPU = Plan(
     device="cuda",
     arch="",
     workers=0,
-    most_kernels=0,
     ceiling=(8192, 2**32, 20),
     truth_losses=(
         "MultiSimilarityLoss",
@@ -150,6 +149,7 @@ GPU = Plan(
     counters_n=16384,
     sanitizer_n=300,
     launches_n=600,
+    launches=("fused", "onchip", "tiled", "screened"),
     patience=120,
     compiler="inductor",
     tests_ahead=True,
@@ -164,24 +164,24 @@ HOST = Plan(
     device="cpu",
     arch="90",
     workers=1,
-    most_kernels=2,
     ceiling=(64, 2**16, 2),
-    truth_losses=("MultiSimilarityLoss", "NTXentLoss"),
-    truth_dtypes=(F32,),
+    truth_losses=("MultiSimilarityLoss",),
+    truth_dtypes=(BF16, F32),
     truth_sizes=(37,),
-    width=24,
+    width=32,
     onchip_losses=("MultiSimilarityLoss",),
     onchip_sizes=(33,),
-    table=(TableCase("ntxent", F32, 64, 16, (*DENSE, "pytorch-metric-learning", "compiled", "floor"), profiled=True),),
+    table=(TableCase("ms", F32, 40, 32, (*DENSE, "pytorch-metric-learning", "compiled", "floor"), profiled=True),),
     rounds=2,
-    sweep_losses=("NTXentLoss",),
-    sweep_n=(40, 64),
-    sweep=(Tile(32, 16, 4, 1, 0), Tile(16, 16, 4, 2, 64)),
+    sweep_losses=("MultiSimilarityLoss",),
+    sweep_n=(40, 48),
+    sweep=(Tile(64, 32, 4, 2, 0), Tile(32, 32, 4, 1, 128)),
     sweep_repeats=1,
-    counters_n=64,
+    counters_n=48,
     sanitizer_n=40,
     launches_n=40,
-    patience=60,
+    launches=("fused", "onchip"),
+    patience=600,
     compiler="eager",
     tests_ahead=False,
     tests=("tests/packaging/test_compilers.py", "tests/backends/cuda/test_gpu_onchip.py"),

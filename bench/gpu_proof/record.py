@@ -22,7 +22,7 @@ class Record:
     def __init__(self, out: Path, heard: Callable[[dict[str, Any]], None]) -> None:
         self.started, self.heard, self.lines = time.monotonic(), heard, list[dict[str, Any]]()
         self.lock = threading.Lock()
-        self.file = (out / "proof.jsonl").open("w", encoding="utf-8")
+        self.file = (out / "proof.jsonl").open("wb", buffering=0)  # a line is one write, whole even if this is killed
         self.log = (out / "log.txt").open("wb")
         self.logged = 0
 
@@ -34,8 +34,7 @@ class Record:
         line = {"stage": stage, "at": round(self.elapsed, 1), **fields}
         with self.lock:
             self.lines.append(line)
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            self.file.write(json.dumps(line).encode() + b"\n")
         self.heard(line)
 
     def hear(self, stage: str, text: bytes) -> None:

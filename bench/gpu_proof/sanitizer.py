@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from . import site
+from .accelerator import stand_in
 from .cases import Patience, main_cases
 from .child import Skip, Stage
 
@@ -22,7 +23,7 @@ SUMMARY = {
 def command(stage: Stage, tool: str, case: str) -> list[str]:
     return [
         "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), "--report-api-errors", "no",
-        "--print-limit", "50", sys.executable, "-m", "bench.gpu_proof.one_step", stage.plan_name, case,
+        "--print-limit", "50", sys.executable, "-m", "bench.gpu_proof.one_step", stage.plan_name, str(stage.work), case,
     ]  # fmt: skip
 
 
@@ -54,4 +55,5 @@ def run(stage: Stage) -> None:
                 command(stage, tool, case.name), stdout=file, stderr=subprocess.STDOUT, cwd=site.ROOT, env=environment
             )
             file.seek(start)
-            stage.say(tool=tool, case=case.name, **verdict(tool, file.read(), done.returncode))
+            found = verdict(tool, file.read(), done.returncode)
+            stage.say(tool=tool, case=case.name, **found, **stand_in(stage.plan))

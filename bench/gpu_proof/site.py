@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -24,6 +25,15 @@ def load(file: str) -> ModuleType:
     return module
 
 
+def of_tests(name: str) -> ModuleType:
+    """A module of tests/, which is no package of its own, with what it imports beside it."""
+    if "flashpair_tests" not in sys.modules:
+        tests = ModuleType("flashpair_tests")
+        tests.__path__ = [str(ROOT / "tests")]
+        sys.modules["flashpair_tests"] = tests
+    return importlib.import_module(f"flashpair_tests.{name}")
+
+
 def package(work: Path) -> Path:
     return work / "site/flashpair"
 
@@ -38,7 +48,7 @@ def make(work: Path) -> None:
     shutil.rmtree(work / "compiled", ignore_errors=True)
     skipped = shutil.ignore_patterns("__pycache__", "_onchip.*")
     shutil.copytree(ROOT / "python/flashpair", to, ignore=skipped)
-    shutil.copytree(ROOT / "kernels", to / "kernels", ignore=skipped)
+    shutil.copytree(ROOT / "kernels", to / "backends/triton/kernels", ignore=skipped)
     (work / "compiled").mkdir(parents=True)
 
 
@@ -51,8 +61,8 @@ def ended(work: Path, stage: str) -> None:
     marker(work, f"{stage}.end").touch()
 
 
-def environment(work: Path, interpreted: bool) -> dict[str, str]:
-    """Of a stage's process. interpreted: Triton's interpreter stands in for the GPU."""
+def environment(work: Path) -> dict[str, str]:
+    """Of a stage's process."""
     paths = [str(package(work).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
     own = {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -62,4 +72,4 @@ def environment(work: Path, interpreted: bool) -> dict[str, str]:
         "TORCHINDUCTOR_COMPILE_THREADS": "4",
     }
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FLASHPAIR_ONCHIP")}
-    return kept | own | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    return kept | own

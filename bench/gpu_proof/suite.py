@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from . import site
+from .accelerator import stand_in
 from .child import Skip, Stage
 from .machine import known
 
@@ -33,7 +34,7 @@ class Reporter:
                 self.say()
 
     def say(self, **more: Any) -> None:
-        self.stage.say(part=self.part, tests=dict(self.counts), **more)
+        self.stage.say(part=self.part, tests=dict(self.counts), **more, **stand_in(self.stage.plan))
 
 
 def _words(report: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def failed(lines: Lines) -> bool:
 def write(out: Path, lines: Lines) -> None:
     sections = (
         _machine,
+        _stand_ins,
         _stages,
         _faults,
         _truth,
@@ -78,6 +80,14 @@ def _machine(lines: Lines) -> Iterator[str]:
         yield f"{line['ceiling']}: {line['flop_per_second'] / 1e12:.1f} TFLOP/s."
     for line in of(lines, "ceilings", "bytes_per_second"):
         yield f"{line['ceiling']}: {line['bytes_per_second'] / 1e12:.3f} TB/s."
+
+
+def _stand_ins(lines: Lines) -> Iterator[str]:
+    found = Counter((line["stage"], line["by"]) for line in lines if "by" in line)
+    if found:
+        yield "## Not by a GPU\n"
+        yield "The executor runs compiled PTX on the CPU; a stand-in answers for a GPU and proves nothing of it.\n"
+        yield from markdown(("stage", "by", "lines"), ([*key, count] for key, count in found.items()))
 
 
 def _stages(lines: Lines) -> Iterator[str]:

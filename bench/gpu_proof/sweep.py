@@ -15,7 +15,7 @@ import torch
 
 from flashpair.tools.check import value_and_gradients
 
-from .accelerator import accelerator
+from .accelerator import Accelerator, accelerator
 from .cases import Kernels, Patience, TruthCase
 from .child import Stage, fatal, reason
 from .plan import Tile
@@ -28,8 +28,8 @@ Times = dict[str, float]  # of FORWARD and BACKWARD
 class Loss:
     """A loss that is tuned on: what is right for it, and how long a candidate takes."""
 
-    def __init__(self, stage: Stage, gate: TruthCase) -> None:
-        self.gpu, self.gate, self.name = accelerator(stage.plan), gate, gate.loss
+    def __init__(self, stage: Stage, gpu: Accelerator, gate: TruthCase) -> None:
+        self.gpu, self.gate, self.name = gpu, gate, gate.loss
         self.repeats = stage.plan.sweep_repeats
         x, labels = gate.batch(self.gpu.device)
         reference = gate.criterion("reference")
@@ -66,7 +66,10 @@ def try_one(stage: Stage, loss: Loss, forward: Tile | None, backward: Tile | Non
         if fatal(error):
             raise
         return None
-    stage.say(loss=loss.name, tile=shown, right=verdict["right"], times=times, gradient=verdict["gradient"])
+    stage.say(
+        loss=loss.name, tile=shown, right=verdict["right"], times=times, gradient=verdict["gradient"],
+        **loss.gpu.by("fused", "times"),
+    )  # fmt: skip
     return times
 
 
@@ -110,7 +113,8 @@ def report(stage: Stage, losses: list[Loss], pick: tuple[Tile, Tile], shipped: l
 
 def run(stage: Stage) -> None:
     kernels, patience = Kernels(), Patience(stage)
-    losses = [Loss(stage, gate) for gate in gates(stage.plan)]
+    gpu = accelerator(stage.plan, stage.work)
+    losses = [Loss(stage, gpu, gate) for gate in gates(stage.plan)]
     found: dict[Tile, list[Times]] = {}
     shipped: list[Times] = []
     for tile in candidates(stage.plan):

@@ -1,6 +1,6 @@
 """Stage: the time of a training step, eager and as a CUDA graph, beside others; its memory; the time of each kernel.
 
-Two floors stand beside it: the bare products of the same shapes, by torch.mm (bench/floor.py), which memory may bound,
+Two floors stand beside it: the bare products of the same shapes, by torch.mm (floor.py), which memory may bound,
 and 6 N M D flop at the rate that a large product reaches here.
 """
 
@@ -16,12 +16,12 @@ import torch
 
 from flashpair.engine.dispatch import WIDEST_FUSED
 
-from ..cases import Batch, make_batch
-from ..floor import make_floor
-from ..peers import NotThere
-from ..probe import is_memory
-from ..variants import REGISTRY, TrainingStep, make_step
-from .accelerator import Step, accelerator
+from ..harness.cases import Batch, make_batch
+from ..harness.floor import make_floor
+from ..harness.peers import NotThere
+from ..harness.probe import is_memory
+from ..harness.variants import REGISTRY, TrainingStep, make_step
+from .accelerator import Step, accelerator, stand_in
 from .cases import Kernels, Patience, bench_case, schedule, table_name
 from .child import Skip, Stage, fatal, reason
 from .plan import TableCase
@@ -39,7 +39,8 @@ class Table:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.plan = stage, stage.plan
-        self.gpu, self.kernels, self.patience = accelerator(stage.plan), Kernels(), Patience(stage)
+        self.gpu = accelerator(stage.plan, stage.work)
+        self.kernels, self.patience = Kernels(), Patience(stage)
         self.rates = rates(stage)
         self.agreed = set[str]()
 
@@ -95,7 +96,8 @@ class Table:
                 self.failed(name, variant, error)
             else:
                 steps[variant] = step
-                self.stage.say(case=name, variant=variant, peak=peak, compiled=self.kernels.take())
+                found = {"peak": peak, "compiled": self.kernels.take()}
+                self.stage.say(case=name, variant=variant, **found, **stand_in(self.plan))
         if "flashpair" in steps and case.d <= WIDEST_FUSED and name not in self.agreed:
             self.agree(case, name, steps["flashpair"], batch)
         self.time(case, name, steps)
@@ -114,8 +116,9 @@ class Table:
         errors = {what: relative(found[what], other[what]) for what in found}
         bound = 2 * torch.finfo(getattr(torch, case.dtype)).eps
         right = all(error <= bound for error in errors.values()) if case.dtype != "float32" else None
-        verdict = {} if right is None else {"right": right, "bound": bound}
-        self.stage.say(case=name, against="tiled", **errors, **verdict, compiled=self.kernels.take())
+        verdict: dict[str, Any] = {} if right is None else {"right": right, "bound": bound}
+        verdict |= {"compiled": self.kernels.take(), **self.gpu.by("fused")}
+        self.stage.say(case=name, against="tiled", **errors, **verdict)
 
     def first(self, step: Step, variant: str, batch: Batch) -> int | None:
         """The memory of a second step, the first one having compiled; a gradient that is not finite is an error."""
@@ -159,7 +162,7 @@ class Table:
             self.stage.say(
                 case=name, variant=variant, seconds=statistics.median(found), lowest=min(found), highest=max(found),
                 steps=counts[variant], arithmetic_floor=flop / rate if rate else None,
-                alone=alone,
+                alone=alone, **stand_in(self.plan),
             )  # fmt: skip
 
     def profile(self, name: str, step: Callable[[], Any]) -> None:
@@ -170,7 +173,8 @@ class Table:
             return
         shown = sorted(found.items(), key=lambda item: -item[1][0])[:SHOWN]
         total = sum(seconds for seconds, _ in found.values())
-        self.stage.say(case=name, kernels={key: [s, count] for key, (s, count) in shown}, all_kernels=total)
+        kernels = {key: [s, count] for key, (s, count) in shown}
+        self.stage.say(case=name, kernels=kernels, all_kernels=total, **stand_in(self.plan))
 
 
 def taken(step: Step, batch: Batch) -> dict[str, torch.Tensor]:

@@ -16,12 +16,13 @@ import torch
 from conftest import needs_extension
 
 import flashpair
-from bench import check, floor, guard, host, measure, memory, report, suite, units
-from bench.__main__ import main
-from bench.cases import Case, live_share, make_batch
-from bench.options import LOSSES, Options
-from bench.progress import Progress
-from bench.variants import NotThere, criterion, make_step, training_step
+from bench.harness import check, floor, guard, measure, memory, report, suite, units
+from bench.harness.cases import Case, live_share, make_batch
+from bench.harness.options import LOSSES, Options
+from bench.harness.progress import Progress
+from bench.harness.variants import NotThere, criterion, make_step, training_step
+from bench.studies import host
+from bench.studies.step import main
 from flashpair.backends import extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +35,7 @@ def case_of(n=96, d=16, **changes):
 
 
 def run_bench(*arguments):
-    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    command = [sys.executable, "-m", "bench", "step", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import flashpair
-from bench import check, family, family_report, floor, guard, suite, units, variants
-from bench.cases import Case, make_batch
-from bench.family_cases import FAMILY
-from bench.options import FLOOR, GB, Options
-from bench.progress import Progress
-from bench.report import percent
+from bench.harness import check, floor, guard, suite, units, variants
+from bench.harness.cases import Case, make_batch
+from bench.harness.options import FLOOR, GB, Options
+from bench.harness.progress import Progress
+from bench.harness.report import percent
+from bench.studies import family, family_report
+from bench.studies.family_cases import FAMILY
 
 OPTIONS = Options(GB, 1, repeats=2, warmup=0, num_classes=12)
 PEER = family.PEER
@@ -111,7 +112,7 @@ def test_a_wrong_engine_is_no_truth(right, monkeypatch):
         return lambda x, labels: loss(x, labels) * off
 
     monkeypatch.setattr(check, "criterion", tiled)
-    monkeypatch.setattr(check, "obstacles", lambda impl, device: [])
+    monkeypatch.setattr(check, "unsupported_reasons", lambda impl, device: [])
     case = case_of("binomial", n=96, memory_limit=1_000_000)
     truth = check.find_truth(case, make_batch(case))
     assert (truth.case == case) == right

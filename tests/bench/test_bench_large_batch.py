@@ -8,7 +8,7 @@ import peaks
 import pytest
 from conftest import needs_extension
 
-from bench import large_batch
+from bench.studies import large_batch
 
 pytestmark = needs_extension
 

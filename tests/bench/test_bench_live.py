@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import needs_extension
 
-from bench import __main__ as bench
-from bench import guard, live, training, training_data, variants
-from bench.cases import Case, live_share, make_batch
-from bench.options import Options
-from bench.progress import Progress
+from bench.harness import guard, variants
+from bench.harness.cases import Case, live_share, make_batch
+from bench.harness.options import Options
+from bench.harness.progress import Progress
+from bench.studies import live, training, training_data
+from bench.studies import step as bench
 from flashpair.tools.check import batch as make_any_batch
 
 OPTIONS = Options(memory_limit=10**9, threads=1, repeats=1, warmup=0, data="trained", intrinsic=live.INTRINSIC)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from bench import class_mining
-from bench import metrics as bench_metrics
+from bench.studies import class_mining
+from bench.studies import metrics as bench_metrics
 from flashpair import metrics
 
 

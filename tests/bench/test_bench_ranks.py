@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import needs_extension
 
-from bench import ranks, ranks_report, sent
-from bench.ranks_work import SCHEDULES
+from bench.studies import ranks, ranks_report, sent
+from bench.studies.ranks_work import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = needs_extension
@@ -23,7 +23,7 @@ def outcome(tmp_path_factory):
     """One small run from the command line: its JSON, and what it printed."""
     out = tmp_path_factory.mktemp("ranks")
     arguments = ["--n", 192, "--dim", 16, "--repeats", 2, "--worlds", "2,3", "--losses", ",".join(sent.PASSES)]
-    command = [sys.executable, "-m", "bench.ranks", *map(str, arguments), "--out", out]
+    command = [sys.executable, "-m", "bench", "ranks", *map(str, arguments), "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("*-ranks-*.json")
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_not_timed(tmp_path):
         "    def forward(ctx, x, by): return x.view_as(x)\n"
         "    @staticmethod\n"
         "    def backward(ctx, g): return g * 1.01, None\n"
-        "loss.Scaled = Off\n"
+        "loss.ScaleGrad = Off\n"
         "from bench import ranks_work\n"
         "from bench.options import Options\n"
         "plan = ranks_work.Plan(Options(10**9, 1, sizes=(96,), dims=(16,), repeats=1), ('ntxent',), (1, 2))\n"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import assert_as_good_as
 
-from bench import demo
+from bench.demo import train as demo
 from flashpair.engine import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ def test_both_curves_are_the_same(tmp_path):
     tolerance follows for them. In float64 that is 2^29 times rarer, and twenty steps multiply the other
     roundings by far less than 2^29: rounded to float32, the curves are equal.
     """
-    command = [sys.executable, "-m", "bench.demo", "--steps", "20", "--no-bench", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "bench", "demo", "--steps", "20", "--no-bench", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -40,7 +40,7 @@ def test_both_curves_are_the_same(tmp_path):
 
 def test_demo_without_the_extension(tmp_path, monkeypatch, capsys):
     missing = {"reference": [], "tiled": ["tiled needs the compiled extension: not built"]}
-    monkeypatch.setattr(dispatch, "obstacles", lambda impl, device: missing[impl])
+    monkeypatch.setattr(dispatch, "unsupported_reasons", lambda impl, device: missing[impl])
     assert demo.main(["--steps", "1", "--no-bench", "--out", str(tmp_path)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert 'impl="auto" is reference here' in said

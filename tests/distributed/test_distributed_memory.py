@@ -12,7 +12,7 @@ from conftest import needs_extension
 from ranks_cases import SCHEDULES
 
 import flashpair
-from bench.memory import peak_of
+from bench.harness.memory import peak_of
 from flashpair.distributed import gather
 
 pytestmark = [needs_extension, peaks.only_linux]

@@ -26,7 +26,7 @@ def impl(request, chip):
 @needs_extension
 def test_tiled_takes_small_batches_whole(monkeypatch):
     called = []
-    monkeypatch.setattr(tiled, "run_whole", lambda call, run=tiled.run_whole: called.append(call) or run(call))
+    monkeypatch.setattr(tiled, "run_small_batch", lambda c, run=tiled.run_small_batch: called.append(c) or run(c))
     for n, d, takes in ((8, 4, True), (1024, 4, True), (1028, 4, False)):
         x, labels = batch(n, d, 4, torch.float32)
         for name in ("auto", "tiled"):

@@ -287,7 +287,7 @@ def test_triton_can_tell_generated_functions_apart():
 
 
 class TestJitFunctions:
-    """`value` and `slope` of one's own in Triton, as README shows them."""
+    """`value` and `slope` of one's own in Triton."""
 
     @pytest.fixture(autouse=True)
     def registered(self):

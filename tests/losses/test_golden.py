@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashpair.engine import dispatch
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 
 ORACLE = golden.load()
 CASES = [case for case in ORACLE["cases"] if case["loss"] in golden.BUILDERS]
@@ -24,7 +24,7 @@ def test_value_and_gradient(case, impl, monkeypatch):
     if impl == "tiled by rows":
         monkeypatch.setattr(dispatch, "WHOLE_PAIRS", -1)
         impl = "tiled"
-    if reasons := obstacles(impl, torch.device("cpu")):
+    if reasons := unsupported_reasons(impl, torch.device("cpu")):
         pytest.skip("; ".join(reasons))
     if impl == "fused" and case["loss"] == "histogram" and case["params"]["R"] > 50:
         pytest.skip("of 404 launches in the interpreter, as the histogram of fewer nodes has them")

@@ -313,7 +313,7 @@ def _op_arguments():
     x, labels = batch(30, 4, 3, torch.float64)
     pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False, "tiled", True)
     spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot", "tiled")
-    p = pairs.plan
+    p = pairs.label_order
     return pairs.x, (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec))
 
 
@@ -458,7 +458,7 @@ def test_functional_forms_take_arguments_by_place_and_refuse_others():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_loss_of_ones_own(impl):
-    """The README's example: two reductions, a row formula."""
+    """As docs/your-own-loss.md writes one: two reductions, a row formula."""
 
     class LogRatioLoss(flashpair.Criterion):
         def __init__(self, temperature=0.1, **common):

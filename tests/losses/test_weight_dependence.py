@@ -1,6 +1,6 @@
 """Table 1 of Wang et al., CVPR 2019: which similarities the weight of a negative pair depends on, S, P and N.
 
-bench/dependence.py defines the three and looks for them by moving similarities; here its finding is held against the
+studies/dependence.py defines the three and looks for them by moving similarities; here its finding is held against the
 table, row by row, also of the ablation's Table 2. Where a definition decides:
 
 Triplet: a weight is a count of triplets, of steps 0 and 1, so that only finite moves see what it depends on.
@@ -26,8 +26,8 @@ import pytest
 import torch
 
 import flashpair
-from bench import weights as pictures
-from bench.dependence import (
+from bench.studies import weights as pictures
+from bench.studies.dependence import (
     OTHERS,
     PAIR,
     PUBLISHED,

@@ -16,14 +16,14 @@ from pytorch_metric_learning import losses, miners
 from torch.utils.checkpoint import checkpoint
 
 import flashpair
-from bench import memory_bank
+from bench.studies import memory_bank
 from flashpair import CrossBatchMemory, screening
 from flashpair.backends import extension
 from flashpair.backends.cpu import screened
 from flashpair.backends.cpu.screened import rounded
 from flashpair.backends.reference import ReferencePairs
 from flashpair.chunked import reduce as pieces
-from flashpair.core.class_pairs import Drawn
+from flashpair.core.class_pairs import ClassPairs
 from flashpair.core.similarity import dense_pairs, normalize, poison
 from flashpair.memory import queue
 
@@ -76,7 +76,9 @@ class DensePairs(ReferencePairs):
                 positives.append(int(others[0]))
         place = torch.arange(len(anchors))
         long = {"dtype": torch.int64}
-        return Drawn(torch.tensor(anchors, **long), torch.tensor(positives, **long), place, torch.tensor(len(anchors)))
+        return ClassPairs(
+            torch.tensor(anchors, **long), torch.tensor(positives, **long), place, torch.tensor(len(anchors))
+        )
 
 
 class Oracle:

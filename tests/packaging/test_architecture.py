@@ -1,4 +1,4 @@
-"""Which folder of the package may import which: the drawing in CONTRIBUTING.md, held against every import."""
+"""Which folder of the package may import which: the table in docs/architecture.md, held against every import."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ import torch
 
 import flashpair
 from flashpair.compat import pml
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 
 PACKAGE = Path(flashpair.__file__).parent
 RETURNED = {"Divergence", "GlobalCriterion", "Pairs", "Screening", "ShardedClasses"}
@@ -176,7 +176,7 @@ def test_examples_print_what_they_say(test: doctest.DocTest) -> None:
     name = test.name.rpartition(".")[2]
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    if name in COMPILED and (reasons := obstacles("tiled", torch.device("cpu"))):
+    if name in COMPILED and (reasons := unsupported_reasons("tiled", torch.device("cpu"))):
         pytest.skip("; ".join(reasons))
     report: list[str] = []
     failed, tried = doctest.DocTestRunner().run(test, out=report.append)

@@ -1,4 +1,5 @@
-"""The README's Python blocks run as they stand, with stand-ins for what a reader has: data, encoders, an optimizer."""
+"""The Python blocks of the README and of the pages in docs/ run as they stand, each by itself, with stand-ins for what
+a reader has: data, encoders, an optimizer."""
 
 from __future__ import annotations
 
@@ -16,8 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import flashpair
 
 pytestmark = needs_extension
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    (page.relative_to(ROOT).as_posix(), block)
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+]
 CLASSES, D = 64, 128
 
 
@@ -44,15 +50,18 @@ def alone():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda text: text.strip().splitlines()[0][:40])
-def test_block(block, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page, block", BLOCKS, ids=lambda text: text.strip().splitlines()[0][:40])
+def test_block(page, block, alone, tmp_path, monkeypatch):
     if "pytorch_metric_learning" in block:
         pytest.importorskip("pytorch_metric_learning")
     monkeypatch.chdir(tmp_path)
     numpy.save("bank.npy", torch.randn(100, D).numpy())
     smaller = block.replace("1_000_000", "1_000")
-    exec(compile(smaller, "README.md", "exec"), _reader())
+    exec(compile(smaller, page, "exec"), _reader())
 
 
 def test_the_blocks_are_found():
-    assert len(BLOCKS) >= 9 and any("CrossBatchMemory" in block for block in BLOCKS)
+    of_readme = [block for page, block in BLOCKS if page == "README.md"]
+    assert len(of_readme) >= 5 and any("GradCache" in block for block in of_readme)
+    assert any("CrossBatchMemory" in block for page, block in BLOCKS if page == "docs/memory.md")
+    assert any("register_transform" in block for page, block in BLOCKS if page == "docs/your-own-loss.md")

@@ -1,7 +1,6 @@
 """Arithmetic, logic, comparisons and conversions: each a closure over registers' slots.
 
-A result of an approximate instruction is the exact one moved by as much as the ISA lets it be wrong, up or down by the
-bits of its operand, unless APPROXIMATE is off: what passes here passes with any hardware that keeps its word.
+What has approximate forms is in approximate.py.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import numpy as np
 from .faults import Unsupported
 from .parse import SIZES
 
-APPROXIMATE = [True]
 DTYPES = {"f32": "f4", "f64": "f8", "f16": "f2", "u8": "u1", "u16": "u2", "u32": "u4", "u64": "u8"}
 DTYPES |= {"s8": "i1", "s16": "i2", "s32": "i4", "s64": "i8", "b8": "u1", "b16": "u2", "b32": "u4", "b64": "u8"}
 DTYPES = {name: np.dtype(kind) for name, kind in DTYPES.items()} | {"pred": np.dtype(bool)}
@@ -33,15 +31,6 @@ def flush(x: np.ndarray) -> np.ndarray:
     """Subnormal float32 become zeros of their sign."""
     small = np.abs(x) < TINY
     return np.where(small, np.copysign(np.float32(0), x), x) if small.any() else x
-
-
-def _off(exact: np.ndarray, x: np.ndarray, most: float) -> np.ndarray:
-    """exact, moved by up to `most` of itself as the bits of x say."""
-    if not APPROXIMATE[0]:
-        return exact
-    bits = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}").astype(np.uint64)
-    unit = (bits * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)).astype(np.float64) / 2.0**23 - 1
-    return np.where((x == 0) | ~np.isfinite(x), exact, exact * (1 + unit * most))
 
 
 def round_to(x: np.ndarray, how: str) -> np.ndarray:
@@ -126,7 +115,7 @@ def _halves(fn: Callable[..., Run]) -> Callable[..., Run]:
     return make
 
 
-def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     if a.dtype.kind == "f":
         return a / b
     some = np.where(b == 0, b.dtype.type(1), b)
@@ -134,23 +123,6 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(b == 0, ~b, a // some)
     quotient = np.abs(a.astype(np.int64)) // np.abs(some.astype(np.int64))
     return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
-
-
-def _approximate(fn: Callable[..., np.ndarray], relative: float) -> Callable[..., Run]:
-    """With .approx or .full, up to that relative error, which is exact in no other form."""
-
-    def make(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
-        if "approx" not in words and "full" not in words:
-            return plain(fn)(builder, words, operands)
-        most = 2.0**-20 if words[-1] == "f64" else relative
-
-        def loose(*args: np.ndarray) -> np.ndarray:
-            exact = fn(*(a.astype(np.float64) for a in args))
-            return _off(exact, args[-1], most).astype(args[0].dtype)
-
-        return plain(loose)(builder, words, operands)
-
-    return make
 
 
 def _mad(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
@@ -328,9 +300,6 @@ TABLE: dict[str, Callable[..., Run]] = {
     "fma": plain(_fma), "and": plain(np.bitwise_and), "or": plain(np.bitwise_or), "xor": plain(np.bitwise_xor),
     "not": plain(np.invert), "popc": plain(np.bitwise_count), "rem": plain(np.fmod), "shl": _shift, "shr": _shift,
     "mad": _mad, "bfe": _bfe, "bfi": _bfi, "prmt": _prmt, "setp": _setp, "cvt": _cvt,
-    "div": _approximate(_divide, 2.0**-22), "rcp": _approximate(lambda a: 1 / a, 2.0**-23),
-    "sqrt": _approximate(np.sqrt, 2.0**-23), "ex2": _approximate(np.exp2, 2.0**-22),
-    "lg2": _approximate(np.log2, 2.0**-22),
 }  # fmt: skip
 
 

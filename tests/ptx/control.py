@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arithmetic, matrix, moves, warpgroup
+from . import approximate, arithmetic, matrix, moves, warpgroup
 from .faults import Unsupported
 from .order import ordered
 from .parse import SIZES, Instruction, Kernel, parse
 from .tensors import UINT
 
 ENDS = {"bra": "branch", "ret": "exit", "exit": "exit", "bar": "barrier", "barrier": "barrier"}
-TABLES = (arithmetic.TABLE, moves.TABLE, matrix.TABLE, warpgroup.TABLE)
+TABLES = (arithmetic.TABLE, approximate.TABLE, moves.TABLE, matrix.TABLE, warpgroup.TABLE)
+Step = Callable[..., None]
 
 
 class Segment(NamedTuple):
@@ -37,6 +38,7 @@ class Program(NamedTuple):
     registers: list[Any]  # constants in their places, None for what the kernel writes
     special: dict[str, int]  # slots of %ctaid.x and its like
     visited: set[int]  # segments that have run
+    builder: Builder
 
 
 class Builder:
@@ -104,7 +106,10 @@ class Builder:
             raise Unsupported(f"operand {text}") from None
 
 
-def step(builder: Builder, instruction: Instruction) -> Callable[..., None] | None:
+Wrap = Callable[[Builder, int, Instruction, Step], Step]  # one of an instruction's number, around its own
+
+
+def step(builder: Builder, instruction: Instruction) -> Step:
     """The closure of one instruction, of those threads that its guard lets through."""
     family = instruction.words[0]
     made = next((table[family] for table in TABLES if family in table), None)
@@ -153,8 +158,14 @@ def assemble(text: str, name: str, threads: int) -> Program:
     return build(parse(text)[name], threads)
 
 
-def build(kernel: Kernel, threads: int) -> Program:
+def build(kernel: Kernel, threads: int, wrap: Wrap | None = None) -> Program:
+    """wrap: what becomes of each step. A barrier has one then, of those who come to it."""
     code, builder = kernel.code, Builder(kernel, threads)
+
+    def made(at: int) -> Step:
+        own = step(builder, code[at])
+        return wrap(builder, at, code[at], own) if wrap else own
+
     goals = {kernel.labels[i.operands[0]] for i in code if i.words[0] == "bra"}  # type: ignore[index]
     starts = sorted({0, *goals, *(at + 1 for at, i in enumerate(code) if _ends(i))} - {len(code)})
     number = {start: k for k, start in enumerate(starts)}
@@ -171,17 +182,30 @@ def build(kernel: Kernel, threads: int) -> Program:
     segments: list[Any] = [None] * len(starts)
     for k, (start, stop, end) in enumerate(zip(starts, [*starts[1:], len(code)], ends, strict=True)):
         last = code[stop - 1]
-        body = code[start : stop - (end not in ("next", "yield"))]
+        body = range(start, stop - (end not in ("next", "yield", "barrier" if wrap else "")))
         if end == "barrier" and (last.operands not in (("0",),) or last.guard):
             raise Unsupported(last.text)
         guard = builder.of(last.guard, 0) if end == "branch" and last.guard else -1
         if end == "exit" and last.guard:
             raise Unsupported(last.text)
         target = rank[goal[start]] if end == "branch" else -1
-        steps = [step(builder, i) for i in body]
+        steps = [made(at) for at in body]
         segments[rank[k]] = Segment(start, steps, end, guard, last.negated, target, rank.get(k + 1, -1))
     for register in [key for key in builder.slots if isinstance(key, str)]:
         assert (
             register in builder.known or register in builder.special or builder.bits(register) in (0, *SIZES.values())
         )
-    return Program(kernel, threads, segments, builder.registers, builder.special, set())
+    return Program(kernel, threads, segments, builder.registers, builder.special, set(), builder)
+
+
+def changed(program: Program, at: int, instruction: Instruction, wrap: Wrap | None = None) -> Program:
+    """The program with another instruction of the same registers at a place; none at that of a barrier."""
+    number = max((s.start, k) for k, s in enumerate(program.segments) if s.start <= at)[1]
+    own = program.segments[number]
+    if at - own.start < len(own.steps):
+        new = step(program.builder, instruction)
+        new = wrap(program.builder, at, instruction, new) if wrap else new
+        own = own._replace(steps=[*own.steps[: at - own.start], new, *own.steps[at - own.start + 1 :]])
+    else:
+        own = own._replace(end="next")
+    return program._replace(segments=[*program.segments[:number], own, *program.segments[number + 1 :]], visited=set())

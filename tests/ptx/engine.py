@@ -20,6 +20,7 @@ from .launch import chip
 FAMILIES = {"sm_80": configs.AMPERE, "sm_90": configs.HOPPER}
 SCHEDULES = ("tiled", "fused", "screened")
 BLOCK = 128  # of `blocked`, so that small batches have several
+kept: list[torch.Tensor] = []  # rows (N, D) that the kernels have made of embeddings, in the caller's order
 
 
 def _everywhere(stack: contextlib.ExitStack, old: Callable[..., Any], new: Callable[..., Any]) -> None:
@@ -35,20 +36,45 @@ def _native(impl: str, x: torch.Tensor, y: torch.Tensor | None) -> bool:
     return impl != "reference" and x.dtype in (torch.bfloat16, torch.float16) and (y is None or y.dtype == x.dtype)
 
 
-def _sorted_rows(x: torch.Tensor, order: torch.Tensor, *, unit: bool, impl: str) -> torch.Tensor:
-    return sorted_rows._KernelRows.apply(x.contiguous(), order, unit)
+def _sorted_rows(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    *,
+    unit: bool,
+    impl: str,
+    of: Callable[..., torch.Tensor] = sorted_rows.sorted_rows,
+) -> torch.Tensor:
+    found = of(x, order, unit=unit, impl="fused")  # whose rows are the kernels' on every device
+    kept.append(torch.empty_like(found.detach()).index_copy(0, order, found.detach()))
+    return found
+
+
+def _choose_small_batch(impl: str, *rest: Any, of: Callable[..., str] = dispatch.choose_small_batch) -> str:
+    return of(impl, *rest) if impl == "onchip" else ""
+
+
+def _unsupported_reasons(
+    impl: str, device: str, of: Callable[..., tuple[str, ...]] = dispatch._unsupported_reasons
+) -> tuple[str, ...]:
+    return of(impl, device) if impl == "onchip" else ()
+
+
+_unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def gpu(arch: str) -> Iterator[None]:
-    """Until it ends, `impl` on CPU tensors means what it means on a GPU of that architecture."""
+    """Until it ends, `impl` on CPU tensors means what it means on a GPU of that architecture.
+
+    `onchip` is what flashpair.backends.extension finds, or onchip.py's.
+    """
     with contextlib.ExitStack() as stack:
         modules = {impl: importlib.import_module(f"flashpair.backends.triton.{impl}") for impl in SCHEDULES}
         _everywhere(stack, row_reduce_op.schedule_of, lambda impl, device: modules[impl])
         _everywhere(stack, sorted_rows.sorted_rows, _sorted_rows)
         _everywhere(stack, dispatch.native, _native)
-        _everywhere(stack, dispatch.choose_whole, lambda *args: "")
-        _everywhere(stack, dispatch._obstacles, lambda impl, device: ())
+        _everywhere(stack, dispatch.choose_small_batch, _choose_small_batch)
+        _everywhere(stack, dispatch._unsupported_reasons, _unsupported_reasons)
         stack.enter_context(mock.patch.object(configs, "family", lambda device: FAMILIES[arch]))
         stack.enter_context(mock.patch.object(tiled, "BLOCK", BLOCK))
         stack.enter_context(chip(arch))

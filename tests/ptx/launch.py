@@ -25,6 +25,7 @@ from .machine import launch
 from .tensors import Region, Tensors
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have
+APART = 2**48  # of a kernel's tensors: what is past one's end is not in another
 PACK = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u1": "u1", "u8": "u1", "u16": "u2", "u32": "u4"}
 PACK |= {"u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8"}
 
@@ -47,16 +48,19 @@ def flatten(kinds: Any, values: Any, name: str = "") -> Iterator[tuple[str, str,
 
 
 def pack(arguments: list[tuple[str, str, Any]]) -> tuple[bytes, list[Region]]:
-    """The parameters as they lie in memory, and the tensors among them."""
-    regions, packed = [], bytearray()
-    for kind, name, value in arguments:
+    """The parameters as they lie in memory, and the tensors among them, each at an address far from the others'."""
+    merged = _merged([region(name, value) for kind, name, value in arguments if kind.startswith("*")])
+    packed = bytearray()
+    for kind, _, value in arguments:
         if kind.startswith("*"):
-            data = np.array(value.data_ptr(), "u8").tobytes()
-            regions.append(region(name, value))
+            at = value.data_ptr()
+            own = next((k for k, r in enumerate(merged) if r.start <= at < r.stop), -1)
+            data = np.array(at + (own + 1) * APART, "u8").tobytes()
         else:
             data = np.array(value, PACK[kind]).tobytes()
         packed += b"\0" * (-len(packed) % len(data)) + data
-    return bytes(packed + b"\0" * (-len(packed) % 8) + b"\0" * 16), _merged(regions)  # and no scratch memory
+    apart = [r.shifted((k + 1) * APART) for k, r in enumerate(merged)]
+    return bytes(packed + b"\0" * (-len(packed) % 8) + b"\0" * 16), apart  # and no scratch memory
 
 
 def _merged(regions: list[Region]) -> list[Region]:
@@ -147,13 +151,23 @@ def _no_cubin(backend: Any = None, stages: Any = None, *rest: Any) -> tuple[str,
 
 
 @contextlib.contextmanager
-def chip(name: str) -> Iterator[None]:
-    """Triton launches run here, as compiled for sm_80 or sm_90."""
-    before, active = knobs.runtime.add_stages_inspection_hook, driver._active
+def to_ptx() -> Iterator[None]:
+    """Triton compiles as far as `chip` has it, and into the same places of its cache."""
+    before = knobs.runtime.add_stages_inspection_hook
     knobs.runtime.add_stages_inspection_hook = _no_cubin
-    driver.set_active(Chip(int(name.removeprefix("sm_"))))
     try:
         yield
     finally:
-        driver._active = active
         knobs.runtime.add_stages_inspection_hook = before
+
+
+@contextlib.contextmanager
+def chip(name: str) -> Iterator[None]:
+    """Triton launches run here, as compiled for sm_80 or sm_90."""
+    active = driver._active
+    driver.set_active(Chip(int(name.removeprefix("sm_"))))
+    try:
+        with to_ptx():
+            yield
+    finally:
+        driver._active = active

@@ -26,7 +26,7 @@ def _mov(builder: Any, words: list[str], operands: tuple[Any, ...]) -> Run:
     def run(block: Any, r: list[Any], mask: Any) -> None:
         value = r[a]
         if mask is None:
-            r[target] = value
+            r[target] = value if value is None else value.view()  # another object: a write, see warpgroup.py
         elif value is not None:  # what nothing wrote may be moved, but not used
             put(r, target, value, mask)
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -52,9 +53,10 @@ def ptx(arch: str) -> str:
             f"-arch={arch}",
             "csrc/cuda/onchip.cu",
             "-o",
-            str(out),
+            str(new := out.with_suffix(f".{os.getpid()}")),
         ]
         subprocess.run(command, check=True, cwd=ROOT)
+        new.rename(out)
     return out.read_text()
 
 
@@ -65,7 +67,7 @@ def missing() -> str:
 
 @functools.cache
 def _host() -> Any:
-    from ..support import emulated
+    from ..support import emulated  # not above: pytest has this package as `ptx`, which has nothing beside it
 
     library = emulated.build("onchip_parameters.so", ("tests/ptx/onchip_parameters.cpp",), "-fPIC -shared")
     return ctypes.CDLL(str(library)).onchip_parameters

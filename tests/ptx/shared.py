@@ -85,10 +85,10 @@ class Shared:
         unfenced[at] = own
         state[at] = self.ones[width] * UINT[width].type(fresh)
         data[at] = values
+        if (data[at] != values).any():  # whose lanes may be those of one warp: nothing says which comes last
+            raise Fault("race", "shared memory: two threads write one place at once, and not the same")
         together = writer[at] != own
         if together.any():
-            if (data[at] != values).any():
-                raise Fault("race", "shared memory: two warps write one place at once, and not the same")
             writer[at[together]] = UINT[width].type(2 ** (8 * width) - 1)
 
     def copy(self, at: np.ndarray, values: np.ndarray, warp: np.ndarray) -> None:

@@ -17,13 +17,22 @@ DECLARED = (
 """%r0 is the thread; %d0, %d1 its words of the two arrays; %r1 its word of shared memory."""
 
 
+def kernel(body: str, threads: int) -> str:
+    """The text of a kernel of two arrays, which is `body` after DECLARED."""
+    parameters = "\n.param .u64 .ptr .global .align 1 first,\n.param .u64 .ptr .global .align 1 second\n"
+    return f"{HEAD}.visible .entry kernel({parameters})\n.reqntid {threads}\n{{\n{DECLARED}{body}\nret;\n}}\n"
+
+
+def memory(first: np.ndarray, second: np.ndarray) -> tuple[bytes, list[Region]]:
+    """Its parameters, and the arrays that they name."""
+    arrays = {"first": first, "second": second}
+    regions = [Region(name, a.ctypes.data, a.nbytes, a.itemsize) for name, a in arrays.items()]
+    return np.array([a.ctypes.data for a in arrays.values()], np.uint64).tobytes(), regions
+
+
 def run(
     body: str, first: np.ndarray, second: np.ndarray, threads: int = 64, blocks: int = 1, shared: int = 4096
 ) -> None:
-    """A kernel of two arrays, whose text is `body` after DECLARED."""
-    parameters = "\n.param .u64 .ptr .global .align 1 first,\n.param .u64 .ptr .global .align 1 second\n"
-    text = f"{HEAD}.visible .entry kernel({parameters})\n.reqntid {threads}\n{{\n{DECLARED}{body}\nret;\n}}\n"
-    arrays = {"first": first, "second": second}
-    regions = [Region(name, a.ctypes.data, a.nbytes, a.itemsize) for name, a in arrays.items()]
-    packed = np.array([a.ctypes.data for a in arrays.values()], np.uint64).tobytes()
-    launch(assemble(text, "kernel", threads), (blocks, 1, 1), Tensors(regions), packed, shared)
+    parameters, regions = memory(first, second)
+    program = assemble(kernel(body, threads), "kernel", threads)
+    launch(program, (blocks, 1, 1), Tensors(regions), parameters, shared)

@@ -21,12 +21,15 @@ def raced(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 class Region:
-    """One tensor's memory: [start, stop), seen from the 16-byte boundary before it."""
+    """One tensor's memory: [start, stop), seen from the 16-byte boundary before it.
 
-    def __init__(self, name: str, start: int, length: int, grain: int) -> None:
-        self.name, self.start, self.stop, self.grain = name, start, start + length, grain
+    Kernels know it `shift` further on, so that tensors that lie side by side are not so for them.
+    """
+
+    def __init__(self, name: str, start: int, length: int, grain: int, shift: int = 0) -> None:
+        self.name, self.start, self.stop, self.grain, self.shift = name, start, start + length, grain, shift
         self.base = start & ~15
-        held = (ctypes.c_uint8 * (-(-(self.stop - self.base) // 16) * 16)).from_address(self.base)
+        held = (ctypes.c_uint8 * (-(-(self.stop - self.base) // 16) * 16)).from_address(self.base - shift)
         self.bytes = np.frombuffer(held, np.uint8)
         self.own = self.bytes[start - self.base : self.stop - self.base]
         self.units = {width: self.bytes.view(kind) for width, kind in UINT.items()}
@@ -39,7 +42,10 @@ class Region:
 
     def fresh(self) -> Region:
         """The same memory, which nobody has touched."""
-        return Region(self.name, self.start, self.stop - self.start, self.grain)
+        return Region(self.name, self.start, self.stop - self.start, self.grain, self.shift)
+
+    def shifted(self, shift: int) -> Region:
+        return Region(self.name, self.start + shift, self.stop - self.start, self.grain, shift)
 
     def elements(self, at: np.ndarray, width: int) -> np.ndarray:
         """Which are touched by accesses of so many bytes at byte offsets `at` (T,): (T, elements of each)."""

@@ -34,15 +34,13 @@ class Flight:
     """A block's wgmmas: those not yet committed, the groups, and what registers will hold."""
 
     def __init__(self) -> None:
-        self.fenced: set[int] | None = None
-        self.kept: list[Any] = []
+        self.fenced: list[Any] | None = None  # the registers as the last fence found them
         self.now: list[Issued] = []
         self.groups: list[list[Issued]] = []
         self.values: dict[int, np.ndarray] = {}
 
     def fence(self, registers: list[Any]) -> None:
-        self.kept = list(registers)  # keeps the objects alive, so that nothing else gets their addresses
-        self.fenced = set(map(id, registers))
+        self.fenced = list(registers)
 
     def held(self, registers: list[Any], slots: list[int]) -> list[np.ndarray]:
         """What registers bring into a wgmma."""
@@ -53,7 +51,7 @@ class Flight:
             if slot in self.values and isinstance(registers[slot], InFlight):
                 found.append(self.values[slot])
                 continue
-            if id(registers[slot]) not in self.fenced:
+            if registers[slot] is not self.fenced[slot]:
                 raise Fault("wgmma of a register that was written after its wgmma.fence")
             found.append(registers[slot])
         return found

@@ -23,7 +23,7 @@ from triton.runtime import driver
 from ttir import narrow_products
 
 from flashpair.backends.triton import fused, launcher, screened, screened_tiles, tiled
-from flashpair.core.label_order import make_plan
+from flashpair.core.label_order import make_label_order
 from flashpair.core.problem import Given, Problem, decode
 from flashpair.core.reduction import Bound, Reduction
 from flashpair.engine.row_reduce_op import encode
@@ -117,7 +117,7 @@ def describe(kernel: Any, arch: str) -> dict[str, Any]:
 
 def problem(n: int, dtype: torch.dtype, d: int, references: bool, distance: str) -> Problem:
     labels = torch.arange(n) // 4
-    plan = make_plan(labels, labels if references else None)
+    plan = make_label_order(labels, labels if references else None)
     x = torch.zeros(n, d, dtype=dtype)
     y = torch.zeros(n, d, dtype=dtype) if references else None
     return Problem(x, y, plan.lo, plan.hi, plan.end, plan.ref_order, distance)

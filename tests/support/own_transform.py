@@ -1,4 +1,4 @@
-"""A transform of one's own, log cosh t, as the README shows it."""
+"""A transform of one's own, log cosh t, with Triton functions beside it."""
 
 import math
 

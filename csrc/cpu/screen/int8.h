@@ -3,9 +3,9 @@
 // A row x is s q + r with whole numbers q in [-127, 127]: s is its step, and |r|, what was lost, is kept. For every
 // pair
 //   |x_i . x_j - s_i s_j q_i . q_j| <= N_i |r_j| + N_j |r_i|,   N = max(|x|, |s q|)   (Cauchy-Schwarz),
-// so that a pair whose estimate plus that bound stays under both anchors' thresholds is dead. SCREENED.md has the
-// proof, rounding included: `lost` below is inflated so that no order of summation of an exact similarity can exceed
-// the bound.
+// so that a pair whose estimate plus that bound stays under both anchors' thresholds is dead.
+// docs/screened-mining.md has the proof, rounding included: `lost` below is inflated so that no order of summation of
+// an exact similarity can exceed the bound.
 #pragma once
 #include <cstdint>
 #include <vector>

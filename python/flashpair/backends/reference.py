@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.class_pairs import Drawn, draw
+from ..core.class_pairs import ClassPairs, draw
 from ..core.positives import STEPS, cut
 from ..core.problem import plain
 from ..core.reduction import BUILT_IN, Reduction, bound_places, check_call
@@ -210,7 +210,7 @@ class ReferencePairs:
         assert self.x is not None
         return (self.x * self.x).sum(1)
 
-    def draw(self) -> Drawn:
+    def draw(self) -> ClassPairs:
         """One anchor and one positive of each class, as `select` takes them."""
         return draw(self.labels, None if self.square else self.ref_labels)
 

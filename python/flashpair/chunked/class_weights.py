@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import ReferencePairs
-from ..core.label_order import Plan
+from ..core.label_order import LabelOrder
 from ..core.problem import accumulator, decode, merge_logsumexp, solid, tops
 from ..core.reduction import Reduction, check_call
 from ..core.similarity import inverse_norm, no_autocast, normalize, poison, through_normalize, upcast
@@ -71,8 +71,8 @@ class StreamedPairs(Pairs):
         ordered, order = torch.sort(labels, stable=True)
         none = torch.empty(0, dtype=torch.int64, device=x.device)
         self.rows, self.weight, self.proxies = x.index_select(0, order), weight, proxies
-        plan = Plan(none if proxies else order, none, ordered, ordered, none, none, None, False)
-        super().__init__(self.rows, weight, plan, "dot", impl)
+        label_order = LabelOrder(none if proxies else order, none, ordered, ordered, none, none, None, False)
+        super().__init__(self.rows, weight, label_order, "dot", impl)
 
     @property
     def count(self) -> int:
@@ -152,14 +152,14 @@ def _chunks(x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None, job
 
 
 def _merged(job: _Job, one: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
-    """The values of two chunks' references in one piece; rows as core/problem.py says."""
+    """The values of two chunks' references in one chunk; rows as core/problem.py says."""
     found, terms = one.clone(), decode(job.spec.code, job.spec.shifts, job.spec.slots)
     for k, (t, top) in enumerate(zip(terms, tops(terms), strict=True)):
         if top < 0:
             found[k] = one[k] + other[k]
         else:
             rows = [k, top, top + 1]
-            by = 1.0 if t.mapped else job.spec.scales[k] if scale is None else scale[k]
+            by = 1.0 if t.transformed else job.spec.scales[k] if scale is None else scale[k]
             found[rows] = torch.stack(merge_logsumexp(one[rows], other[rows], by))
     return found
 

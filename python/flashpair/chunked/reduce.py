@@ -1,14 +1,14 @@
-"""Row reductions against references that come in pieces, of which one at a time is there.
+"""Row reductions against references that come in chunks, of which one at a time is there.
 
-    walk ── piece ──► the schedule's forward or backward of that piece ──► one state for each anchor
+    source ── chunk ──► the schedule's forward or backward of that chunk ──► one state for each anchor
 
 Computes: what one call on all references would, since a row's reductions merge: sums add up, log-sum-exps add up in
-logarithms, of extremes the better one stays. Pieces are merged in float64.
-Never materialises: more than the piece that the walk has brought. A window bound to another reduction of the call needs
-that one's value over all pieces, so each stage of a call walks once, and backward walks once more.
+logarithms, of extremes the better one stays. Chunks are merged in float64.
+Never materialises: more than the chunk that the source has brought. A window bound to another reduction of the call
+needs that one's value over all chunks, so each stage of a call goes through all chunks once, and backward once more.
 Keeps for backward: the rows' values, and of extremes which reference attained them; of a call that is screened, the
-live pairs of each piece, up to a fixed number a row and reference.
-Deterministic: pieces are merged in the walk's order.
+live pairs of each chunk, up to a fixed number a row and reference.
+Deterministic: chunks are merged in the source's order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..backends.cpu import screened, tiled
 from ..core import problem
-from ..core.chunks import NOBODY, Found, Piece, Walk, as_integers, as_numbers, only_once, places_of
+from ..core.chunks import NO_REFERENCE, Chunk, Received, ReferenceSource, as_integers, as_numbers, only_once, places_of
 from ..core.problem import (
     COUNT,
     LOGSUMEXP,
@@ -43,11 +43,11 @@ from ..core.problem import (
 from ..engine import row_reduce_op
 from . import two_sided
 
-LIVE_PAIRS_PER_ROW = 8  # that are kept of a screened piece, of 8 bytes in float32: fewer than of what is at hand
+LIVE_PAIRS_PER_ROW = 8  # that are kept of a screened chunk, of 8 bytes in float32: fewer than of what is at hand
 
 
 class _State:
-    """The rows' values over the pieces so far, in float64 and in schedule.py's rows, and which reference attained them.
+    """The rows' values over the chunks so far, in float64 and in schedule.py's rows, and which reference attained them.
 
     scales: (K,) numbers or tensors (), of each term.
     """
@@ -62,7 +62,7 @@ class _State:
                 self.total[top + 1] = torch.inf
         self.winner = None
         if any(t.indexed for t in terms):
-            self.winner = torch.full((len(terms), n), NOBODY, dtype=torch.int64, device=like.device)
+            self.winner = torch.full((len(terms), n), NO_REFERENCE, dtype=torch.int64, device=like.device)
 
     def values(self) -> Tensor:
         return self.total.to(self.dtype)
@@ -73,7 +73,7 @@ class _State:
             op, mine, new = self.terms[k].op, self.total[k, own], values[place].double()
             if op == LOGSUMEXP:
                 rows, new_rows = [k, self.tops[k], self.tops[k] + 1], [place, places[place], places[place] + 1]
-                by = 1.0 if self.terms[k].mapped else self.scales[k]
+                by = 1.0 if self.terms[k].transformed else self.scales[k]
                 merged = merge_logsumexp(self.total[rows][:, own], values[new_rows].double(), by)
                 for row, part in zip(rows, merged, strict=True):
                     self.total[row, own] = part
@@ -104,34 +104,34 @@ def resolved(terms: Terms, given: Given, which: Sequence[int], values: Tensor) -
     return tuple(found), Given(scale, [given.scales[k] for k in which], vectors)
 
 
-class Job(NamedTuple):
-    """A call: its walk, and what ops.Spec says of it."""
+class ChunkedCall(NamedTuple):
+    """A call: its source, and what ops.Spec says of it."""
 
-    walk: Walk
+    ref_source: ReferenceSource
     spec: row_reduce_op.Spec
 
-    def problem(self, x: Tensor, piece: Piece) -> Problem:
-        """The piece against its anchors; with `both` the anchors come first, see groups.py."""
-        labels, order, own = self.walk.labels[piece.own], self.walk.order[piece.own], x[piece.own]
-        lo = torch.searchsorted(piece.labels, labels)
-        hi = torch.searchsorted(piece.labels, labels, right=True)
-        if not piece.both or piece.y is None:
-            return Problem(own, piece.y, lo, hi, piece.end, piece.order, self.spec.distance)
+    def problem(self, x: Tensor, chunk: Chunk) -> Problem:
+        """The chunk against its anchors; with `both` the anchors come first, see groups.py."""
+        labels, order, own = self.ref_source.labels[chunk.own], self.ref_source.order[chunk.own], x[chunk.own]
+        lo = torch.searchsorted(chunk.labels, labels)
+        hi = torch.searchsorted(chunk.labels, labels, right=True)
+        if not chunk.both or chunk.y is None:
+            return Problem(own, chunk.y, lo, hi, chunk.end, chunk.order, self.spec.distance)
         n = own.shape[0]
-        back = torch.searchsorted(labels, piece.labels), torch.searchsorted(labels, piece.labels, right=True)
-        rows, order = torch.cat([own, piece.y]), torch.cat([order, piece.order])
+        back = torch.searchsorted(labels, chunk.labels), torch.searchsorted(labels, chunk.labels, right=True)
+        rows, order = torch.cat([own, chunk.y]), torch.cat([order, chunk.order])
         lo, hi = torch.cat([lo + n, back[0]]), torch.cat([hi + n, back[1]])
         return Problem(rows, None, lo, hi, None, order, self.spec.distance, n)
 
-    def operands(self, given: Given, piece: Piece) -> Given:
-        """The operands of the piece's anchors, followed with `both` by those of its other ones."""
-        vectors = [v[piece.own].contiguous() for v in given.vectors]
-        if piece.both and piece.along is not None:
-            vectors = [torch.cat(pair) for pair in zip(vectors, piece.along, strict=False)]
+    def operands(self, given: Given, chunk: Chunk) -> Given:
+        """The operands of the chunk's anchors, followed with `both` by those of its other ones."""
+        vectors = [v[chunk.own].contiguous() for v in given.vectors]
+        if chunk.both and chunk.along is not None:
+            vectors = [torch.cat(pair) for pair in zip(vectors, chunk.along, strict=False)]
         return Given(given.scale, given.scales, vectors)
 
     def screens(self, p: Problem, terms: Terms) -> bool:
-        """Whether a piece of a call that may be screened is: `terms` are those of one stage."""
+        """Whether a chunk of a call that may be screened is: `terms` are those of one stage."""
         some = self.spec.impl == "screened" and not p.split and any(t.side != POSITIVES for t in terms)
         return some and screened.worthwhile("tiled", p.x, p.refs)
 
@@ -159,7 +159,7 @@ class Job(NamedTuple):
             places = kept[0]
         if not keep:
             return values, None, live
-        return values, torch.where(places < 0, NOBODY, p.order[places.clamp_min(0)]), live
+        return values, torch.where(places < 0, NO_REFERENCE, p.order[places.clamp_min(0)]), live
 
     def backward(
         self, p: Problem, terms: Terms, given: Given, values: Tensor, winner: Tensor | None, grads: Tensor,
@@ -185,44 +185,44 @@ class Job(NamedTuple):
         return found
 
 
-Lists = dict[int, tiled.Kept]  # of pieces by their number in the walk
+Lists = dict[int, tiled.Kept]  # of chunks by their number in the source
 
 
-def reduce_pieces(
-    job: Job, x: Tensor, y: Tensor | None, terms: Terms, given: Given, keep: bool
+def reduce_chunks(
+    job: ChunkedCall, x: Tensor, y: Tensor | None, terms: Terms, given: Given, keep: bool
 ) -> tuple[Tensor, Tensor | None, Lists]:
-    """Values (K, N) over all pieces, which references attained extremes, and to `keep` what pieces have left alive."""
+    """Values (K, N) over all chunks, which references attained extremes, and to `keep` what chunks have left alive."""
     scales = given.scales if given.scale is None else given.scale
     state, lists = _State(terms, scales, x.shape[0], x), Lists()
     for stage in stages(terms):
         some, operands = resolved(terms, given, stage, state.values())
         count = num_rows(some)
         along = torch.stack(list(operands.vectors)) if operands.vectors else None
-        for number, piece in enumerate(job.walk.pieces(x, y, along)):
-            n = x[piece.own].shape[0]
-            if n and piece.labels.shape[0]:
-                values, winner, live = job.forward(job.problem(x, piece), some, job.operands(operands, piece), keep)
-                if live is not None:  # of one stage alone, see screened.refusals
+        for number, chunk in enumerate(job.ref_source.chunks(x, y, along)):
+            n = x[chunk.own].shape[0]
+            if n and chunk.labels.shape[0]:
+                values, winner, live = job.forward(job.problem(x, chunk), some, job.operands(operands, chunk), keep)
+                if live is not None:  # of one stage alone, see screened.unsupported_reasons
                     lists[number] = live
             else:
-                nothing = _State(some, operands.scales, n + piece.labels.shape[0] * piece.both, x)
+                nothing = _State(some, operands.scales, n + chunk.labels.shape[0] * chunk.both, x)
                 values, winner = nothing.values(), nothing.winner
-            state.merge(stage, piece.own, values[:, :n], None if winner is None else winner[:, :n])
-            if not piece.both:
+            state.merge(stage, chunk.own, values[:, :n], None if winner is None else winner[:, :n])
+            if not chunk.both:
                 continue
             out = values[:, n:]
             out = out if winner is None else torch.cat([out, as_numbers(winner[:, n:], values.dtype)])
-            for own, numbers, _ in job.walk.give(piece, out, None):
+            for own, numbers, _ in job.ref_source.send(chunk, out, None):
                 assert numbers is not None
                 state.merge(stage, own, numbers[:count], None if winner is None else as_integers(numbers[count:]))
     return state.values(), state.winner, lists
 
 
 class _Backward:
-    """One backward walk: what it needs of the call, and the gradients so far."""
+    """One pass of backward over all chunks: what it needs of the call, and the gradients so far."""
 
     def __init__(
-        self, job: Job, x: Tensor, y: Tensor | None, scale: Tensor | None, vectors: Sequence[Tensor], kept: Any
+        self, job: ChunkedCall, x: Tensor, y: Tensor | None, scale: Tensor | None, vectors: Sequence[Tensor], kept: Any
     ) -> None:
         values, winner, self.lists, g = kept
         every = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
@@ -249,39 +249,39 @@ class _Backward:
         return torch.cat(rows if self.winner is None else [*rows, as_numbers(self.winner, self.values.dtype)])
 
     def run(self) -> None:
-        walk = self.job.walk
-        for number, piece in enumerate(walk.pieces(self.x, self.y, self.along())):
-            numbers, rows = self._piece(piece, self.lists.get(number))
-            if piece.both or piece.wanted:
-                self._add(walk.give(piece, numbers, rows))
-        self._add(walk.settle())
+        ref_source = self.job.ref_source
+        for number, chunk in enumerate(ref_source.chunks(self.x, self.y, self.along())):
+            numbers, rows = self._piece(chunk, self.lists.get(number))
+            if chunk.both or chunk.wanted:
+                self._add(ref_source.send(chunk, numbers, rows))
+        self._add(ref_source.flush())
 
-    def _add(self, found: Sequence[Found]) -> None:
+    def _add(self, found: Sequence[Received]) -> None:
         for own, numbers, rows in found:
             if numbers is not None:
                 self.doffset[:, own] += numbers
             if rows is not None:
                 (self.dx if self.dy is None else self.dy)[own] += rows
 
-    def _piece(self, piece: Piece, live: tiled.Kept | None) -> tuple[Tensor | None, Tensor | None]:
-        """Adds a piece's part, and returns the part of the piece's own anchors or references."""
-        own, m = piece.own, piece.labels.shape[0]
+    def _piece(self, chunk: Chunk, live: tiled.Kept | None) -> tuple[Tensor | None, Tensor | None]:
+        """Adds a chunk's part, and returns the part of the chunk's own anchors or references."""
+        own, m = chunk.own, chunk.labels.shape[0]
         n, v, k = self.x[own].shape[0], len(self.given.vectors), len(self.which)
         r = v + self.values.shape[0]
         if not n or not m:
-            return (self.doffset.new_zeros(len(self.offsets), m) if piece.both and self.offsets else None,
+            return (self.doffset.new_zeros(len(self.offsets), m) if chunk.both and self.offsets else None,
                     self.dx.new_zeros(m, self.x.shape[1]))  # fmt: skip
         values, grads = self.values[:, own], self.grads[:, own]
         winner = None if self.winner is None else self.winner[:, own]
-        if piece.both:
-            assert piece.along is not None
-            values = torch.cat([values, piece.along[v:r]], 1)
-            grads = torch.cat([grads, piece.along[r : r + k]], 1)
-            winner = None if winner is None else torch.cat([winner, as_integers(piece.along[r + k :])], 1)
+        if chunk.both:
+            assert chunk.along is not None
+            values = torch.cat([values, chunk.along[v:r]], 1)
+            grads = torch.cat([grads, chunk.along[r : r + k]], 1)
+            winner = None if winner is None else torch.cat([winner, as_integers(chunk.along[r + k :])], 1)
         wants = [any(what == kind for _, what in self.offsets) for kind in (0, 1)]
         found = self.job.backward(
-            self.job.problem(self.x, piece), self.terms, self.job.operands(self.given, piece), values.contiguous(),
-            winner, grads, [True, piece.wanted and not piece.both, self.dscale is not None, *wants], live,
+            self.job.problem(self.x, chunk), self.terms, self.job.operands(self.given, chunk), values.contiguous(),
+            winner, grads, [True, chunk.wanted and not chunk.both, self.dscale is not None, *wants], live,
         )  # fmt: skip
         assert found.x is not None
         self.dx[own] += found.x[:n]
@@ -292,7 +292,7 @@ class _Backward:
             parts = found.offset, found.ref_offset
             numbers = torch.stack([parts[what][j] for j, what in self.offsets])  # type: ignore[index]
             self.doffset[:, own] += numbers[:, :n]
-        if not piece.both:
+        if not chunk.both:
             return None, found.y
         return None if numbers is None else numbers[:, n:], found.x[n:]
 
@@ -301,14 +301,16 @@ class _Backward:
         return {4 * self.which[j] + what: row for (j, what), row in zip(self.offsets, self.doffset, strict=True)}
 
 
-class Pieces(torch.autograd.Function):
-    """ops.RowReduce over the pieces of a walk: row values (K, N). Differentiable once."""
+class ChunkedRowReduce(torch.autograd.Function):
+    """ops.RowReduce over the chunks of a source: row values (K, N). Differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, job: Job, x: Tensor, y: Tensor | None, scale: Tensor | None, *vectors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, job: ChunkedCall, x: Tensor, y: Tensor | None, scale: Tensor | None, *vectors: Tensor
+    ) -> Tensor:
         terms = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
         given = Given(scale, job.spec.scales, vectors)
-        values, winner, ctx.lists = reduce_pieces(job, x, y, terms, given, any(ctx.needs_input_grad))
+        values, winner, ctx.lists = reduce_chunks(job, x, y, terms, given, any(ctx.needs_input_grad))
         ctx.job = job
         ctx.save_for_backward(x, y, scale, values, winner, *vectors)
         return values[: len(terms)].clone()

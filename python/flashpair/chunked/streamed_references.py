@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.chunks import Found, Piece
+from ..core.chunks import Chunk, Received
 from ..core.extras import extra
 from ..core.problem import accumulator
 from ..core.similarity import poison
 from ..engine.sorted_rows import sorted_rows
-from .pairs import Known, PiecedPairs, in_pieces
+from .pairs import ChunkedPairs, LabelledSource, chunked_backend
 
 BLOCK_BYTES = 2**25  # of references that are read at a time, unless the caller says how many
 LABELS = 2**18  # that are sorted at a time to count them
@@ -99,14 +99,14 @@ class StreamedReferences:
     def pairs(
         self, x: Tensor, labels: Tensor, distance: str, unit: bool, prepare: Callable[[Tensor], Tensor] | None,
         impl: str,
-    ) -> PiecedPairs:  # fmt: skip
+    ) -> ChunkedPairs:  # fmt: skip
         """Pairs of anchors (N, D) and these; see `Criterion.preparation` for unit and prepare."""
-        chosen = in_pieces(impl, x)
+        chosen = chunked_backend(impl, x)
         x = x.to(accumulator(x.dtype))
         x = x if prepare is None else prepare(x)
-        walk = _Stream(self, x, labels, unit, chosen, prepare)
-        rows = sorted_rows(x, walk.order, unit=unit, impl=chosen)
-        return PiecedPairs(rows, walk.order, walk, False, distance, chosen)
+        ref_source = _Stream(self, x, labels, unit, chosen, prepare)
+        rows = sorted_rows(x, ref_source.order, unit=unit, impl=chosen)
+        return ChunkedPairs(rows, ref_source.order, ref_source, False, distance, chosen)
 
     def sorted_labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._sorted is None or self._sorted[0].device != device:
@@ -197,8 +197,8 @@ def _digest(block: Tensor) -> Tensor:
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
-class _Stream(Known):
-    """The walk over a stream's blocks, each sorted and normalised as it comes."""
+class _Stream(LabelledSource):
+    """The source over a stream's blocks, each sorted and normalised as it comes."""
 
     def __init__(
         self, stream: StreamedReferences, x: Tensor, labels: Tensor, unit: bool, impl: str,
@@ -222,10 +222,10 @@ class _Stream(Known):
     def singly(self) -> _Stream:
         return self
 
-    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
+    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
         raise AssertionError("references that are read have no gradient")
 
-    def settle(self) -> list[Found]:
+    def flush(self) -> list[Received]:
         return []
 
     def _check_same(self, block: Tensor, first: int, last: int) -> None:
@@ -234,23 +234,23 @@ class _Stream(Known):
             return
         now = _digest(block)
         same = now == self.digests.setdefault((first, last), now)
-        words = f"source must give the same rows each time, and rows {first} to {last - 1} have changed since this call"
+        words = f"source must send the same rows each time, and rows {first} to {last - 1} have changed since this call"
         if now.device.type == "cpu" and not same:
             raise ValueError(f"{words} read them first")
         if now.device.type != "cpu":
             torch._assert_async(same, words)
 
-    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
+    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
         stream, first = self.stream, 0
         with _progress(stream.progress, stream.count(x.shape[1])) as step, torch.no_grad():
             for block in _ahead(stream.blocks(x.shape[1])):
                 if not isinstance(block, Tensor) or block.dtype not in checks.FLOATS or block.dim() == 0:
                     got = f"{checks.what(block)}{checks.to_tensor(block)}"
-                    raise TypeError(f"source must give floating-point tensors (m, D), got {got}")
+                    raise TypeError(f"source must send floating-point tensors (m, D), got {got}")
                 last = first + block.shape[0]
                 if block.dim() != 2 or block.shape[1] != x.shape[1] or last > len(stream):
                     raise ValueError(
-                        f"source must give ({len(stream)}, {x.shape[1]}) rows in all, "
+                        f"source must send ({len(stream)}, {x.shape[1]}) rows in all, "
                         f"got {checks.what(block)} after {first}"
                     )
                 new = (first, last) not in self.digests
@@ -261,11 +261,11 @@ class _Stream(Known):
                 rows = sorted_rows(block, order, unit=self.unit, impl=self.impl)
                 if new:  # later it is the same
                     self.poison = self.poison + poison(block, None)
-                yield Piece(rows, labels, order + first)
+                yield Chunk(rows, labels, order + first)
                 first = last
                 step()
         if first != len(stream):
-            raise ValueError(f"source must give as many rows as there are labels, {len(stream)}, got {first}")
+            raise ValueError(f"source must send as many rows as there are labels, {len(stream)}, got {first}")
 
 
 def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:

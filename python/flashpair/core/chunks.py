@@ -1,4 +1,4 @@
-"""What brings references a piece at a time, and takes what was found for them: the contract of a walk."""
+"""What brings references a chunk at a time, and takes what was found for them: the contract of a source."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-NOBODY = torch.iinfo(torch.int64).max  # the place of no reference
+NO_REFERENCE = torch.iinfo(torch.int64).max  # the place of no reference
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Some of the references, and the anchors that meet them.
 
     Args:
         y: (M, D), sorted by label; None: the anchors themselves, each but for itself.
         labels: (M,) int64; `order`: (M,) int64, their places among all references: the lowest wins among equals.
         own: the anchors that meet them, of the sorted ones.
-        both: they are anchors, too, whose references `own` are; what is found for them goes to `Walk.give`.
+        both: they are anchors, too, whose references `own` are; what is found for them goes to `ReferenceSource.send`.
         along: (V, M): of `both`, the numbers of its anchors that go along with them.
         end: () int64 or None: references from there on take no part.
-        wanted: a gradient of `y` is wanted, and goes to `Walk.give`.
+        wanted: a gradient of `y` is wanted, and goes to `ReferenceSource.send`.
     """
 
     y: Tensor | None
@@ -32,10 +32,10 @@ class Piece(NamedTuple):
     along: Tensor | None = None
     end: Tensor | None = None
     wanted: bool = False
-    source: Any = None  # the walk's own word of whose it is
+    tag: Any = None  # the source's own note of whose it is
 
 
-class Found(NamedTuple):
+class Received(NamedTuple):
     """What was found elsewhere for this process's anchors `own`, or where it has references beside them, for these:
     numbers (V, n), and their part of the gradient (n, D)."""
 
@@ -44,25 +44,25 @@ class Found(NamedTuple):
     rows: Tensor | None
 
 
-class Walk(Protocol):
+class ReferenceSource(Protocol):
     """Where the references come from. Anchors are sorted by label; `order` (N,) is their place among all anchors."""
 
     labels: Tensor
     order: Tensor
 
-    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
-        """Every piece once. y: this process's references, if there are any beside the anchors; along (V, N): numbers of
+    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
+        """Every chunk once. y: this process's references, if there are any beside the anchors; along (V, N): numbers of
         the anchors, for those that meet them elsewhere."""
 
-    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
-        """Hands over what was found for a piece, and returns what others found for this walk's anchors meanwhile."""
+    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
+        """Hands over what was found for a chunk, and returns what others found for this process's."""
 
-    def settle(self) -> list[Found]:
-        """After the last piece of a backward walk: what is still out."""
+    def flush(self) -> list[Received]:
+        """After the last chunk of a backward pass: what is still out."""
 
 
 def as_numbers(whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers (K, N) as rows of numbers of that dtype, bit by bit, for `Walk`'s numbers; `as_integers` reads them."""
+    """Integers (K, N) as rows of numbers of that dtype, bit by bit, for `send`; `as_integers` reads them."""
     return whole.T.contiguous().view(dtype).T
 
 

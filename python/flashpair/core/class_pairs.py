@@ -10,7 +10,7 @@ from torch import Tensor
 from .problem import plain
 
 
-class Drawn(NamedTuple):
+class ClassPairs(NamedTuple):
     """One (anchor, positive) of each class in K places: as many as are taken where the host may ask for their number
     (on the CPU), else as many as there could be, so that nobody waits for a GPU and a compiled graph is one."""
 
@@ -20,7 +20,7 @@ class Drawn(NamedTuple):
     taken: Tensor  # (), how many places are taken
 
 
-def draw(labels: Tensor, ref_labels: Tensor | None, padded: bool = True) -> Drawn:
+def draw(labels: Tensor, ref_labels: Tensor | None, padded: bool = True) -> ClassPairs:
     """The first two samples of each class as anchor and positive, or the first anchor and the first reference. Without
     `padded` the host asks how many there are on every device."""
     ordered, order = torch.sort(labels, stable=True)
@@ -39,18 +39,18 @@ def draw(labels: Tensor, ref_labels: Tensor | None, padded: bool = True) -> Draw
         refs = refs[at.clamp_max(refs.shape[0] - 1)]
     else:
         refs = torch.zeros_like(rank)
-    return picked(order, refs, first & follows, most, padded)
+    return gather_class_pairs(order, refs, first & follows, most, padded)
 
 
-def picked(anchors: Tensor, positives: Tensor, taken: Tensor, most: int, padded: bool = True) -> Drawn:
+def gather_class_pairs(anchors: Tensor, positives: Tensor, taken: Tensor, most: int, padded: bool = True) -> ClassPairs:
     """Those of anchors (N,) and their positives (N,) that are `taken` (N,), at most `most`; padded: see `draw`."""
     rank = torch.arange(taken.shape[0], device=taken.device)
     if not padded or (taken.device.type == "cpu" and plain(taken)):
         anchors = anchors[taken]
-        return Drawn(anchors, positives[taken], rank[: anchors.shape[0]], taken.sum())
+        return ClassPairs(anchors, positives[taken], rank[: anchors.shape[0]], taken.sum())
     place = torch.where(taken, taken.cumsum(0) - 1, most)  # rows that are no anchor go to one place past the last
 
     def gather(values: Tensor) -> Tensor:
         return values.new_zeros(most + 1).index_copy(0, place, values)[:most]
 
-    return Drawn(gather(anchors), gather(positives), rank[:most], taken.sum())
+    return ClassPairs(gather(anchors), gather(positives), rank[:most], taken.sum())

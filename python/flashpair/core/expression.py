@@ -28,13 +28,13 @@ class Step(NamedTuple):
     constant: float = 0.0
 
 
-class Program(NamedTuple):
+class Expression(NamedTuple):
     """phi(s, own), s = scale * z, is step `value`, and its derivatives in s and in own are two others."""
 
     steps: tuple[Step, ...]
     value: int
     slope: int
-    own_slope: int
+    d_offset: int
 
 
 class _Unknown(Exception):
@@ -301,8 +301,8 @@ def _check_truths(name: str, arguments: list[Any], options: dict[str, Any]) -> N
         raise _Unknown(f"{name} of truth values")
 
 
-def program(dense: Callable[..., Tensor], apart: bool) -> Program | str:
-    """The steps of dense(t), t = s + own, or, `apart`, of dense(s, own); or what is in it that has none."""
+def program(dense: Callable[..., Tensor], two_args: bool) -> Expression | str:
+    """The steps of dense(t), t = s + own, or, `two_args`, of dense(s, own); or what is in it that has none."""
 
     def one(t):  # type: ignore[no-untyped-def]  # fx looks at the names of its arguments
         return dense(t)
@@ -314,14 +314,14 @@ def program(dense: Callable[..., Tensor], apart: bool) -> Program | str:
     w = tracer.w
     s = _Dual(w.put("scaled"), tracer.one, tracer.zero)
     own = _Dual(w.put("own"), tracer.zero, tracer.one)
-    inputs = iter((s, own) if apart else (tracer.add(s, own),))
+    inputs = iter((s, own) if two_args else (tracer.add(s, own),))
     found: dict[fx.Node, _Dual] = {}
 
     def of(value: Any) -> Any:
         return found[value] if isinstance(value, fx.Node) else value
 
     try:
-        for node in fx.symbolic_trace(two if apart else one).graph.nodes:
+        for node in fx.symbolic_trace(two if two_args else one).graph.nodes:
             if node.op == "placeholder":
                 found[node] = next(inputs)
             elif node.op == "output":
@@ -346,7 +346,7 @@ def program(dense: Callable[..., Tensor], apart: bool) -> Program | str:
     return kept if len(kept.steps) <= MOST_STEPS else f"it takes {len(kept.steps)} steps, of at most {MOST_STEPS}"
 
 
-def _ordered(steps: list[Step], last: _Dual) -> Program:
+def _ordered(steps: list[Step], last: _Dual) -> Expression:
     """Only the steps that are needed, those of the value first."""
     order: dict[int, int] = {}
 
@@ -368,4 +368,4 @@ def _ordered(steps: list[Step], last: _Dual) -> Program:
         step._replace(a=order.get(step.a, 0), b=order.get(step.b, 0), c=order.get(step.c, 0))
         for step in (steps[k] for k in order)
     )
-    return Program(moved, order[last.at], order[last.by_s], order[last.by_own])
+    return Expression(moved, order[last.at], order[last.by_s], order[last.by_own])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Plan(NamedTuple):
+class LabelOrder(NamedTuple):
     """Anchors and references in label order, and each anchor's interval of positives. No host sync makes it.
 
     Args:
@@ -29,8 +29,8 @@ class Plan(NamedTuple):
     square: bool
 
 
-def make_plan(labels: Tensor, ref_labels: Tensor | None = None, ref_order: Tensor | None = None) -> Plan:
-    """The plan of labels (N,) against `ref_labels` (M,), or against themselves. int64.
+def make_label_order(labels: Tensor, ref_labels: Tensor | None = None, ref_order: Tensor | None = None) -> LabelOrder:
+    """The label_order of labels (N,) against `ref_labels` (M,), or against themselves. int64.
 
     ref_order: given where `ref_labels` are sorted already, and these are their indices for the caller.
     """
@@ -43,11 +43,11 @@ def make_plan(labels: Tensor, ref_labels: Tensor | None = None, ref_order: Tenso
         refs = ref_labels
     lo = torch.searchsorted(refs, ordered)
     hi = torch.searchsorted(refs, ordered, right=True)
-    return Plan(order, ref_order, ordered, refs, lo, hi, None, ref_labels is None)
+    return LabelOrder(order, ref_order, ordered, refs, lo, hi, None, ref_labels is None)
 
 
-def one_to_one(labels: Tensor, count: Tensor) -> Plan:
+def one_to_one(labels: Tensor, count: Tensor) -> LabelOrder:
     """Row k against reference k alone as positive, labels (K,) = 0, 1, ..., and only the first `count` take part."""
     k = torch.arange(labels.shape[0], device=labels.device)
     lo = torch.minimum(k, count)
-    return Plan(k, k, labels, labels, lo, torch.minimum(k + 1, count), count, False)
+    return LabelOrder(k, k, labels, labels, lo, torch.minimum(k + 1, count), count, False)

@@ -2,7 +2,7 @@
 
 A schedule is a module with `forward(problem, terms, given, keep) -> (values, kept)`, `backward(problem, terms, given,
 values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
-One that can compute a whole loss at once has `run_whole(call) -> Results` (whole.py).
+One that can compute a whole loss at once has `run_small_batch(call) -> Results` (whole.py).
 
 `values` holds the K terms' values (N,) and, behind them, two rows for each logsumexp, in the terms' order (`tops`): its
 largest term's z (of a transform: phi), and the log of its sum relative to that term. Backward takes a softmax as
@@ -97,7 +97,7 @@ class Term(NamedTuple):
         return max(self.lower_of, self.upper_of, *self.slots[2:]) >= 0
 
     @property
-    def mapped(self) -> bool:
+    def transformed(self) -> bool:
         """A logsumexp of a transform."""
         return self.op == LOGSUMEXP and self.transform != IDENTITY
 
@@ -193,7 +193,7 @@ Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None not wanted."""
 
 
-class Whole(NamedTuple):
+class SmallBatch(NamedTuple):
     """A whole loss to compute: x (N, D) and y (M, D) of one dtype or None for x itself, with labels, as they came;
     upstream (N,): dL/d(row's loss), None where the loss is one number; the constants of whole.py's `Spec`."""
 

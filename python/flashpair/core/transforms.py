@@ -14,7 +14,7 @@ from .checks import what
 from .reduction import BUILT_IN, TRANSFORMS
 
 
-class Custom:
+class CustomTransform:
     """A transform that is not built in.
 
     Args:
@@ -24,12 +24,12 @@ class Custom:
 
     def __init__(self, dense: Callable[..., Tensor], value: Any = None, slope: Any = None) -> None:
         self.dense, self.value, self.slope = dense, value, slope
-        self.apart = _takes_two(dense)
-        self.program = expression.program(dense, self.apart)  # its steps, or why it has none
+        self.two_args = _takes_two(dense)
+        self.program = expression.program(dense, self.two_args)  # its steps, or why it has none
         self.compiled: dict[str, Any] = {}  # what each backend has made of it, by the backend's name
 
     def of_pairs(self, s: Tensor, own: Tensor | float) -> Tensor:
-        if self.apart:
+        if self.two_args:
             return checked(self.dense(s, own), s)
         t = s + own
         return checked(self.dense(t), t)
@@ -42,11 +42,13 @@ def checked(found: Any, t: Tensor) -> Tensor:
     return found
 
 
-def _check_elementwise(name: str, dense: Callable[..., Tensor], apart: bool) -> None:
-    """ValueError for a function, not taken apart, whose result of an element hangs on the others, on the moment, or
-    whose argument is changed: asked of a few numbers. What it cannot do with them it may do with others."""
+def _check_elementwise(name: str, dense: Callable[..., Tensor], two_args: bool) -> None:
+    """Raises for a function that was not traced and is not elementwise, not deterministic, or changes its argument.
+
+    It is tried on a few numbers; what it cannot do with these it may do with others.
+    """
     t = torch.tensor([[-2.5, 0.3, 1.7], [0.9, -0.6, -1.1]], dtype=torch.float64, device="cpu")
-    own = (torch.full_like(t, 0.4),) if apart else ()
+    own = (torch.full_like(t, 0.4),) if two_args else ()
     try:
         with torch.no_grad():
             given = t.clone()
@@ -76,10 +78,10 @@ def _takes_two(dense: Callable[..., Tensor]) -> bool:
     return needed == 2
 
 
-_custom: dict[str, Custom] = {}
+_custom: dict[str, CustomTransform] = {}
 
 
-def custom(name: str) -> Custom:
+def custom(name: str) -> CustomTransform:
     return _custom[name]
 
 
@@ -123,13 +125,13 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
         raise TypeError(f"dense must be callable, got {type(dense).__name__}")
     if (value is None) != (slope is None):
         raise ValueError("value and slope must be given together, or neither")
-    transform = Custom(dense, value, slope)
+    transform = CustomTransform(dense, value, slope)
     if isinstance(transform.program, str):
-        _check_elementwise(name, dense, transform.apart)
+        _check_elementwise(name, dense, transform.two_args)
     _register(name, transform)
 
 
-def _register(name: str, transform: Custom) -> None:
+def _register(name: str, transform: CustomTransform) -> None:
     """The newest of a name; a graph that has gone forward with an older one goes back with it."""
     if name in _custom:
         before = f"{name} {len(TRANSFORMS)}"
@@ -138,14 +140,14 @@ def _register(name: str, transform: Custom) -> None:
     _custom[name] = transform
 
 
-def parametrised(name: str, dense: Callable[..., Tensor]) -> str:
+def specialised(name: str, dense: Callable[..., Tensor]) -> str:
     """A transform of this package's with numbers in it, registered when it first comes up under a name of its own."""
     if name not in _custom:
-        _register(name, Custom(dense))
+        _register(name, CustomTransform(dense))
     return name
 
 
-def obstacles(name: str, impl: str, device: str) -> str:
+def unsupported_reasons(name: str, impl: str, device: str) -> str:
     """Why `impl` cannot run a transform; empty if it can."""
     if name in BUILT_IN or impl == "reference":
         return ""
@@ -156,4 +158,4 @@ def obstacles(name: str, impl: str, device: str) -> str:
 
 
 # What torch.compiler.assume_constant_result sets, as in dispatch.py: what a name means is looked at when it is traced.
-obstacles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..losses.base import AnyPairs, Criterion, RowLosses
 from ..losses.class_loss import ClassCriterion
-from .collectives import Ranks, Total, merged
+from .collectives import AllReduceSum, Ranks, merged
 
 ANCHORS = ("samples", "proxies")
 WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # of one process's batch, where processes share rows
@@ -116,7 +116,7 @@ class SampleRows:
         return getattr(self.pairs, name)
 
     def total(self, values: Tensor) -> Tensor:
-        total: Tensor = Total.apply(self.ranks, self.pairs.total(values))
+        total: Tensor = AllReduceSum.apply(self.ranks, self.pairs.total(values))
         return total
 
     def total_logsumexp(self, values: Tensor) -> Tensor:

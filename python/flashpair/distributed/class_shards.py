@@ -15,8 +15,8 @@ from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
 from .agreement import Described
 from .claims import check_parts
-from .collectives import Gathered, Ranks, Total, merged
-from .global_loss import GlobalCriterion, Place, slice_of
+from .collectives import AllReduceSum, Gathered, Ranks, merged
+from .global_loss import GlobalCriterion, ParameterSlot, slice_of
 
 
 def shard_classes(
@@ -106,7 +106,7 @@ class ShardedClasses(GlobalCriterion):
         words = (f"call: {type(self).__name__}", f"schedule: {self.schedule}", f"gradients: {self.gradients}")
         return Described(self.criterion, words, ("weight",))
 
-    def _shared(self, place: Place) -> bool:
+    def _shared(self, place: ParameterSlot) -> bool:
         return not (place.module is self.criterion and place.name == "weight")
 
     def _rows(
@@ -118,7 +118,7 @@ class ShardedClasses(GlobalCriterion):
             return super()._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
         every: Tensor = Gathered.apply(ranks, x, sizes)
         mine = torch.cat(ranks.gather(labels, sizes)) - self.first  # of other processes' classes: outside of all here
-        rows = criterion.rows_of_parts(every, mine, lambda t: Total.apply(ranks, t), lambda t: merged(ranks, t))
+        rows = criterion.rows_of_parts(every, mine, lambda t: AllReduceSum.apply(ranks, t), lambda t: merged(ranks, t))
         pairs = None
         if rows is None:
             pairs = class_pairs(every, mine, criterion.weight, criterion.normalize, criterion.impl)
@@ -183,6 +183,6 @@ class MergedPairs:
                 raise ValueError("ref_offset must not be a vector where classes are split over processes")
         found = []
         for row, r in zip(self.pairs.reduce(*reductions), reductions, strict=True):
-            row = Total.apply(self.ranks, row) if r.op == "sum" else merged(self.ranks, row)
+            row = AllReduceSum.apply(self.ranks, row) if r.op == "sum" else merged(self.ranks, row)
             found.append(row.detach() if r.detach else row)
         return tuple(found)

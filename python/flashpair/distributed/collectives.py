@@ -100,9 +100,9 @@ class Exchange:
         return self.into
 
 
-class Total(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
     """The sum of every process's values. Each counts towards a loss that is the sum of every process's share, so its
-    gradient is the sum of what the shares give."""
+    gradient is the sum of what the shares send."""
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, values: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Total(torch.autograd.Function):
         return None, ctx.ranks.sum(g)
 
 
-class Shared(torch.autograd.Function):
+class AllReduceGrad(torch.autograd.Function):
     """A tensor that every process has: its gradient is the sum of the processes', the same on each."""
 
     @staticmethod
@@ -129,7 +129,7 @@ class Shared(torch.autograd.Function):
         return None, ctx.ranks.sum(g)
 
 
-class Scaled(torch.autograd.Function):
+class ScaleGrad(torch.autograd.Function):
     """A tensor whose gradient is multiplied."""
 
     @staticmethod
@@ -165,6 +165,6 @@ def merged(ranks: Ranks, row: Tensor) -> Tensor:
     peak = ranks.max(row.detach())
     peak = torch.where(peak == -torch.inf, 0.0, peak)
     some = row != -torch.inf
-    mass: Tensor = Total.apply(ranks, torch.where(some, torch.exp(torch.where(some, row, peak) - peak), 0.0))
+    mass: Tensor = AllReduceSum.apply(ranks, torch.where(some, torch.exp(torch.where(some, row, peak) - peak), 0.0))
     whole = mass > 0
     return torch.where(whole, torch.where(whole, mass, 1.0).log() + peak, torch.where(mass.isnan(), mass, -torch.inf))

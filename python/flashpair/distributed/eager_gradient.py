@@ -13,7 +13,7 @@ from ..core.chunks import only_once
 from .collectives import Ranks
 
 
-class AtOnce(torch.autograd.Function):
+class EagerGradient(torch.autograd.Function):
     """The sum of the processes' shares, with this process's gradients computed in forward, where all communicate."""
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..chunked.pairs import in_pieces
+from ..chunked.pairs import chunked_backend
 from ..core import checks
 from ..core.similarity import no_autocast
 from ..engine.dispatch import choose
@@ -20,9 +20,9 @@ from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
 from .agreement import REFUSED, Described, agree
 from .claims import SampleRows, check_claims, own, rows_of
-from .collectives import Ranks, Scaled, Shared, Total
-from .eager_gradient import AtOnce, kept
-from .schedules import WALKS
+from .collectives import AllReduceGrad, AllReduceSum, Ranks, ScaleGrad
+from .eager_gradient import EagerGradient, kept
+from .schedules import SOURCES
 
 GRADIENTS = ("mean", "sum")
 LABELS = ("global", "local")
@@ -127,7 +127,7 @@ class GlobalCriterion(nn.Module):
                 f"labels must be 'global' for {type(criterion).__name__}, where they are class indices, got 'local'"
             )
         self.criterion = criterion
-        self.schedule = checks.word(schedule, tuple(WALKS), "schedule")
+        self.schedule = checks.word(schedule, tuple(SOURCES), "schedule")
         self.gradients = checks.word(gradients, GRADIENTS, "gradients")
         self.group = group
 
@@ -170,7 +170,7 @@ class GlobalCriterion(nn.Module):
         if isinstance(self.criterion, ClassCriterion) and self.criterion.anchors == "samples":
             choose(self.criterion.impl, batch[0], None)
         else:
-            in_pieces(self.criterion.impl, batch[0])
+            chunked_backend(self.criterion.impl, batch[0])
         return batch
 
     def _apart(self, labels: Tensor | None) -> Tensor | None:
@@ -191,10 +191,10 @@ class GlobalCriterion(nn.Module):
         by = float(ranks.world) if self.gradients == "mean" else 1.0
 
         def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, AnyPairs | None, Tensor | None]:
-            x = Scaled.apply(x, by) if x.requires_grad else x
-            y = Scaled.apply(y, by) if y is not None and y.requires_grad else y
+            x = ScaleGrad.apply(x, by) if x.requires_grad else x
+            y = ScaleGrad.apply(y, by) if y is not None and y.requires_grad else y
             given = {
-                place: Shared.apply(ranks, v) if v.requires_grad and self._shared(place) else v
+                place: AllReduceGrad.apply(ranks, v) if v.requires_grad and self._shared(place) else v
                 for place, v in zip(learned, values, strict=True)
             }
             with substituted(given):
@@ -203,7 +203,7 @@ class GlobalCriterion(nn.Module):
                 penalty = self.criterion.penalty_of(x, labels, y, ref_labels, drawn)
             if penalty is None:
                 return found, pairs, None
-            return found, pairs, Total.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
+            return found, pairs, AllReduceSum.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
 
         def share(x: Tensor, y: Tensor | None, *values: Tensor) -> Tensor:
             found, _, extra = rows(x, y, *values)
@@ -219,7 +219,7 @@ class GlobalCriterion(nn.Module):
                 losses = with_extra(found, "none", extra)[0].losses
                 losses = losses + ranks.sum(self.criterion.not_finite(x, y).to(losses.dtype))
                 return losses if pairs is None else pairs.restore(losses)
-        loss: Tensor = AtOnce.apply(ranks, share, needs, x, y, *values)
+        loss: Tensor = EagerGradient.apply(ranks, share, needs, x, y, *values)
         return loss
 
     def _rows(
@@ -260,7 +260,7 @@ class GlobalCriterion(nn.Module):
         )
         return Described(self.criterion, words)
 
-    def _shared(self, place: Place) -> bool:
+    def _shared(self, place: ParameterSlot) -> bool:
         """Whether what learns there is the same on every process."""
         return True
 
@@ -275,13 +275,13 @@ def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
 
 
 def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
-    """This process's share of the one number that its rows and the others' give; the shares add up to it."""
+    """This process's share of the one number that its rows and the others' send; the shares add up to it."""
     rows, extra = with_extra(rows, reduction, extra)
     share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
     return share if extra is None else share + extra.to(share.dtype) / ranks.world
 
 
-class Place:
+class ParameterSlot:
     """Where a criterion keeps a tensor that learns."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -292,19 +292,21 @@ class Place:
         return value
 
 
-def learned_of(criterion: nn.Module) -> list[Place]:
+def learned_of(criterion: nn.Module) -> list[ParameterSlot]:
     """Parameters, and plain tensors with a graph, of a criterion and what is in it."""
     found = []
     for module in criterion.modules():
         names = [*module._parameters, *(k for k, v in vars(module).items() if isinstance(v, Tensor))]
         found += [
-            Place(module, k) for k in names if getattr(module, k) is not None and getattr(module, k).requires_grad
+            ParameterSlot(module, k)
+            for k in names
+            if getattr(module, k) is not None and getattr(module, k).requires_grad
         ]
     return found
 
 
 @contextlib.contextmanager
-def substituted(values: dict[Place, Tensor]) -> Iterator[None]:
+def substituted(values: dict[ParameterSlot, Tensor]) -> Iterator[None]:
     """Puts other tensors in these places for a while: an instance's own attributes come before its parameters."""
     before = {place: place.module.__dict__.get(place.name) for place in values}
     try:

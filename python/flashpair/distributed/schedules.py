@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..chunked.pairs import Known
-from ..core.chunks import Found, Piece
+from ..chunked.pairs import LabelledSource
+from ..core.chunks import Chunk, Received
 from .collectives import HOME, RING, Exchange, Ranks
 
 WHOLE = slice(None)
 
 
-class RankWalk(Known):
+class RankSource(LabelledSource):
     """What both schedules share.
 
     Args:
@@ -40,7 +40,7 @@ class RankWalk(Known):
             self._known = labels, order
         return self._known
 
-    def singly(self) -> RankWalk:
+    def singly(self) -> RankSource:
         return type(self)(self.ranks, self.labels, self.order, self.ref_labels, False)
 
     def sorted_of(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -64,24 +64,24 @@ class RankWalk(Known):
         middle = self.sizes[max(visitor, host)] // 2
         return (WHOLE, slice(0, middle)) if visitor < host else (slice(middle, None), WHOLE)
 
-    def own_piece(self, y: Tensor | None) -> Piece:
+    def own_piece(self, y: Tensor | None) -> Chunk:
         """Of `both`: the anchors among themselves; else this process's references."""
         labels, order = self.sorted_of(self.ranks.rank)
         if self.both:
-            return Piece(None, labels, order)
-        return Piece(y, labels, order, wanted=True, source=0)
+            return Chunk(None, labels, order)
+        return Chunk(y, labels, order, wanted=True, tag=0)
 
-    def piece(self, step: int, rows: Tensor, along: Tensor | None) -> Piece:
+    def chunk(self, step: int, rows: Tensor, along: Tensor | None) -> Chunk:
         """That of the process `step` places on, from all of its rows (m, D) and numbers (V, m)."""
         host = self.ranks.at(step)
         mine, theirs = self.meeting(self.ranks.rank, host)
         labels, order = self.sorted_of(host)
         along = None if along is None else along[:, theirs]
-        return Piece(
-            rows[theirs], labels[theirs], order[theirs], mine, self.both, along, wanted=not self.both, source=step
+        return Chunk(
+            rows[theirs], labels[theirs], order[theirs], mine, self.both, along, wanted=not self.both, tag=step
         )
 
-    def numbers_home(self, step: int, numbers: Tensor | None) -> Found | None:
+    def numbers_home(self, step: int, numbers: Tensor | None) -> Received | None:
         """Exchanges numbers (V, m) found for the host `step` places on for those that the visitor from there found."""
         if numbers is None:
             return None
@@ -89,7 +89,7 @@ class RankWalk(Known):
         own = self.meeting(visitor, self.ranks.rank)[1]
         size = len(range(*own.indices(self.sizes[self.ranks.rank])))
         into = numbers.new_empty(numbers.shape[0], size)
-        return Found(own, self.ranks.exchange(numbers.contiguous(), host, into, visitor, HOME).wait(), None)
+        return Received(own, self.ranks.exchange(numbers.contiguous(), host, into, visitor, HOME).wait(), None)
 
 
 def _bytes(part: Tensor, size: int, rows: bool) -> int:
@@ -97,12 +97,12 @@ def _bytes(part: Tensor, size: int, rows: bool) -> int:
     return size * part.itemsize * (part.shape[1] if rows else part.shape[0])
 
 
-class Ring(RankWalk):
+class Ring(RankSource):
     """One process's references at a time: each hands on to the process before it what it has, and is computing with it
     while the next comes. Memory: two processes' rows. Sent by each, a pass: its rows and numbers times the steps; a
     backward pass: the found gradients besides."""
 
-    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
+    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
         rows = x if self.both or y is None else y
         parts = [rows] if along is None or not self.both else [along, rows]
         steps = self.steps
@@ -126,12 +126,12 @@ class Ring(RankWalk):
                 shape = (size, part.shape[1]) if part is rows else (part.shape[0], size)
                 found.append(packet[at:end].view(part.dtype).view(shape))
                 at = end
-            yield self.piece(step, found[-1], found[0] if len(found) == 2 else None)
+            yield self.chunk(step, found[-1], found[0] if len(found) == 2 else None)
 
-    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
-        step, rank = piece.source, self.ranks.rank
+    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
+        step, rank = chunk.tag, self.ranks.rank
         if not step:
-            return [Found(WHOLE, None, rows)]
+            return [Received(WHOLE, None, rows)]
         found = self.numbers_home(step, numbers)
         if rows is None:
             return [] if found is None else [found]
@@ -139,13 +139,13 @@ class Ring(RankWalk):
         own = self.meeting(visitor, rank)[1]
         into = rows.new_empty(len(range(*own.indices(self.sizes[rank]))), rows.shape[1])
         home = self.ranks.exchange(rows.contiguous(), host, into, visitor, HOME).wait()
-        return [Found(own, None if found is None else found.numbers, home)]
+        return [Received(own, None if found is None else found.numbers, home)]
 
-    def settle(self) -> list[Found]:
+    def flush(self) -> list[Received]:
         return []
 
 
-class AllGather(RankWalk):
+class AllGather(RankSource):
     """All references at once: one all-gather of rows for all passes, one of numbers a pass, and in backward one
     reduce-scatter. Memory: all processes' rows, and in backward their gradient."""
 
@@ -154,7 +154,7 @@ class AllGather(RankWalk):
         self._rows: tuple[Tensor, list[Tensor]] | None = None
         self._out: Tensor | None = None
 
-    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
+    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
         rows = x if self.both or y is None else y
         if self._rows is None or self._rows[0].data_ptr() != rows.data_ptr() or self._rows[0].shape != rows.shape:
             self._rows = rows, self.ranks.gather(rows, self.sizes)
@@ -162,12 +162,12 @@ class AllGather(RankWalk):
         yield self.own_piece(y)
         for step in self.steps:
             host = self.ranks.at(step)
-            yield self.piece(step, self._rows[1][host], None if numbers is None else numbers[host].T)
+            yield self.chunk(step, self._rows[1][host], None if numbers is None else numbers[host].T)
 
-    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
-        step = piece.source
+    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
+        step = chunk.tag
         if not step:
-            return [Found(WHOLE, None, rows)]
+            return [Received(WHOLE, None, rows)]
         if rows is not None:
             if self._out is None:
                 self._out = rows.new_zeros(self.ranks.world, max(self.sizes), rows.shape[1])
@@ -176,11 +176,11 @@ class AllGather(RankWalk):
         found = self.numbers_home(step, numbers)
         return [] if found is None else [found]
 
-    def settle(self) -> list[Found]:
+    def flush(self) -> list[Received]:
         if self._out is None:  # with one process there was nobody to visit
             return []
         out, self._out = self._out, None
-        return [Found(WHOLE, None, self.ranks.scatter_sum(out, self.sizes[self.ranks.rank]))]
+        return [Received(WHOLE, None, self.ranks.scatter_sum(out, self.sizes[self.ranks.rank]))]
 
 
-WALKS = {"all_gather": AllGather, "ring": Ring}
+SOURCES = {"all_gather": AllGather, "ring": Ring}

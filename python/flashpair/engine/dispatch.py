@@ -43,12 +43,12 @@ def _onchip(device: str) -> str:
     return ""
 
 
-def obstacles(impl: str, device: torch.device) -> list[str]:
+def unsupported_reasons(impl: str, device: torch.device) -> list[str]:
     """Every reason why `impl` cannot run on `device` here; empty if it can."""
-    return list(_obstacles(impl, device.type))
+    return list(_unsupported_reasons(impl, device.type))
 
 
-def _obstacles(impl: str, device: str) -> tuple[str, ...]:
+def _unsupported_reasons(impl: str, device: str) -> tuple[str, ...]:
     if impl == "reference":
         return ()
     if impl in ("tiled", "screened") and device == "cpu":
@@ -69,7 +69,7 @@ def _obstacles(impl: str, device: str) -> tuple[str, ...]:
 
 
 # What torch.compiler.assume_constant_result sets, without importing torch._dynamo: what is built does not change.
-_obstacles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_name(impl: str) -> None:
@@ -92,14 +92,14 @@ def choose(impl: str, x: Tensor, y: Tensor | None) -> str:
         raise RuntimeError("impl='onchip' cannot run: it computes whole criteria, not row reductions")
     if impl == "auto":
         best = "fused" if x.device.type == "cuda" and x.shape[1] <= WIDEST_FUSED else "tiled"
-        return best if not obstacles(best, x.device) else "reference"
-    reasons = obstacles(impl, x.device)
+        return best if not unsupported_reasons(best, x.device) else "reference"
+    reasons = unsupported_reasons(impl, x.device)
     if reasons:
         raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
     return impl
 
 
-def choose_whole(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) -> str:
+def choose_small_batch(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) -> str:
     """The implementation that is to compute a whole loss of x (N, D) and y (M, D) or None; empty for none.
 
     one_pair: the loss takes one pair of each class, so that its rows and columns are as many as classes.
@@ -109,16 +109,16 @@ def choose_whole(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) -> str:
     """
     (n, d), m = x.shape, (x if y is None else y).shape[0]
     if impl == "onchip":
-        if reasons := obstacles(impl, x.device):
+        if reasons := unsupported_reasons(impl, x.device):
             raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
         return impl
     if x.device.type == "cpu":
         most = n * m if not one_pair else (n // 2 if y is None else min(n, m)) ** 2
         small = impl in ("auto", "tiled") and most <= WHOLE_PAIRS and max(n, m) <= WHOLE_SIDE
-        return "tiled" if small and not obstacles("tiled", x.device) else ""
+        return "tiled" if small and not unsupported_reasons("tiled", x.device) else ""
     if impl != "auto" or x.device.type != "cuda" or max(n, m) > ONCHIP_SIDE or n * m * d > ONCHIP_WORK:
         return ""
-    return "" if obstacles("onchip", x.device) else "onchip"
+    return "" if unsupported_reasons("onchip", x.device) else "onchip"
 
 
 def native(impl: str, x: Tensor, y: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from ..core.problem import Problem, address, solid
 from ..core.reduction import DISTANCES
 from ..core.similarity import alike, copies, dense_pairs, normalize, upcast
 from .cached_references import References
-from .dispatch import obstacles
+from .dispatch import unsupported_reasons
 
 BLOCK_BYTES = 2**28  # what a block of rows may need beside its result
 
@@ -39,8 +39,8 @@ def nearest(
 ) -> Nearest:  # fmt: skip
     """The k references of the highest similarity, or the least distance, to each embedding; equal ones by index.
 
-    On the CPU pairs that int8 products prove too far are not computed (SCREENED.md); the bound is a row's k-th best so
-    far. Elsewhere blocks of the dense matrix are sorted. Not differentiable.
+    On the CPU pairs that int8 products prove too far are not computed (docs/screened-mining.md); the bound is a row's
+    k-th best so far. Elsewhere blocks of the dense matrix are sorted. Not differentiable.
 
     Args:
         embeddings: (N, D), float16 to float64.
@@ -88,7 +88,9 @@ def prepared(
     m = x.shape[0] - 1 if y is None else y.shape[0]
     if not 0 <= checks.integer(k, "k") <= max(m, 0):
         raise ValueError(f"k must be at most {max(m, 0)}, the number of references, got {k}")
-    reasons = obstacles("screened", x.device) if x.device.type == "cpu" else ["screened neighbours need a CPU"]
+    reasons = (
+        unsupported_reasons("screened", x.device) if x.device.type == "cpu" else ["screened neighbours need a CPU"]
+    )
     reasons += [f"screened takes D up to {MOST_DEPTH:,}"] if x.shape[1] > MOST_DEPTH else []
     if impl == "screened" and reasons:
         raise RuntimeError(f"impl='screened' cannot run: {'; '.join(reasons)}")

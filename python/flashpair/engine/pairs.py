@@ -13,8 +13,8 @@ from torch import Tensor
 from ..backends.cpu import screened
 from ..backends.reference import ReferencePairs, pad_positives, partners
 from ..core import checks, transforms
-from ..core.class_pairs import Drawn, draw
-from ..core.label_order import Plan, make_plan, one_to_one
+from ..core.class_pairs import ClassPairs, draw
+from ..core.label_order import LabelOrder, make_label_order, one_to_one
 from ..core.positives import PLACES, STEPS, cut
 from ..core.problem import accumulator, solid
 from ..core.reduction import BUILT_IN, DISTANCES, Bound, Reduction, check_call
@@ -35,7 +35,7 @@ class Pairs:
     Args:
         x: (N, D), sorted anchors.
         y: (M, D), sorted references; None if they are the anchors.
-        plan: the order by label and where each row's positives are.
+        label_order: the order by label and where each row's positives are.
         distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
         impl: the implementation that runs.
         named: whether the caller asked for it by name, so that no other may run.
@@ -51,12 +51,12 @@ class Pairs:
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor | None, plan: Plan, distance: str, impl: str, *, named: bool = True,
+        self, x: Tensor, y: Tensor | None, label_order: LabelOrder, distance: str, impl: str, *, named: bool = True,
         poison: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.x, self._y, self.plan, self.distance, self.poison = x, y, plan, distance, poison
+        self.x, self._y, self.label_order, self.distance, self.poison = x, y, label_order, distance, poison
         self.impl, self.named = impl, named
-        self.labels, self.square = plan.labels, plan.square
+        self.labels, self.square = label_order.labels, label_order.square
 
     @classmethod
     def from_embeddings(
@@ -65,11 +65,11 @@ class Pairs:
     ) -> Pairs:  # fmt: skip
         """`ordered`: the references, where they are sorted already."""
         if ordered is not None:
-            plan, y = make_plan(labels, ordered.labels, ordered.order), ordered.rows
+            label_order, y = make_label_order(labels, ordered.labels, ordered.order), ordered.rows
         else:
-            plan = make_plan(labels, ref_labels)
-            y = None if y is None else sorted_rows(y, plan.ref_order, unit=unit, impl=impl)
-        return cls(sorted_rows(x, plan.order, unit=unit, impl=impl), y, plan, distance, impl, named=named)
+            label_order = make_label_order(labels, ref_labels)
+            y = None if y is None else sorted_rows(y, label_order.ref_order, unit=unit, impl=impl)
+        return cls(sorted_rows(x, label_order.order, unit=unit, impl=impl), y, label_order, distance, impl, named=named)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         """One tensor (N,) for each reduction, in the order of ``labels``; reductions of one call share their passes.
@@ -85,10 +85,10 @@ class Pairs:
             ValueError: no reduction, or vectors of another length or device.
             RuntimeError: an implementation asked for by name that cannot compute these reductions, with every reason.
         """
-        check_call(reductions, self.x, self.count, self.plan.ref_labels.shape[0])
+        check_call(reductions, self.x, self.count, self.label_order.ref_labels.shape[0])
         if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
             device = self.x.device.type
-            refused = [why for name in foreign if (why := transforms.obstacles(name, self.impl, device))]
+            refused = [why for name in foreign if (why := transforms.unsupported_reasons(name, self.impl, device))]
             if refused and self.named:
                 raise RuntimeError(f"impl={self.impl!r} cannot run: {'; '.join(refused)}")
             if refused:
@@ -109,7 +109,7 @@ class Pairs:
             for slot, value in enumerate(own):
                 if value is None or isinstance(value, Bound):
                     continue
-                size = self.plan.ref_labels.shape[0] if slot == 1 else n
+                size = self.label_order.ref_labels.shape[0] if slot == 1 else n
                 vector = solid(tensor(value).expand(size))
                 slots.append(4 * k + slot)
                 vectors.append(vector.detach() if slot > 1 else vector)
@@ -127,7 +127,7 @@ class Pairs:
 
     def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
         """The values (N,) of an encoded call."""
-        p = self.plan
+        p = self.label_order
         given: list[Tensor | None] = [*vectors]
         if len(vectors) == 2:  # so many more arguments than parameters make torch.compile leave out `ctx`
             given.append(None)
@@ -137,12 +137,12 @@ class Pairs:
     def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
         """`impl`, or `screened` in place of `tiled` for a call that it speeds up and that nobody named `tiled` for."""
         if self.impl == "screened":
-            if reasons := screened.refusals(reductions, self.x.shape[1]):
+            if reasons := screened.unsupported_reasons(reductions, self.x.shape[1]):
                 raise RuntimeError(f"impl='screened' cannot run: {'; '.join(reasons)}")
         elif (
             not self.named
             and screened.worthwhile(self.impl, self.x, self.refs)
-            and not screened.refusals(reductions, self.x.shape[1])
+            and not screened.unsupported_reasons(reductions, self.x.shape[1])
         ):
             return "screened"
         return self.impl
@@ -152,18 +152,24 @@ class Pairs:
         wide = accumulator(self.x.dtype)
         z = dense_similarities(self.x.to(wide), self.refs.to(wide), self.distance)
         column = torch.arange(self.ref_labels.shape[0], device=z.device)
-        valid = None if self.plan.end is None else column < self.plan.end
+        valid = None if self.label_order.end is None else column < self.label_order.end
         bad = poison(self.x, self.y) if self.poison is None else self.poison
         return ReferencePairs(
-            z, self.labels, self.ref_labels, square=self.square, ref_valid=valid, poison=bad, order=self.plan.ref_order
+            z,
+            self.labels,
+            self.ref_labels,
+            square=self.square,
+            ref_valid=valid,
+            poison=bad,
+            order=self.label_order.ref_order,
         )
 
     def num_positives(self) -> Tensor:  # (N,) int64
-        return self.plan.hi - self.plan.lo - int(self.square)
+        return self.label_order.hi - self.label_order.lo - int(self.square)
 
     def num_negatives(self) -> Tensor:  # (N,) int64
-        end = self.ref_labels.shape[0] if self.plan.end is None else self.plan.end
-        return end - (self.plan.hi - self.plan.lo)
+        end = self.ref_labels.shape[0] if self.label_order.end is None else self.label_order.end
+        return end - (self.label_order.hi - self.label_order.lo)
 
     def paired(self) -> Tensor:  # (N,)
         """z_kk (N,) of a rectangular problem whose rows and references belong together one by one; for dot products."""
@@ -181,7 +187,7 @@ class Pairs:
 
     @property
     def ref_labels(self) -> Tensor:
-        return self.plan.ref_labels
+        return self.label_order.ref_labels
 
     @property
     def count(self) -> int:
@@ -219,7 +225,7 @@ class Pairs:
             z (N, K), 0 where a row has fewer, and a bool (N, K) that says where there is a positive.
         """
         wide = accumulator(self.x.dtype)
-        x, y, p = self.x.to(wide), self.refs.to(wide), self.plan
+        x, y, p = self.x.to(wide), self.refs.to(wide), self.label_order
         most = self.most_positives(most)
         block = range(most) if block is None else block
         at = p.lo[:, None] + torch.arange(block.start, block.stop, device=x.device)
@@ -250,19 +256,19 @@ class Pairs:
             The pairs of these rows with all samples; z_ip (N,); p (N,); and a bool (N,), where i and p differ and i
             comes first.
         """
-        p = self.plan
+        p = self.label_order
         _, partner, first = partners(p.lo, p.hi, step)
         x = self.x.to(accumulator(self.x.dtype))
         other = x.index_select(0, partner)
-        plan = Plan(p.order, p.ref_order, p.labels, p.ref_labels, p.lo, p.hi, p.end, False)
-        sums = Pairs(x + other, x, plan, self.distance, self.impl, named=self.named)
+        label_order = LabelOrder(p.order, p.ref_order, p.labels, p.ref_labels, p.lo, p.hi, p.end, False)
+        sums = Pairs(x + other, x, label_order, self.distance, self.impl, named=self.named)
         return sums, (x * other).sum(1), partner, first
 
     @property
     def refs(self) -> Tensor:
         return self.x if self.y is None else self.y
 
-    def draw(self) -> Drawn:
+    def draw(self) -> ClassPairs:
         """One anchor and one positive of each class, as `select` takes them."""
         return draw(self.labels, None if self.square else self.ref_labels)
 
@@ -275,10 +281,10 @@ class Pairs:
             labels: (K,), 0, 1, ...
             count: (), how many of the K there are.
         """
-        plan = one_to_one(labels, count)
+        label_order = one_to_one(labels, count)
         bad = poison(self.x, self.y)  # of the samples left out, too
         x, y = self.x.index_select(0, rows), self.refs.index_select(0, refs)
-        return Pairs(x, y, plan, self.distance, self.impl, named=self.named, poison=bad)
+        return Pairs(x, y, label_order, self.distance, self.impl, named=self.named, poison=bad)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all rows of values (..., N); over all processes' rows where they share the batch."""
@@ -290,7 +296,7 @@ class Pairs:
 
     def restore(self, values: Tensor) -> Tensor:
         """Row values (N,) in the caller's order."""
-        return torch.empty_like(values).index_copy(0, self.plan.order, values)
+        return torch.empty_like(values).index_copy(0, self.label_order.order, values)
 
 
 def make_pairs(

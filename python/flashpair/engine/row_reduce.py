@@ -105,7 +105,7 @@ def _sorted(reductions: tuple[Reduction, ...], pairs: Pairs) -> tuple[Reduction,
             return Bound(value.of if at is None else found[at], value.shift)
         return value.index_select(0, order) if isinstance(value, Tensor) and value.dim() else value
 
-    plan = pairs.plan
+    plan = pairs.label_order
     for r in reductions:
         found.append(
             replace(

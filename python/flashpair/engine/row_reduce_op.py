@@ -197,8 +197,8 @@ def _differentiable_backward(ctx, grads, lo, hi, end, order, x, y, scale, vector
                     window[k] = values[of] + spec.shifts[3 * i + k]
             offset = spec.shifts[3 * i + 2] if offset is None else offset
             plain, name = OPS[op] in ("min", "max", "count"), TRANSFORMS[transform]
-            mapped = OPS[op] == "logsumexp" and name != "identity"  # which takes numbers
-            factor = spec.scales[i] if plain or mapped or scale is None else scale[i]
+            transformed = OPS[op] == "logsumexp" and name != "identity"  # which takes numbers
+            factor = spec.scales[i] if plain or transformed or scale is None else scale[i]
             offset = None if plain else offset
             r = Reduction(OPS[op], SIDES[side], name, factor, offset, ref_offset, window[0], window[1])
             row = reduce_rows(z, masks[r.side], r, order)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends.cpu import tiled
 from ..backends.cuda import onchip
-from ..core.problem import AVERAGINGS, Results, Whole, accumulator, plain, solid
+from ..core.problem import AVERAGINGS, Results, SmallBatch, accumulator, plain, solid
 from ..core.row_formula import FORMULAS, RowFormula
 from ..core.similarity import no_autocast
 
@@ -82,7 +82,7 @@ _plan = functools.lru_cache(maxsize=1024)(_plan_of)
 
 def _run(x, labels, y, ref_labels, upstream, code, numbers, impl, *want) -> Results:  # type: ignore[no-untyped-def]
     schedule = onchip if impl == "onchip" else tiled
-    return schedule.run_whole(Whole(x, labels, y, ref_labels, upstream, code, numbers, *want))
+    return schedule.run_small_batch(SmallBatch(x, labels, y, ref_labels, upstream, code, numbers, *want))
 
 
 _library = torch.library.Library("flashpair", "FRAGMENT")

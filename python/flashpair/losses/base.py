@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..backends.reference import ReferencePairs
 from ..chunked.streamed_references import StreamedReferences
 from ..core import checks
-from ..core.class_pairs import Drawn
+from ..core.class_pairs import ClassPairs
 from ..core.problem import AVERAGINGS
 from ..core.reduction import DISTANCES
 from ..core.row_formula import RowFormula
 from ..core.similarity import autocasts, no_autocast, poison, upcast
 from ..engine import small_batch
-from ..engine.dispatch import check_name, choose_whole
+from ..engine.dispatch import check_name, choose_small_batch
 from ..engine.pairs import Pairs, checked_pairs
 from .output_checks import (
     AT_ONCE,
@@ -174,7 +174,7 @@ class Criterion(nn.Module):
     penalizes_references = False
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
     ) -> Penalty | None:
         """A penalty on the embeddings before normalisation, whose mean is added to every valid row's loss.
 
@@ -266,7 +266,7 @@ class Criterion(nn.Module):
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         extra = self._extra(x, labels, y, ref_labels)
         formula = self.row_formula()
-        if chosen := choose_whole(self.impl, x, y, formula is not None and formula.one_pair):
+        if chosen := choose_small_batch(self.impl, x, y, formula is not None and formula.one_pair):
             spec = small_batch.plan(
                 chosen, formula, x, y, reduction=self.reduction, unit=self.normalize,
                 distance=self.distance, penalty=extra is not None,
@@ -292,7 +292,7 @@ class Criterion(nn.Module):
         with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
             loss = self.of_pieces(x, labels, pairs)
-            return loss + pairs.walk.poison
+            return loss + pairs.ref_source.poison
 
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
         """The loss of embeddings whose references come in chunks."""

@@ -10,17 +10,17 @@ from torch import Tensor
 from ..core import checks
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
-from ..core.transforms import parametrised
+from ..core.transforms import specialised
 from .base import AnyPairs, Criterion, RowLosses
 from .histogram import of_batch
 
 
 def _paced(turn: float) -> str:
     """max(0, t) (t - turn) whose factor max(0, t), the pair's pace, is constant to autograd."""
-    return parametrised(f"circle {turn!r}", lambda t: t.relu().detach() * (t - turn))
+    return specialised(f"circle {turn!r}", lambda t: t.relu().detach() * (t - turn))
 
 
-_paced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.obstacles
+_paced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.unsupported_reasons
 
 
 class CircleLoss(Criterion):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.class_pairs import Drawn
+from ..core.class_pairs import ClassPairs
 from ..core.problem import AVERAGINGS
 from ..core.reduction import Reduction
 from ..core.similarity import normalize, upcast
@@ -228,7 +228,7 @@ class SNRContrastiveLoss(Criterion):
         return RowLosses(losses, (terms[0].number + terms[1].number) > 0, losses.shape[0], terms)
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
     ) -> Penalty | None:
         if self.regularizer_weight == 0:
             return None

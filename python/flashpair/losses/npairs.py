@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.class_pairs import Drawn, draw
+from ..core.class_pairs import ClassPairs, draw
 from ..core.reduction import Reduction
 from ..core.row_formula import RowFormula
 from ..core.similarity import softplus, upcast
@@ -127,7 +127,7 @@ class NPairsLoss(Criterion):
         return isinstance(self.l2_weight, Tensor) or self.l2_weight != 0.0
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
     ) -> Penalty | None:
         if not self.penalizes_references:
             return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backends.reference import ReferencePairs
 from ..core import checks
-from ..core.class_pairs import Drawn
+from ..core.class_pairs import ClassPairs
 from ..core.similarity import (
     inverse_norm,
     masked_logsumexp,
@@ -150,7 +150,7 @@ class SoftTripleLoss(ClassCriterion):
         return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: Drawn | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
     ) -> Penalty | None:
         """Eq. 9: the mean distance of a class's centres."""
         k = self.centers_per_class

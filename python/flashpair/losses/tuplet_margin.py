@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
-from ..core.transforms import parametrised
+from ..core.transforms import specialised
 from .base import AnyPairs, Criterion, RowLosses
 
 
@@ -23,10 +23,10 @@ def _slack(scale: float, margin: float) -> str:
         inside = rest > 0
         return softplus(offset - a * s - b * torch.where(inside, torch.sqrt(torch.where(inside, rest, 1.0)), 0.0))
 
-    return parametrised(f"tuplet {a!r} {b!r}", dense)
+    return specialised(f"tuplet {a!r} {b!r}", dense)
 
 
-_slack._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.obstacles
+_slack._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.unsupported_reasons
 
 
 class TupletMarginLoss(Criterion):

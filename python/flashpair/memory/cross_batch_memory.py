@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chunked.pairs import in_pieces
+from ..chunked.pairs import chunked_backend
 from ..core import checks
 from ..core.problem import accumulator
 from ..core.similarity import no_autocast
 from ..engine.sorted_rows import sorted_rows
 from ..losses.base import Criterion
 from ..losses.output_checks import AT_ONCE, refuse_own
-from .pairs import MemoryPairs, MemoryWalk
+from .pairs import MemoryPairs, MemorySource
 from .queue import Queue
 
 
@@ -142,7 +142,7 @@ class CrossBatchMemory(nn.Module):
         if enqueue and x.shape[0] > self.memory_size:
             raise ValueError(f"embeddings must be at most memory_size = {self.memory_size} rows, got {checks.what(x)}")
         criterion, queue = self.criterion, self.queue
-        impl = in_pieces(criterion.impl, x)
+        impl = chunked_backend(criterion.impl, x)
         unit, prepare = criterion.preparation
         if queue.empty.labels.device != x.device:
             queue.apply(lambda t: t.to(x.device))
@@ -156,8 +156,8 @@ class CrossBatchMemory(nn.Module):
             elif enqueue:
                 queue = queue.fork()  # if anything below raises, nothing has changed
                 queue.make_place(x.shape[0])
-            walk = MemoryWalk(labels_in_order, order, queue.held())
-            pairs = MemoryPairs(rows, walk, criterion.distance, impl, criterion.impl != "auto")
+            ref_source = MemorySource(labels_in_order, order, queue.held())
+            pairs = MemoryPairs(rows, ref_source, criterion.distance, impl, criterion.impl != "auto")
             loss = criterion.of_pieces(x, labels, pairs)
             if enqueue and not again:
                 before = queue.fork()

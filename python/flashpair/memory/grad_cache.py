@@ -2,7 +2,7 @@
 
 1. embed      every micro-batch, without a graph: (N, D) embeddings are kept, activations are not
 2. loss       once, of all embeddings: its gradient by the embeddings, (N, D), and by the criterion's parameters
-3. replay     each micro-batch again, now with its graph, and walk it back from its slice of that gradient
+3. replay     each micro-batch again, now with its graph, and source it back from its slice of that gradient
 
 The replay has to see what the first pass saw, so random states, buffers and autocast are as they were then, and what
 it returns is compared: for that a step waits for a GPU once, at its end. Apart from that nothing
@@ -58,7 +58,7 @@ class GradCache:
             smaller.
         ref_encoder: the encoder of `ref_inputs`, for two towers; None: the encoder itself. The two may share modules.
         ref_micro_batch: micro-batch of `ref_inputs`; None: `micro_batch`.
-        scale: a function of the loss whose result is walked back from instead: ``scaler.scale`` of a ``GradScaler``, or
+        scale: a function of the loss whose result is differentiated instead: ``scaler.scale`` of a ``GradScaler``, or
             ``lambda loss: loss / 4`` for the mean of four accumulated steps.
 
     Raises:
@@ -202,7 +202,7 @@ class _Tower:
         with torch.no_grad():
             for micro_batch, count in zip(self.micro_batches(), self.counts, strict=True):
                 part = self._embedded(micro_batch, count)
-                if first == 0:  # one piece: small ones that are kept would leave holes where activations were
+                if first == 0:  # one chunk: small ones that are kept would leave holes where activations were
                     self.embeddings = part.new_empty(sum(self.counts), part.shape[1])
                 whole = self.embeddings
                 if part.shape[1] != whole.shape[1] or part.dtype != whole.dtype:

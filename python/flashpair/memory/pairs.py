@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..chunked.pairs import Known, PiecedPairs
-from ..core.chunks import Found, Piece
-from ..core.class_pairs import Drawn, picked
+from ..chunked.pairs import ChunkedPairs, LabelledSource
+from ..core.chunks import Chunk, Received
+from ..core.class_pairs import ClassPairs, gather_class_pairs
 from .queue import Segment
 
 
-class MemoryWalk(Known):
+class MemorySource(LabelledSource):
     """The batch, then each segment of the memory. References stand in the order of the batch's samples, as they came,
     and then of the memory's entries, the oldest first.
 
@@ -36,8 +36,8 @@ class MemoryWalk(Known):
             same += hi - lo
         return same, self.labels.shape[0] + sum(map(len, self.segments))
 
-    def singly(self) -> MemoryWalk:
-        return MemoryWalk(self.labels, self.order, self.segments, singly=True)
+    def singly(self) -> MemorySource:
+        return MemorySource(self.labels, self.order, self.segments, singly=True)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Labels, sorted, and places among all references of the batch and of each segment."""
@@ -45,38 +45,38 @@ class MemoryWalk(Known):
         for s in self.segments:
             yield s.labels, s.stamps + self.labels.shape[0]
 
-    def pieces(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Piece]:
-        yield Piece(y if self.one_way else None, self.labels, self.order, wanted=self.one_way)
+    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
+        yield Chunk(y if self.one_way else None, self.labels, self.order, wanted=self.one_way)
         for s in self.segments:
-            yield Piece(s.rows.to(x.dtype), s.labels, s.stamps + self.labels.shape[0])
+            yield Chunk(s.rows.to(x.dtype), s.labels, s.stamps + self.labels.shape[0])
 
-    def give(self, piece: Piece, numbers: Tensor | None, rows: Tensor | None) -> list[Found]:
-        return [Found(slice(None), None, rows)]
+    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
+        return [Received(slice(None), None, rows)]
 
-    def settle(self) -> list[Found]:
+    def flush(self) -> list[Received]:
         return []
 
 
-class MemoryPairs(PiecedPairs):
+class MemoryPairs(ChunkedPairs):
     """Anchors (N, D) against themselves and a memory, of whose entries only counts and places are looked for."""
 
-    walk: MemoryWalk
+    ref_source: MemorySource
 
-    def __init__(self, x: Tensor, walk: MemoryWalk, distance: str, impl: str, named: bool) -> None:
-        super().__init__(x, walk.order, walk, True, distance, impl)
+    def __init__(self, x: Tensor, ref_source: MemorySource, distance: str, impl: str, named: bool) -> None:
+        super().__init__(x, ref_source.order, ref_source, True, distance, impl)
         self.screens = not named and x.device.type == "cpu"
 
     @property
     def ref_labels(self) -> Tensor:
         """Of the batch and of the memory (M,), sorted."""
-        return torch.cat([labels for labels, _ in self.walk.parts()]).sort().values
+        return torch.cat([labels for labels, _ in self.ref_source.parts()]).sort().values
 
     def positive_places(self, block: range) -> Tensor:
         labels, n = self.labels, self.labels.shape[0]
         k = torch.arange(block.start, block.stop, device=labels.device)
         rank = torch.arange(n, device=labels.device)
         found, before = torch.full((n, len(block)), -1, device=k.device), torch.zeros_like(labels)
-        for part, (others, order) in enumerate(self.walk.parts()):
+        for part, (others, order) in enumerate(self.ref_source.parts()):
             lo, hi = span(others, labels)
             own = int(part == 0)  # of its class in the batch one is the anchor itself
             at = lo[:, None] + k - before[:, None]
@@ -88,7 +88,7 @@ class MemoryPairs(PiecedPairs):
             before = before + (hi - lo - own)
         return found
 
-    def draw(self) -> Drawn:
+    def draw(self) -> ClassPairs:
         """The first sample of each class, with the second one or, without it, the first that stands in the memory."""
         labels, n = self.labels, self.labels.shape[0]
         rank = torch.arange(n, device=labels.device)
@@ -96,14 +96,14 @@ class MemoryPairs(PiecedPairs):
         follows = torch.searchsorted(labels, labels, right=True) > rank + 1
         none = torch.full_like(rank, torch.iinfo(torch.int64).max)
         oldest = none
-        for s in self.walk.segments:
+        for s in self.ref_source.segments:
             lo, hi = span(s.labels, labels)
             stamp = torch.where(hi > lo, s.stamps[lo.clamp_max(len(s) - 1)], none)
             oldest = torch.minimum(oldest, stamp)
         there = oldest < none
-        second = self.walk.order[(rank + 1).clamp_max(max(n - 1, 0))] if n else rank
+        second = self.ref_source.order[(rank + 1).clamp_max(max(n - 1, 0))] if n else rank
         positives = torch.where(follows, second, torch.where(there, oldest + n, 0))
-        return picked(rank, positives, first & (follows | there), n)
+        return gather_class_pairs(rank, positives, first & (follows | there), n)
 
 
 def span(labels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

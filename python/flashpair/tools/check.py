@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..engine.dispatch import IMPLEMENTATIONS, obstacles
+from ..engine.dispatch import IMPLEMENTATIONS, unsupported_reasons
 from ..losses.base import Criterion
 from ..losses.registry import CRITERIA
 from .import_target import criterion
@@ -119,7 +119,7 @@ def main(targets: Sequence[str] = ()) -> int:
     checked = {target: criterion(target) for target in targets} or CRITERIA
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     for device, impl in itertools.product(devices, IMPLEMENTATIONS):
-        if reasons := obstacles(impl, torch.device(device)):
+        if reasons := unsupported_reasons(impl, torch.device(device)):
             sys.stdout.write(f"{impl} on {device}: not checked, it cannot run: {'; '.join(reasons)}\n")
             continue
         for name, make in checked.items():

@@ -10,7 +10,7 @@ import torch
 
 from .. import __version__
 from ..backends import extension
-from ..engine.dispatch import IMPLEMENTATIONS, obstacles
+from ..engine.dispatch import IMPLEMENTATIONS, unsupported_reasons
 
 
 def _version(package: str) -> str:
@@ -54,7 +54,7 @@ def _onchip_lines() -> list[str]:
     if isinstance(module, str):
         return [f"onchip: not built: {module}"]
     found = [f"onchip: built with {extension.build_record().get('cuda') or 'an unrecorded compiler'}"]
-    if obstacles("onchip", torch.device("cuda")):
+    if unsupported_reasons("onchip", torch.device("cuda")):
         return found
     from ..backends.cuda import onchip
 
@@ -84,7 +84,7 @@ def lines() -> list[str]:
     ]
     for impl in IMPLEMENTATIONS:
         for device in ("cpu", "cuda") if len(devices) > 1 else ("cpu",):
-            reasons = obstacles(impl, torch.device(device))
+            reasons = unsupported_reasons(impl, torch.device(device))
             found.append(f"  {impl} on {device}: {'runs' if not reasons else 'cannot run: ' + '; '.join(reasons)}")
     return found
 

@@ -1,4 +1,5 @@
-"""The bound of SCREENED.md against what would break it: no pair that counts is lost, at any threshold, of any size.
+"""The bound of docs/screened-mining.md against what would break it: no pair that counts is lost, at any threshold, of
+any size.
 
 `make sanitize` runs this file on a build with address and undefined-behaviour checks.
 """

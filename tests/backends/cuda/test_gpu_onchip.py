@@ -9,10 +9,10 @@ from helpers import CRITERIA, assert_as_good_as, assert_same, batch
 from flashpair import MultiSimilarityLoss
 from flashpair.backends.cuda import onchip
 from flashpair.engine import dispatch
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 from flashpair.tools.check import value_and_gradient
 
-WHY_NOT = obstacles("onchip", torch.device("cuda")) if torch.cuda.is_available() else ["needs a CUDA device"]
+WHY_NOT = unsupported_reasons("onchip", torch.device("cuda")) if torch.cuda.is_available() else ["needs a CUDA device"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason="; ".join(WHY_NOT))]
 FORMS = {name: make for name, make in CRITERIA.items() if make().row_formula() is not None}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -123,8 +123,8 @@ def test_one_launch():
 
 def test_auto_takes_it_for_small_batches(monkeypatch):
     called = []
-    run = onchip.run_whole
-    monkeypatch.setattr(onchip, "run_whole", lambda call: called.append(call.x.shape[0]) or run(call))
+    run = onchip.run_small_batch
+    monkeypatch.setattr(onchip, "run_small_batch", lambda call: called.append(call.x.shape[0]) or run(call))
     learned = torch.nn.Parameter(torch.tensor(2.0, device="cuda"))
     for n, alpha, takes in ((64, 2.0, True), (64, learned, False), (dispatch.ONCHIP_SIDE + 4, 2.0, False)):
         called.clear()

@@ -15,14 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("triton")
-import triton
 from flashpair.backends.triton.kernels import configs
 from ttir import narrow_products
 
 CHIPS = ("80", "90", "100", "86", "gfx942")
-RANK = "parent layout must have at least rank >= 2"
-# (Triton, chip, loss): bytes of stack of the square Euclidean backward pass, for which no smaller tile was better.
-SPILLS = {("3.6.0", "80", "logsumexps"): 24}
 
 
 def _screened():
@@ -43,8 +39,6 @@ def compiled(request):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).resolve().parents[2] / "support" / "aot.py"), request.param]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode and request.param == "100" and triton.__version__ == "3.6.0" and RANK in done.stderr:
-        pytest.xfail(f"this Triton cannot compile the forward pass of windows for Blackwell: {RANK}")
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(chip=request.param, kernels=json.loads(done.stdout))
 
@@ -58,8 +52,7 @@ def test_every_configuration_fits_the_chip(compiled):
             kernels = {r["kernel"] for r in own}
             assert {"reduce_rows", "weigh_rows"} <= kernels, f"{name} to D = {largest} was not compiled"
     for r in compiled.kernels:
-        known = SPILLS.get((triton.__version__, compiled.chip, r["loss"]), 0)
-        assert r["stack"] <= known, f"registers spill to the stack: {r}"
+        assert r["stack"] == 0, f"registers spill to the stack: {r}"
         assert r["registers"] <= (512 if compiled.chip.startswith("gfx") else 255), r
         assert r["shared"] <= configs.SHARED_MEMORY[family] * 1024, f"more shared memory than the chip has: {r}"
 

@@ -419,7 +419,7 @@ def test_fullgraph_compile_and_the_registered_ops(tiles):
 
 @both
 def test_opcheck(schedule, tiles):
-    plan = flashpair.core.label_order.make_plan(torch.arange(40) // 4)
+    plan = flashpair.core.label_order.make_label_order(torch.arange(40) // 4)
     x = torch.randn(40, 6, dtype=torch.float64)
     spec = row_reduce_op.encode(flashpair.losses.mining._mined(2.0, 50.0, 0.1), (), "dot", "fused")
     arguments = (x, None, plan.lo, plan.hi, None, plan.ref_order, None, [], *spec, True)

@@ -11,7 +11,7 @@ from helpers import CRITERIA, assert_as_good_as, assert_same, batch, forms
 
 from flashpair import Bound, MultiSimilarityLoss, Reduction, metrics, row_reduce
 from flashpair.engine import nearest
-from flashpair.engine.dispatch import obstacles
+from flashpair.engine.dispatch import unsupported_reasons
 from flashpair.miners import hard_classes
 from flashpair.tools.check import value_and_gradient
 
@@ -23,7 +23,7 @@ if torch.cuda.is_available():
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = ["fused", "tiled"]
 UNIT_ONLY = ("AngularLoss(form='hinge')",)  # which refuse normalize=False
-ONCHIP = obstacles("onchip", torch.device("cuda")) if torch.cuda.is_available() else []
+ONCHIP = unsupported_reasons("onchip", torch.device("cuda")) if torch.cuda.is_available() else []
 MINING = [*SCHEDULES, "screened"]
 EVERY = [*MINING, pytest.param("onchip", marks=pytest.mark.skipif(bool(ONCHIP), reason="; ".join(ONCHIP)))]
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
+import torch
 from ptx.faults import Fault, Unsupported
-from ptx.small import run
+from ptx.small import kernel, memory, run
+
+from flashpair.core.similarity import normalize
 
 # Each thread leaves its word in shared memory, and takes its neighbour's of the other warp.
 EXCHANGE = """
@@ -64,6 +69,18 @@ def test_within_a_warp_lockstep_is_order_enough():
     assert (second == first.reshape(2, 2, 16)[:, ::-1].ravel()).all()
 
 
+def test_lanes_that_store_at_one_address_store_the_same():
+    first, second = words()
+    body = "and.b32 %r3, %r1, -8;\nshr.u32 %r4, %r0, {by};\n{store}"
+    into_shared = "st.shared.b32 [%r3], %r4;\nld.shared.b32 %r5, [%r3];\nst.global.b32 [%d1], %r5;"
+    run(body.format(by=1, store=into_shared), first, second)
+    assert (second == np.arange(64) // 2).all()
+    assert "one place" in faults(body.format(by=0, store=into_shared), "race")
+    into_global = "cvt.u64.u32 %d3, %r0;\nand.b64 %d3, %d3, 1;\nshl.b64 %d3, %d3, 2;\nsub.s64 %d3, %d1, %d3;\n"
+    run(body.format(by=1, store=f"{into_global}st.global.b32 [%d3], %r4;"), first, second)
+    assert "one element" in faults(body.format(by=0, store=f"{into_global}st.global.b32 [%d3], %r4;"), "race")
+
+
 def test_a_write_may_not_overtake_another_warps_read():
     again = "bar.sync 0;\nst.shared.b32 [%r1], %r0;\n"
     body = EXCHANGE.format(barrier="bar.sync 0;")
@@ -100,6 +117,19 @@ def test_a_guard_keeps_threads_from_what_is_not_theirs():
     first, second = words()
     run("setp.lt.u32 %p1, %r0, 63;\n@%p1 st.global.b32 [%d1+4], %r0;", first, second)
     assert (second[1:] == np.arange(63)).all() and second[0] == 0
+
+
+def test_tensors_side_by_side_are_far_apart_for_a_kernel():
+    pytest.importorskip("triton")
+    from ptx.launch import Launch, pack
+
+    both = torch.zeros(128, dtype=torch.int32)
+    parameters, regions = pack([("*i32", "first", both[:64]), ("*i32", "second", both[64:])])
+    launch = functools.partial(Launch, name="kernel", threads=64, grid=(1, 1, 1), shared=0)
+    launch(kernel("st.global.b32 [%d1], %r0;", 64), parameters=parameters, regions=regions).run()
+    assert both.tolist() == [0] * 64 + list(range(64))
+    with pytest.raises(Fault, match="access outside the tensors"):
+        launch(kernel("st.global.b32 [%d0+4], %r0;", 64), parameters=parameters, regions=regions).run()
 
 
 def test_blocks_share_no_element():
@@ -193,3 +223,147 @@ def test_products_in_flight(change, kind):
     with pytest.raises(Fault) as found:
         run(PRODUCT.format(**GOOD | change), *arrays, threads=128, shared=16384)
     assert found.value.kind == kind, found.value
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalised_rows_are_rounded_once(dtype):
+    pytest.importorskip("triton")
+    from ptx.cases import rounded_once
+
+    x = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = normalize(x.float()).to(dtype)
+    assert rounded_once(rows, x)
+    bits = rows.clone().view(torch.int16)
+    bits[7, 3] += 1
+    assert not rounded_once(bits.view(dtype), x)
+    assert not rounded_once(normalize(x.float()).mul(1 + 2.0**-9).to(dtype), x)
+
+
+def mutants(body, first, second, threads=64, shared=4096):
+    """Of a small kernel: kind, what finds it, and why nothing does."""
+    pytest.importorskip("triton")
+    from ptx.launch import Launch
+    from ptx.mutants import Hunt
+
+    parameters, regions = memory(first, second)
+    hunt = Hunt(few=False)
+    hunt(Launch(kernel(body, threads), "kernel", threads, (1, 1, 1), shared, parameters, regions))
+    return [(record["mutant"], record["by"], record["why"]) for record in hunt.records.values()]
+
+
+BARRIER = "bar.sync 0;\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (EXCHANGE.format(barrier=BARRIER), ["needed"]),
+        (EXCHANGE.format(barrier=2 * BARRIER), ["no access on one side of it"] * 2),
+        (
+            EXCHANGE.format(barrier=BARRIER).replace("128", "64"),
+            ["what is accessed on both sides of it is one warp's own"],
+        ),
+        (
+            EXCHANGE.format(barrier=BARRIER) + BARRIER + "ld.shared.b32 %r5, [%r1];\n",
+            ["needed", "what is accessed on both sides of it is only read"],
+        ),
+        (
+            "st.shared.b32 [%r1], %r0;\n" + BARRIER + "st.shared.b32 [%r1+1024], %r0;\n",
+            ["nothing is accessed on both sides of it"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_barrier_that_nothing_misses_has_a_reason(body, why):
+    found = mutants(body, *words())
+    assert [kind for kind, *_ in found] == ["barrier"] * len(why)
+    assert [why or ("needed" if by == "race" else "") for _, by, why in found] == why
+
+
+# Each thread takes its own word, or 3 where the mask keeps it out: here the threads from `edge` on.
+MASKED = """
+setp.lt.u32 %p1, %r0, {edge};
+mov.b32 %r2, 3;
+@%p1 ld.global.b32 %r2, [%d0];
+{use}
+st.global.b32 [%d1], %r4;
+"""
+
+
+@pytest.mark.parametrize(
+    ("edge", "use", "by", "why"),
+    [
+        (64, "mov.b32 %r4, %r2;", "", "it is true in every lane"),
+        (40, "mov.b32 %r4, %r2;", "other result", ""),
+        (40, "selp.b32 %r4, %r2, %r0, %p1;", "", "what it keeps out is not used"),
+        (40, "min.u32 %r4, %r2, 2;", "", "what it keeps out is not used"),
+        (40, "shr.u32 %r4, %r2, 8;", "other result with other numbers there", ""),
+    ],
+)
+def test_a_mask_that_nothing_misses_has_a_reason(edge, use, by, why):
+    assert mutants(MASKED.format(edge=edge, use=use), *words()) == [("mask", by, why)]
+
+
+def test_a_store_by_more_threads_than_it_takes():
+    """Both halves have one value for each word, and the second need not store it; then a value of its own."""
+    half = "and.b32 %r2, %r0, 31;\nmul.wide.u32 %d4, %r2, 4;\nsub.s64 %d5, %d1, %d2;\nadd.s64 %d5, %d5, %d4;\n"
+    store = half + "setp.lt.u32 %p1, %r0, 32;\n@%p1 st.global.b32 [%d5], {value};"
+    assert mutants(store.format(value="%r2"), *words()) == [
+        ("mask", "", "the lanes that it keeps out would do what others do")
+    ]
+    assert mutants(store.format(value="%r0"), *words()) == [("mask", "race", "")]
+
+
+def test_a_copy_without_its_mask():
+    """A copy's bytes are zeros where its mask is: of a word that nobody wants, or that someone does."""
+    body = "and.b32 %r5, %r0, 1;\nshl.b32 %r5, %r5, 2;\n" + COPY.format(wait="cp.async.wait_group 0;")
+    body = body.replace("[%d0], 4;", "[%d0], 4, %r5;")
+    assert mutants(body, *words())[0] == ("copy's mask", "other result", "")
+    unused = body.replace("st.global.b32 [%d1]", "setp.ne.u32 %p1, %r5, 0;\n@%p1 st.global.b32 [%d1]")
+    assert mutants(unused, *words())[0] == ("copy's mask", "", "what it keeps out is not used")
+
+
+TWICE = {
+    "proxy": ("proxy fence", ["no product reads what no other fence covers"] * 2),
+    "fence": ("wgmma's fence", ["no product's register is written since the fence before it"] * 2),
+    "wait": (
+        "wgmma's wait",
+        ["nothing that it waits for is used before another wait", "nothing that it waits for is in flight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TWICE)
+def test_a_fence_or_wait_that_stands_twice(what):
+    arrays = np.zeros(128, np.uint32), np.ones(128, np.uint32)
+    kind, why = TWICE[what]
+    once = mutants(PRODUCT.format(**GOOD), *arrays, threads=128, shared=16384)
+    assert all(by and not why for _, by, why in once), once
+    twice = mutants(PRODUCT.format(**GOOD | {what: 2 * GOOD[what]}), *arrays, threads=128, shared=16384)
+    assert [(by, reason) for name, by, reason in twice if name == kind] == [("", reason) for reason in why]
+
+
+def test_a_register_moved_after_its_fence():
+    """A copy of a number that was there before the fence is no less written after it."""
+    arrays = np.zeros(128, np.uint32), np.ones(128, np.uint32)
+    with pytest.raises(Fault, match="written after its"):
+        run(PRODUCT.format(**GOOD | {"early": "mov.b32 %r10, %r11;"}), *arrays, threads=128, shared=16384)
+
+
+def test_a_mutant_without_a_reason_fails_the_run(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from ptx import mutants
+    from ptx.__main__ import main
+
+    record = {
+        "kernel": "reduce_rows",
+        "mutant": "barrier",
+        "at": "reduce.py:1",
+        "what": "bar.sync 0",
+        "by": "",
+        "why": "",
+    }
+    found, explained = {"by": "race"}, {"why": "no access on one side of it"}
+    for change, status in ((found, 0), (explained, 0), ({}, 1), (found | explained, 1)):
+        monkeypatch.setattr(mutants, "of_case", lambda case, few, change=change: [record | change])
+        assert main(["mutants", "tiled"]) == status
+        assert ("reduce.py:1: bar.sync 0" in capsys.readouterr().out) == bool(status)

@@ -363,7 +363,7 @@ def test_fullgraph_compile():
 @pytest.mark.parametrize("keep", [False, True])
 def test_opcheck(keep):
     x, labels = _clusters(100, 16, 0.3)
-    plan = flashpair.core.label_order.make_plan(labels)
+    plan = flashpair.core.label_order.make_label_order(labels)
     spec = row_reduce_op.encode(flashpair.losses.mining._mined(2.0, 50.0, 0.1), (), "dot", "fused")
     arguments = (x, None, plan.lo, plan.hi, None, plan.ref_order, None, [], *spec, keep)
     torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments, test_utils=("test_schema", "test_faketensor"))

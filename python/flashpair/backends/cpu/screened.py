@@ -1,4 +1,5 @@
-"""`screened` on the CPU: int8 products prove nearly all pairs dead; the survivors alone are computed. SCREENED.md.
+"""`screened` on the CPU: int8 products prove nearly all pairs dead; the survivors alone are computed
+(docs/screened-mining.md).
 
 Computes: what `tiled` does, of calls all of whose reductions off the positives' band have no use for most pairs (mining
 windows, hinges, extremes). csrc/cpu/screen/int8.h has the bound and its products, screen.h what each anchor wants.
@@ -96,7 +97,7 @@ def _quick_products() -> bool:
 _quick_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def refusals(reductions: tuple[Reduction, ...], d: int) -> list[str]:
+def unsupported_reasons(reductions: tuple[Reduction, ...], d: int) -> list[str]:
     """Why pairs of such a call, of D coordinates, cannot be screened; empty if they can."""
     off_band = [(k, r) for k, r in enumerate(reductions) if r.side != "positives"]
     found = [f"screened takes D up to {MOST_DEPTH:,}, got {d:,}"] if d > MOST_DEPTH else []

@@ -17,7 +17,19 @@ import torch
 from torch import Tensor
 
 from ...core import expression
-from ...core.problem import POSITIVES, Given, Gradients, Like, Problem, Results, Terms, Whole, address, num_rows, tops
+from ...core.problem import (
+    POSITIVES,
+    Given,
+    Gradients,
+    Like,
+    Problem,
+    Results,
+    SmallBatch,
+    Terms,
+    address,
+    num_rows,
+    tops,
+)
 from ...core.reduction import BUILT_IN, TRANSFORMS
 from ...core.transforms import custom
 from .. import extension
@@ -69,7 +81,7 @@ def _program(name: str) -> Any:
         p = transform.program
         assert not isinstance(p, str)
         listed = [(expression.OPS.index(s.op), s.a, s.b, s.c, s.constant) for s in p.steps]
-        transform.compiled["cpu"] = extension.require().Program(listed, p.value, p.slope, p.own_slope)
+        transform.compiled["cpu"] = extension.require().Program(listed, p.value, p.slope, p.d_offset)
     return transform.compiled["cpu"]
 
 
@@ -228,7 +240,7 @@ def backward(
     return Gradients(dx, dy, None if dscale is None else dscale.to(p.x.dtype), doffset, dref_offset)
 
 
-def run_whole(call: Whole) -> Results:
+def run_small_batch(call: SmallBatch) -> Results:
     x, labels, refs, ref_labels = call.operands()
     n, m, d, _, square = call.shape
     results = call.room(x.dtype)

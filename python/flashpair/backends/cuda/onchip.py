@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...core.problem import Results, Whole, accumulator, address
+from ...core.problem import Results, SmallBatch, accumulator, address
 from .. import extension
 
 BLOCK_ROWS = (1, 2, 4, 8, 16)  # that a block may own: csrc/cuda/onchip.cu has a kernel for each
@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def _limits(index: int) -> Limits | str:
     module = extension.onchip()
-    assert not isinstance(module, str)  # dispatch.obstacles comes first
+    assert not isinstance(module, str)  # dispatch.unsupported_reasons comes first
     try:
         if module.emulated:
             return Limits(*module.limits(index))
@@ -94,12 +94,12 @@ def _launch(
     return module.Launch(device, shape, code, numbers, want_dy)
 
 
-def run_whole(call: Whole) -> Results:
+def run_small_batch(call: SmallBatch) -> Results:
     device, dtype = call.x.device, accumulator(call.x.dtype)
     index = device.index or 0
     if device.type == "cuda" and torch.cuda.current_device() != index:
         with torch.cuda.device(index):
-            return run_whole(call)
+            return run_small_batch(call)
     x, labels, refs, ref_labels = call.operands()
     launch = _launch(index, call.shape, call.code, call.numbers, call.want_dy)
     results = call.room(dtype)

@@ -8,8 +8,8 @@ import linecache
 import math
 from typing import Any
 
-from ...core.expression import Program
-from ...core.transforms import Custom
+from ...core.expression import Expression
+from ...core.transforms import CustomTransform
 
 _TRITON = {
     "scaled": "s", "own": "own", "add": "{a} + {b}", "subtract": "{a} - {b}", "multiply": "{a} * {b}",
@@ -21,7 +21,7 @@ _TRITON = {
 }  # fmt: skip
 
 
-def triton_source(p: Program) -> str:
+def triton_source(p: Expression) -> str:
     """`value` and `slope` of a program as jit functions of kernels/transforms.py's kind."""
 
     def lines(count: int) -> list[str]:
@@ -38,7 +38,7 @@ def triton_source(p: Program) -> str:
 
     head = "@triton.jit\ndef {}_TAG(s, own):\n"
     value = head.format("value") + "\n".join([*lines(p.value + 1), f"    return n{p.value} + zero\n"])
-    ends = f"    return n{p.value} + zero, n{p.slope} + zero, n{p.own_slope} + zero\n"
+    ends = f"    return n{p.value} + zero, n{p.slope} + zero, n{p.d_offset} + zero\n"
     return value + "\n\n" + head.format("slope") + "\n".join([*lines(len(p.steps)), ends])
 
 
@@ -84,7 +84,7 @@ def wrapped(value: Any, slope: Any) -> tuple[Any, Any]:
     return jit(_WRAPPED, f"users_{next(_wrapped)}", users_value=value, users_slope=slope)
 
 
-def functions(transform: Custom) -> tuple[Any, Any]:
+def functions(transform: CustomTransform) -> tuple[Any, Any]:
     """Jit functions of (scale * z, offset): phi, and its two derivatives; made once a transform."""
     if "triton" not in transform.compiled:
         if transform.value is not None:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...core.problem import Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
-from .gradients import Collector
+from .gradients import GradientCollector
 from .kernels import configs
 from .launcher import Side, Work, groups, padded, splits, weighted, windowed
+from .riders import riders
 
 
 def _live_shape(n: int, m: int, d: int, dtype: torch.dtype, device: torch.device, terms: Terms) -> tuple[int, int, int]:
@@ -53,8 +54,9 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     count = splits(work.blocks(work.n), work.tiles(work.m), work.device)
     index = {k: ranks[k] if ranks.numel() and t.indexed else None for k, t in enumerate(terms)}
     for stage in stages(terms):
-        for group in groups(terms, stage):
-            work.reduce_all(group, count, spoiled, values, index, planes)
+        riding = riders(terms, given, stage)
+        for group in groups(terms, [k for k in stage if k not in riding]):
+            work.reduce_all(group, count, spoiled, values, index, planes, riding)
     places = work.places(ranks) if ranks.numel() else ranks
     return values, (places, live, spoiled, torch.empty(0, dtype=torch.int8, device=work.device))
 
@@ -66,7 +68,7 @@ def backward(
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     places, live, spoiled, _ = kept
     work = Work(p, terms, given)
-    found = Collector(work, values, grads, need, spoiled)
+    found = GradientCollector(work, values, grads, need, spoiled)
     active = weighted(terms, grads)
     extremes = [k for k, t in enumerate(terms) if t.indexed and grads[k] is not None]
 

@@ -14,7 +14,7 @@ from .launcher import Block, Lists, Side, Work, aligned, groups, splits
 PARTIAL_BYTES = 64 * 2**20  # that the splits' partial gradients may take
 
 
-class Collector:
+class GradientCollector:
     """One backward pass: `launch` leaves row sums in parts, `settle` adds them up in a fixed order."""
 
     def __init__(

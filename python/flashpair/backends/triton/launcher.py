@@ -210,7 +210,7 @@ class Work:
         found: list[Any] = []
         for k in group:
             t = self.terms[k]
-            found += [MAPPED if t.mapped else t.op, t.side, phi(t)[what]]
+            found += [MAPPED if t.transformed else t.op, t.side, phi(t)[what]]
         return found if len(group) == 2 else [*found, NOTHING, POSITIVES, phi(None)[what]]
 
     def reduce(
@@ -248,8 +248,18 @@ class Work:
         run(
             reduce.finish, (-(-self.n // FINISH_ROWS),), self.device, state.peak, state.total, poison, values[k],
             *self.relative(k, values), index, self.n, count, float(self.given.scales[k]), state.scale,
-            OP=MAPPED if t.mapped else t.op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
+            OP=MAPPED if t.transformed else t.op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
         )  # fmt: skip
+
+    def finish_all(
+        self, group: Sequence[int], states: Sequence[Reduced], poison: Tensor, values: Tensor,
+        index: dict[int, Tensor | None], riders: dict[int, int],
+    ) -> None:  # fmt: skip
+        """Of some terms, and of those that ride with them."""
+        for k, state in zip(group, states, strict=True):
+            self.finish(k, state, poison, values, index[k])
+            for rider in (other for other, leader in riders.items() if leader == k):
+                self.finish(rider, Reduced(peak=state.peak), poison, values, None)
 
     def relative(self, k: int, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The top and rest (N,) of a logsumexp."""
@@ -258,13 +268,12 @@ class Work:
 
     def reduce_all(
         self, group: Sequence[int], count: int, poison: Tensor, values: Tensor, index: dict[int, Tensor | None],
-        live: dict[int, Tensor],
+        live: dict[int, Tensor], riders: dict[int, int],
     ) -> None:  # fmt: skip
-        """Values and indices of one or two terms over all pairs, from the embeddings."""
+        """Values and indices of one or two terms, and their riders, over all pairs, from the embeddings."""
         states = [self.state(k, count, index[k] is not None, values, live.get(k)) for k in group]
         self.reduce(group, states, self.anchors(), Block(0, self.n, 0, self.m), count)
-        for k, state in zip(group, states, strict=True):
-            self.finish(k, state, poison, values, index[k])
+        self.finish_all(group, states, poison, values, index, riders)
 
     def state(self, k: int, count: int, indexed: bool, values: Tensor, live: Tensor | None = None) -> Reduced:
         """Empty tensors for the state of a term; `indexed`: with the place of a min's or max's extreme."""
@@ -328,7 +337,7 @@ class Work:
         device."""
         near, found = None, list(slots)
         for place, (k, s) in enumerate(zip(group, slots, strict=True)):
-            if self.terms[k].op != LOGSUMEXP or self.terms[k].mapped:
+            if self.terms[k].op != LOGSUMEXP or self.terms[k].transformed:
                 continue
             if k not in self._around:
                 self._around[k] = self._one_for_all(k, s)
@@ -380,7 +389,7 @@ class Work:
 
 def phi(t: Term | None) -> tuple[Any, Any]:
     """The jit functions of a term's transform and of its slope."""
-    name = "identity" if t is None or not (t.op == SUM or t.mapped) else TRANSFORMS[t.transform]
+    name = "identity" if t is None or not (t.op == SUM or t.transformed) else TRANSFORMS[t.transform]
     return transforms.table[name] if name in transforms.table else codegen.functions(custom(name))
 
 

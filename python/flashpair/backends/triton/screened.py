@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core.problem import POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
-from .gradients import Collector
+from .gradients import GradientCollector
 from .launcher import Block, Side, Work, groups, splits, weighted
 from .screened_tiles import Found, Sieve, plan
 
@@ -72,15 +72,14 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
         for group in groups(terms, stage):
             off = tuple(k for k in group if terms[k].side != POSITIVES)
             if not off:
-                work.reduce_all(group, count, spoiled, values, index, {})
+                work.reduce_all(group, count, spoiled, values, index, {}, {})
                 continue
             found = sieve.find(off, values)
             states = [work.state(k, count + (k in off), index[k] is not None, values) for k in group]
             lists = sieve.lists(found.dense, work.anchors())
             work.reduce(group, states, work.anchors(), Block(0, work.n, 0, work.m), count, lists=lists)
             sieve.fold(off, [s for k, s in zip(group, states, strict=True) if k in off], found)
-            for k, state in zip(group, states, strict=True):
-                work.finish(k, state, spoiled, values, index[k])
+            work.finish_all(group, states, spoiled, values, index, {})
             if off in kept:
                 place = kept[off]
                 keys[place], dense[place] = found.keys, found.dense
@@ -97,7 +96,7 @@ def backward(
     places, keys, dense, z = kept
     work = Work(p, terms, given)
     sieve = Sieve(work)
-    found = Collector(work, values, grads, need, z[-1])
+    found = GradientCollector(work, values, grads, need, z[-1])
     active = weighted(terms, grads)
     extremes = [k for k, t in enumerate(terms) if t.indexed and grads[k] is not None]
     each = [

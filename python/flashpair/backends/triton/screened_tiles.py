@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...core.problem import MAX, MIN, SUM
 from ...core.reduction import HINGES, TRANSFORMS
-from .gradients import Collector
+from .gradients import GradientCollector
 from .kernels import configs, screen, survivors
 from .kernels.reduce import Reduced
 from .kernels.screen import Quantised, Window
@@ -173,7 +173,7 @@ class Sieve:
             ROWS=ROWS, PAIRS=ENTRIES, ACC=TRITON[work.dtype], warps=4, stages=1,
         )  # fmt: skip
 
-    def weigh(self, group: Sequence[int], found: Found, into: Collector) -> tuple[Tensor, list[Tensor | None]]:
+    def weigh(self, group: Sequence[int], found: Found, into: GradientCollector) -> tuple[Tensor, list[Tensor | None]]:
         """dL/dS of each survivor through one or two terms, and of each term, where it has a gradient of the references'
         offsets, their shares (L,). `into` gets the anchors' sums."""
         work, weights = self.work, torch.empty_like(found.z)

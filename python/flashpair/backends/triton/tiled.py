@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ...core.problem import NEGATIVES, POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
-from .gradients import Collector
+from .gradients import GradientCollector
 from .launcher import Block, Work, groups, padded, splits, weighted
+from .riders import riders
 
 BLOCK = 4096  # rows and columns: 64 MB of float32 similarities; a multiple of every tile
 STRIP = 512  # rows at a time of what is transposed
@@ -133,9 +134,10 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     anchors = work.anchors()
     buffers = None
     for stage in stages(terms):
-        rest, band = _split(work, stage)
+        riding = riders(terms, given, stage)
+        rest, band = _split(work, [k for k in stage if k not in riding])
         for group in band:
-            work.reduce_all(group, count, spoiled, values, index, {})
+            work.reduce_all(group, count, spoiled, values, index, {}, riding)
         launches = [(group, [work.state(k, 1, index[k] is not None, values) for k in group]) for group in rest]
         for state in (state for _, states in launches for state in states):
             work.clear(state)
@@ -149,8 +151,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
                 if at.mirror:
                     work.reduce(group, states, anchors, at.transposed(s), 1, carry=True)
         for group, states in launches:
-            for k, state in zip(group, states, strict=True):
-                work.finish(k, state, spoiled, values, index[k])
+            work.finish_all(group, states, spoiled, values, index, riding)
     places = work.places(ranks) if ranks.numel() else ranks
     nothing = torch.empty(0, dtype=torch.int8, device=work.device)
     return values, (places, spoiled, nothing, nothing.clone())
@@ -163,7 +164,7 @@ def backward(
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     places, spoiled, *_ = kept
     work = Work(p, terms, given)
-    found = Collector(work, values, grads, need, spoiled)
+    found = GradientCollector(work, values, grads, need, spoiled)
     rest, band = _split(work, weighted(terms, grads))
     in_band = [k for group in band for k in group]
     anchors = work.anchors()

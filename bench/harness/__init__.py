@@ -1,0 +1,1 @@
+"""How anything is timed: cases, peers, probes in processes of their own, checks before times, reports, plots."""

@@ -1,0 +1,115 @@
+"""Bytes that a process of a group sends, counted where flashpair.distributed hands them to torch.distributed, and the
+pairs that it meets.
+
+Of a collective, what its bandwidth-optimal algorithm sends: of an all-gather of B bytes from each of W processes
+(W - 1) B, of a reduce-scatter of B bytes to each as many, of an all-reduce of B bytes 2 (W - 1) / W B. (gloo, on CPUs,
+may send more: its reduce-scatter is an all-reduce.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from flashpair.chunked.reduce import ChunkedCall
+from flashpair.core.problem import Problem
+from flashpair.distributed.collectives import RING, Ranks
+
+
+class Sent:
+    """Bytes by what they were: all_gather, reduce_scatter, all_reduce; ring, home: from one process to another.
+
+    Of chunks, how many there were, and the pairs of their anchors and references, one that serves both its ends once.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self.pairs = {"forward": 0.0, "backward": 0.0}
+        self.chunks = {"forward": 0, "backward": 0}
+
+    def add(self, what: str, count: float) -> None:
+        self.bytes[what] = self.bytes.get(what, 0.0) + count
+        self.calls[what] = self.calls.get(what, 0) + 1
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "bytes": round(sum(self.bytes.values())),
+            "by_kind": self.bytes,
+            "calls": self.calls,
+            "pairs": self.pairs,
+            "pieces": self.chunks,
+        }
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Sent]:
+    """Counts while it is open, of this process."""
+    sent = Sent()
+    gathered, scatter_sum, total, most, exchange = (
+        Ranks._gathered, Ranks.scatter_sum, Ranks.sum, Ranks.max, Ranks.exchange,
+    )  # fmt: skip
+
+    def gather(self: Ranks, mine: Tensor) -> list[Tensor]:
+        sent.add("all_gather", (self.world - 1) * mine.nbytes)
+        return gathered(self, mine)
+
+    def scatter(self: Ranks, rows: Tensor, size: int) -> Tensor:
+        sent.add("reduce_scatter", (self.world - 1) * rows[0].nbytes)
+        return scatter_sum(self, rows, size)
+
+    def reduce(of: Any) -> Any:
+        def run(self: Ranks, values: Tensor) -> Tensor:
+            sent.add("all_reduce", 2 * (self.world - 1) / self.world * values.nbytes)
+            return of(self, values)
+
+        return run
+
+    def hand(self: Ranks, out: Tensor, to: int, into: Tensor, source: int, tag: int) -> Any:
+        sent.add("ring" if tag == RING else "home", out.nbytes)
+        return exchange(self, out, to, into, source, tag)
+
+    def met(way: str, of: Any) -> Any:
+        def run(self: ChunkedCall, p: Problem, *rest: Any) -> Any:
+            sent.chunks[way] += 1
+            sent.pairs[way] += p.pairs / (2 if p.y is None else 1)
+            return of(self, p, *rest)
+
+        return run
+
+    passes = {"forward": met("forward", ChunkedCall.forward), "backward": met("backward", ChunkedCall.backward)}
+    with (
+        mock.patch.multiple(
+            Ranks, _gathered=gather, scatter_sum=scatter, sum=reduce(total), max=reduce(most), exchange=hand
+        ),
+        mock.patch.multiple(ChunkedCall, **passes),
+    ):
+        yield sent
+
+
+# Of each pass of a loss over the references, forward and backward: how many numbers of an anchor go along with its row,
+# and how many are found for it elsewhere and come home. Multi-Similarity's windows are vectors; of NT-Xent the first
+# logsumexp is the second pass's offset, whose gradient comes home. A logsumexp is three numbers: schedule.tops.
+PASSES = {
+    "ms": (((0, 1), (2, 4), (1, 3)), ((10, 0),)),
+    "ms_weighting": (((0, 6),), ((8, 0),)),
+    "ntxent": (((0, 3), (1, 1)), ((3, 1), (4, 0))),
+}
+
+
+def formula(schedule: str, loss: str, world: int, n: int, d: int, itemsize: int) -> float:
+    """The bytes that docs/scaling.md says a process of `world` sends of a batch of n rows each; labels included, of
+    single numbers only few bytes are left out."""
+    forward, backward = PASSES[loss]
+    apart, steps = (world - 1) / 2, world // 2
+    row, number, labels = n * d * itemsize, n * itemsize, (world - 1) * n * 8
+    home = labels + sum(apart * found * number for _, found in (*forward, *backward))
+    if schedule == "ring":
+        round_ = sum(steps * (row + along * number) for along, _ in (*forward, *backward))
+        return round_ + home + len(backward) * apart * row
+    gathered = (world - 1) * (row + sum(along * number for along, _ in (*forward, *backward)))
+    return gathered + home + len(backward) * (world - 1) * row
