@@ -2,6 +2,8 @@
 
 criterion = flashpair.MultiSimilarityLoss()
 loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
+
+The examples in the docstrings start after ``import torch, flashpair``.
 """
 
 from . import distributed, functional, metrics, miners, samplers

@@ -1,5 +1,5 @@
-"""Some criteria as functions, N-pair, the lifted structures and Multi-Similarity: the same arguments and defaults, for
-code that keeps its own hyper-parameters."""
+"""The losses of pairs as functions, with their classes' arguments and defaults, for code that keeps its own
+hyper-parameters. Each function's docstring is made from its class's."""
 
 from __future__ import annotations
 
@@ -105,6 +105,37 @@ def lifted_structure_star_loss(
     return criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
 
 
+def _docstring(name: str, kind: type[losses.Criterion]) -> str | None:
+    """The class's docstring with the arguments of a call and an example; None where Python runs without docstrings."""
+    if kind.__doc__ is None:
+        return None
+    text, *parts = re.split(r"^(Args|Shape|Raises|Examples):\n", inspect.cleandoc(kind.__doc__), flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    references = REFERENCES if kind.takes_references else ""
+    example = EXAMPLE.format(name=name, kind=kind.__name__)
+    return (
+        f"{text}It is `{kind.__name__}` as a function.\n\nArgs:\n{CALL}{references}{sections['Args']}"
+        f"Shape:\n{sections['Shape']}Returns:\n    The loss.\n\nRaises:\n{sections['Raises']}Examples:\n{example}"
+    )
+
+
+CALL = """\
+    embeddings: (N, D), float16 to float64.
+    labels: (N,), integers.
+"""
+REFERENCES = """\
+    ref_emb: (M, D), `References` or `StreamedReferences`; None (the default): the batch itself.
+    ref_labels: (M,), integers, with a tensor as `ref_emb`.
+"""
+EXAMPLE = """\
+    >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+    >>> labels = torch.tensor([0, 0, 1, 1])
+    >>> loss = flashpair.functional.{name}(x, labels)
+    >>> torch.equal(loss, flashpair.{kind}()(x, labels))
+    True
+"""
+
+
 def _function(kind: type[losses.Criterion]) -> Callable[..., Tensor]:
     """A criterion of pairs as a function: its own arguments and defaults, after the embeddings and labels of a call."""
     of_class = inspect.signature(kind)
@@ -132,7 +163,7 @@ def _function(kind: type[losses.Criterion]) -> Callable[..., Tensor]:
     name = kind.__name__
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     function.__name__ = function.__qualname__ = NAMES.get(name, words)
-    function.__doc__ = f"`{name}` of embeddings (N, D) and labels (N,); its arguments are the class's."
+    function.__doc__ = _docstring(function.__name__, kind)
     function.__signature__ = signature  # type: ignore[attr-defined]
     return function
 
@@ -158,3 +189,12 @@ margin_loss = _function(losses.MarginLoss)
 angular_loss = _function(losses.AngularLoss)
 histogram_loss = _function(losses.HistogramLoss)
 fastap_loss = _function(losses.FastAPLoss)
+
+for _written, _kind in (
+    (multi_similarity_loss, losses.MultiSimilarityLoss),
+    (n_pairs_loss, losses.NPairsLoss),
+    (lifted_structure_loss, losses.LiftedStructureLoss),
+    (generalized_lifted_structure_loss, losses.GeneralizedLiftedStructureLoss),
+    (lifted_structure_star_loss, losses.LiftedStructureStarLoss),
+):
+    _written.__doc__ = _docstring(_written.__name__, _kind)

@@ -112,7 +112,7 @@ REFUSED = {
     "two reducers": (
         ValueError,
         lambda: losses.ContrastiveLoss(reducer=reducers.MultipleReducers({"pos_loss": SUM(), "neg_loss": MEAN()})),
-        ["one reducer must be of all parts, got SumReducer, MeanReducer"],
+        ["all parts must have the same reducer, got SumReducer, MeanReducer"],
     ),
     "penalty of a sum": (
         ValueError, lambda: losses.MarginLoss(nu=1, learn_beta=True, reducer=SUM()), ["nu of one learned beta"],
@@ -130,7 +130,7 @@ REFUSED = {
     "statistics": (ValueError, lambda: losses.CircleLoss(collect_stats=True), ["collect_stats of CircleLoss .loss."]),
     "another miner": (
         ValueError, lambda: (losses.ContrastiveLoss(), miners.PairMarginMiner()),
-        ["miner PairMarginMiner with ContrastiveLoss: no criterion mines so"],
+        ["miner PairMarginMiner with ContrastiveLoss: no criterion has this mining"],
     ),
     "miner of another loss": (
         ValueError, lambda: (losses.MultiSimilarityLoss(), miners.BatchHardMiner()), ["with MultiSimilarityLoss"],

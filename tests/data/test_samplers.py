@@ -201,16 +201,22 @@ def test_what_cannot_be():
     labels = uneven_labels()
     embed = torch.zeros
     for call, words in [
-        (lambda: MPerClassSampler(labels, 3, 8), "batch_size must, of all processes, be a multiple of m = 3, got 8"),
-        (lambda: MPerClassSampler(labels, 1, 31), "batch_size and m ask for 31 / 1, 31 classes .* got labels of 30"),
-        (lambda: MPerClassSampler(labels, 1, 16, num_replicas=2, rank=0), "ask for 32 / 1"),
+        (
+            lambda: MPerClassSampler(labels, 3, 8),
+            "batch_size times the number of processes must be a multiple of m = 3, got 8",
+        ),
+        (
+            lambda: MPerClassSampler(labels, 1, 31),
+            r"labels must have 31 classes \(batch_size / m = 31 / 1, over all processes\), got 30",
+        ),
+        (lambda: MPerClassSampler(labels, 1, 16, num_replicas=2, rank=0), "batch_size / m = 32 / 1"),
         (lambda: MPerClassSampler(labels, 1, 8, num_replicas=2, rank=2), "rank must be one of 0, 1"),
         (lambda: MPerClassSampler(labels, 0, 8), "m must be at least 1"),
         (lambda: MPerClassSampler(labels, 1, 8, seed=-1), "seed must be at least 0"),
         (lambda: MPerClassSampler(labels, 1, 8, seed=2**39), "seed must be below 2"),
         (lambda: MPerClassSampler(labels[None], 1, 8), "labels must have shape"),
-        (lambda: NPairsSampler(labels, 30), "classes of two samples or more are needed, 30 .* got labels of 29"),
-        (lambda: HardClassSampler(labels, embed, 30), "classes of two samples or more are needed"),
+        (lambda: NPairsSampler(labels, 30), "labels must have 30 classes of two samples or more .*, got 29"),
+        (lambda: HardClassSampler(labels, embed, 30), "labels must have 30 classes of two samples or more"),
         (lambda: HardClassSampler(labels, embed, 9, candidates=8), "candidates must be at least .* 9, got 8"),
         (lambda: HardClassSampler(labels, embed, 9, aggregate="mean"), "aggregate must be one of max, sum"),
         (lambda: hard_classes(torch.ones(3, 2), torch.ones(2, 2), 1), "positives must be like anchors"),

@@ -15,7 +15,7 @@ LABELS = torch.arange(64) // 4
 def test_a_share_is_not_shared_out_once_more():
     own = MPerClassSampler(LABELS, 4, 16, num_replicas=2, rank=0)
     for batches in (own, BatchSampler(Flat(own), 16, drop_last=False)):
-        with pytest.raises(RuntimeError, match="share, which accelerate would share out once more"):
+        with pytest.raises(RuntimeError, match="share, which accelerate would split again"):
             next(iter(shards.BatchSamplerShard(batches, 2, 0)))
     assert len(list(own)) == 2  # by itself it goes on
 

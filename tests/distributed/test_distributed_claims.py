@@ -124,7 +124,7 @@ def test_labels_of_references_are_those_of_all_processes(team, references):
 
 def looks_at_references():
     x = torch.randn(4, D)
-    with pytest.raises(RuntimeError, match=r"references in pieces are never there at once: pairs\.y"):
+    with pytest.raises(RuntimeError, match=r"references in chunks are never all in memory at once: pairs\.y"):
         gather(LooksAtReferences())(x, torch.arange(4), ref_emb=x, ref_labels=torch.arange(4))
     return True
 
@@ -144,10 +144,10 @@ def test_a_class_loss_of_ones_own(team, world, make):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (SaysNothing, "pairs_of of its own, and nothing says what its rows are: SaysNothing"),
-        (ProxyPairs, "pairs_of of its own, and nothing says what its rows are: ProxyPairs"),
-        (OwnForward, "a forward of its own, which is of one process: OwnForward"),
-        (OwnPairs, "pairs_of of its own, which is of one process: OwnPairs"),
+        (SaysNothing, "SaysNothing overrides pairs_of without declaring what its rows are"),
+        (ProxyPairs, "ProxyPairs overrides pairs_of without declaring what its rows are"),
+        (OwnForward, "OwnForward overrides forward, which sees one process only"),
+        (OwnPairs, "OwnPairs overrides pairs_of, which sees one process only"),
     ],
 )
 def test_what_row_losses_does_not_say_is_refused(make, words):
@@ -160,7 +160,7 @@ def test_a_penalty_of_ones_own_must_say_of_what():
         def penalty_of(self, x, labels, y, ref_labels, drawn=None):
             return None
 
-    with pytest.raises(TypeError, match="penalty_of of its own, and nothing says of what: Penalized"):
+    with pytest.raises(TypeError, match="Penalized overrides penalty_of without declaring what it is a mean over"):
         shard_classes(Penalized())
 
 
@@ -255,7 +255,7 @@ def _refusing(impls):
 
 def test_an_implementation_that_one_refuses_all_refuse(team):
     first, second = team.run(2, _refusing, ["tiled", "reference"])
-    assert first == "ValueError: arguments were refused on process 1, whose own error says why"
+    assert first == "ValueError: the arguments on process 1 are invalid; the error there says why"
     assert "impl='reference' cannot run" in second
 
 
@@ -319,7 +319,7 @@ def _one_computes_again(b, schedule):
 @every_schedule
 def test_a_checkpoint_on_one_process_alone_is_refused(team, schedule):
     for found in team.run(2, _one_computes_again, clustered(2), schedule):
-        assert found is not None and "computed again in backward" in found and "on process 0 alone" in found
+        assert found is not None and "recomputed in backward" in found and "on process 0 only" in found
 
 
 def _local(b, schedule, towers):
@@ -349,7 +349,7 @@ def test_labels_of_each_process_alone(team, schedule, towers, world):
 
 
 def test_local_labels_are_no_classes():
-    with pytest.raises(ValueError, match="labels must be global for ArcFaceLoss, where they are classes"):
+    with pytest.raises(ValueError, match="labels must be 'global' for ArcFaceLoss, where they are class indices"):
         gather(flashpair.ArcFaceLoss(3, 4), labels="local")
     with pytest.raises(ValueError, match="labels must be one of global, local, got 'mine'"):
         gather(flashpair.NTXentLoss(), labels="mine")

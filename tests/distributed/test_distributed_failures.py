@@ -92,7 +92,7 @@ def test_what_one_process_refuses_all_refuse(team, world, what, name, kind, word
     *others, (own,) = team.run(world, _refused, what, clustered(world), "all_gather", [name])
     assert own is not None and own[0] == kind and own[1].startswith(words), own
     for (error,) in others:
-        assert error == ("ValueError", f"arguments were refused on process {world - 1}, whose own error says why")
+        assert error == ("ValueError", f"the arguments on process {world - 1} are invalid; the error there says why")
 
 
 def _named(b, impl):
@@ -123,7 +123,7 @@ def test_words_and_things_that_are_no_criterion():
         def regularizer(self, x, labels, y, ref_labels):
             return x.square().sum()
 
-    with pytest.raises(TypeError, match=r"criterion has a regularizer of its own.*: Regularized"):
+    with pytest.raises(TypeError, match="Regularized overrides regularizer, which sees one process only"):
         gather(Regularized())
 
 

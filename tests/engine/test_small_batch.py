@@ -221,7 +221,7 @@ def test_a_subclass_with_rows_of_its_own_is_not_its_parent(impl):
             return rows._replace(losses=rows.losses * 2)
 
     if impl == "onchip":
-        with pytest.raises(RuntimeError, match="this criterion says none of them"):
+        with pytest.raises(RuntimeError, match="this criterion does not declare such a row formula"):
             Doubled(impl=impl)(x, labels)
     else:
         assert_parity(Doubled, impl, x.double(), labels)

@@ -167,9 +167,9 @@ def test_an_init_that_forgets_its_parents(base):
         ("regularizer", lambda s, *a: torch.ones(N), r"regularizer of Own must .*got float32 \(12,\)"),
         ("penalty_of", lambda s, *a: 0.5, "penalty_of of Own must return None or Penalty"),
         ("penalty_of", lambda s, *a: Penalty(torch.ones(()), 3), "penalty_of of Own must return None or Penalty"),
-        ("preparation", (False, lambda x: x[:3]), r"preparation of Own must make floating-point rows \(12, D\)"),
-        ("preparation", (False, lambda x: None), "preparation of Own must make floating-point rows .*NoneType"),
-        ("rows", lambda s, *a: whole(s, s.pairs_of(*a)), "rows of Own must return RowLosses and its pairs"),
+        ("preparation", (False, lambda x: x[:3]), r"preparation of Own must return floating-point rows \(12, D\)"),
+        ("preparation", (False, lambda x: None), "preparation of Own must return floating-point rows .*NoneType"),
+        ("rows", lambda s, *a: whole(s, s.pairs_of(*a)), "rows of Own must return a tuple of RowLosses and the pairs"),
     ],
 )
 def test_other_methods(name, value, words):
@@ -241,7 +241,9 @@ def test_rows_of_references_in_pieces_are_not_to_be_had(attribute):
         return RowLosses(getattr(pairs, attribute).sum(1), every(sums(pairs)), N)
 
     for way in (against_memory, against_stream):
-        with pytest.raises(RuntimeError, match=r"never there at once: pairs\.y and pairs\.refs are not to be had"):
+        with pytest.raises(
+            RuntimeError, match=r"never all in memory at once: pairs\.y and pairs\.refs are not available"
+        ):
             way(own(rows), *batch())
 
 
@@ -259,17 +261,17 @@ METHODS = {
 def test_what_a_memory_or_a_stream_would_not_call_is_refused(name):
     criterion = own(**{name: METHODS[name]})
     x, labels = batch()
-    with pytest.raises(TypeError, match=f"Own has a {name} of its own, which CrossBatchMemory would not call"):
+    with pytest.raises(TypeError, match=f"Own overrides {name}, which CrossBatchMemory does not call"):
         flashpair.CrossBatchMemory(criterion, 6, 32)
     changed = own()
     vars(changed)[name] = METHODS[name].__get__(changed)
-    with pytest.raises(TypeError, match=f"Own has a {name} of its own, which CrossBatchMemory would not call"):
+    with pytest.raises(TypeError, match=f"Own overrides {name}, which CrossBatchMemory does not call"):
         flashpair.CrossBatchMemory(changed, 6, 32)
     if name != "forward":
-        with pytest.raises(TypeError, match=f"Own has a {name} of its own, which StreamedReferences would not call"):
+        with pytest.raises(TypeError, match=f"Own overrides {name}, which StreamedReferences does not call"):
             against_stream(criterion, x, labels)
     if name not in ("pairs_of", "prepared"):
-        with pytest.raises(TypeError, match=f"Own has a {name} of its own, which pair_weights would not call"):
+        with pytest.raises(TypeError, match=f"Own overrides {name}, which pair_weights does not call"):
             flashpair.pair_weights(criterion, x, labels)
 
 

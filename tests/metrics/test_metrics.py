@@ -264,7 +264,7 @@ def test_what_cannot_be():
     x, labels, y, ref_labels = whole_numbers(9, 7, 3, 4, seed=1)
     alone = torch.arange(9)
     for call, words in [
-        (lambda: metrics.retrieval(x, alone), "labels must be some reference's"),
+        (lambda: metrics.retrieval(x, alone), "labels must have a reference of some query's class"),
         (lambda: metrics.retrieval(x, labels, recall_at=(0,)), "recall_at must be at least 1"),
         (lambda: metrics.retrieval(x, labels, lone="no"), "lone must be one of skip, miss"),
         (lambda: metrics.retrieval(x, labels, average="no"), "average must be one of micro, macro"),
@@ -272,16 +272,16 @@ def test_what_cannot_be():
         (lambda: metrics.retrieval(x * torch.nan, labels), "embeddings must be finite"),
         (
             lambda: metrics.retrieval(x[:1], labels[:1]),
-            "embeddings must be two or more, queries and references to each, got 1 and 1",
+            "embeddings must have two rows or more, got 1 queries and 1 references",
         ),
         (lambda: metrics.retrieval(x, labels, y), "ref_labels must be given with ref_emb"),
         (lambda: metrics.knn_accuracy(x, labels, k=9), "k must be at most 8"),
-        (lambda: metrics.verification_rate(x, alone), "labels must hold some class twice"),
+        (lambda: metrics.verification_rate(x, alone), "labels must have two samples of some class"),
         (lambda: metrics.verification_rate(x, labels, negatives=(8,)), "negatives must be at most"),
         (lambda: metrics.identification(x, labels, None), "ref_emb must be the gallery, got None"),
         (lambda: metrics.identification(x, 0 * labels, y, 0 * ref_labels, false_alarm_rates=(0.1,)), "need impostors"),
-        (lambda: metrics.identification(x, labels + 9, y, ref_labels), "without a subject of the gallery"),
-        (lambda: metrics.clustering_scores(labels[:0], labels[:0]), "labels must be of some samples"),
+        (lambda: metrics.identification(x, labels + 9, y, ref_labels), "got only impostors"),
+        (lambda: metrics.clustering_scores(labels[:0], labels[:0]), "labels must not be empty"),
         (lambda: metrics.confidence_interval([]), "runs must not be empty"),
         (lambda: metrics.retrieval(x * 1e20, labels), "and so must their squares"),
         (lambda: metrics.verification_rate(x, labels, y * 1e20, ref_labels), "ref_emb must be finite, and so must"),

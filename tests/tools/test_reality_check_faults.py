@@ -212,7 +212,7 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path):
         (("--data", "nowhere.npz"), "data must be digits, a file FILE.npz or a folder, got 'nowhere.npz'"),
         (("--trials", "-1"), "trials must be at least 1, got -1"),
         (("--threads", "0"), "threads must be at least 1, got 0"),
-        (("--losses", ","), "losses must name some, got ','"),
+        (("--losses", ","), "losses must name at least one, got ','"),
         (("--out", "file"), "out must be a folder, or none yet that can be made, got 'file'"),
         (("--image-size", "0", "--data", "images"), "image_size must be at least 1, got 0"),
     ],

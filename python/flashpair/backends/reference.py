@@ -75,12 +75,13 @@ def _phi(t: Tensor, transform: str) -> Tensor:
 
 
 class ReferencePairs:
-    """The engine's `Pairs` over a dense matrix: rows are anchors, columns references, both in the caller's order.
+    """The same as `Pairs` over a dense matrix: rows are anchors, columns references, both in the caller's order.
 
     Args:
         z: (N, M) similarities or distances; gradients flow into it.
-        labels: (N,) and `ref_labels` (M,): int64.
-        square: row i and column i are the same sample, and no pair.
+        labels: (N,) int64.
+        ref_labels: (M,) int64.
+        square: row i and column i are the same sample, which is no pair.
         ref_valid: None, or (M,) bool: references that take part.
         poison: a tensor () added to every row value: 0, or NaN when an embedding is not finite.
         order: None, or (M,) int64: the caller's place of each reference, where columns stand in another order.

@@ -33,7 +33,7 @@ def chunked_backend(impl: str, x: Tensor) -> str:
     chosen = choose(impl, x, None)
     if chosen not in TAKEN:
         why = f"impl={impl!r} cannot run" if impl != "auto" else "; ".join(unsupported_reasons("tiled", x.device))
-        raise RuntimeError(f"references in chunks are taken by 'tiled' and 'fused': {why}")
+        raise RuntimeError(f"only 'tiled' and 'fused' take references in chunks: {why}")
     return chosen
 
 
@@ -100,7 +100,9 @@ class ChunkedPairs(Pairs):
 
     @property
     def refs(self) -> Tensor:
-        raise RuntimeError("references in chunks are never there at once: pairs.y and pairs.refs are not to be had")
+        raise RuntimeError(
+            "references in chunks are never all in memory at once: pairs.y and pairs.refs are not available"
+        )
 
     @property
     def y(self) -> Tensor | None:
@@ -112,7 +114,9 @@ class ChunkedPairs(Pairs):
         return self.ref_source.known()[0]
 
     def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
-        raise RuntimeError("references in chunks have no sums of an anchor and its positive: pairs.sums")
+        raise RuntimeError(
+            "references in chunks have no sums of an anchor and its positive: pairs.sums is not available"
+        )
 
     def counts(self) -> tuple[Tensor, int]:
         if self._counts is None:

@@ -23,27 +23,41 @@ LABELS = 2**18  # that are sorted at a time to count them
 
 
 class StreamedReferences:
-    """References (M, D) with labels (M,) that are read a block at a time, where `ref_emb` stands:
-    ``criterion(embeddings, labels, ref_emb=StreamedReferences(np.memmap(...), bank_labels))``.
+    """References (M, D) with labels (M,) that do not fit in memory and are read a block at a time.
 
-    Beside the anchors' own memory a call holds two blocks of references (one that is computed, one that is read ahead)
-    and their labels. The loss and the anchors' gradient are those of all references in one chunk; references have none.
-    A call reads all of them once for each stage of its mining (Multi-Similarity has three) and once for the gradient,
-    and has to read the same each time: rows that have changed in between (a file that is written to, a loader that
-    shuffles) are an error.
+    They stand where `ref_emb` does: ``criterion(embeddings, labels, ref_emb=StreamedReferences(np.memmap(...),
+    bank_labels))``. The loss and the anchors' gradient are those of all references in one tensor; references get no
+    gradient.
+
+    Beside the anchors' own memory a call holds two blocks (one is computed, the next is read ahead) and the labels. A
+    call reads all references once for each stage of its mining (Multi-Similarity has three) and once for the gradient.
+    They must be the same each time: rows that change in between (a file that is written to, a loader that shuffles) are
+    an error.
 
     Args:
-        source: an array (M, D) of a floating dtype, such as ``numpy.memmap``, or a tensor, on any device: blocks go to
-            the anchors' device; or what gives tensors (m, D), M rows in all and always the same, each time it is
-            iterated over: a list, a Dataset's loader, or a function of no arguments that returns an iterator.
+        source: an array (M, D) of a floating dtype, such as ``numpy.memmap``, or a tensor, on any device; blocks are
+            moved to the anchors' device. Or an iterable that yields tensors (m, D), M rows in all and the same each
+            time it is iterated over: a list, a DataLoader, or a function of no arguments that returns an iterator.
         labels: (M,), integers.
-        block: rows that are read at a time; None: as many as 32 MB hold. An iterable's own tensors are its blocks.
-        progress: show a progress bar (needs rich); or a function of the blocks read and of all blocks of this pass
-            (0 where an iterable does not say), called after each.
+        block: rows to read at a time; None: as many as 32 MB hold. The tensors of an iterable are its blocks.
+        progress: True shows a progress bar (needs rich); a function is called after each block with the number of
+            blocks read and the number in this pass (0 if an iterable does not say).
+
+    Shape:
+        - source: (M, D), floating-point. labels: (M,), integers.
 
     Raises:
-        TypeError, ValueError: a source that can be read only once (a generator), labels that are no integers (M,), or,
-            in a call, blocks that do not add up to M rows of the anchors' width, or that are others than before.
+        TypeError: a source that can be read only once (a generator) or has no floating dtype; labels that are not
+            integers (M,).
+        ValueError: a source of another shape, or `block` below 1; in a call, blocks that do not add up to M rows of the
+            anchors' width, or that have changed since they were read first.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> bank = flashpair.StreamedReferences([torch.eye(2), -torch.eye(2)], torch.tensor([0, 1, 0, 1]))
+        >>> round(flashpair.NTXentLoss(temperature=0.5)(x, labels, ref_emb=bank).item(), 4)
+        1.708
     """
 
     def __init__(
@@ -56,7 +70,7 @@ class StreamedReferences:
     ) -> None:
         if isinstance(source, Iterator):
             raise TypeError(
-                "source must be readable more than once, as a list or a function that returns an iterator is, got "
+                "source must be readable more than once, such as a list or a function that returns an iterator, got "
                 f"{type(source).__name__}"
             )
         some = callable(source) or isinstance(source, Iterable) or hasattr(source, "shape")
@@ -143,10 +157,10 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
         start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
         if mapping.size() < start + high:  # reading on would kill the process
             raise ValueError(
-                f"source must be a whole file, got one cut to {mapping.size():,} bytes since it was transformed"
+                f"source must not shrink: its file was cut to {mapping.size():,} bytes after it was mapped"
             )
     if np.ma.is_masked(part):
-        raise ValueError("source must have no masked entries, which have no similarity")
+        raise ValueError("source must have no masked entries")
     part = np.array(part)
     if part.ndim != 2 or part.dtype.kind not in "biufc":
         raise TypeError(

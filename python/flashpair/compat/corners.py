@@ -1,4 +1,4 @@
-"""Which batches are corner cases of pytorch-metric-learning 2.9: each of `divergence.REASONS` as a question to a call.
+"""Corner cases of pytorch-metric-learning 2.9: a test on a call's batch for each of `divergence.REASONS`.
 
 A question is asked in two steps. `suspect` is cheap, asked of every call, and waits for no GPU; `certain` is asked
 where it is suspected, and computes, a block of anchors at a time, what the library computes there.

@@ -1,4 +1,4 @@
-"""Where pytorch-metric-learning 2.9 gives a number that flashpair does not reproduce: said when it occurs.
+"""Warnings where pytorch-metric-learning 2.9 gives a number that flashpair does not reproduce.
 
 A fused criterion has a hook, `Watch`, that puts each call to the questions of `corners` and warns of a corner case once
 a process and class of loss; then it asks no more. On a GPU answers are read when they have come, in a later call, so
@@ -58,7 +58,11 @@ _said: set[tuple[str, str]] = set()
 
 
 class Divergence(UserWarning):
-    """The fused criterion gives another number than the loss that it was made from, where that number is wrong."""
+    """Warning: a fused criterion differs from the loss it was made from, where that loss's number is wrong.
+
+    `flashpair.compat.pml.fuse` makes the criteria that warn with it; `flashpair.compat.divergence.REASONS` lists the
+    cases.
+    """
 
 
 def announce(owner: str, reason: str) -> None:

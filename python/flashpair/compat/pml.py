@@ -28,31 +28,45 @@ WRAPPERS = {
 
 
 def fuse(loss: Any, miner: Any = None, *, impl: str = "auto") -> Criterion:
-    """The criterion that gives the value and the gradient of a pytorch-metric-learning loss, and its miner.
+    """The criterion that gives the numbers of a pytorch-metric-learning loss, with its miner if there is one.
 
-    It is called with (embeddings, labels) and, where the loss takes them, `ref_emb` and `ref_labels`; it mines by
-    itself. Where the library's number is wrong (see `flashpair.compat.divergence.REASONS`) it gives flashpair's, and
-    the call that meets such a corner case warns of it with a `Divergence`, once a process for each class of loss and
-    reason; on a GPU a later call does, as none waits for the device. Calls within a compiled or captured graph, of
-    `flashpair.distributed` and against streamed references are not watched. Half-precision embeddings are computed in
-    float32.
+    Call it with (embeddings, labels) and, where the loss takes them, `ref_emb` and `ref_labels`; it mines by itself.
 
-    Weights, proxies, centres and a learned beta are copied, at the loss's dtype and on its device, as ``weight`` or
-    ``beta``: the optimizer must be given the new criterion's parameters. A later change of `loss` changes nothing here.
+    Where the library's number is wrong (see `flashpair.compat.divergence.REASONS`) the criterion gives flashpair's, and
+    the call that meets such a case warns with a `Divergence`, once a process for each class of loss and reason. On a
+    GPU a later call warns, since none waits for the device. Calls within a compiled or captured graph, calls of
+    `flashpair.distributed`, and calls with streamed references are not watched. Half-precision embeddings are computed
+    in float32.
+
+    Weights, proxies, centres and a learned beta are copied, with the loss's dtype and device, as ``weight`` or
+    ``beta``: give the optimizer the new criterion's parameters. Later changes of `loss` change nothing here.
 
     Args:
-        loss: a loss of ``pytorch_metric_learning.losses`` with the library's own distances and reducers
-            (MeanReducer, AvgNonZeroReducer, SumReducer, DivisorReducer where it is the default; DoNothingReducer, for
-            losses with an element a row of the batch, gives the elements (N,) themselves).
-        miner: None; with MultiSimilarityLoss a MultiSimilarityMiner; with TripletMarginLoss a BatchHardMiner, or a
+        loss: a loss of ``pytorch_metric_learning.losses`` with the library's own distances and reducers: MeanReducer,
+            AvgNonZeroReducer, SumReducer, DivisorReducer where it is the default, or DoNothingReducer for losses with
+            one element for each row, which then gives these elements (N,).
+        miner: None; for MultiSimilarityLoss a MultiSimilarityMiner; for TripletMarginLoss a BatchHardMiner, or a
             TripletMarginMiner of "all" or "semihard" triplets with at least the loss's margin, whose further triplets
             add nothing.
-        impl: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Returns:
+        A `Criterion`.
 
     Raises:
         ImportError: pytorch-metric-learning 2.9 is not installed.
-        TypeError: a class of loss that is not known.
-        ValueError: what the criterion would not compute the same, with every reason.
+        TypeError: an unknown class of loss.
+        ValueError: a loss or miner that the criterion would not reproduce, with every reason.
+
+    Examples:
+        >>> from flashpair.compat import pml
+        >>> from pytorch_metric_learning.losses import ContrastiveLoss
+        >>> loss = ContrastiveLoss()
+        >>> criterion = pml.fuse(loss)
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> torch.allclose(criterion(x, labels), loss(x, labels))
+        True
     """
     check_name(impl)
     modules = _library()
@@ -125,7 +139,7 @@ def _mining(
         if isinstance(miner, known) and owner == of:
             break
     else:
-        reasons.append(f"miner {name(miner)} with {owner}: no criterion mines so")
+        reasons.append(f"miner {name(miner)} with {owner}: no criterion has this mining")
         return {}, None
     unchanged(miner, known, "miner", reasons)
     statistics(miner, "miner", reasons)

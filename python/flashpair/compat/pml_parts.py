@@ -73,7 +73,7 @@ def reduction(loss: Any, modules: Any, reasons: list[str]) -> str | None:
         reasons.append(f"reducer {unknown} is none of {', '.join(REDUCERS)}")
         return None
     if len(words) > 1:
-        reasons.append(f"one reducer must be of all parts, got {', '.join(map(name, each))}")
+        reasons.append(f"all parts must have the same reducer, got {', '.join(map(name, each))}")
         return None
     if any((one.low, one.high) != (0, None) for one in each if name(one) == "AvgNonZeroReducer"):
         reasons.append("the limits of AvgNonZeroReducer were changed")

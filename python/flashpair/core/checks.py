@@ -1,4 +1,7 @@
-"""Bad input is refused here, before any work: the argument, what came, what is taken. No check reads a GPU's values."""
+"""Checks of arguments, before any work. An error names the argument, what it takes and what it got.
+
+No check reads a GPU's values.
+"""
 
 from __future__ import annotations
 

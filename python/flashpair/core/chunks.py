@@ -83,4 +83,4 @@ def places_of(winner: Tensor, order: Tensor) -> Tensor:
 def only_once() -> None:
     """For a backward that cannot be differentiated: create_graph=True must not take its gradient for a constant."""
     if torch.is_grad_enabled():
-        raise RuntimeError("second derivatives need all references in one chunk, in one process")
+        raise RuntimeError("second derivatives need all references in one tensor, on one process")

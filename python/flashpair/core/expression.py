@@ -337,7 +337,7 @@ def program(dense: Callable[..., Tensor], two_args: bool) -> Expression | str:
                 _check_truths(name, arguments, options)
                 found[node] = getattr(tracer, name)(*arguments, **options)
     except _Unknown as reason:
-        return f"it has {reason}, which is none of {', '.join(KNOWN)}"
+        return f"it uses {reason}, which is not one of {', '.join(KNOWN)}"
     except Exception as reason:  # of fx, or of the function itself, which has been given something unusual
         return f"it cannot be traced: {reason}"
     if len(w.steps) > 8 * MOST_STEPS:  # before any of them is found not to be needed

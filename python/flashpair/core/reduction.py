@@ -21,7 +21,20 @@ DISTANCES = ("dot", "euclidean", "squared_euclidean")
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """A side of a mining window: another reduction's row value plus `shift`. It must stand earlier in the same call."""
+    """One side of a mining window: the row value of another reduction, earlier in the same call, plus `shift`.
+
+    Args:
+        of: the `Reduction` whose row value bounds the window; it must not have an offset.
+        shift: a number that is added to it.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> lowest = flashpair.Reduction("min", "positives", detach=True)
+        >>> mined = flashpair.Reduction("count", "negatives", lower=flashpair.Bound(lowest, -0.1))
+        >>> flashpair.row_reduce(x, labels, lowest, mined)[1].tolist()  # negatives above (lowest positive) - 0.1
+        [0.0, 1.0, 1.0, 0.0]
+    """
 
     of: Reduction
     shift: float = 0.0
@@ -29,30 +42,46 @@ class Bound:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """One number for each anchor i from its pairs: ``r_i = op { phi(t_ij) : j in side, lower_i < z_ij < upper_i }``.
+    """One number for each anchor from its pairs, the building block of all losses (Wang et al., 2019, eq. 2-3).
 
-    ``z_ij`` is the pair's dot product (or Euclidean distance, or its square), ``t_ij = scale * z_ij + offset_i``. Self
-    pairs are never part of a square problem. Over an empty set logsumexp and max are -inf, min is +inf, sum and count
-    are 0.
-    The family is General Pair Weighting's (Wang et al., 2019, eq. 2-3): a reduction's gradient is a weight a pair.
+    For anchor i, over the pairs j of one side and within a window:
+
+        r_i = op { phi(t_ij) : j in side, lower_i < z_ij < upper_i },    t_ij = scale z_ij + offset_i
+
+    z_ij is the pair's dot product (or Euclidean distance, or its square). Without references an anchor has no pair with
+    itself. Over an empty set logsumexp and max are -inf, min is +inf, sum and count are 0. The gradient of a reduction
+    is one weight for each pair, as in General Pair Weighting.
 
     Args:
-        op: ``"logsumexp"``, ``"sum"``, ``"min"``, ``"max"`` or ``"count"``. The last three are of ``z`` itself.
+        op: ``"logsumexp"``, ``"sum"``, ``"min"``, ``"max"`` or ``"count"``. The last three are of z itself.
         side: ``"positives"`` (same label, not itself), ``"negatives"`` (other label) or ``"all"``.
-        transform: phi. ``"identity"``; ``"softplus"``: log(1 + e^t); ``"hinge"``: max(0, t); ``"squared_hinge"``:
-            max(0, t)^2; ``"triangle"``: max(0, 1 - |t|), a bin of a soft histogram (see `histogram`); ``"lifted"``:
-            max(0, scale * z + logaddexp(offset_i, ref_offset_j))^2 (Oh Song et al., 2016, eq. 4); or a word given to
-            `register_transform`. Other than ``"identity"`` only for ``"sum"`` and, but for ``"lifted"``, for
-            ``"logsumexp"``: log sum e^phi(t), which then takes no window, and numbers as scale and offset.
-        scale: a float or a tensor of no dimensions; differentiable.
-        offset: None, a float, or a tensor () or (N,); differentiable.
-        ref_offset: a tensor (M,), for ``"lifted"`` alone; differentiable.
-        lower, upper: the mining window, strict, and constants to autograd: None, a float, a tensor () or (N,), or a
-            `Bound`, with which one call runs in stages (Multi-Similarity: positives, all negatives, positives).
-        detach: no gradient is wanted of this reduction (mining statistics), which makes min and max cheaper.
+        transform: phi. All but ``"identity"`` only go with ``"sum"``, and (except ``"lifted"``) with ``"logsumexp"``,
+            log sum e^phi(t), which then takes no window, and only numbers as scale and offset.
+
+            - ``"identity"``: t.
+            - ``"softplus"``: log(1 + e^t).
+            - ``"hinge"``: max(0, t).
+            - ``"squared_hinge"``: max(0, t)^2.
+            - ``"triangle"``: max(0, 1 - |t|), a bin of a soft histogram (see `histogram`).
+            - ``"lifted"``: max(0, scale z + logaddexp(offset_i, ref_offset_j))^2 (Oh Song et al., 2016, eq. 4).
+            - a word given to `register_transform`.
+        scale: a number or a tensor (); differentiable.
+        offset: None, a number, or a tensor () or (N,); differentiable.
+        ref_offset: a tensor (M,), for ``"lifted"`` only; differentiable.
+        lower: the window's strict lower end: None, a number, a tensor () or (N,), or a `Bound`, by which one call runs
+            in stages (Multi-Similarity: positives, all negatives, positives). Constant to autograd.
+        upper: its strict upper end, likewise.
+        detach: True if no gradient of this reduction is needed (mining statistics); it makes min and max cheaper.
 
     Raises:
-        ValueError: a word outside these sets, or a combination that has no meaning.
+        ValueError: an unknown word, or a combination without a meaning.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> positives = flashpair.Reduction("sum", "positives", "hinge", scale=-1.0, offset=0.9)  # max(0, 0.9 - s)
+        >>> [round(value, 4) for value in flashpair.row_reduce(x, labels, positives)[0].tolist()]
+        [0.3, 0.3, 0.3, 0.3]
     """
 
     op: str
@@ -80,9 +109,9 @@ class Reduction:
             raise ValueError(f"scale must be a number or a tensor of shape (), got shape {tuple(self.scale.shape)}")
         plain = self.offset is None and not isinstance(self.scale, Tensor) and self.scale == 1
         if self.op in ("min", "max", "count") and not plain:
-            raise ValueError(f"op {self.op!r} is of the similarity itself and takes no scale and no offset")
+            raise ValueError(f"op {self.op!r} reduces the similarity itself and takes no scale and no offset")
         if (self.transform == "lifted") != (self.ref_offset is not None):
-            raise ValueError("ref_offset goes with transform 'lifted', and that transform needs it")
+            raise ValueError("ref_offset must be given with transform 'lifted', and with no other")
         if self.transform == "lifted" and not isinstance(self.offset, Tensor):
             raise ValueError("transform 'lifted' needs offset, a tensor of shape (N,)")
 
@@ -109,9 +138,11 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
         for name, bound in (("lower", r.lower), ("upper", r.upper)):
             of = place_of(bound.of, reductions[:k]) if isinstance(bound, Bound) else -1
             if of is None:
-                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction that does not stand before it")
+                raise ValueError(f"{name} of reductions[{k}] must be bound to an earlier reduction of the same call")
             if isinstance(bound, Bound) and bound.of.offset is not None:
-                raise ValueError(f"{name} of reductions[{k}] is bound to a reduction with an offset; shift it")
+                raise ValueError(
+                    f"{name} of reductions[{k}] is bound to a reduction with an offset; use the Bound's shift instead"
+                )
             pair.append(of)
         found.append((pair[0], pair[1]))
     return found
@@ -143,17 +174,29 @@ def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:
 
 
 def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:
-    """A soft histogram of z over a row's pairs, one reduction a node: node r stands at first + r * step, and a pair
-    between two nodes counts for both, linearly (Ustinova and Lempitsky, 2016).
+    """A soft histogram of z over a row's pairs, one `Reduction` for each node (Ustinova and Lempitsky, 2016).
+
+    Node r stands at first + r step; a pair between two nodes counts for both, linearly. Reductions side by side in one
+    call are one look-up for each pair on the CPU.
 
     Args:
-        side: as `Reduction` takes it. nodes: at least 2. step: the distance of neighbouring nodes, not 0.
+        side: ``"positives"``, ``"negatives"`` or ``"all"``.
+        nodes: how many, at least 2.
+        first: where the first node stands.
+        step: the distance between neighbouring nodes, not 0.
 
     Returns:
-        The reductions, in the order of the nodes; side by side in one call they are one look-up a pair on the CPU.
+        The reductions, in the order of the nodes.
 
     Raises:
-        ValueError: fewer nodes, or a step of 0.
+        ValueError: fewer nodes, a step of 0, or an unknown side.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> bins = flashpair.row_reduce(x, labels, *flashpair.histogram("positives", 3, 0.0, 0.5))  # nodes 0, 0.5, 1
+        >>> [round(row[0].item(), 4) for row in bins]  # 0.6 is between the second and the third
+        [0.0, 0.8, 0.2]
     """
     if nodes < 2 or step == 0:
         raise ValueError(f"histogram needs at least 2 nodes and a step other than 0, got {nodes} and {step}")

@@ -1,4 +1,4 @@
-"""What a loss is to a schedule that computes it whole: one of a closed set of row formulas, and its numbers."""
+"""The row formula of a loss, one of a closed set, and its numbers: for kernels that compute a whole loss."""
 
 from __future__ import annotations
 

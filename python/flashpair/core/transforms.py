@@ -43,8 +43,10 @@ def checked(found: Any, t: Tensor) -> Tensor:
 
 
 def _check_elementwise(name: str, dense: Callable[..., Tensor], two_args: bool) -> None:
-    """ValueError for a function, not taken two_args, whose result of an element hangs on the others, on the moment, or
-    whose argument is changed: asked of a few numbers. What it cannot do with them it may do with others."""
+    """Raises for a function that was not traced and is not elementwise, not deterministic, or changes its argument.
+
+    It is tried on a few numbers; what it cannot do with these it may do with others.
+    """
     t = torch.tensor([[-2.5, 0.3, 1.7], [0.9, -0.6, -1.1]], dtype=torch.float64, device="cpu")
     own = (torch.full_like(t, 0.4),) if two_args else ()
     try:
@@ -55,12 +57,11 @@ def _check_elementwise(name: str, dense: Callable[..., Tensor], two_args: bool) 
     except Exception:
         return
     if not torch.equal(given, t):
-        raise ValueError(f"transform {name!r} must leave its argument as it is, and changes it in place")
+        raise ValueError(f"transform {name!r} must not change its argument in place")
     checked(whole, t)
     if not torch.allclose(whole, torch.cat(each).reshape(t.shape), rtol=1e-6, atol=1e-9, equal_nan=True):
         raise ValueError(
-            f"transform {name!r} must be elementwise, the same of a number whatever stands beside it: of six numbers "
-            "at once it gives others than of each alone"
+            f"transform {name!r} must be elementwise: on six numbers at once it returns other values than on each alone"
         )
 
 
@@ -71,7 +72,9 @@ def _takes_two(dense: Callable[..., Tensor]) -> bool:
         return False
     needed = sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
     if needed > 2 or not any(p.kind <= p.VAR_POSITIONAL for p in parameters):
-        raise TypeError(f"dense must be a function of t, or of scale * z and the offset, got one of {needed} arguments")
+        raise TypeError(
+            f"dense must be a function of t, or of scale * z and the offset, got one with {needed} arguments"
+        )
     return needed == 2
 
 
@@ -83,32 +86,45 @@ def custom(name: str) -> CustomTransform:
 
 
 def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = None, slope: Any = None) -> None:
-    """Makes ``Reduction("sum", side, name)`` mean the sum of phi(t) over a row's pairs, t = scale * z + offset.
+    """Makes a function phi of your own a transform: ``Reduction("sum", side, name)`` sums phi(scale z + offset).
+
+    If `dense` uses only arithmetic, exp, expm1, log, log1p, sqrt, sigmoid, tanh, softplus, relu, abs, maximum, minimum,
+    clamp, where, comparisons, detach, square and whole powers, and has at most 96 steps with its derivative, it is
+    traced: the C++ kernels run the steps and Triton kernels are generated from them, so it is fused everywhere, with
+    the numbers that it has when it is registered. Otherwise ``impl="auto"`` uses the reference, and other
+    implementations raise.
 
     Args:
-        name: a word of your own. Registering it again replaces it, but for graphs that wait for their backward.
-        dense: phi in PyTorch, of a tensor t of any shape and dtype, elementwise and differentiable; or of two,
-            scale * z and the offset, where they do not come in as their sum. The reference implementation, and second
-            derivatives, run it. Where it is arithmetic, exp, expm1, log, log1p, sqrt, sigmoid, tanh, softplus, relu,
-            abs, maximum, minimum, clamp, where, comparisons, detach, square and whole powers, and no more than 96 steps
-            with its derivative, it is also taken two_args into these, which the C++ kernels run and from which Triton's
-            are generated: it is fused everywhere, with the numbers that it has when it is registered. Otherwise
-            ``impl="auto"`` takes the reference, and other implementations refuse.
-        value, slope: phi and phi' as functions of a block t of float32 or float64, both decorated with
-            ``triton.jit``, to stand in Triton's kernels in place of what would be generated.
+        name: an identifier of your own. Registering it again replaces it, except in graphs that wait for their
+            backward.
+        dense: phi in PyTorch, elementwise and differentiable, of a tensor t of any shape and dtype; or of two tensors,
+            scale z and the offset, if they do not enter as their sum. The reference and second derivatives run it.
+        value: phi as a function of a block t of float32 or float64, decorated with ``triton.jit``, to be used in
+            Triton's kernels instead of generated code; with `slope`.
+        slope: phi', likewise; with `value`.
 
     Raises:
-        TypeError, ValueError: a name that is not a word or is built in, one of `value` and `slope` alone, or a function
-            that is not elementwise or returns no tensor like its argument, as far as a few numbers tell.
+        TypeError: `name` is not an identifier, `dense` not callable with one or two tensors or not returning a tensor
+            like its argument.
+        ValueError: a built-in name, one of `value` and `slope` alone, or a function that is not elementwise or changes
+            its argument, as far as some numbers show.
+
+    Examples:
+        >>> flashpair.register_transform("cubed", lambda t: t * t * t)
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> (cubes,) = flashpair.row_reduce(x, labels, flashpair.Reduction("sum", "positives", "cubed"))
+        >>> [round(value, 4) for value in cubes.tolist()]
+        [0.216, 0.216, 0.216, 0.216]
     """
     if not isinstance(name, str) or not name.isidentifier():
-        raise TypeError(f"name must be a word, got {name!r}")
+        raise TypeError(f"name must be an identifier, got {name!r}")
     if name in BUILT_IN:
         raise ValueError(f"name {name!r} is a built-in transform")
     if not callable(dense):
         raise TypeError(f"dense must be callable, got {type(dense).__name__}")
     if (value is None) != (slope is None):
-        raise ValueError("value and slope go together: give both triton.jit functions, or neither")
+        raise ValueError("value and slope must be given together, or neither")
     transform = CustomTransform(dense, value, slope)
     if isinstance(transform.program, str):
         _check_elementwise(name, dense, transform.two_args)

@@ -60,12 +60,12 @@ def agree(
     told = ranks.tell(mine, x.device, described.checksum(x.device))
     every = [Facts(*row[:-1]) for row in told]
     if refused := [str(rank) for rank, row in enumerate(every) if row.refused]:
-        raise ValueError(f"arguments were refused on process {', '.join(refused)}, whose own error says why")
+        raise ValueError(f"the arguments on process {', '.join(refused)} are invalid; the error there says why")
     if len({row.again for row in every}) > 1:
         where = ", ".join(str(rank) for rank, row in enumerate(every) if row.again)
         raise ValueError(
-            f"the loss is computed again in backward, as torch.utils.checkpoint does, on process {where} alone: all "
-            "must, or none (use_reentrant=False, and the loss the last thing that is checkpointed)"
+            f"the loss is recomputed in backward (torch.utils.checkpoint) on process {where} only: all processes must "
+            "recompute it, or none (use_reentrant=False, with the loss last in the checkpointed part)"
         )
     if len({row.digest for row in every}) > 1:
         raise ValueError(f"the criterion must be the same on every process: {described.difference(ranks, x.device)}")

@@ -1,4 +1,4 @@
-"""What a criterion says of itself, and what its rows may ask of the whole batch: exact, or refused with the reason."""
+"""What a criterion declares about itself, and what its rows may ask of the whole batch: exact, or refused."""
 
 from __future__ import annotations
 
@@ -36,25 +36,27 @@ def check_claims(criterion: Criterion) -> None:
     """TypeError for a class whose loss of the whole batch cannot be made from `row_losses`."""
     name = type(criterion).__name__
     if own(criterion, "regularizer"):
-        raise TypeError(f"criterion has a regularizer of its own, which is of one process: {name} (use penalty_of)")
+        raise TypeError(f"{name} overrides regularizer, which sees one process only: override penalty_of instead")
     for call in WHOLE_CALLS:
         if own(criterion, call):
-            raise TypeError(f"criterion has a {call} of its own, which is of one process: {name} (use row_losses)")
+            raise TypeError(f"{name} overrides {call}, which sees one process only: override row_losses instead")
     if criterion.anchors not in ANCHORS:
         raise TypeError(f"{name}.anchors must be one of {', '.join(ANCHORS)}, got {criterion.anchors!r}")
     of_classes = isinstance(criterion, ClassCriterion)
     if criterion.anchors == "proxies" and not of_classes:
-        raise TypeError(f'{name}.anchors = "proxies" is of losses of class weights: make it a flashpair.ClassCriterion')
+        raise TypeError(
+            f'{name}.anchors = "proxies" needs class weights: make it a subclass of flashpair.ClassCriterion'
+        )
     for call in ("pairs_of", "rows"):
         if not own(criterion, call):
             continue
         if not of_classes:
-            raise TypeError(f"criterion has {call} of its own, which is of one process: {name} (use row_losses)")
+            raise TypeError(f"{name} overrides {call}, which sees one process only: override row_losses instead")
         if criterion.anchors == "proxies" or not said_with(criterion, "anchors", call):
             raise TypeError(
-                f"criterion has {call} of its own, and nothing says what its rows are: {name} (without {call}, the "
-                'class may say anchors = "proxies"; with it, anchors = "samples": each row is one sample of the '
-                "batch, against weights alone)"
+                f"{name} overrides {call} without declaring what its rows are: set the class attribute anchors = "
+                '"samples" if each row is one sample of the batch against the weights alone; if rows are proxies, set '
+                f'anchors = "proxies" and do not override {call}'
             )
 
 
@@ -66,11 +68,11 @@ def check_parts(criterion: ClassCriterion) -> None:
         raise ValueError(why)
     for call in ("pairs_of", "rows"):
         if own(criterion, call) and not said_with(criterion, "rows_of_parts", call):
-            raise TypeError(f"criterion has {call} of its own, and no rows_of_parts: {name}")
+            raise TypeError(f"{name} overrides {call} without rows_of_parts, which split classes need")
     if own(criterion, "penalty_of") and not said_with(criterion, "penalizes", "penalty_of"):
         raise TypeError(
-            f"criterion has a penalty_of of its own, and nothing says of what: {name} (the class may say penalizes = "
-            '"samples", or "classes": a mean over all of them, of which a process gives its own\'s part)'
+            f"{name} overrides penalty_of without declaring what it is a mean over: set the attribute penalizes = "
+            '"samples" or, if each process returns the part of its own classes, "classes"'
         )
 
 
@@ -108,7 +110,9 @@ class SampleRows:
 
     def __getattr__(self, name: str) -> Any:
         if name in ("draw", "select", "sums", "sum_blocks", "at_both_ends"):
-            raise AttributeError(f"pairs.{name} is of one process's samples, where processes share the batch")
+            raise AttributeError(
+                f"pairs.{name} sees one process's samples only, and is not available where processes share the batch"
+            )
         return getattr(self.pairs, name)
 
     def total(self, values: Tensor) -> Tensor:
@@ -149,9 +153,9 @@ def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:
     refused = [str(rank) for rank, (mine,) in enumerate(ranks.tell([int(wrong)], rows.losses.device)) if mine]
     if refused:
         raise ValueError(
-            f"the denominator, and the numbers of terms, of {type(criterion).__name__}.row_losses must be of this "
-            "process's rows, which are summed over the processes: losses.shape[0], or a sum over rows as a tensor, and "
-            f"neither another int nor a pairs.total; they are not on process {', '.join(refused)}"
+            f"the denominator, and the numbers of terms, of {type(criterion).__name__}.row_losses must count this "
+            "process's rows, since they are summed over the processes: use losses.shape[0] or a tensor summed over "
+            f"rows, not another int or a pairs.total; they are wrong on process {', '.join(refused)}"
         )
     return rows
 

@@ -26,24 +26,37 @@ def shard_classes(
     gradients: str = "mean",
     group: dist.ProcessGroup | None = None,
 ) -> ShardedClasses:
-    """A loss against class weights over the global batch, of whose C classes each of W processes holds C / W.
+    """A loss against class weights over the global batch, with the C classes split over the W processes of a group.
 
-    Every process calls it with its own embeddings (n, D) and labels (n,), n as it likes, and gets the loss of all, as
-    with `gather`. Embeddings are gathered, each process computes the logits of all rows against its own classes, and
-    one number a row and reduction is merged, so that neither weights nor their gradient nor optimizer state is held
-    twice. (Where the proxies are the anchors, as of ProxyAnchorLoss, embeddings pass by as `schedule` says.)
+    Each process calls the result with its own embeddings (n, D) and labels (n,), n as it likes, and gets the loss of
+    the whole batch, as with `gather`. Embeddings are gathered, each process computes the logits of all rows against its
+    own classes, and one number a row and reduction is merged. So weights, their gradient and the optimizer state are
+    each held once. (Where proxies are the anchors, as in ProxyAnchorLoss, embeddings are exchanged as `schedule` says.)
 
     Args:
-        criterion: any loss of class weights, one of your own, too, whose `row_losses` takes sums and logsumexps without
-            windows; it is taken over: its `weight` becomes this process's part, classes
-            [first, last) of the same weights on every process (send them the same seed, or load them before).
-        schedule, gradients, group: see `gather`. The weights' gradient is that of one process, whole, of this part;
-            it belongs to no other process, so leave the criterion out of DistributedDataParallel.
+        criterion: a loss against class weights; your own, too, if its `row_losses` uses only sums and logsumexps
+            without mining windows. It is modified: its `weight` becomes this process's classes [first, last) of the
+            weights, which must be the same on every process before (the same seed, or loaded).
+        schedule: see `gather`.
+        gradients: see `gather`. The weights' gradient is whole for this process's classes and belongs to no other
+            process, so leave the criterion out of DistributedDataParallel.
+        group: the processes; None: all.
+
+    Returns:
+        A `ShardedClasses`.
 
     Raises:
-        TypeError: a criterion without class weights, or of your own with `rows`, `pairs_of` or `penalty_of` of which
-            nothing says how they come from parts. ValueError: SoftTripleLoss with a learned `la` or `gamma`.
-        ValueError: of a call, on every process, what `gather` refuses, other classes among it.
+        TypeError: a criterion without class weights, or your own that overrides `rows`, `pairs_of` or `penalty_of`
+            without declaring how they combine from parts.
+        ValueError: SoftTripleLoss with a learned `la` or `gamma`; in a call, on every process, what `gather` refuses,
+            also for different classes.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.distributed.shard_classes(flashpair.CosFaceLoss(num_classes=2, embedding_size=2))
+        >>> criterion.first, criterion.last  # one process holds all classes
+        (0, 2)
     """
     if not isinstance(criterion, ClassCriterion):
         raise TypeError(f"criterion must be a loss against class weights, got {type(criterion).__name__}")
@@ -52,10 +65,20 @@ def shard_classes(
 
 
 class ShardedClasses(GlobalCriterion):
-    """What `shard_classes` returns.
+    """A loss against class weights that are split over processes; `shard_classes` returns it.
 
     Attributes:
-        first, last: the classes whose weights are `criterion.weight` here.
+        first: the first class whose weights are `criterion.weight` on this process.
+        last: one past the last of them.
+
+    Args:
+        criterion: see `shard_classes`.
+        schedule: see `gather`.
+        gradients: see `gather`.
+        group: see `gather`.
+
+    Raises:
+        ValueError: an unknown word.
     """
 
     criterion: ClassCriterion
@@ -71,7 +94,7 @@ class ShardedClasses(GlobalCriterion):
             criterion.weight = nn.Parameter(criterion.weight.detach()[self.first : self.last].clone())
 
     def whole_weight(self) -> Tensor:
-        """The weights of all classes, on every process, without a graph: for a checkpoint. All must call it."""
+        """The weights of all classes, on every process, without a graph, for a checkpoint. All processes call it."""
         weight = self.criterion.weight.detach()
         if not (dist.is_available() and dist.is_initialized()):
             return weight.clone()
@@ -137,7 +160,9 @@ class MergedPairs:
 
     def __getattr__(self, name: str) -> Any:
         if name not in ROW_BY_ROW:
-            raise AttributeError(f"pairs.{name} is of one process's classes, where processes share the classes out")
+            raise AttributeError(
+                f"pairs.{name} sees one process's classes only: not available where classes are split over processes"
+            )
         return getattr(self.pairs, name)
 
     def num_positives(self) -> Tensor:
@@ -149,11 +174,13 @@ class MergedPairs:
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         for r in reductions:
             if r.op not in ("sum", "logsumexp"):
-                raise ValueError(f"classes that are shared out take sums and logsumexps, got op {r.op!r}")
+                raise ValueError(
+                    f"op must be 'sum' or 'logsumexp' where classes are split over processes, got {r.op!r}"
+                )
             if isinstance(r.lower, Bound) or isinstance(r.upper, Bound):
-                raise ValueError("classes that are shared out take no window whose bound is another reduction")
+                raise ValueError("lower and upper must not be a Bound where classes are split over processes")
             if isinstance(r.ref_offset, Tensor) and r.ref_offset.dim():
-                raise ValueError("classes that are shared out take no ref_offset of each class")
+                raise ValueError("ref_offset must not be a vector where classes are split over processes")
         found = []
         for row, r in zip(self.pairs.reduce(*reductions), reductions, strict=True):
             row = AllReduceSum.apply(self.ranks, row) if r.op == "sum" else merged(self.ranks, row)

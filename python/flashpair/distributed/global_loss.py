@@ -36,39 +36,44 @@ def gather(
     labels: str = "global",
     group: dist.ProcessGroup | None = None,
 ) -> GlobalCriterion:
-    """`criterion` over the global batch: the rows of all processes of a group, one after the other by rank.
+    """Makes a criterion compute its loss over the global batch: the rows of all processes of a group, ordered by rank.
 
-    Each process calls it with its own embeddings (n, D) and labels (n,), n as it likes, 0 among it, and gets the loss
-    of all of them, the same number on each. With `ref_emb` (m, D) and `ref_labels` (m,) anchors are its own and
-    references those of all. A process computes its own anchors' rows alone, of which every two processes share the
-    similarities. See `GlobalCriterion` for gradients. Without torch.distributed, or alone in the group, it is
-    `criterion` itself.
+    Each process calls the result with its own embeddings (n, D) and labels (n,); n can differ between processes and can
+    be 0. All get the same number, the loss of the whole batch. With `ref_emb` (m, D) and `ref_labels` (m,) the anchors
+    are the process's own and the references those of all processes. A process computes only its own anchors' rows;
+    every two processes share the similarities between them. See `GlobalCriterion` for the gradients. Without
+    torch.distributed, or alone in the group, the result is `criterion` itself.
+
+    A criterion of your own takes part through its `row_losses`, which sees this process's rows. What it needs from all
+    rows it must ask by `pairs.total` and `pairs.total_logsumexp`; a plain torch mean over rows is one process's mean,
+    which cannot be detected here.
 
     Args:
-        criterion: any of this package's or of your own; SoftTripleLoss and losses of class weights, too, whose weights
-            every process has whole (`shard_classes` shares them out).
-        schedule: ``"all_gather"``: one all-gather of the rows, and one reduce-scatter of their gradient; every process
-            holds all rows for a moment. ``"ring"``: one other process's rows at a time, which come while it computes.
-        gradients: how the trainer joins the processes' gradients of the network: ``"mean"``, as DistributedDataParallel
-            and FSDP do, or ``"sum"``.
-        labels: ``"global"``: equal labels are one class, on whichever processes they are. So ``torch.arange(n)`` on
-            every process makes positives of strangers. ``"local"``: labels mean something within a process alone
-            (pairs, instances, positions); equal ones of different processes are different classes. A process's
-            `labels` and `ref_labels` are of one kind.
+        criterion: a loss of this package, or your own. Every process holds the class weights whole (`shard_classes`
+            splits them).
+        schedule: ``"all_gather"`` (the default): one all-gather of the rows and one reduce-scatter of their gradient;
+            each process holds all rows for a moment. ``"ring"``: one other process's rows at a time, sent while it
+            computes.
+        gradients: how the trainer combines the processes' gradients of the network: ``"mean"`` (the default), as
+            DistributedDataParallel and FSDP do, or ``"sum"``.
+        labels: ``"global"`` (the default): equal labels are one class, whichever processes they are on, so
+            ``torch.arange(n)`` on every process makes positives of strangers. ``"local"``: labels only compare within
+            one process (pairs, instances, positions); this holds for `labels` and `ref_labels`.
         group: the processes; None: all.
 
-    Of your own a criterion is what its `row_losses` says, of rows that are this process's: what it asks of all rows it
-    has to ask by `pairs.total` and `pairs.total_logsumexp`. A mean over rows by plain torch is one process's, which
-    nothing here can see.
+    Returns:
+        A `GlobalCriterion`.
 
     Raises:
-        TypeError: a criterion that is none, or of your own with `forward`, `regularizer`, `pairs_of` or `rows` that say
-            more than `row_losses`.
-        ValueError: words outside these sets; local labels for a loss of class weights.
+        TypeError: `criterion` is not a Criterion, or your own overrides `forward`, `regularizer`, `pairs_of` or `rows`.
+        ValueError: an unknown word, or ``labels="local"`` for a loss against class weights.
 
-    Example:
-        >>> criterion = gather(flashpair.NTXentLoss(), labels="local")
-        >>> loss = criterion(image_emb, torch.arange(n), ref_emb=text_emb, ref_labels=torch.arange(n))
+    Examples:
+        >>> criterion = flashpair.distributed.gather(flashpair.NTXentLoss(temperature=0.5), labels="local")
+        >>> images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.8, 0.6], [0.6, 0.8]])
+        >>> loss = criterion(images, torch.arange(2), ref_emb=texts, ref_labels=torch.arange(2))
+        >>> round(loss.item(), 4)
+        0.513
     """
     if not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a flashpair.Criterion, got {type(criterion).__name__}")
@@ -77,29 +82,38 @@ def gather(
 
 
 class GlobalCriterion(nn.Module):
-    """What `gather` returns.
+    """A criterion over the batch of all processes; `gather` returns it.
 
-    Gradients are exactly those of one process with the whole batch, L being its loss:
+    Gradients are exactly those of one process with the whole batch. With L its loss and W processes:
 
-    - of embeddings (and `ref_emb`) it gives W dL/dx for ``gradients="mean"``, W processes, and dL/dx for ``"sum"``.
-      Each network's gradient is then that times dx/dtheta over the process's own samples, and the mean (sum) of these
-      over the processes is dL/dtheta;
-    - of the criterion's own parameters (class weights, temperatures) it gives dL/dp whole, the same on every process:
-      leave them out of DistributedDataParallel (in it they come out right, too, at the price of one more all-reduce).
+    - of embeddings (and `ref_emb`) it gives W dL/dx for ``gradients="mean"`` and dL/dx for ``"sum"``. A process's
+      gradient of the network is this times dx/dtheta over its own samples; the mean (sum) over processes is dL/dtheta;
+    - of the criterion's own parameters (class weights, temperatures) it gives dL/dp whole, the same on every process.
+      Leave them out of DistributedDataParallel (inside it they are right, too, for one more all-reduce).
 
-    All communication is inside the call; backward only multiplies. So every process must call it as often, and the
-    first process to fail, or not to call it, makes the others fail with torch.distributed's error within the group's
-    timeout. Every call compares the criterion: its class, public attributes but `impl`, and the bits of its tensors (an
-    attribute whose name starts with an underscore is a process's own business). Within torch.utils.checkpoint the loss
-    keeps what it needs, so that nothing is sent twice; what computes it again in backward nevertheless
-    (``use_reentrant=True``) has to do so on every process. With
-    ``reduction="none"`` a process gets its own rows' losses (n,), and backward communicates: all must run it.
-    Differentiable once. The call waits for the device once, for the number of rows of each process.
+    All communication happens inside the call; backward only multiplies. So every process must call it equally often. If
+    one fails or does not call it, the others fail with torch.distributed's error within the group's timeout.
+
+    Every call compares the criterion between processes: its class, its public attributes except `impl`, and the bits of
+    its tensors. Attributes whose names start with an underscore may differ. Within torch.utils.checkpoint the loss
+    keeps what it needs, so nothing is sent twice; a recomputation in backward (``use_reentrant=True``) must happen on
+    every process.
+
+    With ``reduction="none"`` a process gets its own rows' losses (n,), and backward communicates: all must run it. The
+    loss is differentiable once. The call waits for the device once, for the number of rows of each process.
+
+    Args:
+        criterion: see `gather`.
+        schedule: see `gather`.
+        gradients: see `gather`.
+        group: see `gather`.
+        labels: see `gather`.
 
     Raises:
-        TypeError, ValueError: on every process, where one refuses its arguments, or where embeddings differ in width or
-            dtype, or in whether references are given, or criteria in class, hyper-parameters or values.
-        RuntimeError: an `impl` that does not take references in chunks (`tiled` and `fused` do).
+        TypeError: in a call, on every process, if one refuses its arguments' types.
+        ValueError: in a call, on every process, if one refuses its arguments; if embeddings differ in width or dtype,
+            or in whether references are given; or if criteria differ in class, hyper-parameters or values.
+        RuntimeError: in a call, an `impl` that does not take references in chunks (`tiled` and `fused` do).
     """
 
     def __init__(
@@ -109,7 +123,9 @@ class GlobalCriterion(nn.Module):
         super().__init__()
         self.labels = checks.word(labels, LABELS, "labels")
         if labels == "local" and isinstance(criterion, ClassCriterion):
-            raise ValueError(f"labels must be global for {type(criterion).__name__}, where they are classes, got local")
+            raise ValueError(
+                f"labels must be 'global' for {type(criterion).__name__}, where they are class indices, got 'local'"
+            )
         self.criterion = criterion
         self.schedule = checks.word(schedule, tuple(SOURCES), "schedule")
         self.gradients = checks.word(gradients, GRADIENTS, "gradients")
@@ -121,7 +137,17 @@ class GlobalCriterion(nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, ref_emb: Tensor | None = None, ref_labels: Tensor | None = None
     ) -> Tensor:
-        """The global loss () of this process's embeddings (n, D) with labels (n,); see `gather`."""
+        """The loss of the global batch; see `gather`.
+
+        Args:
+            embeddings: (n, D), this process's rows.
+            labels: (n,), integers.
+            ref_emb: (m, D), this process's references, or None on every process.
+            ref_labels: (m,), integers.
+
+        Returns:
+            The loss (), the same on every process, or (n,) with ``reduction="none"``.
+        """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self.group) == 1:
             loss: Tensor = self.criterion(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels)
             return loss
@@ -154,7 +180,7 @@ class GlobalCriterion(nn.Module):
         ranks = Ranks(self.group)
         least, most = (int(t) for t in labels.aminmax()) if labels.numel() else (0, 0)
         if max(-least, most) >= 2**62 // ranks.world:
-            raise ValueError(f"local labels must be below 2^62 over the number of processes, {ranks.world}, in size")
+            raise ValueError(f"local labels must be below 2^62 / {ranks.world} (the number of processes) in size")
         return labels.long() * ranks.world + ranks.rank
 
     def _loss(self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:

@@ -30,20 +30,33 @@ def _tracked(t: Tensor) -> Tensor:
 
 
 class References(checks.Labelled):
-    """Embeddings (M, D) with labels (M,), for many calls: ``criterion(x, labels, ref_emb=References(y, y_labels))``.
+    """Embeddings (M, D) with labels (M,) that stay the same over many calls and are prepared once.
 
-    They stand where `ref_emb` does, and bring their own labels. What a call does to references alone is done at the
-    first one and kept: a sorted copy, for each dtype and for normalised rows and plain ones apart, and for `screened`
-    on the CPU one in int8 (a quarter of float32; half without VNNI). Torch's own changes in place are seen, and all is
-    done anew; those through ``.data`` or NumPy are not, nor those of tensors made in inference mode, which are copied.
-    No gradient reaches references.
+    They stand where `ref_emb` does and bring their own labels: ``criterion(x, labels, ref_emb=References(y,
+    y_labels))``.
+
+    The first call keeps a sorted copy, one for each dtype and for normalised and plain rows, and for `screened` on the
+    CPU an int8 copy (a quarter of float32; half without VNNI). Changes in place by torch are noticed, and the copies
+    made anew. Changes through ``.data`` or NumPy are not noticed, nor are changes of tensors made in inference mode,
+    which are copied. References get no gradient.
 
     Args:
         embeddings: (M, D), float16 to float64.
         labels: (M,), integers.
 
+    Shape:
+        - embeddings: (M, D), float16 to float64. labels: (M,), integers.
+
     Raises:
-        TypeError, ValueError: as a criterion's `ref_emb` and `ref_labels`.
+        TypeError: embeddings or labels of a wrong type.
+        ValueError: shapes or devices that do not fit.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> gallery = flashpair.References(torch.eye(2), torch.tensor([0, 1]))
+        >>> round(flashpair.NTXentLoss(temperature=0.5)(x, labels, ref_emb=gallery).item(), 4)
+        0.3065
     """
 
     def __init__(self, embeddings: Tensor, labels: Tensor) -> None:

@@ -22,7 +22,12 @@ BLOCK_BYTES = 2**28  # what a block of rows may need beside its result
 
 
 class Nearest(NamedTuple):
-    """Best first: ``values`` (N, k), similarities or distances, float32 or float64; ``indices`` (N, k) int64."""
+    """The nearest references of each embedding, best first; the result of `nearest`.
+
+    Attributes:
+        values: (N, k), similarities or distances, float32 or float64.
+        indices: (N, k) int64, of the references.
+    """
 
     values: Tensor
     indices: Tensor
@@ -32,24 +37,35 @@ def nearest(
     embeddings: Tensor, k: int, *, ref_emb: Tensor | References | None = None, distance: str = "dot",
     unit: bool = False, impl: str = "auto",
 ) -> Nearest:  # fmt: skip
-    """The k references of the highest similarity, or of the least distance, to each embedding; equal ones by index.
+    """The k references of the highest similarity, or the least distance, to each embedding; equal ones by index.
 
-    On the CPU pairs that int8 products prove too far are not computed (docs/screened-mining.md): a row's k-th best so
-    far is the bound. Elsewhere blocks of the dense matrix are sorted. Not differentiable.
+    On the CPU pairs that int8 products prove too far are not computed (docs/screened-mining.md); the bound is a row's
+    k-th best so far. Elsewhere blocks of the dense matrix are sorted. Not differentiable.
 
     Args:
         embeddings: (N, D), float16 to float64.
-        k: how many; at most M, or N - 1 without `ref_emb`.
-        ref_emb: (M, D), a tensor or References, or None: the embeddings themselves, of which none is its own neighbour.
-        distance: ``"dot"`` or ``"euclidean"``.
-        unit: L2-normalise rows first.
-        impl: ``"auto"``, ``"screened"`` or ``"reference"``.
+        k: how many, at least 0 and at most M, or N - 1 without `ref_emb`.
+        ref_emb: (M, D), a tensor or `References`; None: the embeddings themselves, none of which is its own neighbour.
+        distance: ``"dot"`` (the default) or ``"euclidean"``.
+        unit: L2-normalise the rows first.
+        impl: ``"auto"`` (the default), ``"screened"`` or ``"reference"``.
+
+    Shape:
+        - embeddings: (N, D), ref_emb: (M, D), float16 to float64.
+        - output: `Nearest`, tensors (N, k).
 
     Returns:
-        `Nearest`. Embeddings that are not finite give NaN and -1 everywhere.
+        A `Nearest`. If embeddings are not finite, NaN and -1 everywhere.
 
     Raises:
-        TypeError, ValueError: bad arguments, named. RuntimeError: ``"screened"`` where it cannot run.
+        TypeError: an argument of a wrong type, named.
+        ValueError: `k` out of range, an unknown word, or shapes and devices that do not fit.
+        RuntimeError: ``"screened"`` where it cannot run, with every reason.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> flashpair.nearest(x, 1).indices.tolist()
+        [[1], [2], [1], [2]]
     """
     with torch.no_grad():
         x, y, screened = prepared(embeddings, k, ref_emb, distance, unit, impl)

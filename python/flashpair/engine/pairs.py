@@ -27,13 +27,27 @@ from .sorted_rows import sorted_rows
 
 
 class Pairs:
-    """N anchors against M references in label order. See `make_pairs`; `ReferencePairs` is the dense twin.
+    """N anchors against M references, sorted by label, whose row reductions are fused; `make_pairs` returns it.
+
+    `row_losses` of a `Criterion` receives it. Row values stand in the order of `labels`; `restore` puts them into the
+    caller's. `ReferencePairs` is the same over the dense matrix.
+
+    Args:
+        x: (N, D), sorted anchors.
+        y: (M, D), sorted references; None if they are the anchors.
+        label_order: the order by label and where each row's positives are.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        impl: the implementation that runs.
+        named: whether the caller asked for it by name, so that no other may run.
+        poison: NaN or 0, added to row values, to show embeddings that are not finite.
 
     Attributes:
-        x: (N, D) sorted anchors; `y`: (M, D) sorted references, None if they are the anchors. float32 or float64, or
-            16 bits where `dispatch.native` says so.
-        impl: the schedule that runs; `named`: the caller asked for it by name, so that nothing else may.
-        labels: (N,) int64 in the order of the rows; `ref_labels`: (M,).
+        x: (N, D), sorted anchors, float32 or float64, or 16 bits where the implementation takes them.
+        y: (M, D), sorted references; None if they are the anchors.
+        impl: the implementation that runs.
+        named: whether the caller asked for it by name.
+        labels: (N,) int64, in the order of the rows.
+        ref_labels: (M,) int64, in the order of the references.
     """
 
     def __init__(
@@ -58,7 +72,19 @@ class Pairs:
         return cls(sorted_rows(x, label_order.order, unit=unit, impl=impl), y, label_order, distance, impl, named=named)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
-        """One tensor (N,) for each reduction; reductions of one call share their passes over the pairs."""
+        """One tensor (N,) for each reduction, in the order of ``labels``; reductions of one call share their passes.
+
+        Args:
+            reductions: one or more `Reduction`s; vectors in them are in the order of ``labels`` (``ref_labels``).
+
+        Returns:
+            A tuple of tensors (N,), float32 or float64.
+
+        Raises:
+            TypeError: something else than a Reduction, or a value of a wrong type in one.
+            ValueError: no reduction, or vectors of another length or device.
+            RuntimeError: an implementation asked for by name that cannot compute these reductions, with every reason.
+        """
         check_call(reductions, self.x, self.count, self.label_order.ref_labels.shape[0])
         if foreign := [r.transform for r in reductions if r.transform not in BUILT_IN]:
             device = self.x.device.type
@@ -146,13 +172,13 @@ class Pairs:
         return end - (self.label_order.hi - self.label_order.lo)
 
     def paired(self) -> Tensor:  # (N,)
-        """z_kk of a rectangular problem whose rows and references belong together one by one; dot products alone."""
+        """z_kk (N,) of a rectangular problem whose rows and references belong together one by one; for dot products."""
         wide = accumulator(self.x.dtype)
         return (self.x.to(wide) * self.refs.to(wide)).sum(1)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of row values."""
+        """The dtype of row values."""
         return accumulator(self.x.dtype)
 
     @property
@@ -165,7 +191,7 @@ class Pairs:
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return self.x.shape[0]
 
     def squares(self) -> Tensor:  # (N,)
@@ -174,21 +200,29 @@ class Pairs:
         return (x * x).sum(1)
 
     def most_positives(self, most: int | None = None) -> int:
+        """The largest number of positives of a row, at least 1; `most` if it is given. Otherwise the host waits for the
+        count.
+        """
         if most is not None:
             return most
         if torch.compiler.is_compiling():  # which then leaves this call to Python, or, to be one graph, fails
-            raise RuntimeError("max_positives must be given for one compiled graph, got None")
+            raise RuntimeError("max_positives must be given where the call is to be one compiled graph, got None")
         return max(1, int(self.num_positives().amax())) if self.x.shape[0] else 1
 
     def positive_blocks(self, most: int) -> list[range]:
-        """K = `most` places in blocks of which `positives` needs memory linear in N."""
+        """Splits K = `most` places into blocks, for each of which `positives` needs memory linear in N."""
         return cut(range(most), PLACES)
 
     def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
-        """z of each row's positives (N, K), 0 where a row has fewer, and where there are any (N, K) bool.
+        """z of each row's positives, padded to the same number.
 
-        most: K; by default the most that a row has, at least 1, for which the host waits. A row with more is NaN.
-        block: these of the K places only.
+        Args:
+            most: K, the number of places; None: the largest number that a row has, at least 1, for which the host
+                waits. A row with more positives is NaN.
+            block: only these of the K places.
+
+        Returns:
+            z (N, K), 0 where a row has fewer, and a bool (N, K) that says where there is a positive.
         """
         wide = accumulator(self.x.dtype)
         x, y, p = self.x.to(wide), self.refs.to(wide), self.label_order
@@ -202,17 +236,25 @@ class Pairs:
         return pad_positives(z, self.num_positives(), poison(self.x, self.y), most, block.start)
 
     def sum_blocks(self, most: int) -> list[range]:
-        """The steps of `sums` that visit every pair of rows that have up to `most` positives, a few at a time."""
+        """The steps of `sums` that visit every pair of rows with up to `most` positives, split into small blocks."""
         return cut(range(1, (most + 1) // 2 + 1), STEPS)
 
     def at_both_ends(self, values: Tensor, other: Tensor, first: Tensor) -> Tensor:
-        """Values (N,) of the unordered pairs of `sums`, where `first`, at the pair's other end, row `other`, too."""
+        """Adds values (N,) of the unordered pairs of `sums` to both ends: each row, where `first`, and row `other`."""
         values = torch.where(first, values, 0.0)
         return values + torch.empty_like(values).index_copy(0, other, values)
 
     def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
-        """Of a square problem: rows x_i + x_p, where p follows i by `step` places around its class; z_ip (N,); p (N,),
-        and where i and p are two and i comes first (N,) bool. Steps 1 to (K + 1) // 2 visit every unordered pair once.
+        """Rows x_i + x_p of a square problem, where p follows i by `step` places around its class.
+
+        Steps 1 to (K + 1) // 2 visit every unordered pair of a class of K + 1 once.
+
+        Args:
+            step: from 1 on.
+
+        Returns:
+            The pairs of these rows with all samples; z_ip (N,); p (N,); and a bool (N,), where i and p differ and i
+            comes first.
         """
         p = self.label_order
         _, partner, first = partners(p.lo, p.hi, step)
@@ -231,18 +273,25 @@ class Pairs:
         return draw(self.labels, None if self.square else self.ref_labels)
 
     def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
-        """Row rows[k] against reference refs[k] as its one positive, k < count (); labels (K,) are 0, 1, ..."""
+        """The pairs of row rows[k] with all refs, reference refs[k] being its one positive, for k < count.
+
+        Args:
+            rows: (K,), of the anchors.
+            refs: (K,), of the references.
+            labels: (K,), 0, 1, ...
+            count: (), how many of the K there are.
+        """
         label_order = one_to_one(labels, count)
         bad = poison(self.x, self.y)  # of the samples left out, too
         x, y = self.x.index_select(0, rows), self.refs.index_select(0, refs)
         return Pairs(x, y, label_order, self.distance, self.impl, named=self.named, poison=bad)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all rows of values (..., N); where a batch is shared by processes, over those of all."""
+        """The sum over all rows of values (..., N); over all processes' rows where they share the batch."""
         return values.sum(-1)
 
     def total_logsumexp(self, values: Tensor) -> Tensor:
-        """The logsumexp () of all rows' values (N,), -inf among them; over all processes' rows as `total`."""
+        """The log-sum-exp () of values (N,), which may be -inf; over all processes' rows where they share the batch."""
         return masked_logsumexp(values[None], (values != -torch.inf)[None])[0]
 
     def restore(self, values: Tensor) -> Tensor:
@@ -260,14 +309,32 @@ def make_pairs(
     normalize: bool = False,
     impl: str = "auto",
 ) -> Pairs | ReferencePairs:
-    """The pairs of embeddings (N, D) with labels (N,), or of embeddings with `ref_emb` (M, D) and `ref_labels` (M,).
+    """The pairs of embeddings with one another, or with references: what losses reduce.
 
     Args:
-        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``. `normalize`: L2-normalise rows first.
+        embeddings: (N, D), float16 to float64.
+        labels: (N,), integers.
+        ref_emb: (M, D), or None: the embeddings themselves, without self pairs.
+        ref_labels: (M,), integers, with `ref_emb`.
+        distance: ``"dot"`` (the default), ``"euclidean"`` or ``"squared_euclidean"``.
+        normalize: L2-normalise the rows first; by default they are taken as they are.
         impl: as `Criterion` takes it.
 
+    Returns:
+        A `Pairs`, or for ``impl="reference"`` a `ReferencePairs` with the same methods.
+
     Raises:
-        TypeError, ValueError: bad arguments, named. RuntimeError: an `impl` that cannot run here, with every reason.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an unknown word, or shapes and devices that do not fit.
+        RuntimeError: a named `impl` that cannot run here, with every reason.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> pairs = flashpair.make_pairs(x, labels)
+        >>> (highest,) = pairs.reduce(flashpair.Reduction("max", "negatives"))
+        >>> [round(value, 4) + 0.0 for value in pairs.restore(highest).tolist()]
+        [0.0, 0.8, 0.8, 0.0]
     """
     checks.word(distance, DISTANCES, "distance")
     return checked_pairs(*checks.batch(embeddings, labels, ref_emb, ref_labels), distance, normalize, impl)

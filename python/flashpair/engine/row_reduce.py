@@ -22,23 +22,37 @@ def row_reduce(
     distance: str = "dot",
     impl: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """Row reductions of all pairs of embeddings (N, D), or of embeddings against `ref_emb` (M, D), never stored.
+    """Row reductions of all pairs of embeddings, or of embeddings and references; the N x M matrix is never stored.
 
-    Differentiable in the embeddings, the references, and each reduction's scale and offsets (twice, through a dense
-    path). Reductions of one call share their passes; see `Reduction` for what they can be. A loss of your own is some
-    reductions and ordinary PyTorch on (N,) tensors; write it as a `Criterion` to have it sort only once.
+    It is differentiable in the embeddings, the references, and each reduction's scale and offsets (twice, by the dense
+    matrix). Reductions of one call share their passes; `Reduction` says what they can be. A loss of your own is some
+    reductions and ordinary PyTorch on (N,) tensors; written as a `Criterion` it sorts only once.
 
     Args:
-        embeddings, labels, ref_emb, ref_labels: as `Criterion` takes them; nothing is normalised here.
-        reductions: `Reduction`s whose vectors stand in the caller's order.
-        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        embeddings: (N, D), float16 to float64; nothing is normalised here.
+        labels: (N,), integers.
+        reductions: one or more `Reduction`s; vectors in them are in the caller's order.
+        ref_emb: (M, D), or None: the embeddings themselves, without self pairs.
+        ref_labels: (M,), integers, with `ref_emb`.
+        distance: ``"dot"`` (the default), ``"euclidean"`` or ``"squared_euclidean"``.
         impl: as `Criterion` takes it.
 
     Returns:
         One tensor (N,) for each reduction, in the caller's order, float32 or float64.
 
     Raises:
-        TypeError, ValueError: bad arguments, named. RuntimeError: an `impl` that cannot run here.
+        TypeError: an argument of a wrong type, named.
+        ValueError: no reduction, an unknown word, or shapes and devices that do not fit.
+        RuntimeError: a named `impl` that cannot run here, with every reason.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> lowest, number = flashpair.row_reduce(
+        ...     x, labels, flashpair.Reduction("min", "positives"), flashpair.Reduction("count", "negatives", lower=0.5)
+        ... )
+        >>> [round(value, 4) for value in lowest.tolist()], number.tolist()
+        ([0.6, 0.6, 0.6, 0.6], [0.0, 1.0, 1.0, 0.0])
     """
     x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
     for k, r in enumerate(reductions):

@@ -40,7 +40,9 @@ def plan(
 ) -> Spec | tuple[str, ...]:  # fmt: skip
     """What `impl` is told of a criterion's call, or every reason why it cannot compute the loss whole."""
     if formula is None:
-        return (f"{impl} knows the losses {', '.join(FORMULAS)}, and this criterion says none of them of itself",)
+        return (
+            f"{impl} computes the losses {', '.join(FORMULAS)}, and this criterion does not declare such a row formula",
+        )
     for value in formula.scales + formula.shifts:
         if isinstance(value, Tensor):
             return (f"{impl} takes numbers as hyper-parameters, not tensors",)
@@ -65,7 +67,7 @@ def _plan_of(
         chosen = 0  # csrc/cpu/small_batch.h takes them all
     reasons: tuple[str, ...] = (chosen,) if isinstance(chosen, str) else ()
     if penalty and reduction in ("none", "nonzero"):
-        reasons += (f"{impl} adds a penalty on norms to one number, not to reduction={reduction!r}",)
+        reasons += (f"{impl} adds a penalty on norms only to a scalar loss, and reduction is {reduction!r}",)
     if reasons or isinstance(chosen, str):
         return reasons
     code = (

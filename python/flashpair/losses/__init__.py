@@ -1,4 +1,4 @@
-"""Criteria: one small file a family."""
+"""Losses, one small file for each family."""
 
 from .angular import AngularLoss
 from .base import Criterion, RowLosses, Terms

@@ -17,23 +17,39 @@ SLACK = 16  # roundings of terms of up to 1 + 4 tan^2 in size
 
 
 class AngularLoss(Criterion):
-    """Angular loss (Wang et al., 2017), t = tan(alpha), for each ordered positive pair (a, p):
+    """Angular loss: bounds the angle at the negative of each triplet (Wang et al., 2017).
 
-    log(1 + sum_N e^(4 t^2 (x_a + x_p) . x_n - 2 (1 + t^2) x_a . x_p)).
+    With t = tan(alpha) and unit vectors x, for each ordered positive pair (a, p):
 
-    ``form="hinge"``: max(0, |x_a - x_p|^2 - 4 t^2 |x_n - (x_a + x_p) / 2|^2) for every triplet.
+        form="logsumexp":  L_ap  = log(1 + sum_N e^(4 t^2 (x_a + x_p) . x_n - 2 (1 + t^2) x_a . x_p))
+        form="hinge":      L_apn = max(0, |x_a - x_p|^2 - 4 t^2 |x_n - (x_a + x_p) / 2|^2)    for every triplet
+
+    An anchor's loss is the sum of its pairs' (triplets').
 
     Args:
-        alpha: degrees, above 0 and under 90 (45 and 40 are common).
-        form: ``"logsumexp"`` or ``"hinge"``.
-        max_positives: the most positives that an anchor has, where known; see `TripletMarginLoss`.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs, those
-            without a negative counting as 0 (of ``"hinge"``: by the number of triplets, and "nonzero" over those above
-            0 by more than rounding). A row's loss is the sum of its pairs'.
+        alpha: the angle in degrees, above 0 and below 90 (45 and 40 are common).
+        form: ``"logsumexp"`` (the default) or ``"hinge"``.
+        max_positives: the largest number of positives an anchor can have, if known; see `TripletMarginLoss`.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by the number of ordered positive pairs, those without a negative
+            counting as 0 (``"hinge"``: by the number of triplets); ``"nonzero"`` of ``"hinge"``: over triplets above 0
+            by more than rounding. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers. No references.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: the hinge with ``normalize=False``; with `ref_emb`: the loss needs the products of positives with
-            negatives.
+        TypeError: `alpha` is not a number (tensors are not taken), `max_positives` not an int, `normalize` not a bool.
+        ValueError: `alpha` is not above 0 and below 90; the hinge with ``normalize=False``; an unknown `form`,
+            `reduction` or `impl`; in a call, `ref_emb` (the loss needs the products of positives with negatives).
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.AngularLoss(alpha=30.0)(x, labels).item(), 4)
+        0.5045
     """
 
     takes_references = False
@@ -55,7 +71,7 @@ class AngularLoss(Criterion):
             raise ValueError(f"alpha must be under 90 degrees, got {alpha!r}")
         self.form = checks.word(form, ("logsumexp", "hinge"), "form")
         if form == "hinge" and not normalize:
-            raise ValueError("form 'hinge' is of unit vectors, got normalize=False")
+            raise ValueError("normalize must be True with form 'hinge', got False")
         self.max_positives = checks.most(max_positives, "max_positives")
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:

@@ -40,27 +40,55 @@ AnyPairs = Pairs | ReferencePairs
 
 
 class Criterion(nn.Module):
-    """A loss of pairs: a subclass says what one row is in `row_losses`; this class does the rest.
+    """Base of all losses of pairs: a subclass computes each row's loss in `row_losses`, this class does the rest.
+
+    It checks the arguments, normalises, chooses an implementation, and reduces the row losses to one number.
 
     Args:
-        normalize: L2-normalise embeddings (and references) first; a zero row stays zero, and so counts one whose square
-            underflows (in float32 a norm under 1e-19); one whose square overflows (1e19) is NaN.
-        reduction: ``"mean"`` (over all N rows, or the loss's own count where the class says so), ``"sum"``,
-            ``"none"`` (N,), ``"mean_valid"`` (over rows that have a loss) or ``"nonzero"`` (over row losses above 0;
-            over pairs or triplets above 0 where the class says that it averages these, and there ``"mean_pairs"``, of
-            contrastive losses, is the mean over all positive pairs plus the mean over all negative ones). An average
-            over nothing is 0.
-        impl: ``"auto"``, or one of ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"``, ``"onchip"``, which never
-            falls back.
+        normalize: L2-normalise embeddings and references first. A zero row stays zero, and so does one whose squared
+            norm underflows (in float32 a norm below 1e-19); a row whose squared norm overflows (1e19) becomes NaN.
+        reduction: how the row losses become one number. An average over nothing is 0.
+
+            - ``"mean"``: divides by N, or by the count that the loss's own docstring names.
+            - ``"sum"``.
+            - ``"none"``: no reduction, (N,).
+            - ``"mean_valid"``: mean over rows that have a loss.
+            - ``"nonzero"``: mean over row losses above 0; where the loss says so, over pairs or triplets above 0.
+            - ``"mean_pairs"`` (contrastive losses): mean over all positive pairs plus mean over all negative pairs.
+        impl: ``"auto"``, or ``"reference"``, ``"tiled"``, ``"screened"``, ``"fused"`` or ``"onchip"``. A named
+            implementation never falls back to another; ``python -m flashpair info`` lists those that run here.
 
     Attributes:
-        anchors: what a row of `row_losses` is, a word of the class: ``"samples"``, of the batch, or ``"proxies"``, of
-            a `ClassCriterion`: its weights, whose references are the batch.
+        distance: what pairs are compared by: ``"dot"`` (the default; cosines when normalised), ``"euclidean"`` or
+            ``"squared_euclidean"``.
+        anchors: what a row of `row_losses` is: ``"samples"`` of the batch, or ``"proxies"``, the weights of a
+            `ClassCriterion`, whose references are the batch.
         penalizes: what `penalty_of` is a mean over: ``"samples"``, or ``"classes"`` of a `ClassCriterion`.
+        takes_references: False for a loss that is defined within a batch.
+        averagings: the words that `reduction` takes.
+        differentiates: False if the gradient is by definition not the value's derivative.
+        shown: names of hyper-parameters that `repr` shows.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        TypeError, ValueError: arguments out of their range, named, before any work.
-        RuntimeError: an explicit `impl` that cannot run on the inputs' device, with every reason.
+        TypeError: an argument of a wrong type, named, before any work.
+        ValueError: an argument out of its range, or an unknown word, named, before any work.
+        RuntimeError: in a call, a named `impl` that cannot run on the inputs' device, with every reason.
+
+    Examples:
+        >>> class HighestNegative(flashpair.Criterion):
+        ...     def row_losses(self, pairs):
+        ...         (highest,) = pairs.reduce(flashpair.Reduction("max", "negatives"))
+        ...         return flashpair.RowLosses(highest, pairs.num_negatives() > 0, highest.shape[0])
+        >>> criterion = HighestNegative(normalize=True, reduction="mean", impl="auto")
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(criterion(x, labels).item(), 4)
+        0.4
     """
 
     anchors = "samples"
@@ -82,11 +110,14 @@ class Criterion(nn.Module):
 
     @property
     def preparation(self) -> tuple[bool, Callable[[Tensor], Tensor] | None]:
-        """Whether embeddings and references are normalised, and what is done to them instead, None: nothing."""
+        """Whether rows are normalised, and a function that replaces normalisation (None: there is none).
+
+        A subclass overrides it to transform embeddings and references, (n, D) to (n, D'), before they are compared.
+        """
         return self.normalize, None
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
-        """The pairs of a call whose arguments `check` has returned."""
+        """The pairs of a call, of arguments that `check` has returned."""
         self._check_distance(self.distance)
         x, y, unit = self.prepared(x, y)
         return checked_pairs(x, labels, y, ref_labels, self.distance, unit, impl)
@@ -102,8 +133,18 @@ class Criterion(nn.Module):
         return own, None if y is None else checked_prepared(prepare(y), y, name), unit
 
     def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        """The loss of each row of `pairs`, in the order of ``pairs.labels``."""
-        raise NotImplementedError(f"{type(self).__name__} has no row_losses(self, pairs), which returns RowLosses")
+        """The loss of each row; every subclass defines it.
+
+        Args:
+            pairs: a `Pairs` or `ReferencePairs`; `pairs.reduce` gives row values (N,), in the order of
+                ``pairs.labels``.
+
+        Returns:
+            `RowLosses`, in the same order.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no row_losses(self, pairs); define one that returns RowLosses"
+        )
 
     init_sets, init_takes = "impl", "normalize=..., reduction=..., impl=..."  # for the error where it was not called
 
@@ -127,7 +168,7 @@ class Criterion(nn.Module):
             )
 
     def row_formula(self) -> RowFormula | None:
-        """The same as `row_losses` in words that a schedule of whole losses knows; None where they have none."""
+        """The same loss as a formula that whole-loss kernels know; None (the default): it is not one of them."""
         return None
 
     penalizes_references = False
@@ -135,9 +176,18 @@ class Criterion(nn.Module):
     def penalty_of(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
     ) -> Penalty | None:
-        """Of the embeddings as they came, not normalised: its mean is added to every valid row's loss; None: none.
+        """A penalty on the embeddings before normalisation, whose mean is added to every valid row's loss.
 
-        drawn: of a loss of one pair a class, which of them take part, where that hangs on other processes' samples.
+        Args:
+            x: (N, D), the embeddings.
+            labels: (N,) int64.
+            y: (M, D) or None, the references.
+            ref_labels: (M,) int64 or None.
+            drawn: for a loss of one pair of each class, which pairs take part, if this depends on other processes'
+                samples.
+
+        Returns:
+            A `Penalty`, a sum and over how many it is a mean; None (the default): there is no penalty.
         """
         return None
 
@@ -146,7 +196,7 @@ class Criterion(nn.Module):
         return checked_rows(self.row_losses(pairs), type(self).__name__, pairs.count, pairs.labels.device)
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
-        """What is added to every valid row's loss."""
+        """The number that is added to every valid row's loss: the mean of `penalty_of`, or None."""
         found = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
         return None if found is None else found.total / found.number.clamp_min(1)
 
@@ -154,13 +204,26 @@ class Criterion(nn.Module):
         self, embeddings: Tensor, labels: Tensor, *tuples: Any, ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The loss of embeddings (N, D), float16 to float64, with integer labels (N,).
+        """The loss of a batch.
 
-        With `ref_emb` (M, D) and `ref_labels` (M,), or `References` or `StreamedReferences` as `ref_emb` alone, each
-        anchor's pairs are with the references, none of which is taken for the anchor itself; without, with the rest of
-        the batch. Computed and
-        returned in float32, or float64 for float64 inputs, autocast or not: a scalar, or (N,) with
-        ``reduction="none"``.
+        With references each anchor's pairs are with the references, none of which is taken for the anchor itself;
+        without them, with the rest of the batch. It is computed in float32, or in float64 for float64 inputs, under
+        autocast, too.
+
+        Args:
+            embeddings: (N, D), float16 to float64.
+            labels: (N,), integers.
+            tuples: not taken; the error explains where miners' tuples went.
+            ref_emb: (M, D), `References` or `StreamedReferences` (which bring their labels); None: the batch itself.
+            ref_labels: (M,), integers, with a tensor as `ref_emb`.
+
+        Returns:
+            A scalar, or (N,) with ``reduction="none"``.
+
+        Raises:
+            TypeError: embeddings or labels of a wrong type, or a miner's tuples.
+            ValueError: shapes or devices that do not fit, or references for a loss that takes none.
+            RuntimeError: a named `impl` that cannot run here, with every reason.
         """
         if tuples:
             raise TypeError(
@@ -179,7 +242,15 @@ class Criterion(nn.Module):
     def check(
         self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The arguments of a call, labels as int64, or the error that names what is wrong with them."""
+        """Checks the arguments of a call.
+
+        Returns:
+            Embeddings, labels as int64, references and their labels (or None).
+
+        Raises:
+            TypeError: an argument of a wrong type, named.
+            ValueError: shapes or devices that do not fit, or references for a loss that takes none.
+        """
         batch = checks.batch(embeddings, labels, ref_emb, ref_labels)
         checks.parameters(self, batch[0])
         if ref_emb is not None:
@@ -188,7 +259,9 @@ class Criterion(nn.Module):
 
     def check_references(self) -> None:
         if not self.takes_references:
-            raise ValueError(f"{type(self).__name__} is defined within a batch: ref_emb must be None")
+            raise ValueError(
+                f"{type(self).__name__} is defined within a batch and takes no references: ref_emb must be None"
+            )
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         extra = self._extra(x, labels, y, ref_labels)
@@ -214,7 +287,7 @@ class Criterion(nn.Module):
         self.check_references()
         refuse_own(self, AT_ONCE, "StreamedReferences")
         if self.penalizes_references:
-            raise ValueError(f"{type(self).__name__} with a penalty on references needs them in one piece")
+            raise ValueError(f"{type(self).__name__} has a penalty on references, which must be one tensor then")
         x, labels, _, _ = self.check(embeddings, labels, None, None)
         with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
@@ -222,7 +295,7 @@ class Criterion(nn.Module):
             return loss + pairs.ref_source.poison
 
     def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
-        """The loss of embeddings whose pairs come in pieces."""
+        """The loss of embeddings whose references come in chunks."""
         rows = self.checked_row_losses(pairs)
         loss = reduce_losses(rows, self.reduction, pairs, self._extra(x, labels, None, None))
         return loss + self.not_finite(x, None).to(loss.dtype)
@@ -237,14 +310,16 @@ class Criterion(nn.Module):
         return loss + self.not_finite(x, y).to(loss.dtype)
 
     def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """0, or NaN where an embedding or reference is not finite, also where no row has a loss to show it."""
+        """0, or NaN if an embedding or reference is not finite, even where no row has a loss to show it."""
         return poison(x, y)
 
     def rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
     ) -> tuple[RowLosses, AnyPairs | None]:
-        """The rows' losses of a call whose arguments `check` has returned, and their pairs, which know the order; None:
-        the caller's."""
+        """The row losses of a call, of arguments that `check` has returned, and their pairs, which know their order.
+
+        Without pairs (None) the rows are in the caller's order.
+        """
         pairs = self.pairs_of(x, labels, y, ref_labels, impl)
         return self.row_losses(pairs), pairs
 
@@ -264,7 +339,7 @@ class Criterion(nn.Module):
 
 
 def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
-    """The loss of some rows; `extra` () is added to each valid one. pairs: None for rows in the caller's order."""
+    """The loss of rows, with `extra` () added to each valid one; without `pairs` the rows are in the caller's order."""
     rows, extra = with_extra(rows, reduction, extra)
     if reduction == "none":
         return rows.losses if pairs is None else pairs.restore(rows.losses)
@@ -273,8 +348,10 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra
 
 
 def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[RowLosses, Tensor | None]:
-    """The rows with `extra` () added to each valid one, and what of it is left for their average: all of it where that
-    is one of terms, which has no rows to add it to."""
+    """The rows with `extra` () added to each valid one, and the part of `extra` that is left to add to their average.
+
+    That is all of it where the average is over terms, which have no rows to add it to.
+    """
     if extra is None or (rows.terms and reduction in ("nonzero", "mean_pairs")):
         return rows, extra
     extra = extra.to(rows.losses.dtype).expand_as(rows.losses)  # of a tensor () where makes the default dtype
@@ -283,8 +360,14 @@ def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[R
 
 
 def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """The one number of every reduction but "none". total: the sum over all processes of a count (), where they share
-    the batch and `rows` are one's own: then its share of that number."""
+    """The one number that every reduction but "none" gives.
+
+    Args:
+        rows: the row losses.
+        reduction: any word but "none".
+        total: where processes share the batch and `rows` are one's own: the sum over all processes of a count (). The
+            result is then this process's share of the number.
+    """
     losses = rows.losses
 
     def every(count: Tensor) -> Tensor:

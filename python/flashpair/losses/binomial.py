@@ -18,15 +18,39 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 class BinomialDevianceLoss(Criterion):
-    """Binomial deviance (Wang et al., 2019, eq. 9), with Multi-Similarity's mining if `epsilon` is given.
+    """Binomial deviance: a logistic loss on each pair (Yi et al., 2014; Wang et al., 2019, eq. 9).
 
-    L_i = mean_P log(1 + e^(alpha (base - s))) + mean_N log(1 + e^(beta (s - base))).
+    With cosines s, and means over anchor i's positives P and negatives N:
+
+        L_i = mean_P log(1 + e^(alpha (base - s_ip))) + mean_N log(1 + e^(beta (s_in - base)))
+
+    If `epsilon` is given, P and N are the pairs that Multi-Similarity's mining keeps (eq. 11-12). An anchor without
+    positives (negatives) has the other term alone.
 
     Args:
-        alpha, beta: above 0; `base`: lambda (the paper's text says 1, its code 0.5); numbers or learnable tensors ().
-        epsilon: the mining margin of eq. 11-12, at least 0; None: no mining. Means are over the mined pairs.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the batch size N (eq. 9 sums). Without a positive
-            (negative) pair a row has the other part alone.
+        alpha: scale of the positives, above 0; a number or a learnable tensor ().
+        beta: scale of the negatives, above 0; a number or a learnable tensor ().
+        base: the similarity at which pairs are split, lambda in the paper (its text says 1, its code 0.5); a number or
+            a learnable tensor ().
+        epsilon: the mining margin, at least 0; None (the default): no mining.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by N (eq. 9 sums). Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `alpha`, `beta` or `base` is not a number or tensor, `epsilon` not a number, `normalize` not a bool.
+        ValueError: `alpha` or `beta` is not above 0, `epsilon` is below 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.BinomialDevianceLoss(beta=10.0)(x, labels).item(), 4)
+        1.3636
     """
 
     shown = ("alpha", "beta", "base", "epsilon")
@@ -57,16 +81,40 @@ class BinomialDevianceLoss(Criterion):
 
 
 class BinLiftedLoss(Criterion):
-    """BinLifted: half binomial deviance, half LiftedStruct* (Wang et al., 2019, supplement, eq. 10).
+    """BinLifted: the average of binomial deviance and LiftedStruct* (Wang et al., 2019, supplement, eq. 10).
 
-    L_i = 1/2 (1/beta sum_N log(1 + e^(beta (s - base))) + 1/beta LSE_N(beta s)
-             + 1/alpha sum_P log(1 + e^(alpha (base - s))) + 1/alpha LSE_P(-alpha s)), whose weights eq. 10 gives.
+    With cosines s, LSE = log-sum-exp, and sums over anchor i's positives P and negatives N:
+
+        L_i = 1/2 (1/alpha sum_P log(1 + e^(alpha (base - s_ip))) + 1/alpha LSE_P(-alpha s_ip)
+                 + 1/beta sum_N log(1 + e^(beta (s_in - base))) + 1/beta LSE_N(beta s_in))
+
+    The paper's eq. 10 gives the pair weights; this is a loss with these weights. An anchor without positives
+    (negatives) has the other terms alone.
 
     Args:
-        alpha, beta: above 0; `base`: lambda; numbers or learnable tensors ().
-        normalized: the binomial halves are means over pairs, as the paper's main text has it, not sums / alpha, beta.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the batch size N. Without a positive (negative)
-            pair a row has the other part alone.
+        alpha: scale of the positives, above 0; a number or a learnable tensor ().
+        beta: scale of the negatives, above 0; a number or a learnable tensor ().
+        base: lambda of the paper; a number or a learnable tensor ().
+        normalized: take the binomial terms as means over pairs, as in the paper's main text, instead of 1/alpha
+            (1/beta) times their sums.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `alpha`, `beta` or `base` is not a number or tensor, `normalized` or `normalize` not a bool.
+        ValueError: `alpha` or `beta` is not above 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.BinLiftedLoss(beta=10.0)(x, labels).item(), 4)
+        0.1261
     """
 
     shown = ("alpha", "beta", "base", "normalized")
@@ -104,12 +152,34 @@ class BinLiftedLoss(Criterion):
 
 
 class MinedPairLoss(Criterion):
-    """Multi-Similarity's mining with equal weights (Wang et al., 2019, Table 2): L_i = sum_P (1 - s) + sum_N s.
+    """Multi-Similarity's mining with equal weights for all mined pairs (Wang et al., 2019, Table 2).
+
+    With cosines s, and the positives P and negatives N that the mining of `MultiSimilarityLoss` keeps:
+
+        L_i = sum_P (1 - s_ip) + sum_N s_in
 
     Args:
         epsilon: the mining margin of eq. 11-12, at least 0.
-        weights: ``"unit"``, or ``"row_mean"``: means in place of sums.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the batch size N, unmined rows counting as 0.
+        weights: ``"unit"`` (the default), or ``"row_mean"``: means in place of sums.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by N; anchors without mined pairs count as 0. Others: see
+            `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `epsilon` is not a number, `normalize` not a bool.
+        ValueError: `epsilon` is below 0; an unknown `weights`, `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.MinedPairLoss()(x, labels).item(), 4)
+        0.6
     """
 
     shown = ("epsilon", "weights")

@@ -24,19 +24,39 @@ _paced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transf
 
 
 class CircleLoss(Criterion):
-    """Circle loss (Sun et al., 2020, eq. 6), with self-paced weights a_n = max(0, s + m), a_p = max(0, 1 + m - s):
+    """Circle loss: each pair weighted by how far it is from its optimum (Sun et al., 2020, eq. 6).
 
-    L_i = log(1 + sum_N e^(gamma a_n (s - m)) sum_P e^(-gamma a_p (s - 1 + m))).
+    With cosines s and the self-paced weights a_n = max(0, s + m), a_p = max(0, 1 + m - s):
+
+        L_i = log(1 + sum_N e^(gamma a_n (s_in - m)) sum_P e^(-gamma a_p (s_ip - 1 + m)))
 
     The weights are constants to autograd, as published: the gradient is not the derivative of the value, and second
-    derivatives are those of the gradient with these weights held.
+    derivatives hold the weights fixed. Anchors without a positive or without a negative have no loss.
 
     Args:
-        m: the margin, `gamma`: the scale, above 0; numbers (0.4, 80: fine-grained retrieval; 0.25, 256: faces).
-        over: ``"anchors"``: one loss an anchor; ``"batch"``: one loss of all unordered pairs of the batch.
-        normalize, reduction, impl: see `Criterion`; rows without a positive or a negative have no loss. Default:
-            "mean_valid". With ``over="batch"`` every reduction but "none" gives the one number, of which each row has
-            the same share.
+        m: the margin; a number (0.4 for fine-grained retrieval, 0.25 for faces).
+        gamma: the scale, above 0; a number (80 for fine-grained retrieval, 256 for faces).
+        over: ``"anchors"`` (the default): one loss for each anchor; ``"batch"``: one loss over all unordered pairs of
+            the batch.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean_valid"`` (the default): mean over anchors with a loss. With ``over="batch"`` every reduction
+            but "none" gives the same number, and "none" an equal share for each row. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `m` or `gamma` is not a number (tensors are not taken), `normalize` not a bool.
+        ValueError: `gamma` is not above 0; an unknown `over`, `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.CircleLoss(gamma=10.0)(x, labels).item(), 4)
+        2.7996
     """
 
     differentiates = False

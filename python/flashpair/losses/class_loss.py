@@ -15,13 +15,42 @@ from .base import AnyPairs, Criterion, RowLosses
 
 
 class ClassCriterion(Criterion):
-    """A loss of embeddings (B, D) with labels in [0, C) against learned weights, one row a class, of unit norm.
+    """Base of the losses of embeddings (N, D) against learned class weights (C, D); the N x C logits are never stored.
+
+    A subclass defines `row_losses`, as with `Criterion`; the row of a sample is its similarities to all classes, of
+    which its own class is the one positive. With the class attribute ``anchors = "proxies"`` a row is a class instead,
+    against all samples.
+
+    Args:
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
+        normalize: L2-normalise the embeddings first (the default). Class weights are always normalised.
+        reduction: see `Criterion`.
+        impl: see `Criterion`.
 
     Attributes:
-        weight: Parameter (C, D), normal; its rows are normalised inside. Give it to the optimizer.
+        weight: Parameter (C, D), initialised from a normal distribution; its rows are normalised inside. Give it to the
+            optimizer.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, D), a Parameter, for C = num_classes and D = embedding_size.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, C) (on a GPU the device asserts), embeddings of another width, or `ref_emb`.
+        TypeError: a size is not an int, or `normalize` not a bool.
+        ValueError: a size is below 1; an unknown `reduction` or `impl`; in a call, labels outside of [0, C) (on a GPU
+            the device asserts this), embeddings of another width, or `ref_emb`.
+
+    Examples:
+        >>> class Cosine(flashpair.ClassCriterion):  # 1 - the cosine with the own class
+        ...     def row_losses(self, pairs):
+        ...         (own,) = pairs.reduce(flashpair.Reduction("sum", "positives"))
+        ...         return flashpair.RowLosses(1 - own, pairs.num_positives() > 0, own.shape[0])
+        >>> criterion = Cosine(2, 2, normalize=True, reduction="mean", impl="auto")
+        >>> criterion.weight.data = torch.eye(2)
+        >>> round(criterion(torch.tensor([[0.6, 0.8], [0.0, 1.0]]), torch.tensor([0, 1])).item(), 4)
+        0.2
     """
 
     takes_references = False
@@ -55,13 +84,21 @@ class ClassCriterion(Criterion):
         return poison(x, self.weight)
 
     def refuses_parts(self) -> str | None:
-        """Why processes cannot share the classes out (`flashpair.distributed.shard_classes`); None: they can."""
+        """Why the classes cannot be split over processes (`flashpair.distributed.shard_classes`); None: they can."""
         return None
 
     def rows_of_parts(
         self, x: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor], logsumexp: Callable[[Tensor], Tensor]
     ) -> RowLosses | None:
-        """Of a class with `rows` of its own: those of all samples (B, D), `weight` being one process's part and
-        `labels` outside of it for other processes' classes. total, logsumexp: over the parts, of row values (B,).
-        None: as `row_losses` has them."""
+        """The row losses of all samples where classes are split over processes; for a class that overrides `rows`.
+
+        Args:
+            x: (N, D), the samples of all processes.
+            labels: (N,), negative or at least the number of this process's classes for other processes' classes.
+            total: the sum over processes of row values (N,).
+            logsumexp: the log-sum-exp over processes of row values (N,).
+
+        Returns:
+            `RowLosses`, or None to compute them from `row_losses`.
+        """
         return None

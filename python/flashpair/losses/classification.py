@@ -30,15 +30,37 @@ def _losses(neg: Tensor, own: Tensor) -> RowLosses:
 
 
 class NormalizedSoftmaxLoss(ClassCriterion):
-    """Cross entropy of cosines over a temperature (Zhai and Wu, 2019).
+    """Normalised softmax: cross entropy of cosines over a temperature (Zhai and Wu, 2019).
+
+    With cos_ic the cosine of embedding i and class c's weight, y the embedding's class:
+
+        L_i = -log(e^(cos_iy / temperature) / sum_c e^(cos_ic / temperature))
 
     Args:
-        num_classes, embedding_size: C and D of `weight` (C, D).
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
         temperature: above 0; a number or a learnable tensor ().
-        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; weights always are.
+        normalize: L2-normalise the embeddings first (the default). Class weights are always normalised.
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, D), a Parameter, for C = num_classes and D = embedding_size.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+        TypeError: a size is not an int, `temperature` not a number or tensor, `normalize` not a bool.
+        ValueError: a size is below 1, `temperature` not above 0; an unknown `reduction` or `impl`; in a call, labels
+            outside of [0, num_classes), or embeddings of another width.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.NormalizedSoftmaxLoss(num_classes=2, embedding_size=2, temperature=0.5)
+        >>> criterion.weight.data = torch.eye(2)
+        >>> round(criterion(x, labels).item(), 4)
+        0.3065
     """
 
     shown = (*ClassCriterion.shown, "temperature")
@@ -62,15 +84,39 @@ class NormalizedSoftmaxLoss(ClassCriterion):
 
 
 class CosFaceLoss(ClassCriterion):
-    """Large-margin cosine loss (Wang et al., 2018, eq. 4): the own class's logit is scale (cos - margin).
+    """CosFace, the large-margin cosine loss (Wang et al., 2018, eq. 4).
+
+    Cross entropy of these logits, with cos_ic the cosine of embedding i and class c's weight, y the embedding's class:
+
+        logit_ic = scale cos_ic                 for c != y
+        logit_iy = scale (cos_iy - margin)
 
     Args:
-        num_classes, embedding_size: C and D of `weight` (C, D).
-        margin: of the cosine; `scale`: above 0; numbers or learnable tensors ().
-        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; weights always are.
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
+        margin: subtracted from the own class's cosine; a number or a learnable tensor ().
+        scale: above 0; a number or a learnable tensor ().
+        normalize: L2-normalise the embeddings first (the default). Class weights are always normalised.
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, D), a Parameter, for C = num_classes and D = embedding_size.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+        TypeError: a size is not an int, `margin` or `scale` not a number or tensor, `normalize` not a bool.
+        ValueError: a size is below 1, `scale` not above 0; an unknown `reduction` or `impl`; in a call, labels outside
+            of [0, num_classes), or embeddings of another width.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.CosFaceLoss(num_classes=2, embedding_size=2, scale=4.0)
+        >>> criterion.weight.data = torch.eye(2)
+        >>> round(criterion(x, labels).item(), 4)
+        0.6158
     """
 
     shown = (*ClassCriterion.shown, "margin", "scale")
@@ -96,19 +142,43 @@ class CosFaceLoss(ClassCriterion):
 
 
 class ArcFaceLoss(ClassCriterion):
-    """Additive angular margin loss (Deng et al., 2019, eq. 3): the own class's logit is scale cos(theta + margin).
+    """ArcFace, the additive angular margin loss (Deng et al., 2019, eq. 3).
+
+    Cross entropy of these logits, with theta_ic the angle of embedding i and class c's weight, y the embedding's
+    class:
+
+        logit_ic = scale cos(theta_ic)              for c != y
+        logit_iy = scale cos(theta_iy + margin)
 
     Args:
-        num_classes, embedding_size: C and D of `weight` (C, D).
-        margin: degrees, from 0 to 180 (28.65 is 0.5 rad); a number.
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
+        margin: in degrees, from 0 to 180 (28.65 is 0.5 rad); a number.
         scale: above 0; a number or a learnable tensor ().
-        fallback: where theta + margin is over 180 degrees, cos theta - margin sin margin (margin in radians) stands in,
-            so that the logit goes on falling.
-        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings, which without it are taken for unit
-            vectors as they are; weights always are normalised.
+        fallback: where theta + margin is over 180 degrees, use cos(theta) - margin sin(margin) (margin in radians), so
+            that the logit goes on falling. False: cos(theta + margin) everywhere.
+        normalize: L2-normalise the embeddings first (the default); False: they must be unit vectors already. Class
+            weights are always normalised.
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, D), a Parameter, for C = num_classes and D = embedding_size.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+        TypeError: a size is not an int, `margin` not a number, `scale` not a number or tensor, a flag not a bool.
+        ValueError: a size is below 1, `margin` not in [0, 180], `scale` not above 0; an unknown `reduction` or `impl`;
+            in a call, labels outside of [0, num_classes), or embeddings of another width.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.ArcFaceLoss(num_classes=2, embedding_size=2, scale=4.0)
+        >>> criterion.weight.data = torch.eye(2)
+        >>> round(criterion(x, labels).item(), 4)
+        0.694
     """
 
     shown = (*ClassCriterion.shown, "margin", "scale", "fallback")
@@ -149,18 +219,45 @@ def sine(cosine: Tensor) -> Tensor:
 
 
 class SphereFaceLoss(ClassCriterion):
-    """SphereFace (Liu et al., 2017, eq. 7): logits |x| cos theta, the own class's |x| psi(theta), psi(theta) =
-    (-1)^k cos(margin theta) - 2 k for theta in [k, k + 1] pi / margin.
+    """SphereFace: a multiplicative angular margin (Liu et al., 2017, eq. 7).
+
+    Cross entropy of these logits, with theta_ic the angle of embedding x_i and class c's weight, y the embedding's
+    class:
+
+        logit_ic = scale |x_i| cos(theta_ic)                                      for c != y
+        logit_iy = scale |x_i| (lam cos(theta_iy) + psi(theta_iy)) / (1 + lam)
+        psi(theta) = (-1)^k cos(margin theta) - 2 k    for theta in [k, k + 1] pi / margin
 
     Args:
-        num_classes, embedding_size: C and D of `weight` (C, D).
-        margin: m, an int of at least 1; `scale`: above 0, of all logits; a number or a learnable tensor ().
-        lam: the annealing weight, at least 0: the own logit is |x| (lam cos theta + psi(theta)) / (1 + lam). Set it as
-            training goes on (the authors: max(5, 1000 / (1 + 0.12 iteration))).
-        normalize, reduction, impl: see `Criterion`; as published, embeddings are not normalised. Weights always are.
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
+        margin: m of the paper, an int of at least 1.
+        scale: of all logits, above 0; a number or a learnable tensor ().
+        lam: the annealing weight, at least 0; a number. Change the attribute ``lam`` as training goes on (the authors:
+            max(5, 1000 / (1 + 0.12 iteration))).
+        normalize: L2-normalise the embeddings first; by default, as published, they are taken as they are. Class
+            weights are always normalised.
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, D), a Parameter, for C = num_classes and D = embedding_size.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+        TypeError: a size or `margin` is not an int, `scale` not a number or tensor, `lam` not a number, `normalize` not
+            a bool.
+        ValueError: a size or `margin` is below 1, `scale` not above 0, `lam` below 0; an unknown `reduction` or `impl`;
+            in a call, labels outside of [0, num_classes), or embeddings of another width.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.SphereFaceLoss(num_classes=2, embedding_size=2)
+        >>> criterion.weight.data = torch.eye(2)
+        >>> round(criterion(x, labels).item(), 4)
+        0.9007
     """
 
     shown = (*ClassCriterion.shown, "margin", "scale", "lam")

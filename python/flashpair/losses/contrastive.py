@@ -30,23 +30,47 @@ def hinges(
 
 
 class ContrastiveLoss(Criterion):
-    """Contrastive loss of pairs.
+    """Contrastive loss: positives within one margin, negatives beyond another (Hadsell et al., 2006).
 
-    ``distance="euclidean"``: max(0, D - pos_margin)^power / power over positives + max(0, neg_margin - D)^power / power
-    over negatives (Hadsell et al., 2006, eq. 4, with power 2); ``"cosine"``: the same of pos_margin - s and of
-    s - neg_margin (Wang et al., 2019, eq. 4, has -s on positives: ``pos_margin=None``).
+    With Euclidean distances D (Hadsell et al., 2006, eq. 4, with power 2):
+
+        L_i = sum_P max(0, D_ip - pos_margin)^power / power + sum_N max(0, neg_margin - D_in)^power / power
+
+    With cosines s (Wang et al., 2019, eq. 4, has no margin on positives, ``pos_margin=None``):
+
+        L_i = sum_P max(0, pos_margin - s_ip)^power / power + sum_N max(0, s_in - neg_margin)^power / power
+
+    P and N are anchor i's positives and negatives. A pair of equal rows whose cosine is below 1 only by rounding counts
+    as having cosine 1.
 
     Args:
-        pos_margin, neg_margin: 0 and 1 suit distances; give cosines theirs, such as 1 and 0.5. Numbers or learnable
-            tensors (); `pos_margin` may be None: no hinge, and no margin, on positives (power 1).
-        distance: ``"euclidean"`` or ``"cosine"``.
-        power: 1 or 2.
-        normalize, reduction, impl: see `Criterion`. The loss averages pairs: "nonzero" (default) over positive pairs
-            above 0 plus over negative pairs above 0, "mean_pairs" over all of each; "mean" divides by N. Of normalised
-            rows' cosines a pair is above 0 that is so by more than rounding: a row and its copy are not under 1.
+        pos_margin: a number, a learnable tensor () or None. None means -s (or D) on positives, without hinge or margin.
+            The default 0 suits distances; for cosines use a value such as 1.
+        neg_margin: a number or a learnable tensor (). The default 1 suits distances; for cosines use a value such as
+            0.5.
+        distance: ``"euclidean"`` (the default) or ``"cosine"``.
+        power: 1 (the default) or 2.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"nonzero"`` (the default): mean over positive pairs with a loss above 0 plus mean over negative
+            pairs with a loss above 0; ``"mean_pairs"``: mean over all positive plus mean over all negative pairs;
+            ``"mean"``: divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: pos_margin None with power 2, or with reduction "nonzero" (its terms have any sign).
+        TypeError: a margin is not a number or tensor, `power` not an int, `normalize` not a bool.
+        ValueError: ``pos_margin=None`` with power 2 or with reduction "nonzero"; an unknown `distance`, `power`,
+            `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.ContrastiveLoss(0.9, 0.5, "cosine")(x, labels).item(), 4)
+        0.6
     """
 
     averagings = AVERAGINGS
@@ -69,7 +93,9 @@ class ContrastiveLoss(Criterion):
         self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
         self.power = checks.integer(power, "power", (1, 2))
         if pos_margin is None and (power == 2 or reduction == "nonzero"):
-            raise ValueError("pos_margin None goes with power 1 and a reduction other than 'nonzero'")
+            raise ValueError(
+                f"pos_margin=None needs power 1 and a reduction but 'nonzero', got power {power} and {reduction!r}"
+            )
 
     def hyperparameters(self) -> dict[str, object]:
         return {**super().hyperparameters(), "distance": similarity_of(self.distance)}
@@ -108,14 +134,40 @@ def _plain(value: float | Tensor) -> float | Tensor:
 
 
 class SNRContrastiveLoss(Criterion):
-    """Contrastive loss of signal-to-noise ratios, d_ij = Var(x_i - x_j) / Var(x_i) over features (Yuan et al., 2019).
+    """Contrastive loss of signal-to-noise ratios instead of distances (Yuan et al., 2019).
 
-    max(0, d - pos_margin) over positives + max(0, neg_margin - d) over negatives, and `regularizer_weight` times the
-    mean over embeddings of |sum of their features|. d is asymmetric. An embedding without variance has no pairs.
+    The ratio compares variances over the D features; it is not symmetric:
+
+        d_ij = Var(x_j - x_i) / Var(x_i)
+        L_i = sum_P max(0, d_ip - pos_margin) + sum_N max(0, neg_margin - d_in)
+
+    To this is added regularizer_weight * mean_i |sum_k x_ik|, which keeps each embedding's mean near 0. An embedding
+    whose features are all equal (variance 0) has no pairs.
 
     Args:
-        pos_margin, neg_margin: numbers; `regularizer_weight`: at least 0.
-        normalize, reduction, impl: see `Criterion`; averages as `ContrastiveLoss` does, "nonzero" by default.
+        pos_margin: a number; positives should have a ratio below it.
+        neg_margin: a number; negatives should have a ratio above it.
+        regularizer_weight: weight of the zero-mean term, at least 0; the default 0 leaves it out.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"nonzero"`` (the default): mean over positive pairs with a loss above 0 plus mean over negative
+            pairs with a loss above 0; ``"mean_pairs"``: over all pairs of each kind. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: a margin or the weight is not a number (tensors are not taken), `normalize` not a bool.
+        ValueError: `regularizer_weight` is below 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, -1.0], [1.0, -0.5], [-1.0, 1.0], [-0.5, 1.0]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.SNRContrastiveLoss(normalize=False, reduction="mean_pairs")
+        >>> round(criterion(x, labels).item(), 4)
+        0.0868
     """
 
     averagings = AVERAGINGS

@@ -1,4 +1,4 @@
-"""The words for similarities that criteria take, and the engine's."""
+"""The words for similarities in the losses' arguments, and the engine's words for them."""
 
 DISTANCES = {"cosine": "dot", "euclidean": "euclidean", "squared_euclidean": "squared_euclidean"}
 

@@ -18,14 +18,36 @@ def of_batch(loss: Tensor, some: Tensor, pairs: AnyPairs) -> RowLosses:
 
 
 class HistogramLoss(Criterion):
-    """Histogram loss (Ustinova and Lempitsky, 2016): how probable it is that a negative pair is more similar
-    than a positive one, from soft histograms of the cosines of all positive and all negative pairs of the batch.
+    """Histogram loss: the probability that a negative pair beats a positive one (Ustinova and Lempitsky, 2016).
+
+    h+ and h- are soft histograms of the cosines of all positive and all negative pairs of the batch, each summing to 1,
+    with nodes at -1 + 2 r / n_bins, r = 0 ... n_bins:
+
+        L = sum_r h-_r sum_{q <= r} h+_q
+
+    Without a positive pair or without a negative pair it is 0.
 
     Args:
-        n_bins: nodes stand at -1 + 2 r / n_bins, r = 0 ... n_bins; at least 1.
-        normalize, reduction, impl: see `Criterion`; every reduction but "none" gives the one number, of which each row
-            has the same share. Without a positive or without a negative pair it is 0. Without `normalize` embeddings
-            are taken for unit vectors as they are.
+        n_bins: at least 1; there are n_bins + 1 nodes.
+        normalize: L2-normalise the embeddings and references first (the default); False: they must be unit vectors
+            already.
+        reduction: every reduction but ``"none"`` gives the one number L; ``"none"`` an equal share of it for each row.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `n_bins` is not an int, `normalize` not a bool.
+        ValueError: `n_bins` is below 1; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.HistogramLoss(n_bins=4)(x, labels).item(), 4)
+        0.23
     """
 
     shown = ("n_bins",)
@@ -47,13 +69,37 @@ class HistogramLoss(Criterion):
 
 
 class FastAPLoss(Criterion):
-    """FastAP (Cakir et al., 2019): 1 - the average precision of each anchor's ranking, from soft histograms of
-    its squared distances, in [0, 4] for unit vectors:  L_i = 1 - 1/|P| sum_l h+_l H+_l / H_l.
+    """FastAP: one minus the average precision of each anchor's ranking, from soft histograms (Cakir et al., 2019).
+
+    The histograms are of anchor i's squared Euclidean distances, in [0, 4] for unit vectors, with nodes at 4 l /
+    num_bins, l = 0 ... num_bins. h+_l counts positives; H+_l and H_l are the cumulative counts of positives and of
+    all:
+
+        L_i = 1 - 1/|P| sum_l h+_l H+_l / H_l
+
+    Anchors without a positive have no loss.
 
     Args:
-        num_bins: nodes stand at 4 l / num_bins, l = 0 ... num_bins; at least 1.
-        normalize, reduction, impl: see `Criterion`; rows without a positive have no loss. Default: "mean_valid".
-            Without `normalize` embeddings are taken for unit vectors as they are.
+        num_bins: at least 1; there are num_bins + 1 nodes.
+        normalize: L2-normalise the embeddings and references first (the default); False: they must be unit vectors
+            already.
+        reduction: ``"mean_valid"`` (the default): mean over anchors with a positive. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `num_bins` is not an int, `normalize` not a bool.
+        ValueError: `num_bins` is below 1; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.FastAPLoss()(x, labels).item(), 4)
+        0.25
     """
 
     shown = ("num_bins",)

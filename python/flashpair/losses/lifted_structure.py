@@ -15,18 +15,36 @@ from .mining import logsumexps
 
 
 class LiftedStructureLoss(Criterion):
-    """Lifted structured feature embedding (Oh Song et al., 2016, eq. 4), over Euclidean distances D.
+    """Lifted structured feature embedding, the original form (Oh Song et al., 2016, eq. 4).
 
-    J_ij = log(sum_{N(i)} e^(margin - D_ik) + sum_{N(j)} e^(margin - D_jl)) + D_ij for each positive pair; the loss is
-    max(0, J_ij)^2 / 2, averaged over the pairs. A row's loss is its positive pairs' sum.
+    With Euclidean distances D, for each ordered positive pair (i, j):
+
+        J_ij = log(sum_{k in N(i)} e^(margin - D_ik) + sum_{l in N(j)} e^(margin - D_jl)) + D_ij
+        loss of the pair = max(0, J_ij)^2 / 2
+
+    An anchor's loss is the sum of its positive pairs'. As published, embeddings are not normalised.
 
     Args:
-        margin: the negatives' margin, a number or a learnable tensor ().
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs, those
-            without any negative counting as 0. As published, embeddings are not normalised.
+        margin: the negatives' margin; a number or a learnable tensor ().
+        normalize: L2-normalise the embeddings and references first; by default they are taken as they are.
+        reduction: ``"mean"`` (the default) divides by the number of ordered positive pairs; those without any negative
+            count as 0. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers. No references.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: with `ref_emb`: the loss needs the negatives of both ends of a pair.
+        TypeError: `margin` is not a number or tensor, `normalize` not a bool.
+        ValueError: an unknown `reduction` or `impl`; in a call, `ref_emb` (the loss needs the negatives of both ends of
+            a pair).
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.LiftedStructureLoss()(x, labels).item(), 4)
+        2.0998
     """
 
     distance = "euclidean"
@@ -48,15 +66,36 @@ class LiftedStructureLoss(Criterion):
 
 
 class GeneralizedLiftedStructureLoss(Criterion):
-    """Lifted structure over all positives and negatives of an anchor.
+    """Lifted structure over all positives and all negatives of an anchor (Hermans et al., 2017).
 
-    ``distance="cosine"``: max(0, LSE_P(margin - s) + LSE_N(s)) (Wang et al., 2019, eq. 6);
-    ``"euclidean"``: max(0, LSE_P(D) + LSE_N(margin - D)) (Hermans et al., 2017).
+    LSE is the log-sum-exp over anchor i's positives P or negatives N:
+
+        L_i = max(0, LSE_P(D_ip) + LSE_N(margin - D_in))    distance="euclidean" (Hermans et al., 2017)
+        L_i = max(0, LSE_P(margin - s_ip) + LSE_N(s_in))    distance="cosine" (Wang et al., 2019, eq. 6)
+
+    Anchors without a positive or without a negative have no loss.
 
     Args:
         margin: a number or a learnable tensor ().
-        distance: ``"cosine"`` (dot products; cosines when normalised) or ``"euclidean"``.
-        normalize, reduction, impl: see `Criterion`; rows without a positive or without a negative have no loss.
+        distance: ``"cosine"`` (the default; dot products if ``normalize=False``) or ``"euclidean"``.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `margin` is not a number or tensor, `normalize` not a bool.
+        ValueError: an unknown `distance`, `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.GeneralizedLiftedStructureLoss()(x, labels).item(), 4)
+        1.1711
     """
 
     shown = ("margin", "distance")
@@ -93,15 +132,37 @@ class GeneralizedLiftedStructureLoss(Criterion):
 
 
 class LiftedStructureStarLoss(Criterion):
-    """LiftedStruct* (Wang et al., 2019, eq. 16), with Multi-Similarity's mining if `epsilon` is given.
+    """LiftedStruct*: lifted structure with scales and without a hinge (Wang et al., 2019, eq. 16).
 
-    L_i = 1/alpha LSE_P(-alpha s) + 1/beta LSE_N(beta s), without a hinge: it may be negative.
+    With cosines s, and LSE the log-sum-exp over anchor i's positives P or negatives N:
+
+        L_i = 1/alpha LSE_P(-alpha s_ip) + 1/beta LSE_N(beta s_in)
+
+    The loss can be negative. If `epsilon` is given, P and N are the pairs that Multi-Similarity's mining keeps (eq.
+    11-12). Anchors without a (mined) positive or negative have no loss.
 
     Args:
-        alpha, beta: above 0; numbers or learnable tensors ().
-        epsilon: the mining margin of eq. 11-12, at least 0; None: no mining.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the batch size N. Rows without a (mined) positive
-            or negative have no loss.
+        alpha: scale of the positives, above 0; a number or a learnable tensor ().
+        beta: scale of the negatives, above 0; a number or a learnable tensor ().
+        epsilon: the mining margin, at least 0; None (the default): no mining.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `alpha` or `beta` is not a number or tensor, `epsilon` not a number, `normalize` not a bool.
+        ValueError: `alpha` or `beta` is not above 0, `epsilon` is below 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.LiftedStructureStarLoss()(x, labels).item(), 4)
+        -0.2
     """
 
     shown = ("alpha", "beta", "epsilon")

@@ -13,18 +13,42 @@ from .base import AnyPairs, Criterion, RowLosses, Terms
 
 
 class MarginLoss(Criterion):
-    """Margin loss (Wu et al., 2017), over Euclidean distances D:
-    max(0, margin + D_ip - beta) over positives + max(0, margin + beta - D_in) over negatives, beta of anchor i's class.
+    """Margin loss: positives within a learnable boundary, negatives beyond it (Wu et al., 2017).
+
+    With Euclidean distances D and beta the boundary (of anchor i's class, if there is one for each):
+
+        L_i = sum_P max(0, margin + D_ip - beta) + sum_N max(0, margin + beta - D_in) + nu beta
 
     Args:
-        margin: alpha, a number or a learnable tensor ().
-        nu: weight of the sum of the rows' (triplets') beta, which is divided as the pairs are; at least 0.
-        beta: the boundary: a number, or a tensor () or (num_classes,), which is copied.
-        mode: ``"pairs"``: each ordered pair once; ``"triplets"``: as often as it is in a triplet of its anchor, so that
-            an anchor needs a positive and a negative.
-        learn_beta: `beta` becomes a Parameter of the criterion; otherwise it is a buffer.
-        num_classes: None, or how many: `beta` is a tensor (num_classes,), looked up by label in [0, num_classes).
-        normalize, reduction, impl: see `Criterion`. Default: "nonzero", over the pairs of both kinds above 0 together.
+        margin: alpha of the paper; a number or a learnable tensor ().
+        nu: weight of the boundary's own term, at least 0. Its sum over rows (triplets) is divided as the pairs' losses
+            are.
+        beta: the boundary's initial value: a number, or a tensor () or (num_classes,), which is copied.
+        mode: ``"pairs"`` (the default): each ordered pair once; ``"triplets"``: each pair as often as it occurs in a
+            triplet of its anchor, so that an anchor needs a positive and a negative.
+        learn_beta: make `beta` a Parameter of the criterion; otherwise it is a buffer.
+        num_classes: None (the default): one boundary; C: one for each label in [0, C).
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"nonzero"`` (the default): mean over the pairs of both kinds, together, with a loss above 0.
+            Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `margin` is not a number or tensor, `nu` not a number, `learn_beta` or `normalize` not a bool,
+            `num_classes` not an int.
+        ValueError: `nu` is below 0, `num_classes` below 1, `beta` of another shape; an unknown `mode`, `reduction` or
+            `impl`; in a call, with `num_classes`, labels outside of [0, num_classes).
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.MarginLoss()(x, labels).item(), 4)
+        0.7675
     """
 
     distance = "euclidean"

@@ -18,13 +18,39 @@ from .mining import logsumexps
 
 
 class MultiSimilarityLoss(Criterion):
-    """Multi-Similarity loss with its mining (Wang et al., 2019, eq. 11-15).
+    """Multi-Similarity loss with its pair mining (Wang et al., 2019, eq. 11-15).
+
+    With cosines s, over the mined positives P and negatives N of anchor i:
+
+        L_i = 1/alpha log(1 + sum_P e^(-alpha (s_ip - base))) + 1/beta log(1 + sum_N e^(beta (s_in - base)))
+
+    A negative is mined if s_in > (lowest positive) - epsilon, a positive if s_ip < (highest negative) + epsilon.
 
     Args:
-        alpha, beta: the positives' and the negatives' weight, above 0; numbers or learnable tensors ().
-        base: lambda, the similarity around which pairs are weighted (the paper's text says 1, its code 0.5).
+        alpha: scale of the positives, above 0; a number or a learnable tensor ().
+        beta: scale of the negatives, above 0; a number or a learnable tensor ().
+        base: the similarity around which pairs are weighted, lambda in the paper (its text says 1, its code 0.5); a
+            number or a learnable tensor ().
         epsilon: the mining margin, at least 0; None: no mining.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the batch size N, unmined rows counting as 0.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by N; anchors without mined pairs count as 0. Others: see
+            `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `alpha`, `beta` or `base` is not a number or tensor, `epsilon` not a number, `normalize` not a bool.
+        ValueError: `alpha` or `beta` is not above 0, `epsilon` is below 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.MultiSimilarityLoss()(x, labels).item(), 4)
+        0.2995
     """
 
     shown = ("alpha", "beta", "base", "epsilon")

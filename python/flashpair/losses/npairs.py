@@ -21,23 +21,49 @@ L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
 
 
 class NPairsLoss(Criterion):
-    """Multi-class N-pair loss (Sohn, 2016).
+    """Multi-class N-pair loss, on dot products that are not normalised (Sohn, 2016).
 
-    ``"mc"`` and ``"ovo"`` take one pair of each class: its first two samples in batch order as anchor
-    and positive, or with `ref_emb` its first sample and its first reference. The other classes' positives are the
-    negatives; classes without a pair and further samples take no part. ``"all_pairs"`` takes every positive pair, with
-    all samples of other classes as negatives (N x M batches). ``"softlabel"`` is the cross entropy of each anchor's
-    similarities against equal shares of its positives (of anchors against positives as `ref_emb`, it is TensorFlow
-    Addons' npairs_loss, which takes classes that come up twice).
+    f_k is the anchor of class k, f_k+ its positive; f_i . f_j is a dot product:
+
+        "mc":         L_k  = log(1 + sum_{l != k} e^(f_k . f_l+ - f_k . f_k+))
+        "ovo":        L_k  = sum_{l != k} log(1 + e^(f_k . f_l+ - f_k . f_k+))
+        "all_pairs":  L_ip = log(1 + sum_{y_n != y_i} e^(f_i . f_n - f_i . f_p))
+        "softlabel":  L_i  = log sum_{j != i} e^(f_i . f_j) - mean_P f_i . f_p
+
+    - ``"mc"`` and ``"ovo"`` take one pair of each class: its first two samples in batch order as anchor and positive,
+      or with `ref_emb` its first sample and its first reference. The other classes' positives are the negatives.
+      Classes without a pair, and further samples of a class, take no part.
+    - ``"all_pairs"`` takes every positive pair, with all samples of other classes as negatives.
+    - ``"softlabel"`` is the cross entropy of each anchor's similarities against equal shares of its positives. With
+      anchors as embeddings and positives as `ref_emb` it is TensorFlow Addons' npairs_loss, which allows repeated
+      classes.
 
     Args:
-        variant: ``"mc"``, ``"ovo"``, ``"all_pairs"`` or ``"softlabel"``.
-        l2_weight: weight of the penalty on the norms of the embeddings as they come, at least 0 (Sohn: 0.02, times 0.25
-            in the code); a number or a learnable tensor ().
-        l2_kind: ``"mean_sq"``: mean |f|^2 over the vectors that take part; ``"tf_contrib"``: half of that
-            (tf.contrib's 0.25 (mean |f|^2 + mean |f+|^2)); ``"mean_norm"``: mean |f|.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of classes with a pair ("all_pairs":
-            of ordered positive pairs; "softlabel": by N). With "none" the loss of a class stands at its anchor's row.
+        variant: ``"mc"`` (the default), ``"ovo"``, ``"all_pairs"`` or ``"softlabel"``.
+        l2_weight: weight of a penalty on the norms of the embeddings before normalisation, at least 0 (Sohn: 0.02,
+            times 0.25 in the code); a number or a learnable tensor ().
+        l2_kind: the penalty, over the vectors f that take part: ``"mean_sq"``: mean |f|^2; ``"tf_contrib"``: half of
+            that (tf.contrib's 0.25 (mean |f|^2 + mean |f+|^2)); ``"mean_norm"``: mean |f|.
+        normalize: L2-normalise the embeddings and references first; by default they are taken as they are.
+        reduction: ``"mean"`` (the default) divides by the number of classes with a pair (``"all_pairs"``: of ordered
+            positive pairs; ``"softlabel"``: by N). With "none" a class's loss is in its anchor's row. Others: see
+            `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `l2_weight` is not a number or tensor, `normalize` not a bool.
+        ValueError: `l2_weight` is below 0; an unknown `variant`, `l2_kind`, `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.NPairsLoss()(x, labels).item(), 4)
+        0.5093
     """
 
     shown = ("variant", "l2_weight", "l2_kind")

@@ -1,4 +1,4 @@
-"""What the methods of a criterion return, one of a user's own too, or the error that says what is wrong with it."""
+"""Checks of what the methods of a criterion return, with errors for the author of a criterion."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ WIDE = (torch.float32, torch.float64)
 
 
 class Terms(NamedTuple):
-    """Terms that a loss averages one by one, rather than by rows: its pairs of one side, or its triplets.
+    """Terms that a loss averages one by one instead of by rows: its pairs of one kind, or its triplets.
 
-    Args:
-        losses: (N,) each row's sum of them.
-        number: (N,) how many a row has.
-        nonzero: (N,) how many of these are above 0; None where "nonzero" is not asked for.
+    A loss that has them returns them in `RowLosses`, so that "nonzero" and "mean_pairs" can average over terms.
+
+    Attributes:
+        losses: (N,), each row's sum of its terms.
+        number: (N,), how many terms a row has.
+        nonzero: (N,), how many of these are above 0; None where "nonzero" is not asked for.
+
+    Examples:
+        >>> terms = flashpair.Terms(torch.tensor([1.5, 0.0]), torch.tensor([3, 2]), torch.tensor([2, 0]))
+        >>> terms.nonzero.tolist()
+        [2, 0]
     """
 
     losses: Tensor
@@ -31,15 +38,20 @@ class Terms(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """The losses of the rows, and what averages divide by.
+    """The losses of the rows, and what averages divide by: what `row_losses` of a `Criterion` returns.
 
-    Args:
-        losses: (N,), 0 where a row has none.
-        valid: (N,) bool: rows that have a loss.
+    Attributes:
+        losses: (N,), float32 or float64; 0 where a row has no loss.
+        valid: (N,) bool, rows that have a loss.
         denominator: what "mean" divides by: an int, or a tensor ().
-        terms: of a loss of terms, those of each kind: "nonzero" averages each kind over its terms above 0, and
-            "mean_pairs" over all of them, and both add the averages up. They sum to `losses`.
-        shares: `losses` are shares of one number, which every reduction but "none" gives.
+        terms: for a loss that averages pairs or triplets, its terms of each kind: "nonzero" averages each kind over its
+            terms above 0, "mean_pairs" over all of them, and both add the averages up. The terms sum to `losses`.
+        shares: True if `losses` are shares of one number, which every reduction but "none" gives.
+
+    Examples:
+        >>> rows = flashpair.RowLosses(torch.tensor([0.5, 0.0]), torch.tensor([True, False]), 2)
+        >>> (rows.losses.sum() / rows.denominator).item()
+        0.25
     """
 
     losses: Tensor
@@ -116,7 +128,9 @@ def _on(value: Tensor, device: torch.device, name: str) -> None:
 def checked_call(found: Any, name: str) -> tuple[Any, Any]:
     """What `rows` of a class has returned."""
     if not isinstance(found, tuple) or len(found) != 2:
-        raise TypeError(f"rows of {name} must return RowLosses and its pairs, or None, got {checks.what(found)}")
+        raise TypeError(
+            f"rows of {name} must return a tuple of RowLosses and the pairs (or None), got {checks.what(found)}"
+        )
     return found
 
 
@@ -146,8 +160,7 @@ def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
     right = isinstance(rows, Tensor) and rows.dim() == 2 and rows.shape[0] == given.shape[0]
     if not right or not rows.dtype.is_floating_point:
         raise TypeError(
-            f"preparation of {name} must make floating-point rows ({given.shape[0]}, D) of {checks.what(given)}, got "
-            f"{checks.what(rows)}"
+            f"preparation of {name} must return floating-point rows ({given.shape[0]}, D), got {checks.what(rows)}"
         )
     _on(rows, given.device, f"what preparation of {name} makes")
     return rows
@@ -173,6 +186,6 @@ def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:
         given = vars(criterion).get(method, getattr(type(criterion), method))
         if not getattr(given, "__module__", "").startswith("flashpair."):
             raise TypeError(
-                f"{type(criterion).__name__} has a {method} of its own, which {where} would not call: say it in "
-                "row_losses, preparation or penalty_of"
+                f"{type(criterion).__name__} overrides {method}, which {where} does not call: override row_losses, "
+                "preparation or penalty_of instead"
             )

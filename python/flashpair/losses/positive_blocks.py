@@ -48,7 +48,9 @@ def _forgotten(run: Run[Block], block: Block, device: torch.device) -> tuple[Ten
             with torch.enable_grad(), no_autocast(device.type), saved_tensors_hooks(_into(every), _never):
                 run(block)
             if len(every) != count:
-                raise RuntimeError(f"a loss kept {len(every)} tensors when backward ran it again, and {count} before")
+                raise RuntimeError(
+                    f"a loss saved {len(every)} tensors when backward recomputed it, and {count} in its forward pass"
+                )
             found.update(enumerate(every))
         return found.pop(place)
 
@@ -64,4 +66,4 @@ def _into(every: list[Tensor]) -> Callable[[Tensor], None]:
 
 
 def _never(_: None) -> Tensor:
-    raise RuntimeError("backward within what runs for its tensors alone")
+    raise RuntimeError("a backward pass ran while a loss was recomputed for its saved tensors")

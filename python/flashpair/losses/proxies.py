@@ -13,18 +13,41 @@ from .class_loss import ClassCriterion
 
 
 class ProxyNCALoss(ClassCriterion):
-    """ProxyNCA (Movshovitz-Attias et al., 2017): scale D_iy^2 + log sum_{c != y} e^(-scale D_ic^2), D the
-    distance of embedding i and proxy c.
+    """ProxyNCA: neighbourhood components analysis against learned proxies (Movshovitz-Attias et al., 2017).
+
+    With D_ic the Euclidean distance of embedding i and proxy c, y the embedding's class:
+
+        L_i = softmax_scale D_iy^2 + log sum_{c != y} e^(-softmax_scale D_ic^2)
+
+    Without `include_positive` the loss can be negative, and is 0 with a single class.
 
     Args:
-        num_classes, embedding_size: C and D of `weight` (C, D), the proxies.
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
         softmax_scale: above 0; a number or a learnable tensor ().
-        include_positive: the own proxy is in the sum, too (ProxyNCA++, Teh et al., 2020), which makes it a cross
-            entropy. Without it the loss may be negative, and is 0 with a single class.
-        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; proxies always are.
+        include_positive: put the own class's proxy into the sum, too, which makes the loss a cross entropy (ProxyNCA++,
+            Teh et al., 2020).
+        normalize: L2-normalise the embeddings first (the default). Proxies are always normalised.
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, D), a Parameter, for C = num_classes and D = embedding_size.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+        TypeError: a size is not an int, `softmax_scale` not a number or tensor, a flag not a bool.
+        ValueError: a size is below 1, `softmax_scale` not above 0; an unknown `reduction` or `impl`; in a call, labels
+            outside of [0, num_classes), or embeddings of another width.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.ProxyNCALoss(num_classes=2, embedding_size=2)
+        >>> criterion.weight.data = torch.eye(2)
+        >>> round(criterion(x, labels).item(), 4)
+        -1.6
     """
 
     shown = (*ClassCriterion.shown, "softmax_scale", "include_positive")
@@ -56,19 +79,40 @@ class ProxyNCALoss(ClassCriterion):
 
 
 class ProxyAnchorLoss(ClassCriterion):
-    """Proxy Anchor loss (Kim et al., 2020, eq. 4): proxies p are the anchors, and the batch their positives X+ and X-:
+    """Proxy Anchor loss: proxies are the anchors, the batch their positives and negatives (Kim et al., 2020, eq. 4).
 
-    mean over proxies with a positive of log(1 + sum_{X+} e^(-alpha (s - margin)))
-    + mean over all proxies of log(1 + sum_{X-} e^(alpha (s + margin))).
+    With s the cosine of a proxy and an embedding, X+ and X- the embeddings of the proxy's class and of other classes:
+
+        L = mean over proxies with a positive of log(1 + sum_{X+} e^(-alpha (s - margin)))
+          + mean over all proxies of             log(1 + sum_{X-} e^(alpha (s + margin)))
 
     Args:
-        num_classes, embedding_size: C and D of `weight` (C, D), the proxies.
-        margin: delta; `alpha`: above 0; numbers or learnable tensors ().
-        normalize, reduction, impl: see `Criterion`. `normalize` is of embeddings; proxies always are. A row is a proxy,
-            (C,) with "none", which holds its share of the two means; every other reduction gives their sum.
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
+        margin: delta of the paper; a number or a learnable tensor ().
+        alpha: the scale, above 0; a number or a learnable tensor ().
+        normalize: L2-normalise the embeddings first (the default). Proxies are always normalised.
+        reduction: every reduction but ``"none"`` gives the one number L; ``"none"`` gives each proxy's share of it,
+            (C,).
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, D), a Parameter, for C = num_classes and D = embedding_size.
+        - output: (), or (C,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), or embeddings of another width.
+        TypeError: a size is not an int, `margin` or `alpha` not a number or tensor, `normalize` not a bool.
+        ValueError: a size is below 1, `alpha` not above 0; an unknown `reduction` or `impl`; in a call, labels outside
+            of [0, num_classes), or embeddings of another width.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.ProxyAnchorLoss(num_classes=2, embedding_size=2, alpha=4.0)
+        >>> criterion.weight.data = torch.eye(2)
+        >>> round(criterion(x, labels).item(), 4)
+        2.4522
     """
 
     anchors = "proxies"

@@ -29,22 +29,49 @@ MOST_EXPONENT = 40.0  # e^40 and e^-40, their squares, and sums of them are far 
 
 
 class SoftTripleLoss(ClassCriterion):
-    """SoftTriple loss (Qian et al., 2019): cross entropy of la (S_c - margin [c = y]) over classes c of several
-    centres each, S_c = sum_k softmax_k(s_ck / gamma) s_ck, and tau times its regulariser (with 1e-5 under the root,
-    as the authors have it): centres of a class that are not needed should fall together.
+    """SoftTriple loss: cross entropy over classes of several centres each (Qian et al., 2019).
 
-    The B x C x K similarities are not stored, unless `la` or `gamma` is a tensor: classes are taken some at a time, and
-    once more by backward.
+    With s_ick the cosine of embedding i and centre k of class c, y the embedding's class:
+
+        S_ic = sum_k softmax_k(s_ick / gamma) s_ick
+        L_i = -log(e^(la (S_iy - margin)) / (e^(la (S_iy - margin)) + sum_{c != y} e^(la S_ic)))
+
+    To this is added tau times the mean distance of a class's centres (eq. 9, with 1e-5 under the root, as in the
+    authors' code), which lets centres that a class does not need fall together.
+
+    The N x C x K similarities are not stored, unless `la` or `gamma` is a tensor: forward and backward each go over the
+    classes a chunk at a time.
 
     Args:
-        num_classes, embedding_size, centers_per_class: C, D and K of `weight` (C, K, D).
-        la, gamma: above 0; gamma is a temperature. `margin`: delta. Numbers or learnable tensors ().
-        tau: weight of the regulariser, at least 0 (the paper: 0.2).
-        normalize, reduction, impl: see `Criterion`, with ``"auto"``, ``"tiled"`` (by chunks, in PyTorch on any device)
-            and ``"reference"``. `normalize` is of embeddings; centres always are.
+        num_classes: C, at least 1.
+        embedding_size: D, the width of the embeddings, at least 1.
+        centers_per_class: K, at least 1.
+        la: the scale lambda, above 0; a number or a learnable tensor ().
+        gamma: the temperature over a class's centres, above 0; a number or a learnable tensor ().
+        margin: delta of the paper; a number or a learnable tensor ().
+        tau: weight of the term on centres, at least 0 (the paper: 0.2); a number. The default 0 leaves it out.
+        normalize: L2-normalise the embeddings first (the default). Centres are always normalised.
+        reduction: ``"mean"`` (the default) divides by N. Others: see `Criterion`.
+        impl: ``"auto"`` (the default), ``"tiled"`` (by chunks, in PyTorch, on any device) or ``"reference"``.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers in [0, C). No references.
+        - weight: (C, K, D), a Parameter, for C = num_classes, K = centers_per_class and D = embedding_size.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: labels outside of [0, num_classes), embeddings of another width, or another `impl`.
+        TypeError: a size is not an int, `la`, `gamma` or `margin` not a number or tensor, `tau` not a number,
+            `normalize` not a bool.
+        ValueError: a size is below 1, `la` or `gamma` not above 0, `tau` below 0; an unknown `reduction`, or an `impl`
+            that this loss does not have; in a call, labels outside of [0, num_classes), or embeddings of another width.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> criterion = flashpair.SoftTripleLoss(num_classes=2, embedding_size=2, centers_per_class=2, la=4.0)
+        >>> criterion.weight.data = torch.stack([torch.eye(2), -torch.eye(2)])
+        >>> round(criterion(x, labels).item(), 4)
+        1.116
     """
 
     anchors = "samples"  # said here, as `rows` is: a row is of one sample and all centres

@@ -14,13 +14,35 @@ from .distances import DISTANCES, similarity_of
 
 
 class NCALoss(Criterion):
-    """Neighbourhood components analysis (Goldberger et al., 2004; Wang et al., 2019, supplement, eq. 1):
-    L_i = -log(sum_P e^(scale z) / sum_{k != i} e^(scale z)), z = -D^2 or s.
+    """Neighbourhood components analysis (Goldberger et al., 2004; Wang et al., 2019, supplement, eq. 1).
+
+    With z = -D^2 (squared Euclidean distance) or z = s (cosine), P anchor i's positives:
+
+        L_i = -log(sum_P e^(softmax_scale z_ip) / sum_{k != i} e^(softmax_scale z_ik))
+
+    Anchors without a positive have no loss.
 
     Args:
         softmax_scale: above 0; a number or a learnable tensor ().
-        distance: ``"squared_euclidean"`` or ``"cosine"``.
-        normalize, reduction, impl: see `Criterion`; rows without a positive have no loss. Default: "mean_valid".
+        distance: ``"squared_euclidean"`` (the default) or ``"cosine"``.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean_valid"`` (the default): mean over anchors with a positive. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `softmax_scale` is not a number or tensor, `normalize` not a bool.
+        ValueError: `softmax_scale` is not above 0; an unknown `distance`, `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.NCALoss()(x, labels).item(), 4)
+        0.668
     """
 
     shown = ("softmax_scale", "distance")
@@ -52,15 +74,35 @@ class NCALoss(Criterion):
 
 
 class NTXentLoss(Criterion):
-    """Normalised temperature-scaled cross entropy (Chen et al., 2020, eq. 1), of labels.
+    """NT-Xent, SimCLR's normalised temperature-scaled cross entropy, by labels (Chen et al., 2020, eq. 1).
 
-    One term for each ordered positive pair: log(1 + sum_N e^((s_in - s_ip) / temperature)); other positives are not in
-    the denominator. With two views of each sample it is SimCLR's loss.
+    With cosines s, for each ordered positive pair (i, p) against all negatives N of anchor i:
+
+        L_ip = log(1 + sum_N e^((s_in - s_ip) / temperature))
+
+    Other positives are not in the denominator. With two views of each sample it is SimCLR's loss. An anchor's loss is
+    the sum of its positive pairs'.
 
     Args:
         temperature: above 0; a number or a learnable tensor ().
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs. A row's
-            loss is the sum of its pairs'.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean"`` (the default) divides by the number of ordered positive pairs. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `temperature` is not a number or tensor, `normalize` not a bool.
+        ValueError: `temperature` is not above 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.NTXentLoss(temperature=0.5)(x, labels).item(), 4)
+        0.668
     """
 
     shown = ("temperature",)
@@ -85,14 +127,36 @@ class NTXentLoss(Criterion):
 
 
 class SupConLoss(Criterion):
-    """Supervised contrastive loss, L_out (Khosla et al., 2020, eq. 2):
-    L_i = -mean_P log(e^(s_ip / temperature) / sum_{a != i} e^(s_ia / temperature)), all positives in the denominator.
+    """Supervised contrastive loss, the form L_out (Khosla et al., 2020, eq. 2).
+
+    With cosines s; all positives are in the denominator, too:
+
+        L_i = -mean_P log(e^(s_ip / temperature) / sum_{a != i} e^(s_ia / temperature))
+
+    Anchors without a positive have no loss.
 
     Args:
         temperature: above 0; a number or a learnable tensor ().
-        base_temperature: None, or a number above 0: the loss times temperature / base_temperature, as the authors' code
-            has it (0.07).
-        normalize, reduction, impl: see `Criterion`; rows without a positive have no loss. Default: "mean_valid".
+        base_temperature: None (the default), or a number above 0: the loss is multiplied by
+            temperature / base_temperature, as in the authors' code (0.07).
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"mean_valid"`` (the default): mean over anchors with a positive. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `temperature` is not a number or tensor, `base_temperature` not a number, `normalize` not a bool.
+        ValueError: a temperature is not above 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.SupConLoss(temperature=0.5)(x, labels).item(), 4)
+        0.668
     """
 
     shown = ("temperature", "base_temperature")

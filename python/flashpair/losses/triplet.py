@@ -21,27 +21,53 @@ TRIPLETS = ("all", "hard", "semihard", "semihard_all")
 
 
 class TripletMarginLoss(Criterion):
-    """Triplet margin loss, max(0, d), of d = D_ap^power - D_an^power + margin, or d = s_an - s_ap + margin.
+    """Triplet margin loss: each negative farther than each positive by a margin (Schroff et al., 2015).
 
-    ``triplets="all"``: every triplet; ``"hard"``: of each anchor its farthest positive and nearest negative;
-    ``"semihard"``: of each positive pair the nearest negative that is farther than the positive, or the farthest one
-    if none is (TensorFlow Addons'); ``"semihard_all"``: every triplet with 0 < D_an - D_ap <= margin. Both compare
-    strictly, and rows that are equal are equally far: a negative that is an exact copy of the positive is not farther.
+    For a triplet of anchor a, positive p and negative n, with Euclidean distances D or cosines s:
+
+        d = D_ap^power - D_an^power + margin    or    d = s_an - s_ap + margin
+        loss of the triplet = max(0, d), or log(1 + e^d) with smooth=True
+
+    `triplets` selects which of them count:
+
+    - ``"all"``: every triplet of the batch;
+    - ``"hard"``: for each anchor its farthest positive and nearest negative (Hermans et al., 2017, eq. 5);
+    - ``"semihard"``: for each positive pair the nearest negative that is farther than the positive, or the farthest
+      negative if there is none (the choice of TensorFlow Addons);
+    - ``"semihard_all"``: every triplet with 0 < D_an - D_ap <= margin.
+
+    Comparisons are strict. Equal rows are equally far: an exact copy of the positive is not "farther".
 
     Args:
         margin: a number or a learnable tensor ().
-        distance: ``"euclidean"`` or ``"cosine"``.
-        triplets: as above.
-        smooth: log(1 + e^d) in place of the hinge.
-        power: 1 or, of Euclidean distances, 2 (FaceNet).
-        max_positives: the most positives that an anchor has, M - 1 for M a class, where that is known. Without it the
-            batch is asked, which on a GPU waits for it and breaks a compiled graph. An anchor that has more is NaN.
-            Not needed for ``"hard"``.
-        normalize, reduction, impl: see `Criterion`. The loss averages triplets: "nonzero" (default) over those above 0,
-            "mean" over all of them (of ``"hard"``: over N anchors; of ``"semihard_all"``: over those of ``"all"``).
+        distance: ``"euclidean"`` (the default) or ``"cosine"``.
+        triplets: ``"all"`` (the default), ``"hard"``, ``"semihard"`` or ``"semihard_all"``.
+        smooth: replace the hinge max(0, d) by log(1 + e^d).
+        power: 1 (the default), or 2 for squared Euclidean distances (FaceNet).
+        max_positives: the largest number of positives an anchor can have, if known (M - 1 with M samples a class).
+            Without it the batch is inspected, which waits for the GPU and breaks a compiled graph. The loss of an
+            anchor with more positives is NaN. Not needed for ``"hard"``.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: ``"nonzero"`` (the default): mean over triplets with a loss above 0; ``"mean"``: over all triplets
+            (``"hard"``: over N anchors; ``"semihard_all"``: over the triplets of ``"all"``). Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: power 2 of cosines, smooth semi-hard triplets.
+        TypeError: `margin` is not a number or tensor, `smooth` or `normalize` not a bool, `power` or `max_positives`
+            not an int.
+        ValueError: power 2 with cosines; ``smooth=True`` with semi-hard triplets; an unknown `distance`, `triplets`,
+            `power`, `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.TripletMarginLoss(distance="cosine")(x, labels).item(), 4)
+        0.4
     """
 
     shown = ("margin", "distance", "triplets", "smooth", "power", "max_positives")
@@ -67,9 +93,9 @@ class TripletMarginLoss(Criterion):
         self.max_positives = checks.most(max_positives, "max_positives")
         self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
         if power == 2 and distance == "cosine":
-            raise ValueError("power 2 is of Euclidean distances, got distance 'cosine'")
+            raise ValueError("power must be 1 with distance 'cosine', got 2")
         if smooth and triplets.startswith("semihard"):
-            raise ValueError(f"triplets {triplets!r} are of the hinge, got smooth=True")
+            raise ValueError(f"smooth must be False with triplets {triplets!r}, got True")
         if power == 2:
             self.distance = "squared_euclidean"
 

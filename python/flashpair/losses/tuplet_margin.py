@@ -30,13 +30,36 @@ _slack._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transf
 
 
 class TupletMarginLoss(Criterion):
-    """Tuplet margin loss (Yu and Tao, 2019), one term for each ordered positive pair, theta the angle between
-    anchor and positive: log(1 + sum_N e^(scale (s_in - cos(theta_ip - margin)))).
+    """Tuplet margin loss: one positive against all negatives, with a margin on the positive's angle (Yu and Tao, 2019).
+
+    With cosines s and theta_ip the angle of anchor i and positive p, for each ordered positive pair:
+
+        L_ip = log(1 + sum_N e^(scale (s_in - cos(theta_ip - margin))))
+
+    An anchor's loss is the sum of its positive pairs'.
 
     Args:
-        margin: degrees; `scale`: above 0; numbers.
-        normalize, reduction, impl: see `Criterion`; "mean" divides by the number of ordered positive pairs. A row's
-            loss is the sum of its pairs'. Without `normalize` embeddings are taken for unit vectors as they are.
+        margin: in degrees; a number.
+        scale: above 0; a number.
+        normalize: L2-normalise the embeddings and references first (the default); False: they must be unit vectors
+            already.
+        reduction: ``"mean"`` (the default) divides by the number of ordered positive pairs. Others: see `Criterion`.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `margin` or `scale` is not a number (tensors are not taken), `normalize` not a bool.
+        ValueError: `scale` is not above 0; an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.TupletMarginLoss(scale=8.0)(x, labels).item(), 4)
+        0.654
     """
 
     shown = ("margin", "scale")
@@ -66,13 +89,37 @@ class TupletMarginLoss(Criterion):
 
 
 class IntraPairVarianceLoss(Criterion):
-    """Intra-pair variance (Yu and Tao, 2019), to be added to another loss: the mean over positive pairs of
-    max(0, (1 - pos_eps) mu - s)^2, mu their mean, plus that over negative pairs of max(0, s - (1 + neg_eps) mu)^2.
+    """Intra-pair variance: keeps the similarities of each kind of pair near their mean (Yu and Tao, 2019).
+
+    It is meant to be added to another loss. With cosines s, and mu_P, mu_N their means over all positive and all
+    negative pairs of the batch:
+
+        L = mean_P max(0, (1 - pos_eps) mu_P - s)^2 + mean_N max(0, s - (1 + neg_eps) mu_N)^2
+
+    The gradient flows through the means, too.
 
     Args:
-        pos_eps, neg_eps: numbers.
-        normalize, reduction, impl: see `Criterion`; every reduction but "none" gives the one number, of which each row
-            has its pairs' share.
+        pos_eps: a number; positives below (1 - pos_eps) mu_P have a loss.
+        neg_eps: a number; negatives above (1 + neg_eps) mu_N have a loss.
+        normalize: L2-normalise the embeddings and references first (the default).
+        reduction: every reduction but ``"none"`` gives the one number L; ``"none"`` gives each row its pairs' share of
+            it.
+        impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: (), or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: `pos_eps` or `neg_eps` is not a number (tensors are not taken), `normalize` not a bool.
+        ValueError: an unknown `reduction` or `impl`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> round(flashpair.IntraPairVarianceLoss()(x, labels).item(), 4)
+        0.16
     """
 
     shown = ("pos_eps", "neg_eps")

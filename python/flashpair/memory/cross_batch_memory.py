@@ -20,41 +20,59 @@ from .queue import Queue
 
 
 class CrossBatchMemory(nn.Module):
-    """Cross-batch memory (Wang et al., 2020, "Cross-Batch Memory for Embedding Learning"): `criterion` of a batch
-    against a queue of the newest `memory_size` embeddings, itself among them: ``loss = memory(embeddings, labels)``.
+    """Cross-batch memory: the loss of a batch against a queue of the newest embeddings (Wang et al., 2020).
 
-    The batch takes the place of the oldest entries before its loss is computed. Its pairs with itself are those of
-    the criterion without a memory: no embedding is its own pair, and the gradient reaches both ends. Earlier entries
-    are constants, so that each has pairs with the anchors of the batch alone. Duplicates of the batch that an earlier
-    one left are real pairs. N-pair losses with one pair a class take the batch's own positive where there is one, else
-    the oldest of the memory.
+    Use it in place of the criterion: ``loss = memory(embeddings, labels)``. The batch first takes the place of the
+    oldest of `memory_size` entries, then its loss is computed against the whole queue, itself included.
 
-    A step takes time with N times `memory_size` pairs, and beside the memory what N rows and a segment of it take. Of
-    losses that are screened (mined ones, hinges, extremes, on the CPU) it keeps an int8 form of the memory, a quarter
-    of its size, and until backward the live pairs, up to 64 bytes an entry.
+    - *Pairs within the batch* are those of the criterion without a memory: no embedding is its own pair, and the
+      gradient reaches both ends.
+    - *Earlier entries* are constants; each has pairs with the batch's anchors only. A copy of a batch's row that an
+      earlier batch left is a real pair.
+    - *N-pair losses* with one pair of each class take the batch's own positive if there is one, else the oldest in
+      memory.
 
-    The memory holds embeddings as the criterion compares them (normalised, if it normalises) and is part of
-    `state_dict`, in tensors of memory_size rows from the start (as torch.distributed.checkpoint loads them); training
-    goes on from it with the same bits. In a compiled model it runs outside of the graph.
+    Time for a step grows with N times `memory_size` pairs. Memory beside the queue is that of N rows and a segment of
+    the queue. Losses that are screened on the CPU (mined ones, hinges, extremes) also keep an int8 copy of the queue, a
+    quarter of its size, and until backward the live pairs, up to 64 bytes an entry.
 
-    A call that raises leaves the memory as it was. Rows that are not finite make their own batch's loss NaN, and do not
-    enter. Recomputed by torch.utils.checkpoint before its next call, it sees what it saw first; later it refuses.
+    The queue holds embeddings as the criterion compares them (normalised if it normalises). It is part of `state_dict`,
+    in tensors of memory_size rows from the start (as torch.distributed.checkpoint loads them), and training continues
+    from it bit for bit. In a compiled model it runs outside of the graph.
 
-    In evaluation (``memory.eval()``) nothing enters or leaves the memory; `enqueue` says otherwise for one call.
-    Whether gradients are enabled does not matter: under ``torch.no_grad()`` a training call fills the memory, too.
+    A call that raises leaves the queue as it was. Rows that are not finite make their own batch's loss NaN and do not
+    enter. When torch.utils.checkpoint recomputes a call before the next one, it sees the queue of the first time; later
+    it raises.
+
+    After ``memory.eval()`` nothing enters or leaves the queue; `enqueue` overrides this for one call. Whether gradients
+    are enabled does not matter: a training call under ``torch.no_grad()`` fills the queue, too.
 
     Args:
-        criterion: any of this package's that takes references, or of your own; its parameters are this module's.
-        embedding_size: D; `memory_size`: entries of the queue, at least the largest batch.
-        dtype: of the memory; calls compute in float32, or in float64 for float64 embeddings.
+        criterion: a loss of this package that takes references, or your own; its parameters become this module's.
+        embedding_size: D, at least 1.
+        memory_size: entries of the queue, at least the size of the largest batch.
+        dtype: of the queue: float16, bfloat16, float32 (the default) or float64. Calls compute in float32, or in
+            float64 for float64 embeddings.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64, N at most memory_size. labels: (N,), integers.
+        - output: (), or (N,) if the criterion has ``reduction="none"``.
 
     Raises:
-        TypeError: a criterion of your own that says more than `row_losses`, `preparation` and `penalty_of`, such as a
-            `forward` or `pairs_of`, which is of references in one chunk.
-        TypeError, ValueError: a criterion that takes no references or has a penalty on them, sizes under 1, embeddings
-            of another width, a batch larger than the memory.
-        RuntimeError: an `impl` of the criterion that takes no references in chunks (`tiled` and `fused` do), or none
-            here that does.
+        TypeError: `criterion` is not a Criterion, or overrides more than `row_losses`, `preparation` and `penalty_of`
+            (such as `forward` or `pairs_of`, which need all references in one tensor); another `dtype`.
+        ValueError: a criterion that takes no references or has a penalty on them; a size below 1; in a call, embeddings
+            of another width, or a batch larger than the memory.
+        RuntimeError: in a call, an `impl` of the criterion that does not take references in chunks (`tiled` and `fused`
+            do), or if none here does.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> memory = flashpair.CrossBatchMemory(flashpair.ContrastiveLoss(), embedding_size=2, memory_size=100)
+        >>> first, second = memory(x, labels), memory(x, labels)  # the second also meets the first batch's entries
+        >>> len(memory)
+        8
     """
 
     def __init__(
@@ -69,7 +87,9 @@ class CrossBatchMemory(nn.Module):
             )
         refuse_own(criterion, ("forward", *AT_ONCE), "CrossBatchMemory")
         if criterion.penalizes_references:
-            raise ValueError(f"criterion must have no penalty on references, as this {type(criterion).__name__} has")
+            raise ValueError(
+                f"criterion must have no penalty on references, and this {type(criterion).__name__} has one"
+            )
         if dtype not in checks.FLOATS:
             raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}")
         self.criterion = criterion
@@ -78,7 +98,11 @@ class CrossBatchMemory(nn.Module):
         self.reset(dtype)
 
     def reset(self, dtype: torch.dtype | None = None) -> None:
-        """Forgets all entries."""
+        """Forgets all entries.
+
+        Args:
+            dtype: of the queue from now on; None: as before.
+        """
         self._before: Queue | None = None  # what the last batch met
         before = getattr(self, "queue", None)
         self.queue = Queue(self.memory_size, self.embedding_size, dtype or self.dtype)
@@ -95,10 +119,16 @@ class CrossBatchMemory(nn.Module):
         return self.queue.length
 
     def forward(self, embeddings: Tensor, labels: Tensor, *, enqueue: bool | None = None) -> Tensor:
-        """The loss of embeddings (N, D) with integer labels (N,), as `Criterion.forward` returns it.
+        """The loss of a batch against the queue.
 
-        enqueue: whether the batch enters the memory; None: in training. Where it does not, it takes nobody's place:
-            its pairs are with itself and with all of the memory.
+        Args:
+            embeddings: (N, D), float16 to float64.
+            labels: (N,), integers.
+            enqueue: whether the batch enters the queue; None: in training mode. If not, it displaces nothing: its pairs
+                are with itself and with the whole queue.
+
+        Returns:
+            What `Criterion.forward` returns.
         """
         if torch.compiler.is_compiling():  # how full the queue is changes from call to call, and is no constant
             loss: Tensor = torch.compiler.disable(self._loss)(embeddings, labels, enqueue)
@@ -143,8 +173,8 @@ class CrossBatchMemory(nn.Module):
             torch.equal(late.labels, labels) and torch.equal(late.rows, rows.detach().to(late.rows.dtype))
         ):
             raise RuntimeError(
-                "CrossBatchMemory can be recomputed (torch.utils.checkpoint) until its next call, with the same "
-                "embeddings, all of them finite: call it outside of what is checkpointed"
+                "torch.utils.checkpoint can recompute a call of CrossBatchMemory only until the next call and with the "
+                "same finite embeddings: call it outside of the checkpointed part"
             )
         return before
 

@@ -27,50 +27,52 @@ from .replay_state import ForwardState, Generators
 
 
 class GradCache:
-    """A training step of large batches through a large encoder: "Scaling Deep Contrastive Learning Batch Size under
-    Memory Limited Setup" (Gao et al., 2021).
+    """The exact gradient of a large batch with one micro-batch's activations in memory (Gao et al., 2021).
 
-    ``loss = cache(inputs, labels)`` stands in for ``loss = criterion(encoder(inputs), labels); loss.backward()``. It
-    fills ``.grad``, of the encoder's parameters and of the criterion's, with the same numbers to rounding, adding to
-    what is there; zeroing them and the optimizer's step are the caller's. Activations are those of one micro-batch,
-    for one more forward pass. Besides, embeddings and their gradient (N, D) are stored, and copies of the buffers.
+    ``loss = cache(inputs, labels)`` replaces ``loss = criterion(encoder(inputs), labels); loss.backward()``. It fills
+    ``.grad`` of the encoder's and the criterion's parameters with the same numbers, up to rounding, adding to what is
+    there. Zeroing the gradients and the optimizer's step remain the caller's. The price is one more forward pass.
+    Stored are one micro-batch's activations, the embeddings and their gradient (N, D), and copies of the buffers.
 
-    - *Inputs*: each pass has a copy of its micro-batch, containers and tensors, which the encoder may change.
+    - *Inputs*: each pass gets a copy of its micro-batch, containers and tensors, which the encoder may change.
     - *Random numbers* (dropout): each replay draws what its first pass drew, on the CPU and on every device of inputs
-      and parameters, from Python's and NumPy's global generators and from those that are attributes of the encoder's
-      modules; then the generators are where the first pass and the criterion have left them.
-    - *Autocast*: call it inside ``torch.autocast``. Forward passes run as there, backward passes outside of it.
-    - *Buffers*: a replay begins with those that its first pass began with, and both change them alike, so one step
-      changes them once, by each micro-batch in order. Batch normalisation normalises by a micro-batch's statistics,
-      not by the batch's: with it the gradients are those of micro-batches, and `micro_batch` matters. What a module
-      changes that is not a buffer is changed twice.
-    - *DistributedDataParallel* reduces once, in the last micro-batch; ranks may have different numbers of these. With
-      *fully_shard* (FSDP2) gradients are kept whole until then, and since every forward pass gathers parameters, all
-      ranks need the same number of micro-batches. So do they with SyncBatchNorm.
+      and parameters, from Python's and NumPy's global generators and from generators that are attributes of the
+      encoder's modules. Afterwards the generators are where the first pass and the criterion left them.
+    - *Autocast*: call it inside ``torch.autocast``. Forward passes run under it, backward passes outside of it.
+    - *Buffers*: a replay starts from the buffers that its first pass started from, so one step changes them once, by
+      each micro-batch in order. Batch normalisation uses a micro-batch's statistics, not the batch's: with it the
+      gradients are those of micro-batches, and `micro_batch` matters. What a module changes that is not a buffer is
+      changed twice.
+    - *DistributedDataParallel* reduces once, in the last micro-batch; ranks may have different numbers of
+      micro-batches. With *fully_shard* (FSDP2) gradients are kept whole until then, and all ranks need the same number
+      of micro-batches, since every forward pass gathers parameters. The same holds for SyncBatchNorm.
 
     Args:
-        encoder: called with one micro-batch of the inputs, in their nesting, as its only argument; returns embeddings
-            (n, D), float16 to float64, of one D and dtype for all, each row of which depends on its own input (but for
-            batch normalisation). A tower without trainable parameters is not replayed.
-        criterion: called once a step, ``criterion(embeddings, labels)``, with ``ref_emb=..., ref_labels=...`` if there
-            are references; returns a loss (). A flashpair criterion, `distributed.gather` of one, or any callable.
-        micro_batch: inputs whose activations are in memory at a time, at least 1; the last one may be smaller.
-        ref_encoder: of `ref_inputs`, for two towers; None: the encoder itself. It may share modules with it.
-        ref_micro_batch: of `ref_inputs`; None: `micro_batch`.
-        scale: what to source back from instead of the loss: ``scaler.scale`` of a ``GradScaler``, or
+        encoder: a module called with one micro-batch of the inputs, in their nesting, as its only argument. It returns
+            embeddings (n, D), float16 to float64, of one D and dtype for all; each row depends on its own input only
+            (but for batch normalisation). An encoder without trainable parameters is not replayed.
+        criterion: called once a step as ``criterion(embeddings, labels)``, with ``ref_emb=..., ref_labels=...`` if
+            there are references; returns a loss (). A flashpair criterion, `distributed.gather` of one, or any
+            callable.
+        micro_batch: how many inputs have their activations in memory at a time, at least 1; the last micro-batch may be
+            smaller.
+        ref_encoder: the encoder of `ref_inputs`, for two towers; None: the encoder itself. The two may share modules.
+        ref_micro_batch: micro-batch of `ref_inputs`; None: `micro_batch`.
+        scale: a function of the loss whose result is differentiated instead: ``scaler.scale`` of a ``GradScaler``, or
             ``lambda loss: loss / 4`` for the mean of four accumulated steps.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; of a call, before any work if they are its own.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, named; in a call, inputs, labels or embeddings of a wrong shape.
         RuntimeError: a call under ``torch.no_grad()``; a replay that differs from its first pass by more than rounding,
-            found at the end of the step.
+            detected at the end of the step.
 
-    Example:
-        >>> cache = flashpair.GradCache(encoder, flashpair.MultiSimilarityLoss(), micro_batch=256)
-        >>> for inputs, labels in batches:  # of 8,192
-        ...     optimizer.zero_grad()
-        ...     loss = cache(inputs, labels)
-        ...     optimizer.step()
+    Examples:
+        >>> encoder = torch.nn.Linear(3, 2)
+        >>> cache = flashpair.GradCache(encoder, flashpair.MultiSimilarityLoss(), micro_batch=2)
+        >>> loss = cache(torch.eye(3).repeat(2, 1), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> encoder.weight.grad.shape
+        torch.Size([2, 3])
     """
 
     def __init__(
@@ -106,17 +108,25 @@ class GradCache:
         ref_labels: Tensor | None = None,
         sync: bool = True,
     ) -> Tensor:
-        """One step: fills ``.grad`` as ``loss.backward()`` would, and returns the detached loss (), not scaled.
+        """One step: fills ``.grad`` as ``loss.backward()`` would.
 
         Args:
             inputs: a tensor (N, ...), or tensors of the same N in any nesting of tuples, lists and dicts. Those that
-                require a gradient (leaves alone) get it.
-            labels: (N,).
-            ref_inputs: what the references are embedded from by `ref_encoder`, as `inputs`, M of them.
-            ref_emb: references that are embeddings already, (M, D) or `References`; `ref_inputs` is None then.
-            ref_labels: (M,), with either (`References` have their own).
-            sync: False: do not reduce the gradients of this call among ranks (DistributedDataParallel, fully_shard), as
-                for all but the last of several accumulated calls.
+                require a gradient (leaves only) get it.
+            labels: (N,), integers.
+            ref_inputs: what `ref_encoder` embeds the M references from, as `inputs`.
+            ref_emb: references that are embeddings already, (M, D) or `References`; then `ref_inputs` is None.
+            ref_labels: (M,), with either (`References` bring their own).
+            sync: False: do not reduce this call's gradients among ranks (DistributedDataParallel, fully_shard), as for
+                all but the last of several accumulated calls.
+
+        Returns:
+            The loss (), detached and not scaled.
+
+        Raises:
+            TypeError: an argument of a wrong type, before any work if possible.
+            ValueError: inputs, labels or embeddings whose shapes do not fit.
+            RuntimeError: a call under ``torch.no_grad()``, or a replay that differs from its first pass.
         """
         checks.flag(sync, "sync")
         if not torch.is_grad_enabled():
@@ -166,7 +176,7 @@ class _Tower:
     def __init__(self, encoder: nn.Module, inputs: Any, labels: Any, size: int, prefix: str) -> None:
         name, self.name = f"{prefix}inputs", f"{prefix}encoder"
         if any(map(nn.parameter.is_lazy, encoder.parameters())):  # the first pass draws them, a replay would not
-            raise ValueError(f"{self.name} must have all its parameters, got lazy ones: call it once before")
+            raise ValueError(f"{self.name} must have no lazy parameters: call it once on some inputs before")
         leaves, nesting = _leaves(inputs, name)
         count = leaves[0].shape[0]
         if not isinstance(labels, Tensor) or labels.shape != (count,):
@@ -231,9 +241,9 @@ class _Tower:
         """Read once a step: a GPU is not waited for in between."""
         if self.apart and torch.stack(self.apart).any():
             raise RuntimeError(
-                f"{self.name} must return the same in the replay as in the first pass, and did not: it draws from a "
-                "random generator or changes a state that GradCache does not know. The gradients that this call has "
-                "added are wrong"
+                f"{self.name} must return the same in the replay as in the first pass, and did not: it uses a random "
+                "generator or changes a state that GradCache does not restore. The gradients that this call has added "
+                "are wrong"
             )
 
 

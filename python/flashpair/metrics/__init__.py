@@ -1,4 +1,4 @@
-"""What embeddings are worth: retrieval, verification, identification and clustering, in bounded memory."""
+"""Metrics of embeddings: retrieval, verification, identification and clustering, in bounded memory."""
 
 from .clustering import Clustering, clustering, clustering_scores
 from .identification import Identification, OpenSet, identification

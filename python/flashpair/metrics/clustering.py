@@ -13,13 +13,17 @@ from ..core.similarity import upcast
 
 
 class Clustering(NamedTuple):
-    """Scores of a partition against the classes, each from 0 to 1; over pairs of samples but for the first and last.
+    """Scores of a clustering against the classes, each from 0 to 1; the result of `clustering`.
+
+    All but `nmi` and `purity` count pairs of samples.
 
     Attributes:
-        nmi: normalised mutual information, 2 I / (H + H) (the arithmetic mean, as Song et al., 2016).
-        f1, precision, recall: of the pairs put together, against those of one class. f1 as Song et al., 2016.
-        rand_index: how many pairs are rightly together or apart.
-        purity: how many samples have the commonest class of their cluster.
+        nmi: normalised mutual information, 2 I / (H + H) (arithmetic mean, as Oh Song et al., 2016).
+        f1: harmonic mean of precision and recall (as Oh Song et al., 2016).
+        precision: of the pairs put into one cluster, the share that are of one class.
+        recall: of the pairs of one class, the share put into one cluster.
+        rand_index: the share of pairs that are rightly together or apart.
+        purity: the share of samples that have the most frequent class of their cluster.
     """
 
     nmi: float
@@ -31,10 +35,28 @@ class Clustering(NamedTuple):
 
 
 def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
-    """Of samples' clusters (N,) against their classes (N,), both integers.
+    """Scores of given clusters against the classes.
+
+    Args:
+        labels: (N,), integers, the samples' classes.
+        clusters: (N,), integers, the samples' clusters.
+
+    Shape:
+        - labels, clusters: (N,), integers, N at least 1.
+        - output: `Clustering`, six numbers.
+
+    Returns:
+        A `Clustering`.
 
     Raises:
-        TypeError, ValueError: bad arguments, named. ImportError: without scikit-learn.
+        TypeError: labels or clusters of a wrong type.
+        ValueError: shapes that do not fit, or no samples.
+        ImportError: scikit-learn is not installed.
+
+    Examples:
+        >>> scores = flashpair.metrics.clustering_scores(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 5, 7]))
+        >>> scores.purity, round(scores.f1, 4)
+        (0.75, 0.4)
     """
     with extra("metrics", "clustering_scores"):
         from sklearn.metrics import normalized_mutual_info_score
@@ -48,7 +70,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
         for t, name in ((labels, "labels"), (clusters, "clusters"))
     )
     if not len(truth):
-        raise ValueError("labels must be of some samples, got none")
+        raise ValueError("labels must not be empty")
     (apart, joined), (split, together) = pair_confusion_matrix(truth, found).tolist()
 
     def share(part: int, whole: int) -> float:
@@ -65,24 +87,39 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
 
 
 def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: int = 1, **kmeans: Any) -> Clustering:
-    """Scores of scikit-learn's k-means with as many clusters as classes.
+    """Scores of scikit-learn's k-means with as many clusters as classes (Oh Song et al., 2016).
 
     Args:
-        embeddings, labels: (N, D), (N,).
-        unit: L2-normalise embeddings first.
-        seeds: the scores are the means of k-means from random states 0 to ``seeds - 1``.
-        kmeans: what `sklearn.cluster.KMeans` takes, but for ``n_clusters`` and ``random_state``. Thousands of clusters
-            begin faster with ``init="random"``.
+        embeddings: (N, D), float16 to float64.
+        labels: (N,), integers.
+        unit: L2-normalise the embeddings first (the default).
+        seeds: average the scores over k-means with random states 0 to ``seeds - 1``.
+        kmeans: further arguments of `sklearn.cluster.KMeans`, except ``n_clusters`` and ``random_state``. Thousands of
+            clusters start faster with ``init="random"``.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers, N at least 1.
+        - output: `Clustering`, six numbers.
+
+    Returns:
+        A `Clustering`.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; embeddings that are not finite. ImportError: without scikit-learn.
+        TypeError: an argument of a wrong type, named.
+        ValueError: shapes that do not fit, no samples, or embeddings that are not finite.
+        ImportError: scikit-learn is not installed.
+
+    Examples:
+        >>> x, labels = torch.eye(2)[[0, 0, 1, 1]], torch.tensor([0, 0, 1, 1])
+        >>> flashpair.metrics.clustering(x, labels).purity
+        1.0
     """
     with extra("metrics", "clustering"):
         from sklearn.cluster import KMeans
 
     x, labels, _, _ = checks.batch(embeddings, labels, None, None)
     if x.shape[0] == 0:
-        raise ValueError("embeddings must be of some samples, got none")
+        raise ValueError("embeddings must not be empty")
     checks.flag(unit, "unit")
     seeds = checks.integer(seeds, "seeds", at_least=1)
     x = upcast(x.detach(), None)[0]

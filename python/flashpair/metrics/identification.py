@@ -1,4 +1,4 @@
-"""Identification: who of a gallery is it, and is it anybody of the gallery at all?"""
+"""Identification: which subject of a gallery a probe shows, and whether it is in the gallery at all."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from .ranking import search
 
 
 class OpenSet(NamedTuple):
-    """At a false alarm rate: the threshold that a score has to exceed, the rate that it comes to, and the detection
-    and identification rate of the probes that are of the gallery."""
+    """What is reached at one false alarm rate; a part of the result of `identification`.
+
+    Attributes:
+        threshold: the value that a score has to exceed.
+        false_alarm_rate: the rate that this threshold gives.
+        detection_rate: the share of genuine probes that are detected and identified.
+    """
 
     threshold: float
     false_alarm_rate: float
@@ -24,12 +29,13 @@ class OpenSet(NamedTuple):
 
 
 class Identification(NamedTuple):
-    """Rates, each from 0 to 1.
+    """Rates, each from 0 to 1; the result of `identification`.
 
     Attributes:
-        rank1: how many of the probes whose subject is in the gallery have it as their nearest (closed set).
-        open_set: of each false alarm rate asked for.
-        genuine, impostors: how many probes' subjects are in the gallery, and how many are not.
+        rank1: of the probes whose subject is in the gallery, the share that have it as their nearest (closed set).
+        open_set: the `OpenSet` of each false alarm rate asked for.
+        genuine: how many probes' subjects are in the gallery.
+        impostors: how many are not.
     """
 
     rank1: float
@@ -42,20 +48,40 @@ def identification(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References, ref_labels: Tensor | None = None, *,
     false_alarm_rates: float | Sequence[float] = (), distance: str = "cosine", impl: str = "auto",
 ) -> Identification:  # fmt: skip
-    """Closed-set rank-1 and open-set DIR@FAR (Best-Rowden et al., Unconstrained Face Recognition, 2014).
+    """Closed-set rank-1 rate and open-set detection and identification rate (Best-Rowden et al., 2014).
 
-    Probes whose label no reference has are impostors. At false alarm rate x the threshold is the least that at most a
-    share x of the impostors' best scores exceed: with fewer than 1 / x impostors, their highest. A genuine probe counts
-    if its score exceeds it and its nearest reference is right. Equal references rank by index.
+    Probes whose label no reference has are impostors. At false alarm rate x the threshold is the smallest that at most
+    a share x of the impostors' best scores exceed; with fewer than 1 / x impostors, their highest score. A genuine
+    probe counts if its best score exceeds the threshold and its nearest reference is of its class. Equal references
+    rank by index.
 
     Args:
-        embeddings, labels: (N, D), (N,) probes. ref_emb, ref_labels: (M, D), (M,) the gallery.
-        false_alarm_rates: from 0 to below 1, each, or one; need impostors.
-        distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``; scores are similarities or minus distances.
+        embeddings: (N, D), the probes, float16 to float64.
+        labels: (N,), integers.
+        ref_emb: (M, D), the gallery, a tensor or `References`.
+        ref_labels: (M,), integers, with a tensor as `ref_emb`.
+        false_alarm_rates: one or several rates, each from 0 to below 1; they need impostors.
+        distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``. Scores are similarities or minus distances.
         impl: of `flashpair.nearest`.
 
+    Shape:
+        - embeddings: (N, D), ref_emb: (M, D), float16 to float64. labels: (N,), ref_labels: (M,), integers.
+        - output: `Identification`.
+
+    Returns:
+        An `Identification`.
+
     Raises:
-        TypeError, ValueError: bad arguments, named; embeddings that are not finite; no genuine probe, or no impostor.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, embeddings that are not finite, no genuine probe, or false alarm rates
+            without impostors.
+
+    Examples:
+        >>> gallery, subjects = torch.eye(2), torch.tensor([0, 1])
+        >>> probes = torch.tensor([[0.8, 0.6], [0.6, 0.8], [1.0, 0.0]])
+        >>> found = flashpair.metrics.identification(probes, torch.tensor([0, 0, 5]), gallery, subjects)
+        >>> found.rank1, found.genuine, found.impostors
+        (0.5, 2, 1)
     """
     given = several(false_alarm_rates, "false_alarm_rates", "numbers")
     rates = [checks.plain_number(x, "false_alarm_rates", at_least=0.0) for x in given]
@@ -68,7 +94,7 @@ def identification(
     right, score = torch.cat(nearest) == found.labels, torch.cat(best)
     genuine = found.relevant > 0
     if not genuine.any():
-        raise ValueError("labels must be some reference's, got probes without a subject of the gallery alone")
+        raise ValueError("labels must have a reference of some probe's class in the gallery, got only impostors")
     alarms = score[~genuine].sort(descending=True).values
     if rates and not len(alarms):
         raise ValueError("false_alarm_rates need impostors, probes whose label no reference has; got none")

@@ -1,4 +1,4 @@
-"""How sure a mean over repeated runs is. Needs SciPy."""
+"""Confidence intervals of a mean over repeated runs. Needs SciPy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from ..core.extras import extra
 
 
 class Interval(NamedTuple):
-    """``mean`` plus or minus ``half_width``, in the units of the runs."""
+    """``mean`` plus or minus ``half_width``, in the units of the runs; the result of `confidence_interval`.
+
+    Attributes:
+        mean: of the runs.
+        half_width: half the interval's width; NaN for a single run.
+    """
 
     mean: float
     half_width: float
@@ -21,15 +26,27 @@ class Interval(NamedTuple):
 
 
 def confidence_interval(runs: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of independent runs: t times their standard deviation over the root of n.
+    """Student's t interval of the mean of independent runs: mean +- t s / sqrt(n), with s their standard deviation.
 
     Args:
-        runs: at least two numbers, or one, which has no interval (NaN).
-        confidence: between 0 and 1.
+        runs: two or more numbers; a single one has no interval (NaN).
+        confidence: above 0 and below 1.
+
+    Shape:
+        - runs: n numbers.
+        - output: `Interval`, two numbers.
+
+    Returns:
+        An `Interval`.
 
     Raises:
-        TypeError: runs that are no sequence. ValueError: no runs, or a confidence that is none.
-        ImportError: without SciPy.
+        TypeError: runs is not a sequence.
+        ValueError: no runs, or a confidence out of its range.
+        ImportError: SciPy is not installed.
+
+    Examples:
+        >>> str(flashpair.metrics.confidence_interval([68.0, 67.0, 69.0]))
+        '68.00 ± 2.48'
     """
     with extra("metrics", "confidence_interval"):
         from scipy import stats

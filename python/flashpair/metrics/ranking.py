@@ -18,11 +18,14 @@ DISTANCES = {"cosine": ("dot", True), "dot": ("dot", False), "euclidean": ("eucl
 class Search(NamedTuple):
     """Queries and the gallery that they are ranked in, checked.
 
-    Args:
-        queries: (N, D). labels: (N,) int64, as `classes`.
-        gallery: (M, D), or None: the queries, of which none is its own.
-        gallery_labels: (M,) int64. relevant: (N,) int64, how many of the gallery have the query's label.
-        distance: "cosine", "dot" or "euclidean".
+    Attributes:
+        queries: (N, D).
+        labels: (N,) int64.
+        gallery: (M, D), or None: the queries, none of which is its own reference.
+        gallery_labels: (M,) int64.
+        relevant: (N,) int64, how many of the gallery have the query's label.
+        distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
+        impl: of `flashpair.nearest`.
     """
 
     queries: Tensor
@@ -59,8 +62,8 @@ def search(embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, distance
             raise ValueError(f"{name} must be finite, and so must their squares, got NaN, infinity or overflow")
     of = labels if refs_labels is None else refs_labels
     if x.shape[0] == 0 or of.shape[0] <= (y is None):
-        where = "embeddings must be two or more" if y is None else "embeddings and ref_emb must have a row or more"
-        raise ValueError(f"{where}, queries and references to each, got {x.shape[0]} and {of.shape[0]}")
+        where = "embeddings must have two rows or more" if y is None else "embeddings and ref_emb must not be empty"
+        raise ValueError(f"{where}, got {x.shape[0]} queries and {of.shape[0]} references")
     known, sizes = of.unique(return_counts=True)
     place = torch.searchsorted(known, labels).clamp(max=known.shape[0] - 1)
     relevant = torch.where(known[place] == labels, sizes[place], 0) - int(y is None)

@@ -22,15 +22,17 @@ VOTE_BYTES = 2**24  # of comparisons among the neighbours of a block of queries
 
 
 class Retrieval(NamedTuple):
-    """Averages over queries (or over classes), each from 0 to 1.
+    """Averages over queries (or classes), each from 0 to 1; the result of `retrieval`.
 
     Attributes:
-        recall: of each K, how many queries have one of their class among the K nearest (Recall@K; Song et al., 2016).
-        precision_at_1: how many have one of their class as the nearest.
-        r_precision: r / R, where R is how many references have the query's class and r how many of the R nearest do.
-        map_at_r: 1 / R times the sum of the precision at i over those ranks i up to R that are of the query's class
-            (Musgrave et al., A Metric Learning Reality Check, ECCV 2020, eq. 3-4).
-        queries: how many were averaged. lone: how many have no reference of their class.
+        recall: for each K, the share of queries with a reference of their class among the K nearest (Recall@K; Oh Song
+            et al., 2016).
+        precision_at_1: the share of queries whose nearest reference is of their class.
+        r_precision: r / R, where R references have the query's class and r of its R nearest do.
+        map_at_r: 1/R times the sum of the precision at i over the ranks i <= R that are of the query's class (Musgrave
+            et al., 2020, eq. 3-4).
+        queries: how many queries were averaged.
+        lone: how many have no reference of their class.
     """
 
     recall: dict[int, float]
@@ -42,11 +44,13 @@ class Retrieval(NamedTuple):
 
 
 class QueryScores(NamedTuple):
-    """Of each query: (N,) tensors on the embeddings' device.
+    """The scores of each query, (N,) tensors on the embeddings' device; the result of `query_scores`.
 
     Attributes:
-        first_hit: int64, the rank of the nearest of its class, from 1 on; 0 if none is among the ranks looked at.
-        r_precision, map_at_r: float64; 0 where there is no reference of the class.
+        first_hit: int64, the rank of the nearest reference of its class, from 1 on; 0 if none is among the ranks looked
+            at.
+        r_precision: float64; 0 where there is no reference of the class.
+        map_at_r: float64; 0 where there is no reference of the class.
         relevant: int64, how many references have its class.
     """
 
@@ -61,24 +65,46 @@ def retrieval(
     *, recall_at: int | Sequence[int] = (1, 2, 4, 8), lone: str = "skip", average: str = "micro",
     distance: str = "cosine", impl: str = "auto",
 ) -> Retrieval:  # fmt: skip
-    """How well nearest references are of the query's class.
+    """Recall@K, P@1, R-Precision and MAP@R: how well the nearest references match the query's class (Musgrave et al.,
+    2020).
 
-    Time is that of the nearest max(R, K) references of each query (`flashpair.nearest`); memory beside the embeddings
-    is bounded, but for some numbers a query.
+    With R references of the query's class, and P(i) the share of its i nearest that are of its class:
+
+        R-Precision = P(R)
+        MAP@R = 1/R sum_{i <= R, the i-th is of the class} P(i)
+
+    Time is that of finding the max(R, K) nearest references of each query (`flashpair.nearest`). Memory beside the
+    embeddings is bounded, except for some numbers for each query.
 
     Args:
         embeddings: (N, D) queries, float16 to float64.
         labels: (N,), integers.
-        ref_emb, ref_labels: (M, D), (M,) the gallery, a tensor or `References`; None: the other embeddings.
-        recall_at: the Ks of Recall@K, or one; one that is larger than the gallery means all of it.
-        lone: queries without a reference of their class are ``"skip"``, not averaged (as in pytorch-metric-learning),
-            or ``"miss"``, of score 0 (as Song et al. count them).
-        average: ``"micro"`` over queries, ``"macro"`` over the averages of the queries' classes.
-        distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
+        ref_emb: (M, D), the gallery, a tensor or `References`; None: the other embeddings.
+        ref_labels: (M,), integers, with a tensor as `ref_emb`.
+        recall_at: the Ks of Recall@K, or one; a K above the gallery's size means all of it.
+        lone: queries without a reference of their class are left out (``"skip"``, the default, as in
+            pytorch-metric-learning) or count 0 (``"miss"``, as in Oh Song et al., 2016).
+        average: ``"micro"`` (the default) over queries, ``"macro"`` over the averages of the queries' classes.
+        distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
         impl: of `flashpair.nearest`.
 
+    Shape:
+        - embeddings: (N, D), ref_emb: (M, D), float16 to float64. labels: (N,), ref_labels: (M,), integers.
+        - output: `Retrieval`.
+
+    Returns:
+        A `Retrieval`.
+
     Raises:
-        TypeError, ValueError: bad arguments, named; embeddings that are not finite; no query to average.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, embeddings that are not finite, or no query to average.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> found = flashpair.metrics.retrieval(x, labels, recall_at=(1, 2))
+        >>> found.recall, found.map_at_r
+        ({1: 0.5, 2: 1.0}, 0.5)
     """
     counts = [checks.integer(k, "recall_at", at_least=1) for k in several(recall_at, "recall_at", "ints")]
     checks.word(lone, ("skip", "miss"), "lone")
@@ -88,7 +114,9 @@ def retrieval(
     known = found.relevant > 0
     kept = known if lone == "skip" else torch.ones_like(known)
     if not kept.any():
-        raise ValueError(f"labels must be some reference's, got {len(kept)} queries without one (lone='skip')")
+        raise ValueError(
+            f"labels must have a reference of some query's class, got none for {len(kept)} queries (lone='skip')"
+        )
 
     def mean(values: Tensor) -> float:
         values, of = values[kept].double(), found.labels[kept]
@@ -111,10 +139,34 @@ def query_scores(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None, ref_labels: Tensor | None = None,
     *, depth: int = 1, distance: str = "cosine", impl: str = "auto",
 ) -> QueryScores:  # fmt: skip
-    """The scores of each query that `retrieval` averages; arguments and errors as there.
+    """The scores of each query that `retrieval` averages.
 
     Args:
-        depth: ranks to look at for `first_hit`, at least; as many as there are references of a class are anyway.
+        embeddings: (N, D) queries, float16 to float64.
+        labels: (N,), integers.
+        ref_emb: (M, D), the gallery, a tensor or `References`; None: the other embeddings.
+        ref_labels: (M,), integers, with a tensor as `ref_emb`.
+        depth: how many ranks to look at for `first_hit`, at least 1; the R ranks of the other scores are looked at
+            anyway.
+        distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
+        impl: of `flashpair.nearest`.
+
+    Shape:
+        - embeddings: (N, D), ref_emb: (M, D), float16 to float64. labels: (N,), ref_labels: (M,), integers.
+        - output: `QueryScores`, tensors (N,).
+
+    Returns:
+        A `QueryScores`.
+
+    Raises:
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, or embeddings that are not finite.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> flashpair.metrics.query_scores(x, labels, depth=3).first_hit.tolist()
+        [1, 2, 2, 1]
     """
     depth = checks.integer(depth, "depth", at_least=1)
     return _scores(search(embeddings, labels, ref_emb, ref_labels, distance, impl), depth)
@@ -149,15 +201,30 @@ def knn_labels(
     embeddings: Tensor, ref_emb: Tensor | References, ref_labels: Tensor | None = None, *, k: int = 1,
     distance: str = "cosine", impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """The class that most of the k nearest references have, (N,) int64; of equally frequent ones the nearest's.
+    """The majority class among the k nearest references; of equally frequent classes the one of the nearest reference.
 
     Args:
-        embeddings: (N, D). ref_emb, ref_labels: (M, D), (M,), of known classes.
-        k: how many vote, at most M.
-        distance, impl: as of `retrieval`.
+        embeddings: (N, D), float16 to float64.
+        ref_emb: (M, D), of known classes, a tensor or `References`.
+        ref_labels: (M,), integers, with a tensor as `ref_emb`.
+        k: how many references vote, 1 to M.
+        distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
+        impl: of `flashpair.nearest`.
+
+    Shape:
+        - embeddings: (N, D), ref_emb: (M, D), float16 to float64. ref_labels: (M,), integers.
+        - output: (N,) int64.
+
+    Returns:
+        (N,) int64.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; embeddings that are not finite.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, or embeddings that are not finite.
+
+    Examples:
+        >>> flashpair.metrics.knn_labels(torch.tensor([[0.8, 0.6]]), torch.eye(2), torch.tensor([7, 9])).tolist()
+        [7]
     """
     if ref_emb is None:
         raise ValueError("ref_emb must be the embeddings of known classes, got None")
@@ -169,9 +236,35 @@ def knn_accuracy(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None, ref_labels: Tensor | None = None,
     *, k: int = 1, distance: str = "cosine", impl: str = "auto",
 ) -> float:  # fmt: skip
-    """How many embeddings have the class that most of their k nearest references have (`knn_labels`), from 0 to 1.
+    """The share of embeddings that have the majority class of their k nearest references (`knn_labels`).
 
-    All are counted, also those whose class no reference has. Arguments and errors as of `retrieval`.
+    All embeddings count, also those whose class no reference has.
+
+    Args:
+        embeddings: (N, D) queries, float16 to float64.
+        labels: (N,), integers.
+        ref_emb: (M, D), the gallery, a tensor or `References`; None: the other embeddings.
+        ref_labels: (M,), integers, with a tensor as `ref_emb`.
+        k: how many references vote, 1 to M.
+        distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
+        impl: of `flashpair.nearest`.
+
+    Shape:
+        - embeddings: (N, D), ref_emb: (M, D), float16 to float64. labels: (N,), ref_labels: (M,), integers.
+        - output: a float.
+
+    Returns:
+        A float from 0 to 1.
+
+    Raises:
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, or embeddings that are not finite.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> flashpair.metrics.knn_accuracy(x, labels)
+        0.5
     """
     found = search(embeddings, labels, ref_emb, ref_labels, distance, impl)
     return (_votes(found, k) == found.labels).double().mean().item()

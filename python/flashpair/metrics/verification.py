@@ -1,4 +1,4 @@
-"""Verification: is a positive nearer than negatives drawn beside it?"""
+"""Verification: how often a positive is nearer than some of the negatives."""
 
 from __future__ import annotations
 
@@ -21,27 +21,43 @@ def verification_rate(
     embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None, ref_labels: Tensor | None = None,
     *, negatives: int | Sequence[int] = (1,), distance: str = "cosine", impl: str = "auto",
 ) -> dict[int, float]:  # fmt: skip
-    """Verification rate VRF (Sohn, Improved Deep Metric Learning with Multi-class N-pair Loss Objective, NIPS 2016).
+    """Verification rate: how often a query's positive is nearer than K of its negatives (Sohn, 2016).
 
-    A query with a positive and K negatives succeeds if the positive is nearer than all of them; chance is 1 / (K + 1).
-    What Sohn estimates by drawing is exact here: the mean over all positive pairs of C(b, K) / C(n, K), where b of the
-    query's n negatives are less near than the positive. As with hinges, pairs whose similarities are the same but for
-    rounding may fall on either side.
+    Sohn estimates the rate by drawing negatives; here it is exact, the mean over all positive pairs of:
 
-    The references are counted in passes over tiles, none stored; the similarities of all positive pairs are, N times
-    the most that a query has.
+        C(b, K) / C(n, K)
+
+    where b of the query's n negatives are farther than the positive and C is the binomial coefficient. Chance is
+    1 / (K + 1). As with hinges, pairs whose similarities differ only by rounding can fall on either side.
+
+    The negatives are counted in passes over tiles, none stored. The similarities of all positive pairs are stored: N
+    times the largest number that a query has.
 
     Args:
-        embeddings, labels: (N, D), (N,) queries. ref_emb, ref_labels: (M, D), (M,); None: the other embeddings.
+        embeddings: (N, D) queries, float16 to float64.
+        labels: (N,), integers.
+        ref_emb: (M, D), the gallery, a tensor or `References`; None: the other embeddings.
+        ref_labels: (M,), integers, with a tensor as `ref_emb`.
         negatives: the Ks, or one.
-        distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
-        impl: as `flashpair.Criterion` takes it.
+        distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
+        impl: as `Criterion` takes it.
+
+    Shape:
+        - embeddings: (N, D), ref_emb: (M, D), float16 to float64. labels: (N,), ref_labels: (M,), integers.
+        - output: a dict from K to a float.
 
     Returns:
         The rate of each K, from 0 to 1.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; no positive pair, or a query with fewer negatives than K.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, no positive pair, or a query with fewer negatives than K.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> flashpair.metrics.verification_rate(x, labels, negatives=(1, 2))
+        {1: 0.75, 2: 0.5}
     """
     counts = [checks.integer(k, "negatives", at_least=1) for k in several(negatives, "negatives", "ints")]
     found = search(embeddings, labels, ref_emb, ref_labels, distance, "auto")
@@ -55,10 +71,10 @@ def verification_rate(
         z, there = pairs.positives()
         of, others = there.sum(1), pairs.num_negatives()
         if not there.any():
-            raise ValueError("labels must hold some class twice, got no positive pair")
+            raise ValueError("labels must have two samples of some class, got no positive pair")
         fewest = int(others[of > 0].min())
         if max(counts, default=0) > fewest:
-            raise ValueError(f"negatives must be at most {fewest}, as a query has no more, got {max(counts)}")
+            raise ValueError(f"negatives must be at most {fewest}, the number that some query has, got {max(counts)}")
         side = "lower" if metric == "euclidean" else "upper"
         totals = torch.zeros(len(counts), dtype=torch.float64, device=z.device)
         for bounds, valid in zip(

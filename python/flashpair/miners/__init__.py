@@ -1,7 +1,7 @@
-"""Miners: the indices of the pairs and triplets that are worth a loss, one small file a family.
+"""Miners: indices of the pairs and triplets that are worth a loss, one small file for each family.
 
-The losses mine inside their own passes and need none of these. They are for those who want to see the indices, or to
-hand them to a loss of another package: the tuples are those that pytorch-metric-learning's losses take.
+The losses mine inside their own passes and need none of these. Use them to see the indices, or to pass them to a loss
+of another package: the tuples are those that pytorch-metric-learning's losses take.
 """
 
 from .base import MinedPairs, Miner, Triplets

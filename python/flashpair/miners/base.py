@@ -17,8 +17,16 @@ BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made o
 
 
 class MinedPairs(NamedTuple):
-    """Positive pairs ``(a1[k], p[k])`` and negative pairs ``(a2[k], n[k])``, four int64 tensors, on the embeddings'
-    device: indices of anchors among the embeddings, of positives and negatives among the references."""
+    """Positive pairs ``(a1[k], p[k])`` and negative pairs ``(a2[k], n[k])``, as indices on the embeddings' device.
+
+    `MultiSimilarityMiner` returns them.
+
+    Attributes:
+        a1: int64 (P,), anchors of the positive pairs, indices into the embeddings.
+        p: int64 (P,), their positives, indices into the references.
+        a2: int64 (Q,), anchors of the negative pairs.
+        n: int64 (Q,), their negatives, indices into the references.
+    """
 
     a1: Tensor
     p: Tensor
@@ -27,7 +35,15 @@ class MinedPairs(NamedTuple):
 
 
 class Triplets(NamedTuple):
-    """Anchor, positive and negative of each triplet, three int64 tensors of one length, on the embeddings' device."""
+    """Anchor, positive and negative of each triplet, as indices on the embeddings' device.
+
+    `TripletMarginMiner`, `BatchHardMiner` and `DistanceWeightedMiner` return them.
+
+    Attributes:
+        a: int64 (T,), anchors, indices into the embeddings.
+        p: int64 (T,), positives, indices into the references.
+        n: int64 (T,), negatives, indices into the references.
+    """
 
     a: Tensor
     p: Tensor
@@ -35,10 +51,13 @@ class Triplets(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Anchors ``first`` to ``first + B`` against all M references.
+    """Anchors ``first`` to ``first + B`` against all M references: what `mine` of a `Miner` gets.
 
-    Args:
-        z: (B, M) similarities or distances, float32 or float64. positives, negatives: (B, M) bool, no self pairs.
+    Attributes:
+        first: the index of the first anchor.
+        z: (B, M) similarities or distances, float32 or float64.
+        positives: (B, M) bool, without self pairs.
+        negatives: (B, M) bool.
         width: D, of the embeddings.
     """
 
@@ -85,14 +104,32 @@ class _Indices:
 
 
 class Miner(Generic[Mined]):
-    """Selects pairs or triplets; a subclass says which of a block's in `mine`.
+    """Base of the miners, which return indices of pairs or triplets; a subclass selects those of a block in `mine`.
 
-    A block's decisions are all taken from the same numbers, whose last bits may differ from block size to block size
-    and from a loss's own: a pair that stands at its threshold to the last bit may fall on either side. References that
-    are equal are equally near.
+    All decisions on a block are taken from the same numbers. Their last bits can differ between block sizes, and from a
+    loss's own, so a pair that is at its threshold to the last bit can fall on either side. Equal references are equally
+    near.
 
     Args:
         normalize: L2-normalise embeddings and references first; a zero row stays zero.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: `MinedPairs` or `Triplets`, as the class attribute ``mined`` says.
+
+    Raises:
+        TypeError: `normalize` is not a bool, or ``mined`` of a subclass is neither of the two.
+
+    Examples:
+        >>> class EveryNegative(flashpair.miners.Miner):
+        ...     mined = flashpair.miners.MinedPairs
+        ...     def mine(self, block):
+        ...         none = block.positives.new_zeros(0, dtype=torch.int64)
+        ...         a, n = block.negatives.nonzero(as_tuple=True)
+        ...         yield self.mined(none, none, a + block.first, n)
+        >>> EveryNegative(normalize=True)(torch.eye(3), torch.tensor([0, 0, 1])).n.tolist()
+        [2, 2, 0, 1]
     """
 
     distance = "dot"
@@ -114,20 +151,24 @@ class Miner(Generic[Mined]):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
         ref_labels: Tensor | None = None,
     ) -> Mined:  # fmt: skip
-        """All that is mined, ordered by anchor, then by reference (of triplets: by positive, then by negative).
+        """Everything that is mined, ordered by anchor, then by reference (triplets: by positive, then by negative).
 
-        Memory is twice the result and some eight times BLOCK_BYTES (or a row of M, if that is more), whatever N is. On
+        Memory is twice the result plus some eight times BLOCK_BYTES (or a row of M, if that is more), whatever N is. On
         a GPU the host waits for it. No gradient flows.
 
         Args:
-            embeddings: (N, D), float16 to float64; similarities are of float32, or float64 if either side is.
+            embeddings: (N, D), float16 to float64; similarities are float32, or float64 if either side is.
             labels: (N,), integers.
-            ref_emb: (M, D), a tensor or References, none of which is taken for an anchor itself; None: the rest of the
-                embeddings.
+            ref_emb: (M, D), a tensor or `References`, none of which is taken for an anchor itself; None: the rest of
+                the embeddings.
             ref_labels: (M,), integers, with a tensor as `ref_emb`.
 
+        Returns:
+            `MinedPairs` or `Triplets`, int64 indices on the embeddings' device.
+
         Raises:
-            TypeError, ValueError: bad arguments, named; embeddings that are not finite, which have no order.
+            TypeError: an argument of a wrong type, named.
+            ValueError: shapes or devices that do not fit; embeddings that are not finite, which have no order.
         """
         blocks = self.blocks(embeddings, labels, ref_emb, ref_labels)
         fields = [_Indices(labels.device) for _ in self.mined._fields]
@@ -140,9 +181,23 @@ class Miner(Generic[Mined]):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
         ref_labels: Tensor | None = None,
     ) -> Iterator[Mined]:  # fmt: skip
-        """The same by and by, in the same order: what is mined of a block of anchors, or of some of their positives.
+        """The result of a call in parts, in the same order: what is mined of a block of anchors, or of some of their
+        positives.
 
-        One after the other they are what a call returns; any may be empty. Arguments are checked before the first.
+        Concatenated, the parts are what a call returns; any can be empty. Arguments are checked before the first.
+
+        Args:
+            embeddings: as in a call.
+            labels: as in a call.
+            ref_emb: as in a call.
+            ref_labels: as in a call.
+
+        Returns:
+            An iterator of `MinedPairs` or `Triplets`.
+
+        Raises:
+            TypeError: as a call.
+            ValueError: as a call.
         """
         rows = self.rows(embeddings, labels, ref_emb, ref_labels)
         return (self._checked(mined) for block in rows for mined in self._mined(block))
@@ -173,7 +228,14 @@ class Miner(Generic[Mined]):
         return mined
 
     def mine(self, block: Block) -> Iterator[Mined]:
-        """What is mined of `block`, its anchors counted from the first of all."""
+        """Yields what is mined of `block`, in parts of any size; every subclass defines it.
+
+        Args:
+            block: a `Block`. Anchors are counted from the first of all: add ``block.first``.
+
+        Returns:
+            An iterator of `MinedPairs` or `Triplets`, as the class attribute ``mined`` says.
+        """
         raise NotImplementedError
 
     def rows(

@@ -19,20 +19,39 @@ from .base import Block, Miner, Triplets
 
 
 class DistanceWeightedMiner(Miner[Triplets]):
-    """One negative for each ordered positive pair, drawn with replacement by its distance from the anchor (Wu et al.,
-    2017, section 4). Anchors without negatives have no triplets.
+    """Distance weighted sampling: one negative drawn for each ordered positive pair (Wu et al., 2017, section 4).
 
-    A negative as far as `nonzero_loss_cutoff` is not drawn; where all of an anchor's are, each is as likely as another.
-    Positives never are. What is drawn depends on the generator's state and, on a GPU, on the block size.
+    Negatives are drawn with replacement, so that all distances come up alike:
+
+        P(n | a) ~ 1 / q(max(D_an, cutoff)),  q(d) ~ d^(D-2) (1 - d^2/4)^((D-3)/2)
+
+    where q is the density of distances between points spread evenly over the sphere of R^D. Negatives at a distance of
+    `nonzero_loss_cutoff` or more are not drawn; where all of an anchor's are, each is equally likely. Anchors without
+    negatives have no triplets. What is drawn depends on the generator's state and, on a GPU, on the block size.
 
     Args:
-        cutoff: what nearer negatives count as being apart, above 0: the weight of the nearest is bounded by it.
-        nonzero_loss_cutoff: above `cutoff`. The margin loss's beta + margin; above 2, all negatives are drawn.
-        generator: a torch.Generator on the embeddings' device; None: torch's own.
-        normalize: see `Miner`. False is for rows of unit norm, which the density is of.
+        cutoff: nearer negatives count as being at this distance, above 0; it bounds the weight of the nearest.
+        nonzero_loss_cutoff: above `cutoff`; the margin loss's beta + margin. Above 2 all negatives can be drawn.
+        generator: a torch.Generator on the embeddings' device; None: torch's default one.
+        normalize: L2-normalise embeddings and references first (the default). False: they must be unit vectors already,
+            which the density assumes.
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: `Triplets`, indices (T,), (T,), (T,), one for each ordered positive pair.
 
     Raises:
-        TypeError, ValueError: a cutoff out of its range, or what is no generator.
+        TypeError: a cutoff is not a number, `generator` not a torch.Generator, `normalize` not a bool.
+        ValueError: `cutoff` is not above 0, or `nonzero_loss_cutoff` not above `cutoff`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> miner = flashpair.miners.DistanceWeightedMiner()
+        >>> triplets = miner(x, labels)
+        >>> triplets.a.tolist(), triplets.p.tolist()
+        ([0, 1, 2, 3], [1, 0, 3, 2])
     """
 
     distance = "euclidean"
@@ -54,13 +73,22 @@ class DistanceWeightedMiner(Miner[Triplets]):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
         ref_labels: Tensor | None = None, *, first: int = 0, rows: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """P(n | a) of the anchors `first` to ``first + rows`` (None: to the end) and all references.
+        """P(n | a) of some anchors and all references.
+
+        Args:
+            embeddings: as in a call.
+            labels: as in a call.
+            ref_emb: as in a call.
+            ref_labels: as in a call.
+            first: the first anchor, at least 0.
+            rows: how many anchors; None: to the end.
 
         Returns:
             (rows, M), float32 or float64; a row sums to 1, or is 0 if the anchor has no negatives.
 
         Raises:
-            TypeError, ValueError: as a call.
+            TypeError: as a call.
+            ValueError: as a call.
         """
         first, rows = checks.integer(first, "first"), None if rows is None else checks.integer(rows, "rows")
         blocks = self.rows(embeddings, labels, ref_emb, ref_labels, first, rows)

@@ -15,25 +15,41 @@ def hard_classes(
     anchors: Tensor, positives: Tensor, count: int, *, aggregate: str = "max", start: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """Classes that are confused with one another: one, and then by turns the one that violates the triplet constraint
-    most with those chosen before.
+    """Hard negative class mining: classes that the network confuses with one another (Sohn, 2016, section 3.2.3).
 
-    Class c violates it with a chosen class s by f_s · f_c+ - f_s · f_s+. The paper leaves open what several chosen
-    classes come to: the most of them, or their sum. Equally violating classes are drawn from. One product of a row with
-    all classes a step, so C · D memory and count · C · D multiplications.
+    It starts with one class and then repeatedly adds the class that violates the triplet constraint most with those
+    chosen before. Class c violates it with a chosen class s by:
+
+        f_s . f_c+ - f_s . f_s+
+
+    The paper leaves open how the violations with several chosen classes combine: `aggregate` takes their maximum or
+    their sum. Ties are broken at random. Each step is one product of a row with all classes: C D memory, count C D
+    multiplications.
 
     Args:
-        anchors, positives: (C, D) embeddings of two samples of each class, float16 to float64.
-        count: how many to choose, 1 to C.
-        aggregate: ``"max"`` or ``"sum"``.
-        start: the first class; None: drawn.
-        generator: of the CPU; None: torch's own.
+        anchors: (C, D), float16 to float64, the embedding of a sample of each class.
+        positives: (C, D), that of another sample of the same class.
+        count: how many classes to choose, 1 to C.
+        aggregate: ``"max"`` (the default) or ``"sum"``.
+        start: the first class; None: drawn at random.
+        generator: a torch.Generator on the CPU; None: torch's default one.
+
+    Shape:
+        - anchors, positives: (C, D), float16 to float64.
+        - output: (count,) int64.
 
     Returns:
         (count,) int64 on the embeddings' device, in the order they were chosen.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; embeddings that are not finite.
+        TypeError: an argument of a wrong type, named.
+        ValueError: shapes that do not fit, `count` or `start` out of range, embeddings that are not finite, or an
+            unknown `aggregate`.
+
+    Examples:
+        >>> anchors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+        >>> flashpair.miners.hard_classes(anchors, anchors, count=2, start=1).tolist()  # class 2 is nearer to class 1
+        [1, 2]
     """
     for name, given in (("anchors", anchors), ("positives", positives)):
         checks.embeddings(given, name, "C, D")

@@ -14,14 +14,36 @@ from .base import Block, MinedPairs, Miner
 
 
 class MultiSimilarityMiner(Miner[MinedPairs]):
-    """The pairs that `MultiSimilarityLoss` of the same epsilon weights, and no others (Wang et al., 2019, eq. 11-12).
+    """Multi-Similarity's mining: the pairs that `MultiSimilarityLoss` weights, and no others (Wang et al., 2019, eq.
+    11-12).
 
-    Comparisons are strict; an anchor without positives or without negatives has no pairs. Of an anchor either both
+    With cosines s, P and N the positives and negatives of anchor a:
+
+        negative n is mined if  s_an > min_P s - epsilon
+        positive p is mined if  s_ap < max_N s + epsilon
+
+    Comparisons are strict. An anchor without positives or without negatives has no pairs; of any anchor either both
     kinds are mined or neither.
 
     Args:
         epsilon: the mining margin, at least 0.
-        normalize: see `Miner`.
+        normalize: L2-normalise embeddings and references first (the default).
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: `MinedPairs`, indices (P,), (P,), (Q,), (Q,).
+
+    Raises:
+        TypeError: `epsilon` is not a number, or `normalize` not a bool.
+        ValueError: `epsilon` is below 0.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> pairs = flashpair.miners.MultiSimilarityMiner()(x, labels)
+        >>> pairs.a1.tolist(), pairs.p.tolist(), pairs.a2.tolist(), pairs.n.tolist()
+        ([1, 2], [0, 3], [1, 2], [2, 1])
     """
 
     shown = ("epsilon",)

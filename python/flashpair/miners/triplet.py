@@ -32,14 +32,29 @@ class _TripletMiner(Miner[Triplets]):
 
 
 class BatchHardMiner(_TripletMiner):
-    """Of each anchor its farthest positive and its nearest negative (Hermans et al., 2017, eq. 5): the triplets of
-    ``TripletMarginLoss(triplets="hard")``.
+    """For each anchor its farthest positive and its nearest negative (Hermans et al., 2017, eq. 5).
 
-    Anchors without a positive or without a negative have none; of equals the lowest index is taken.
+    These are the triplets of ``TripletMarginLoss(triplets="hard")``. Anchors without a positive or without a negative
+    have none; of equally far references the lowest index is taken.
 
     Args:
-        distance: ``"euclidean"`` or ``"cosine"``.
-        normalize: see `Miner`.
+        distance: ``"euclidean"`` (the default) or ``"cosine"``.
+        normalize: L2-normalise embeddings and references first (the default).
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: `Triplets`, indices (T,), (T,), (T,), at most one for each anchor.
+
+    Raises:
+        TypeError: `normalize` is not a bool.
+        ValueError: an unknown `distance`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> flashpair.miners.BatchHardMiner()(x, labels).n.tolist()
+        [2, 2, 1, 1]
     """
 
     shown = ("distance",)
@@ -56,19 +71,41 @@ class BatchHardMiner(_TripletMiner):
 
 
 class TripletMarginMiner(_TripletMiner):
-    """Triplets by their gap, D_an - D_ap, or s_ap - s_an of cosines.
+    """Triplets selected by how much farther the negative is than the positive (Schroff et al., 2015, section 3.2).
 
-    ``triplets="semihard"``: of each positive pair the nearest negative of a gap above 0, or the farthest negative if
-    none has one (TensorFlow Addons'; of equals the lowest index); ``"semihard_all"``: all with 0 < gap <= margin;
-    ``"hard_all"``: all with gap <= 0; ``"violating"``: all with gap <= margin, which are the last two together and,
-    but for those of gap = margin, the ones above 0 in ``TripletMarginLoss(triplets="all")``. "semihard" and
-    "semihard_all" mean what they do there. There can be N^3: `blocks` gives them by and by.
+    With the gap D_an - D_ap of Euclidean distances, or s_ap - s_an of cosines, `triplets` selects:
+
+    - ``"violating"``: all with gap <= margin, so "hard_all" and "semihard_all" together; but for those of gap = margin,
+      the triplets with a loss above 0 in ``TripletMarginLoss(triplets="all")``;
+    - ``"hard_all"``: all with gap <= 0;
+    - ``"semihard_all"``: all with 0 < gap <= margin;
+    - ``"semihard"``: for each positive pair the nearest negative with a gap above 0, or the farthest negative if there
+      is none (TensorFlow Addons' choice; of equally far ones the lowest index).
+
+    "semihard" and "semihard_all" mean the same in `TripletMarginLoss`. There can be N^3 triplets; `blocks` yields them
+    in parts.
 
     Args:
-        margin: of "semihard_all" and "violating"; a number.
-        distance: ``"euclidean"`` or ``"cosine"``.
-        triplets: as above.
-        normalize: see `Miner`.
+        margin: a number, used by "semihard_all" and "violating".
+        distance: ``"euclidean"`` (the default) or ``"cosine"``.
+        triplets: ``"violating"`` (the default), ``"hard_all"``, ``"semihard_all"`` or ``"semihard"``.
+        normalize: L2-normalise embeddings and references first (the default).
+
+    Shape:
+        - embeddings: (N, D), float16 to float64. labels: (N,), integers.
+        - ref_emb: (M, D) and ref_labels: (M,), optional.
+        - output: `Triplets`, indices (T,), (T,), (T,).
+
+    Raises:
+        TypeError: `margin` is not a number, or `normalize` not a bool.
+        ValueError: an unknown `distance` or `triplets`.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> triplets = flashpair.miners.TripletMarginMiner(distance="cosine")(x, labels)
+        >>> [t.tolist() for t in triplets]
+        [[1, 2], [0, 3], [2, 1]]
     """
 
     shown = ("margin", "distance", "triplets")

@@ -69,11 +69,28 @@ def _tensor(labels: Any) -> Tensor:
 
 
 class ClassSampler(Sampler[list[int]]):
-    """Batches of samples' places, for ``DataLoader(dataset, batch_sampler=...)``; a subclass draws them in `draw`.
+    """Base of the samplers: batches of indices for ``DataLoader(dataset, batch_sampler=...)``; a subclass draws them.
 
-    Batches hang on the seed and the epoch alone. A new iteration is a new epoch; `set_epoch` says which, to go on where
-    a training stopped. With several processes each makes the same batch of all of them and takes its own share, so all
-    have to iterate alike.
+    The batches depend only on the seed and the epoch. Every new iteration is a new epoch; `set_epoch` sets the number
+    of the next one, to continue a training that stopped. With several processes each draws the same global batch and
+    takes its own share of it, so all must iterate alike.
+
+    Args:
+        classes: the samples by class.
+        share: samples of a batch of one process.
+        batches: batches of an epoch; None: as many as the data set fills.
+        seed: from 0 to below 2^39.
+        num_replicas: number of processes; None: torch.distributed's, or 1.
+        rank: which one this is; None: torch.distributed's, or 0.
+
+    Raises:
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, named.
+
+    Examples:
+        >>> sampler = flashpair.samplers.NPairsSampler([0, 0, 1, 1], classes=2, batches=3)  # a subclass
+        >>> isinstance(sampler, flashpair.samplers.ClassSampler), len(sampler), sampler.batch_size
+        (True, 3, 4)
     """
 
     def __init__(
@@ -91,7 +108,7 @@ class ClassSampler(Sampler[list[int]]):
         self.batches = checks.most(batches, "batches") or max(1, classes.samples // (share * self.num_replicas))
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch, from 0 on, of the next iteration."""
+        """Sets the number of the next iteration's epoch, from 0 on."""
         self.epoch = checks.integer(epoch, "epoch")
 
     def __len__(self) -> int:
@@ -115,16 +132,19 @@ class ClassSampler(Sampler[list[int]]):
             yield self.draw(generator)
 
     def draw(self, generator: torch.Generator) -> list[int]:
-        """This process's share of a batch of all."""
+        """This process's share of one global batch, as sample indices."""
         raise NotImplementedError
 
     def mine(self, drawn: Tensor, rows: int) -> Tensor:
-        """This process's rows of what is drawn for all, which all have to draw, or their generators part."""
+        """This process's rows of what was drawn for all processes.
+
+        All processes must draw the same, or their generators go out of step.
+        """
         return drawn[self.rank * rows :][:rows]
 
-    def need(self, wanted: int, what: str) -> None:
+    def need(self, wanted: int, kind: str, asked: str) -> None:
         if wanted > len(self.classes):
-            raise ValueError(f"{what}, {wanted} classes in all processes, got labels of {len(self.classes)}")
+            raise ValueError(f"labels must have {wanted} {kind} ({asked}, over all processes), got {len(self.classes)}")
 
 
 def _refuse_second_share(frame: FrameType | None) -> None:
@@ -134,19 +154,26 @@ def _refuse_second_share(frame: FrameType | None) -> None:
             return
         if type(frame.f_locals.get("self")).__name__ == "BatchSamplerShard":
             raise RuntimeError(
-                "this sampler gives a process its own share, which accelerate would share out once more: leave the "
-                "loader out of prepare, or make batches of all processes (num_replicas=1, rank=0) and prepare them "
-                "with split_batches=True"
+                "this sampler already gives each process its share, which accelerate would split again: leave the "
+                "loader out of prepare, or make global batches (num_replicas=1, rank=0) and prepare them with "
+                "split_batches=True"
             )
         frame = frame.f_back
 
 
 class Flat(Sampler[int]):
-    """The same samples one at a time, for ``DataLoader(dataset, sampler=Flat(batches), batch_size=...)`` where a
-    framework takes no batch sampler.
+    """The samples of a `ClassSampler` one at a time, for frameworks that take no batch sampler.
+
+    Use it as ``DataLoader(dataset, sampler=Flat(batches), batch_size=...)``. The loader's batch_size must be that of
+    the sampler's batches for them to stay together.
 
     Args:
-        batches: a `ClassSampler`. The loader's batch_size has to be that of its batches for them to stay together.
+        batches: a `ClassSampler`.
+
+    Examples:
+        >>> batches = flashpair.samplers.NPairsSampler([0, 0, 1, 1], classes=2, batches=1)
+        >>> sorted(flashpair.samplers.Flat(batches))
+        [0, 1, 2, 3]
     """
 
     def __init__(self, batches: ClassSampler) -> None:

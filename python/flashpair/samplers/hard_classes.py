@@ -1,4 +1,4 @@
-"""Batches of classes that the network takes for one another."""
+"""Batches of classes that the network confuses with one another."""
 
 from __future__ import annotations
 
@@ -16,26 +16,38 @@ EMBEDDED = 1024  # samples that `embed` is given at a time
 
 
 class HardClassSampler(ClassSampler):
-    """Hard negative class mining (Sohn, 2016, section 3.2.3), before each batch.
+    """Hard negative class mining before each batch (Sohn, 2016, section 3.2.3).
 
-    Two samples of each of `candidates` random classes are embedded; of these classes one is chosen at random and then
-    the ones that violate the triplet constraint most (`flashpair.miners.hard_classes`); the batch has new samples of
-    those. Memory is that of the candidates' embeddings. A DataLoader with workers asks some batches ahead, so that the
-    network which mines is some steps old.
+    For each batch, two samples of each of `candidates` random classes are embedded. One of these classes is chosen at
+    random and then those that violate the triplet constraint most (`flashpair.miners.hard_classes`); the batch has new
+    samples of the chosen classes. Memory is that of the candidates' embeddings. A DataLoader with workers asks for
+    batches ahead of time, so the network that mines is some steps old.
 
     Args:
         labels: (N,) integers, of the data set's samples; classes of one sample are never drawn.
-        embed: from places in the data set, int64 (n,) with n up to 1,024, to embeddings (n, D), float16 to float64, on
-            any device. Called without gradients, in whatever mode the network is.
-        classes: in a batch of one process; processes have different ones.
-        m: samples of a class: with 2 the anchors come first, then the positives, as in `NPairsSampler`.
-        candidates: classes to choose from; by default ten times what is chosen, or all.
-        aggregate: ``"max"`` or ``"sum"`` over the classes chosen before.
-        batches, seed, num_replicas, rank: as of `MPerClassSampler`. All processes embed the same candidates, and choose
+        embed: a function from sample indices, int64 (n,) with n up to 1,024, to embeddings (n, D), float16 to float64,
+            on any device. It is called without gradients, in whatever mode the network is.
+        classes: classes in a batch of one process; processes have different ones.
+        m: samples of a class. With 2 the anchors come first, then the positives, as in `NPairsSampler`.
+        candidates: how many classes to choose from; None: ten times the number chosen, or all.
+        aggregate: ``"max"`` (the default) or ``"sum"`` of the violations with the classes chosen before.
+        batches: batches of an epoch; None: as many as the data set fills.
+        seed: from 0 to below 2^39.
+        num_replicas: number of processes; None: torch.distributed's, or 1. All embed the same candidates, and choose
             the same classes as long as their networks compute the same numbers.
+        rank: which process this is; None: torch.distributed's, or 0.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; fewer classes of two samples than a batch has.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, or fewer classes of two samples than a batch needs.
+
+    Examples:
+        >>> points = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.6, 0.8], [0.6, 0.8]])
+        >>> sampler = flashpair.samplers.HardClassSampler(
+        ...     [0, 0, 1, 1, 2, 2], lambda places: points[places], classes=3, batches=1
+        ... )
+        >>> sorted(next(iter(sampler)))
+        [0, 1, 2, 3, 4, 5]
     """
 
     def __init__(
@@ -47,7 +59,7 @@ class HardClassSampler(ClassSampler):
         self.embed, self.aggregate = embed, checks.word(aggregate, AGGREGATES, "aggregate")
         super().__init__(Classes(labels, at_least=2), classes * m, batches, seed, num_replicas, rank)
         chosen = classes * self.num_replicas
-        self.need(chosen, "classes of two samples or more are needed")
+        self.need(chosen, "classes of two samples or more", "classes")
         self.candidates = min(checks.most(candidates, "candidates") or 10 * chosen, len(self.classes))
         if self.candidates < chosen:
             raise ValueError(f"candidates must be at least the classes of all processes, {chosen}, got {candidates}")

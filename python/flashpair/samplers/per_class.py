@@ -11,22 +11,29 @@ from .base import Classes, ClassSampler
 
 
 class MPerClassSampler(ClassSampler):
-    """`m` samples of each of ``batch_size / m`` classes: N x M batches, for every loss of pairs.
+    """Batches of `m` samples of each of ``batch_size / m`` classes, for every loss of pairs.
 
-    Classes are drawn uniformly, whatever their sizes, none twice in a batch; so are a class's samples, unless it has
-    fewer than `m`. A batch lists them class by class.
+    Classes are drawn uniformly, whatever their sizes, none twice in a batch. So are a class's samples; they repeat only
+    where it has fewer than `m`. A batch lists them class by class.
 
     Args:
         labels: (N,) integers, of the data set's samples.
-        m: samples of a class.
-        batch_size: of one process; those of all processes together are a multiple of `m`. Processes have classes of
-            their own, or share one that does not fit.
-        batches: in an epoch; by default as many as the data set fills.
+        m: samples of a class, at least 1.
+        batch_size: of one process; that of all processes together is a multiple of `m`. Processes have classes of their
+            own, or share the one class that does not fit.
+        batches: batches of an epoch; None: as many as the data set fills.
         seed: from 0 to below 2^39.
-        num_replicas, rank: how many processes, and which one this is; by default torch.distributed's, or one.
+        num_replicas: number of processes; None: torch.distributed's, or 1.
+        rank: which process this is; None: torch.distributed's, or 0.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; fewer classes than a batch has.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, or fewer classes than a batch needs.
+
+    Examples:
+        >>> sampler = flashpair.samplers.MPerClassSampler([0, 0, 0, 1, 1, 1], m=3, batch_size=6, batches=1)
+        >>> sorted(next(iter(sampler)))
+        [0, 1, 2, 3, 4, 5]
     """
 
     def __init__(
@@ -38,8 +45,8 @@ class MPerClassSampler(ClassSampler):
         super().__init__(Classes(labels), share, batches, seed, num_replicas, rank)
         whole = share * self.num_replicas
         if whole % m:
-            raise ValueError(f"batch_size must, of all processes, be a multiple of m = {m}, got {whole}")
-        self.need(whole // m, f"batch_size and m ask for {whole} / {m}")
+            raise ValueError(f"batch_size times the number of processes must be a multiple of m = {m}, got {whole}")
+        self.need(whole // m, "classes", f"batch_size / m = {whole} / {m}")
 
     def draw(self, generator: torch.Generator) -> list[int]:
         classes = self.classes.some(self.share * self.num_replicas // self.m, generator)
@@ -48,18 +55,27 @@ class MPerClassSampler(ClassSampler):
 
 
 class NPairsSampler(ClassSampler):
-    """N-pair batches (Sohn, 2016): two different samples of each of N classes, so 2 N forward passes.
+    """N-pair batches: two different samples of each of N classes (Sohn, 2016).
 
-    First one of each class, the anchors, then in the same order the other, the positives: ``x.chunk(2)`` parts them.
-    Classes of one sample are never drawn.
+    A batch has first one sample of each class, the anchors, then in the same order the other, the positives:
+    ``x.chunk(2)`` separates them. Classes of one sample are never drawn.
 
     Args:
         labels: (N,) integers, of the data set's samples.
-        classes: how many in a batch of one process; processes have different ones.
-        batches, seed, num_replicas, rank: as of `MPerClassSampler`.
+        classes: classes in a batch of one process; processes have different ones.
+        batches: batches of an epoch; None: as many as the data set fills.
+        seed: from 0 to below 2^39.
+        num_replicas: number of processes; None: torch.distributed's, or 1.
+        rank: which process this is; None: torch.distributed's, or 0.
 
     Raises:
-        TypeError, ValueError: bad arguments, named; fewer classes of two samples than a batch has.
+        TypeError: an argument of a wrong type, named.
+        ValueError: an argument out of its range, or fewer classes of two samples than a batch needs.
+
+    Examples:
+        >>> sampler = flashpair.samplers.NPairsSampler([0, 0, 1, 1], classes=2, batches=1)
+        >>> sorted(next(iter(sampler)))
+        [0, 1, 2, 3]
     """
 
     def __init__(
@@ -68,7 +84,7 @@ class NPairsSampler(ClassSampler):
     ) -> None:  # fmt: skip
         self.count = checks.integer(classes, "classes", at_least=1)
         super().__init__(Classes(labels, at_least=2), 2 * classes, batches, seed, num_replicas, rank)
-        self.need(classes * self.num_replicas, "classes of two samples or more are needed")
+        self.need(classes * self.num_replicas, "classes of two samples or more", "classes")
 
     def draw(self, generator: torch.Generator) -> list[int]:
         chosen = self.classes.some(self.count * self.num_replicas, generator)

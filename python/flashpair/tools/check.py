@@ -47,11 +47,25 @@ def _relative(found: Tensor, truth: Tensor) -> float:
 
 
 def check(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> tuple[bool, str]:
-    """Gradcheck in float64 on a small batch, and float32 against the float64 reference on one of several tiles.
+    """Checks one criterion with one implementation on this machine.
 
-    Gradients are those of the embeddings and of every parameter, whose bound is at least the embeddings', for a single
-    number may be right by luck. The bound is what float32 can do: twice the dense float32 reference's own
-    error, and one rounding.
+    In float64 it runs gradcheck on a small batch. In float32 it compares value and gradients, of the embeddings and of
+    every parameter, with the float64 reference on a batch of several tiles. The bound is what float32 can do: twice the
+    error of the dense float32 reference, and one rounding. For parameters it is at least the embeddings' bound, since a
+    single number can be right by luck.
+
+    Args:
+        make: called with ``impl=...``, makes the criterion.
+        impl: the name of an implementation.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        Whether all is well, and the errors and bounds in words.
+
+    Examples:
+        >>> from flashpair.tools.check import check
+        >>> check(flashpair.NTXentLoss, "reference")[0]
+        True
     """
     x, labels = (t.to(device) for t in batch(12, 5, 3, torch.float64))
     smooth = not make().differentiates or torch.autograd.gradcheck(
@@ -89,10 +103,17 @@ def refusal(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> s
 
 
 def main(targets: Sequence[str] = ()) -> int:
-    """0 if every criterion passes with every implementation that can run on this machine's CPU and GPU.
+    """Checks every criterion with every implementation that can run on this machine, CPU and GPU; prints the results.
 
-    targets: users' own criteria, FILE.py:Name or module:Name, which are then checked alone; each is made as
-    ``Name(impl=...)``.
+    Args:
+        targets: your own criteria as FILE.py:Name or module:Name, which are then checked alone; each is made as
+            ``Name(impl=...)``.
+
+    Returns:
+        0 if all pass, else 1.
+
+    Raises:
+        ValueError: a target that cannot be loaded, or is not a Criterion.
     """
     failed = 0
     checked = {target: criterion(target) for target in targets} or CRITERIA

@@ -33,14 +33,14 @@ MOST_DEPTH = 2**17  # coordinates whose products fit 32 bits
 
 @dataclass
 class Screening:
-    """What the screens of some calls did.
+    """Counts of what the screens of some calls did; `screening` gives it.
 
     Attributes:
         tiles: blocks of pairs that were screened.
-        whole: of these, blocks in which too many pairs lived, so that they were computed whole after all.
-        candidates: pairs of the other blocks that were not proved dead.
-        pairs: in calls that need gradients, all pairs of the other blocks, and
-        live: those that the windows let through.
+        whole: of these, blocks that were computed in full because too many of their pairs survived.
+        candidates: pairs of the other blocks that were not proved irrelevant.
+        pairs: in calls that need gradients, all pairs of the other blocks.
+        live: of these pairs, those inside the windows.
     """
 
     tiles: int = 0
@@ -60,7 +60,19 @@ _watching: contextvars.ContextVar[tuple[Screening, ...]] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def screening() -> Iterator[Screening]:
-    """Counts what this thread screens on the CPU: ``with screening() as seen: criterion(x, labels)``."""
+    """A context that counts what this thread screens on the CPU: ``with screening() as seen: criterion(x, labels)``.
+
+    Yields:
+        A `Screening`, which is filled as calls run.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> with flashpair.screening() as seen:
+        ...     loss = flashpair.MultiSimilarityLoss()(x, labels)
+        >>> seen.tiles  # so small a batch is not screened
+        0
+    """
     seen = Screening()
     token = _watching.set((*_watching.get(), seen))
     try:

@@ -71,7 +71,7 @@ def main(given: argparse.Namespace) -> int:
     make = named(given.network) if given.network else network
     names = [name.strip() for name in given.losses.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"losses must name some, got {given.losses!r}")
+        raise ValueError(f"losses must name at least one, got {given.losses!r}")
     with Bars(console) as bars:
         data = load(given.data, given.image_size, lambda done, of: bars.at("images", done, of, given.data))
         data = replace(data, device=given.device)

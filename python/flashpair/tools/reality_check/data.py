@@ -45,11 +45,24 @@ class Data:
 
 
 def partitions(classes: int, folds: int = 4) -> tuple[range, list[range]]:
-    """The classes that are tested on, the second half, and of each fold those of the first half that are validated on;
-    the rest of the first half is what that fold trains on.
+    """Splits class indices into test classes, the second half, and for each fold validation classes of the first half.
+
+    A fold trains on the rest of the first half.
+
+    Args:
+        classes: how many classes there are.
+        folds: how many folds.
+
+    Returns:
+        The test classes, and the validation classes of each fold.
 
     Raises:
-        ValueError: a fold of fewer than two classes, among which nothing can be confused.
+        ValueError: a fold would have fewer than two classes, among which nothing can be confused.
+
+    Examples:
+        >>> from flashpair.tools.reality_check import partitions
+        >>> partitions(16, folds=2)
+        (range(8, 16), [range(0, 4), range(4, 8)])
     """
     half = classes // 2
     validated = [range(f * half // folds, (f + 1) * half // folds) for f in range(folds)]

@@ -86,7 +86,7 @@ def _eight_bits(image: Any) -> Any:
     elif image.format in ("PNG", "PPM"):
         white = 65535.0
     else:
-        raise ValueError("of a 32-bit integer image it is not known what is white; save it with 8 or 16 bits")
+        raise ValueError("a 32-bit integer image has no known white level; save it with 8 or 16 bits")
     if not (values.min() >= 0 and values.max() <= white):
         raise ValueError(f"must be from 0 to {white:g}, got {values.min():g} to {values.max():g}")
     if tags.get(PHOTOMETRIC) == 0:

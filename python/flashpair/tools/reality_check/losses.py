@@ -11,7 +11,13 @@ from ..import_target import criterion
 
 
 class Range(NamedTuple):
-    """Where a hyper-parameter is looked for, from `low` to `high`; `log`: in its logarithm."""
+    """The range in which a hyper-parameter is searched for.
+
+    Attributes:
+        low: the least value.
+        high: the largest value.
+        log: search on a logarithmic scale; then `low` is above 0.
+    """
 
     low: float
     high: float
@@ -21,10 +27,11 @@ class Range(NamedTuple):
 class Candidate(NamedTuple):
     """A loss to compare.
 
-    Args:
-        make: from values of `space`, and of a loss with class weights also ``num_classes`` and ``embedding_size``.
+    Attributes:
+        make: makes the criterion from values of `space`, and for a loss with class weights also from ``num_classes``
+            and ``embedding_size``.
         space: the hyper-parameters that are searched for.
-        of_classes: a loss with class weights or proxies.
+        of_classes: whether the loss has class weights or proxies.
     """
 
     make: Callable[..., Criterion]
@@ -93,13 +100,24 @@ LOSSES: dict[str, Candidate] = {
 
 
 def candidate(name: str) -> Candidate:
-    """A loss of `LOSSES`, or one's own as FILE.py:Name or module:Name, a `flashpair.Criterion`.
+    """A loss of `LOSSES` by its name, or your own `flashpair.Criterion` as FILE.py:Name or module:Name.
 
-    One's own may have a class attribute ``search_space``, a dict of argument names to `Range`s (or tuples like them);
-    without it nothing is searched for, and a trial is a training with its defaults.
+    Your own can have a class attribute ``search_space``, a dict from argument names to `Range`s (or tuples like them).
+    Without it nothing is searched for, and a trial is a training with its defaults.
+
+    Args:
+        name: a key of `LOSSES`, FILE.py:Name or module:Name.
+
+    Returns:
+        A `Candidate`.
 
     Raises:
-        ValueError: there is no such loss, or its search space is none.
+        ValueError: there is no such loss, or its search space is invalid.
+
+    Examples:
+        >>> from flashpair.tools.reality_check import candidate
+        >>> candidate("nt_xent").space["temperature"]
+        Range(low=0.01, high=1.0, log=True)
     """
     if name in LOSSES:
         return LOSSES[name]

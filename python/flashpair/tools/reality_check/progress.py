@@ -1,4 +1,4 @@
-"""Bars for what runs long."""
+"""Progress bars of long runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every loss gets alike."""
+"""The settings that all losses of a comparison share."""
 
 from __future__ import annotations
 
@@ -11,26 +11,35 @@ SAMPLERS = ("tpe", "gp")
 
 @dataclass(frozen=True)
 class Protocol:
-    """The settings of a comparison. Defaults are those of Musgrave et al. (2020), with three exceptions: networks are
-    trained from scratch here, with Adam and an end to a training that goes on improving; settings are searched for with
-    optuna instead of Ax; and losses of classes get batches as all others do, not of one sample a class.
+    """The settings of a comparison, the same for every loss (Musgrave et al., 2020).
+
+    Defaults are the paper's, with three exceptions: networks are trained from scratch here, with Adam and a limit on
+    epochs; hyper-parameters are searched with optuna instead of Ax; and losses against class weights get batches of the
+    same kind as all others, not one sample a class.
 
     Args:
-        trials: hyper-parameter settings that are tried for a loss.
-        repeats: trainings with the best of them, each of one model a fold.
+        trials: hyper-parameter settings to try for a loss.
+        repeats: trainings with the best of them, each of one model for each fold.
         sampler: optuna's ``"tpe"`` (tree-structured Parzen estimator) or ``"gp"`` (Gaussian process).
-        folds: partitions of the training classes, each of which is validated on once.
-        embedding_size: of a model; concatenated, that times `folds`.
-        batch_size: samples of a step. per_class: of a class, which divides them; more where there are too few classes
-            for that.
-        iterations: steps of an epoch. evaluate_every: epochs between validations.
-        patience: epochs without a better validation MAP@R after which a training ends. max_epochs: after which it
-            ends anyway.
-        learning_rate: of Adam, for the network. A loss's own weights have theirs searched.
-        seed: of weights, batches and the search.
+        folds: parts of the training classes, each used once for validation; at least 2.
+        embedding_size: of a model; concatenated embeddings have `folds` times as many columns.
+        batch_size: samples of a step.
+        per_class: samples of a class in a batch, a divisor of `batch_size`; more where there are too few classes.
+        iterations: steps of an epoch.
+        evaluate_every: epochs between validations.
+        patience: epochs without a better validation MAP@R after which training stops.
+        max_epochs: epochs after which it stops anyway.
+        learning_rate: of Adam, for the network, above 0. The rate of a loss's own weights is searched for.
+        seed: of weights, batches and the search, at least 0.
 
     Raises:
-        TypeError, ValueError: a setting out of range, named.
+        TypeError: a setting of a wrong type, named.
+        ValueError: a setting out of its range, named.
+
+    Examples:
+        >>> from flashpair.tools.reality_check import Protocol
+        >>> Protocol(trials=5, batch_size=64).iterations
+        100
     """
 
     trials: int = 50

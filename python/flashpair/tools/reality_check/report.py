@@ -1,4 +1,4 @@
-"""What came out: a table, a picture, and all numbers as JSON."""
+"""The results: a table, a picture, and all numbers as JSON."""
 
 from __future__ import annotations
 

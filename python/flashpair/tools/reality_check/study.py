@@ -41,9 +41,12 @@ class Outcome(NamedTuple):
 
     Attributes:
         name: of the loss, or ``"untrained"``.
-        values: the best hyper-parameters. validation: their MAP@R, the mean over folds. trials: out of how many.
-        separated: of each metric one number a repeat, 0 to 1: on the test classes, the mean over the folds' models.
-        concatenated: the same of all models' embeddings, of unit length, one after the other.
+        values: the best hyper-parameters.
+        validation: their MAP@R, the mean over folds.
+        trials: how many settings they are the best of.
+        separated: for each metric one number for each repeat, 0 to 1: on the test classes, the mean over the folds'
+            models.
+        concatenated: the same with the normalised embeddings of all models side by side.
     """
 
     name: str
@@ -68,24 +71,26 @@ def run(
     data: Data, losses: Sequence[str], protocol: Protocol, out: Path, make: MakeNetwork = network,
     progress: Progress | None = None,
 ) -> list[Outcome]:  # fmt: skip
-    """Compares losses: class-disjoint cross-validation on the first half of the classes, test on the second.
+    """Compares losses by class-disjoint cross-validation and a test on other classes (Musgrave et al., 2020).
+
+    The first half of the classes is trained and validated on, the second half is tested on.
 
     Args:
         data: what is trained on, validated and tested with.
         losses: names that `candidate` knows.
-        protocol: what all of them get.
-        out: a folder for all results. What it already has of the same data and protocol (but for `trials` and
-            `repeats`, which may be raised) is not done again.
-        make: a network of a sample's shape and an embedding size.
-        progress: is told how far it is.
+        protocol: the settings that all losses share.
+        out: a folder for all results. What it already has of the same data and protocol (except `trials` and `repeats`,
+            which can be raised) is not computed again.
+        make: makes a network from a sample's shape and an embedding size.
+        progress: is told how far the run is.
 
     Returns:
         The untrained networks' outcome, and each loss's.
 
     Raises:
-        ValueError: a loss that is not known, data of too few classes, a device that is not there, or a folder of
-            another run or of which a file is broken. ImportError: without
-            optuna.
+        ValueError: an unknown loss, data of too few classes, a device that does not exist, or a folder of another run
+            or with a broken file.
+        ImportError: optuna is not installed.
     """
     with extra("reality-check", "reality-check"):  # now, not after the first trainings
         import_module("optuna")

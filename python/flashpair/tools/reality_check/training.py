@@ -57,7 +57,7 @@ def samples_of_a_class(batch_size: int, wanted: int, classes: int) -> int:
     for m in range(min(wanted, batch_size), batch_size + 1):
         if batch_size % m == 0 and batch_size // m <= classes:
             return m
-    raise ValueError(f"batch_size {batch_size} cannot be made of classes, of which there are {classes}")
+    raise ValueError(f"batch_size {batch_size} needs at least one class, got {classes}")
 
 
 def train(
