@@ -42,7 +42,7 @@ def test_the_very_neighbours_of_the_reference(n, m, d, k, levels, distance, dtyp
 @pytest.mark.parametrize("distance", ["dot", "euclidean"])
 def test_of_clustered_embeddings_in_many_tiles(unit, distance):
     x, _ = batch(2100, 24, 4, torch.float64)
-    found, truth = (nearest(x, 5, distance=distance, unit=unit, impl=impl) for impl in ("screened", "reference"))
+    found, truth = (nearest(x, 5, distance=distance, normalize=unit, impl=impl) for impl in ("screened", "reference"))
     assert torch.equal(found.indices, truth.indices)
     assert torch.allclose(found.values, truth.values, rtol=1e-12)
 
@@ -93,3 +93,10 @@ def test_what_cannot_be():
         nearest(torch.zeros(3, 2**17 + 1), 1, impl="screened")
     with pytest.raises(RuntimeError, match="screened neighbours need a CPU"):
         nearest(x.to("meta"), 1, impl="screened")
+
+
+def test_the_old_name_of_normalize_works_with_a_warning():
+    x, _ = batch(20, 4, 4, torch.float32)
+    with pytest.warns(DeprecationWarning, match="nearest: unit= is now called normalize="):
+        old = nearest(3 * x, 3, unit=True)
+    assert torch.equal(old.values, nearest(3 * x, 3, normalize=True).values)

@@ -33,7 +33,7 @@ def test_neighbours_that_are_equal_stand_by_index(impl, distance, unit):
     for n, d in SIZES:
         for seed in range(3):
             x, _, which = copied(n, d, seed)
-            values, indices = nearest(x, n - 1, distance=distance, unit=unit, impl=impl)
+            values, indices = nearest(x, n - 1, distance=distance, normalize=unit, impl=impl)
             twins = which[indices[:, 1:]] == which[indices[:, :-1]]
             assert (values[:, 1:] == values[:, :-1])[twins].all()
             assert (indices[:, 1:] > indices[:, :-1])[twins].all()

@@ -240,6 +240,8 @@ def test_clusters_of_clusters():
     x = 4 * torch.randn(12, 32, generator=generator)[labels] + torch.randn(240, 32, generator=generator)
     assert metrics.clustering(x, labels, seeds=2, n_init=5) == pytest.approx((1.0,) * 6)
     near = 0.5 * torch.randn(12, 32, generator=generator)[labels] + torch.randn(240, 32, generator=generator)
+    with pytest.warns(DeprecationWarning, match="clustering: unit= is now called normalize="):
+        assert metrics.clustering(x, labels, n_init=5, unit=True) == pytest.approx((1.0,) * 6)
     one, two = (metrics.clustering(near, labels, seeds=seeds) for seeds in (1, 2))
     assert one.nmi < 0.9
     assert one != two

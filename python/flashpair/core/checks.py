@@ -6,6 +6,7 @@ No check reads a GPU's values.
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -209,6 +210,15 @@ def plain_number(value: Any, name: str, *, above: float | None = None, at_least:
 def flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {what(value)}")
+    return value
+
+
+def renamed(who: str, old: str, value: Any, new: str, current: Any) -> Any:
+    """An argument's value, where its old name still works: that of the old name, with a warning, if it was given."""
+    if value is None:
+        return current
+    words = f"{who}: {old}= is now called {new}=, and its old name goes in the release after this one"
+    warnings.warn(words, DeprecationWarning, stacklevel=3)
     return value
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..backends import extension
 from ..backends.cpu import tiled
 from ..backends.cpu.screened import MOST_DEPTH
-from ..core import checks
+from ..core import checks, similarity
 from ..core.problem import Problem, address, solid
 from ..core.reduction import DISTANCES
-from ..core.similarity import alike, copies, dense_pairs, normalize, upcast
+from ..core.similarity import alike, copies, dense_pairs, upcast
 from .cached_references import References
 from .dispatch import unsupported_reasons
 
@@ -35,7 +35,7 @@ class Nearest(NamedTuple):
 
 def nearest(
     embeddings: Tensor, k: int, *, ref_emb: Tensor | References | None = None, distance: str = "dot",
-    unit: bool = False, impl: str = "auto",
+    normalize: bool = False, impl: str = "auto", unit: bool | None = None,
 ) -> Nearest:  # fmt: skip
     """The k references of the highest similarity, or the least distance, to each embedding; equal ones by index.
 
@@ -47,8 +47,9 @@ def nearest(
         k: how many, at least 0 and at most M, or N - 1 without `ref_emb`.
         ref_emb: (M, D), a tensor or `References`; None: the embeddings themselves, none of which is its own neighbour.
         distance: ``"dot"`` (the default) or ``"euclidean"``.
-        unit: L2-normalise the rows first.
+        normalize: L2-normalise the rows first.
         impl: ``"auto"`` (the default), ``"screened"`` or ``"reference"``.
+        unit: the old name of `normalize`, deprecated.
 
     Shape:
         - embeddings: (N, D), ref_emb: (M, D), float16 to float64.
@@ -67,8 +68,9 @@ def nearest(
         >>> flashpair.nearest(x, 1).indices.tolist()
         [[1], [2], [1], [2]]
     """
+    normalize = checks.renamed("nearest", "unit", unit, "normalize", normalize)
     with torch.no_grad():
-        x, y, screened = prepared(embeddings, k, ref_emb, distance, unit, impl)
+        x, y, screened = prepared(embeddings, k, ref_emb, distance, normalize, impl)
         values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
         for first, found in blocks(x, y, k, distance, screened=screened):
             rows = slice(first, first + found.values.shape[0])
@@ -77,7 +79,7 @@ def nearest(
 
 
 def prepared(
-    embeddings: Any, k: Any, ref_emb: Any, distance: str, unit: bool, impl: str
+    embeddings: Any, k: Any, ref_emb: Any, distance: str, normalize: bool, impl: str
 ) -> tuple[Tensor, Tensor | None, bool]:
     """Rows and references as `blocks` takes them, after every check, and whether it is to screen."""
     x = checks.embeddings(embeddings)
@@ -97,8 +99,8 @@ def prepared(
     if m >= 2**31:
         raise ValueError(f"ref_emb must have fewer than 2^31 rows, got {m:,}")
     x, y = upcast(x.detach(), None if y is None else y.detach())
-    if unit:
-        x, y = normalize(x), None if y is None else normalize(y)
+    if normalize:
+        x, y = similarity.normalize(x), None if y is None else similarity.normalize(y)
     return x, y, not reasons and impl != "reference"
 
 

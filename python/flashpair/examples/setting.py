@@ -108,5 +108,5 @@ def convolutional() -> nn.Module:
 
 def precision_at_10(embeddings: Tensor, labels: Tensor) -> float:
     """How many of an embedding's ten nearest others, (N, D) by cosine, have its label (N,)."""
-    nearest = flashpair.nearest(embeddings, 10, unit=True).indices
+    nearest = flashpair.nearest(embeddings, 10, normalize=True).indices
     return (labels[nearest] == labels[:, None]).double().mean().item()

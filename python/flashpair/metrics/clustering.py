@@ -86,14 +86,23 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
     )
 
 
-def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: int = 1, **kmeans: Any) -> Clustering:
+def clustering(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    normalize: bool = True,
+    seeds: int = 1,
+    unit: bool | None = None,
+    **kmeans: Any,
+) -> Clustering:
     """Scores of scikit-learn's k-means with as many clusters as classes (Oh Song et al., 2016).
 
     Args:
         embeddings: (N, D), float16 to float64.
         labels: (N,), integers.
-        unit: L2-normalise the embeddings first (the default).
+        normalize: L2-normalise the embeddings first (the default).
         seeds: average the scores over k-means with random states 0 to ``seeds - 1``.
+        unit: the old name of `normalize`, deprecated.
         kmeans: further arguments of `sklearn.cluster.KMeans`, except ``n_clusters`` and ``random_state``. Thousands of
             clusters start faster with ``init="random"``.
 
@@ -120,10 +129,10 @@ def clustering(embeddings: Tensor, labels: Tensor, *, unit: bool = True, seeds: 
     x, labels, _, _ = checks.batch(embeddings, labels, None, None)
     if x.shape[0] == 0:
         raise ValueError("embeddings must not be empty")
-    checks.flag(unit, "unit")
+    normalize = checks.flag(checks.renamed("clustering", "unit", unit, "normalize", normalize), "normalize")
     seeds = checks.integer(seeds, "seeds", at_least=1)
     x = upcast(x.detach(), None)[0]
-    samples = (torch.nn.functional.normalize(x, dim=1) if unit else x).cpu().numpy()
+    samples = (torch.nn.functional.normalize(x, dim=1) if normalize else x).cpu().numpy()
     classes = labels.unique().shape[0]
     found = [
         clustering_scores(labels, torch.from_numpy(KMeans(classes, random_state=seed, **kmeans).fit_predict(samples)))
