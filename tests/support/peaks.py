@@ -18,7 +18,7 @@ THRESHOLD = 2**17  # bytes
 ROOT = Path(__file__).resolve().parents[2]
 PRELUDE = """
 import sys, torch, flashpair
-from bench.memory import peak_of, resident
+from bench.harness.memory import peak_of, resident
 """
 
 only_linux = pytest.mark.skipif(

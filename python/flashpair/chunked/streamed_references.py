@@ -234,7 +234,7 @@ class _Stream(LabelledSource):
             return
         now = _digest(block)
         same = now == self.digests.setdefault((first, last), now)
-        words = f"source must send the same rows each time, and rows {first} to {last - 1} have changed since this call"
+        words = f"source must give the same rows each time, and rows {first} to {last - 1} have changed since this call"
         if now.device.type == "cpu" and not same:
             raise ValueError(f"{words} read them first")
         if now.device.type != "cpu":
@@ -246,11 +246,11 @@ class _Stream(LabelledSource):
             for block in _ahead(stream.blocks(x.shape[1])):
                 if not isinstance(block, Tensor) or block.dtype not in checks.FLOATS or block.dim() == 0:
                     got = f"{checks.what(block)}{checks.to_tensor(block)}"
-                    raise TypeError(f"source must send floating-point tensors (m, D), got {got}")
+                    raise TypeError(f"source must give floating-point tensors (m, D), got {got}")
                 last = first + block.shape[0]
                 if block.dim() != 2 or block.shape[1] != x.shape[1] or last > len(stream):
                     raise ValueError(
-                        f"source must send ({len(stream)}, {x.shape[1]}) rows in all, "
+                        f"source must give ({len(stream)}, {x.shape[1]}) rows in all, "
                         f"got {checks.what(block)} after {first}"
                     )
                 new = (first, last) not in self.digests
@@ -265,7 +265,7 @@ class _Stream(LabelledSource):
                 first = last
                 step()
         if first != len(stream):
-            raise ValueError(f"source must send as many rows as there are labels, {len(stream)}, got {first}")
+            raise ValueError(f"source must give as many rows as there are labels, {len(stream)}, got {first}")
 
 
 def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -102,7 +102,7 @@ class Exchange:
 
 class AllReduceSum(torch.autograd.Function):
     """The sum of every process's values. Each counts towards a loss that is the sum of every process's share, so its
-    gradient is the sum of what the shares send."""
+    gradient is the sum of what the shares give."""
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, values: Tensor) -> Tensor:

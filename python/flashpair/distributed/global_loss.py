@@ -275,7 +275,7 @@ def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
 
 
 def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
-    """This process's share of the one number that its rows and the others' send; the shares add up to it."""
+    """This process's share of the one number that its rows and the others' give; the shares add up to it."""
     rows, extra = with_extra(rows, reduction, extra)
     share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
     return share if extra is None else share + extra.to(share.dtype) / ranks.world
