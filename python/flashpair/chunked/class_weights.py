@@ -53,7 +53,7 @@ def _pairs(
 
 
 class _Job(NamedTuple):
-    """What a call of some reductions needs beside tensors: see ops.Spec."""
+    """What a call of some reductions needs beside tensors: see row_reduce_op.Spec."""
 
     spec: row_reduce_op.Spec
     reductions: tuple[Reduction, ...]
@@ -152,7 +152,7 @@ def _chunks(x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None, job
 
 
 def _merged(job: _Job, one: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
-    """The values of two chunks' references in one chunk; rows as core/problem.py says."""
+    """The values of two chunks' references taken together; rows as core/problem.py says."""
     found, terms = one.clone(), decode(job.spec.code, job.spec.shifts, job.spec.slots)
     for k, (t, top) in enumerate(zip(terms, tops(terms), strict=True)):
         if top < 0:

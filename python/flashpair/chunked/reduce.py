@@ -47,7 +47,7 @@ LIVE_PAIRS_PER_ROW = 8  # that are kept of a screened chunk, of 8 bytes in float
 
 
 class _State:
-    """The rows' values over the chunks so far, in float64 and in schedule.py's rows, and which reference attained them.
+    """The rows' values over the chunks so far, in float64 and in core/problem.py's rows, and which reference attained them.
 
     scales: (K,) numbers or tensors (), of each term.
     """
@@ -105,13 +105,13 @@ def resolved(terms: Terms, given: Given, which: Sequence[int], values: Tensor) -
 
 
 class ChunkedCall(NamedTuple):
-    """A call: its source, and what ops.Spec says of it."""
+    """A call: its source, and what row_reduce_op.Spec says of it."""
 
     ref_source: ReferenceSource
     spec: row_reduce_op.Spec
 
     def problem(self, x: Tensor, chunk: Chunk) -> Problem:
-        """The chunk against its anchors; with `both` the anchors come first, see groups.py."""
+        """The chunk against its anchors; with `both` the anchors come first, see two_sided.py."""
         labels, order, own = self.ref_source.labels[chunk.own], self.ref_source.order[chunk.own], x[chunk.own]
         lo = torch.searchsorted(chunk.labels, labels)
         hi = torch.searchsorted(chunk.labels, labels, right=True)
@@ -302,7 +302,7 @@ class _Backward:
 
 
 class ChunkedRowReduce(torch.autograd.Function):
-    """ops.RowReduce over the chunks of a source: row values (K, N). Differentiable once."""
+    """RowReduce over the chunks of a source: row values (K, N). Differentiable once."""
 
     @staticmethod
     def forward(

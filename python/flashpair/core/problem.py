@@ -2,7 +2,7 @@
 
 A schedule is a module with `forward(problem, terms, given, keep) -> (values, kept)`, `backward(problem, terms, given,
 values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
-One that can compute a whole loss at once has `run_small_batch(call) -> Results` (whole.py).
+One that can compute a whole loss at once has `run_small_batch(call) -> Results` (engine/small_batch.py).
 
 `values` holds the K terms' values (N,) and, behind them, two rows for each logsumexp, in the terms' order (`tops`): its
 largest term's z (of a transform: phi), and the log of its sum relative to that term. Backward takes a softmax as
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 
 
 class Term(NamedTuple):
-    """The constants of one reduction, as ops.py's `Spec` encodes them."""
+    """The constants of one reduction, as row_reduce_op.py's `Spec` encodes them."""
 
     op: int
     side: int
@@ -195,7 +195,7 @@ Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 class SmallBatch(NamedTuple):
     """A whole loss to compute: x (N, D) and y (M, D) of one dtype or None for x itself, with labels, as they came;
-    upstream (N,): dL/d(row's loss), None where the loss is one number; the constants of whole.py's `Spec`."""
+    upstream (N,): dL/d(row's loss), None where the loss is one number; the constants of small_batch.py's `Spec`."""
 
     x: Tensor
     labels: Tensor
