@@ -47,7 +47,7 @@ LIVE_PAIRS_PER_ROW = 8  # that are kept of a screened chunk, of 8 bytes in float
 
 
 class _State:
-    """The rows' values over the chunks so far, in float64 and in core/problem.py's rows, and which reference attained them.
+    """The rows' values over the chunks so far, in float64 and in problem.py's rows, and which reference attained them.
 
     scales: (K,) numbers or tensors (), of each term.
     """
