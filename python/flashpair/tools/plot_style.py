@@ -95,6 +95,7 @@ def page(high: float, title: str, said: str = "", foot: str = "", key: bool = Fa
     """
     with extra("reality-check", "a picture"):
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     title, said, foot = wrapped(title, TITLE_LETTERS), wrapped(said, SMALL_LETTERS), wrapped(foot, SMALL_LETTERS)
 
@@ -105,11 +106,9 @@ def page(high: float, title: str, said: str = "", foot: str = "", key: bool = Fa
     top = first + height(said, SMALL) + MARGIN + KEY * key
     bottom = height(foot, SMALL) + MARGIN if foot else MARGIN / 2
     whole = top + high + bottom
-    figure = Figure(figsize=(WIDTH, whole), layout="constrained")
-    engine = figure.get_layout_engine()
-    assert engine is not None
     at = MARGIN / 2 / WIDTH
-    engine.set(rect=(at, bottom / whole, 1 - 2 * at, high / whole))
+    engine = ConstrainedLayoutEngine(rect=(at, bottom / whole, 1 - 2 * at, high / whole))
+    figure = Figure(figsize=(WIDTH, whole), layout=engine)
     figure.text(at, 1 - MARGIN / whole, title, fontsize=TITLE, weight="bold", va="top", parse_math=False)
     figure.text(at, 1 - first / whole, said, fontsize=SMALL, color=PALE, va="top", parse_math=False)
     figure.text(at, MARGIN / 2 / whole, foot, fontsize=SMALL, color=PALE, va="bottom", parse_math=False)
