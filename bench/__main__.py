@@ -11,7 +11,8 @@ STUDIES = {
     "step": "studies.step", "family": "studies.family", "live": "studies.live", "training": "studies.training",
     "large_batch": "studies.large_batch", "memory_bank": "studies.memory_bank", "stream": "studies.stream",
     "ranks": "studies.ranks", "metrics": "studies.metrics", "class_mining": "studies.class_mining",
-    "host": "studies.host", "weights": "studies.weights", "demo": "demo.train", "gpu_cost": "gpu_cost",
+    "host": "studies.host", "weights": "studies.weights", "pictures": "studies.pictures",
+    "demo": "demo.train", "gpu_cost": "gpu_cost",
 }  # fmt: skip
 
 

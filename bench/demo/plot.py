@@ -5,43 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-PALE, DARK, GREY, RED, GREEN = "#a9c6e8", "#12355b", "#8a8a8a", "#c0392b", "#2e8b57"
+from flashpair.tools import plot_style
+from flashpair.tools.plot_style import BLUE, DASHED, FILL, GREEN, GREY, INK, ORANGE, SKY, SMALL, THICK
+
 FLOOR = 1e-17
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-Precision", "map_at_r": "MAP@R"}
 
 
+@plot_style.styled()
 def draw(document: dict[str, Any], path: Path) -> None:
     """Saves the picture of what `demo.study` returned."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    curves(axes[0], document)
-    differences(axes[1], document)
-    metrics(axes[2], document)
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    foot = f"torch {document['versions']['torch']}, flashpair {document['versions']['flashpair']}"
+    figure = plot_style.page(6.6, "Trained on the digits 0-4, with flashpair and with the reference", foot=foot)
+    figure.get_layout_engine().set(hspace=0.05)
+    panels = figure.subplot_mosaic([["curves", "differences"], ["metrics", "metrics"]], height_ratios=(1.25, 1))
+    curves(panels["curves"], document)
+    differences(panels["differences"], document)
+    metrics(panels["metrics"], document)
+    plot_style.save(figure, path)
 
 
 def curves(ax: Axes, document: dict[str, Any]) -> None:
     runs = document["runs"]
     name = next(iter(runs))
     reference = runs[name]["reference"]
-    ax.plot(runs[reference]["losses"], color=PALE, lw=6, solid_capstyle="round", label=reference)
-    ax.plot(runs[name]["losses"], color=DARK, lw=1.2, label=name)
-    ax.set(
-        title="Training on the digits 0-4",
-        xlabel="step",
-        ylabel="Multi-Similarity loss",
-    )
-    ax.legend(frameon=False)
+    ax.plot(runs[reference]["losses"], color=SKY, lw=6, solid_capstyle="round", label=reference)
+    ax.plot(runs[name]["losses"], color=BLUE, lw=1.2, label=name)
+    ax.set(title="Training loss", xlabel="training step", ylabel="Multi-Similarity loss (no unit)")
+    ax.legend(loc="upper right")
 
 
 def differences(ax: Axes, document: dict[str, Any]) -> None:
@@ -54,25 +48,16 @@ def differences(ax: Axes, document: dict[str, Any]) -> None:
     }
     first = next(iter(runs))
     lines[f"{first}, same embeddings"] = runs[first]["losses"], runs[first]["eager"]
-    for (name, (found, expected)), color in zip(lines.items(), (DARK, GREY, GREEN, RED), strict=True):
+    looks = ((BLUE, "-"), (GREY, DASHED), (GREEN, "-."), (ORANGE, "-"))
+    for (name, (found, expected)), (colour, style) in zip(lines.items(), looks, strict=True):
         a, b = np.array(found), np.array(expected)
         apart = np.abs(a - b) / np.maximum(np.abs(b), FLOOR)
-        ax.semilogy(np.maximum.accumulate(np.maximum(apart, FLOOR)), color=color, lw=1.6, label=name)
+        ax.semilogy(np.maximum.accumulate(np.maximum(apart, FLOOR)), color=colour, ls=style, lw=THICK, label=name)
     eps = np.finfo(np.float32).eps
-    ax.axhline(eps, color="black", lw=0.8, ls=":")
-    ax.annotate(
-        "one rounding of float32",
-        (1, eps),
-        (0, -3),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        xycoords=ax.get_yaxis_transform(),
-        fontsize=8,
-    )
-    ax.set(title="Largest difference from the reference so far", xlabel="step", ylabel="relative difference")
-    ax.set_ylim(FLOOR / 2, 1)
-    ax.legend(frameon=False, fontsize=8, loc=(0.3, 0.32))
+    ax.axhline(eps, color=INK, lw=0.9, ls=":", label="one rounding of float32")
+    ax.set(title="Largest difference from the reference so far", xlabel="training step")
+    ax.set(ylabel="relative difference (log scale)", ylim=(FLOOR / 2, 1))
+    ax.legend(fontsize=SMALL, loc=(0.02, 0.2))
 
 
 def metrics(ax: Axes, document: dict[str, Any]) -> None:
@@ -85,13 +70,15 @@ def metrics(ax: Axes, document: dict[str, Any]) -> None:
     def values(of: dict[str, float]) -> list[float]:
         return [of[key] for key in METRICS]
 
-    ax.hlines(rows, values(before), values(after), color=PALE, lw=5)
-    ax.plot(values(pixels), rows, "|", color=GREY, ms=16, mew=2, label="raw pixels")
-    ax.plot(values(before), rows, "o", color="white", mec=DARK, ms=9, label="untrained")
-    ax.plot(values(reference), rows, "o", color=PALE, ms=14, label="trained: reference")
-    ax.plot(values(after), rows, "o", color=DARK, ms=8, label=f"trained: {name}")
+    ax.hlines(rows, values(before), values(after), color=FILL, lw=5)
+    ax.plot(values(pixels), rows, "|", color=INK, ms=16, mew=2, label="raw pixels")
+    ax.plot(values(before), rows, "o", color="white", mec=BLUE, ms=9, label="untrained")
+    ax.plot(values(reference), rows, "o", color=SKY, ms=14, label="trained: reference")
+    ax.plot(values(after), rows, "o", color=BLUE, ms=8, label=f"trained: {name}")
     for row, value in zip(rows, values(after), strict=True):
         ax.annotate(f"{value:.3f}", (value, row), (0, 12), textcoords="offset points", ha="center")
     ax.set_yticks(rows, list(METRICS.values()))
-    ax.set(title="Retrieval of the unseen digits 5-9", xlim=(0.4, 1.03), ylim=(-0.9, len(METRICS) - 0.5))
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    ax.set(title="Retrieval of the unseen digits 5-9", xlabel="metric (0 to 1)", ylabel="metric")
+    ax.set(xlim=(0.4, 1.03), ylim=(-0.5, len(METRICS) - 0.4))
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))

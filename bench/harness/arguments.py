@@ -14,6 +14,7 @@ from .options import GB, VARIANTS, Options
 
 ALIASES = {"pml": "pytorch-metric-learning"}
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+PICTURES = RESULTS.parents[1] / "docs" / "pictures"
 SHARE_OF_MEMORY = 0.85
 
 

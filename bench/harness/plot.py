@@ -10,32 +10,30 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from flashpair.tools import plot_style
+from flashpair.tools.plot_style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, TEXT, Look
 
 from . import machine
 from .options import FLOOR, FLOOR_TWO, FLOORS, Options
 from .report import Document, is_sweep, percent, print_table, variants_of, write
 from .units import duration, size
 
-COLOURS = {
-    "flashpair": "#0a66c2",
-    "reference": "#7a7a7a",
-    "compiled": "#c8680c",
-    "pytorch-metric-learning": "#a0399c",
-    FLOOR: "#222222",
-    FLOOR_TWO: "#222222",
+LOOKS = {
+    "flashpair": Look(BLUE, "o"),
+    "reference": Look(GREY, "s"),
+    "compiled": Look(ORANGE, "^"),
+    "pytorch-metric-learning": Look(PURPLE, "D"),
+    FLOOR: Look(INK, ""),
+    FLOOR_TWO: Look(INK, ""),
 }
-OTHERS = ("#2a8c4a", "#b8860b", "#cc3344")
-INK, PALE, GRID = "#222222", "#666666", "#e4e4e4"
-LABEL_GAP = 0.07  # of a panel's height, from label to label
-LABEL_AT = 1.07  # of a panel's width
-PANEL, HEAD, FOOT = 4.2, 0.95, 0.85  # inches of height
+OTHERS = (Look(GREEN, "v"), Look(SKY, "P"), Look(INK, "X"))
+LABEL_LINE = 0.075  # of a panel's height, for each line of a label
+LABEL_AT = 1.05  # of a panel's width
+PANEL = 2.75  # inches of height, with its title and the names of its axes
 
 
 class Abscissa(NamedTuple):
@@ -57,7 +55,7 @@ class Death(NamedTuple):
 
 class Curve(NamedTuple):
     name: str
-    colour: str
+    look: Look
     points: list[tuple[float, float]]
     death: Death | None
 
@@ -87,37 +85,40 @@ def curves(document: Document, cases: list[dict[str, Any]], what: str, key: str)
     """Of some cases of the document, over what they have as `key`."""
     found, others = [], iter(OTHERS * 9)
     for name in variants_of(document):
-        colour = COLOURS.get(name) or next(others)
+        look = LOOKS.get(name) or next(others)
         records = [(c[key], c["variants"][name]) for c in cases if name in c["variants"]]
         points = [(float(n), value) for n, r in records if (value := _value(r, what))]
         deaths = [Death(n, r["status"], r["words"]) for n, r in records if r["status"].startswith("over_")]
-        found.append(Curve(name, colour, points, deaths[0] if deaths else None))
+        found.append(Curve(name, look, points, deaths[0] if deaths else None))
     return found
 
 
-def _spread(heights: list[float]) -> list[float]:
-    """Heights moved apart by LABEL_GAP, in their order, and back under the top of the panel."""
+def _spread(heights: list[float], lines: list[int]) -> list[float]:
+    """Middles of labels of so many lines moved apart, in their order, and back under the top of the panel."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
     for below, k in pairwise(order):
-        placed[k] = max(placed[k], placed[below] + LABEL_GAP)
-    top = 0.96
+        placed[k] = max(placed[k], placed[below] + LABEL_LINE * (lines[below] + lines[k]) / 2)
+    top = 1.0
     for k in reversed(order):
-        placed[k] = min(placed[k], top)
-        top = placed[k] - LABEL_GAP
+        placed[k] = min(placed[k], top - LABEL_LINE * lines[k] / 2)
+        top = placed[k] - LABEL_LINE * lines[k] / 2
     return placed
 
 
 def _over_sizes(cases: list[dict[str, Any]]) -> Abscissa:
     sizes = sorted({c["n"] for c in cases})
-    return Abscissa("n", "batch size N", {n: f"{n:,}" for n in sizes}, (sizes[0] / 1.15, sizes[-1] * 1.15))
+    return Abscissa(
+        "n", "batch size N (embeddings, log scale)", {n: f"{n:,}" for n in sizes}, (sizes[0] / 1.15, sizes[-1] * 1.15)
+    )
 
 
 def _over_shares(cases: list[dict[str, Any]]) -> Abscissa:
     key = "live_share_of_negatives"
     low = min(c[key] for c in cases)
     ticks = {10.0**k: percent(10.0**k) for k in range(math.floor(math.log10(low)), 1)}
-    return Abscissa(key, "negatives that mining keeps (the last point: random embeddings)", ticks, (low / 1.3, 1.3))
+    name = "share of the negatives that mining keeps (log scale); the last point: random embeddings"
+    return Abscissa(key, name, ticks, (low / 1.3, 1.3))
 
 
 def _axes(axes: Axes, what: str, along: Abscissa, values: list[float]) -> None:
@@ -130,33 +131,33 @@ def _axes(axes: Axes, what: str, along: Abscissa, values: list[float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0,) if high / low > 50 else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="both", length=0, labelsize=9, labelcolor=INK)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(along.name, fontsize=9, color=INK)
+    name = "time of a step" if what == "time" else "peak memory"
+    axes.set(xlabel=along.name, ylabel=f"{name} (log scale)")
 
 
-def _style(name: str) -> dict[str, Any]:
+def line_of(name: str, look: Look) -> dict[str, Any]:
+    """How a variant's line is drawn: flashpair's stands out, the floors have no markers."""
     if name in FLOORS:
-        return {"lw": 1.2, "ls": (0, (4, 2) if name == FLOOR else (1, 1.5))}
-    return (
-        {"lw": 2.8, "marker": "o", "ms": 6, "zorder": 4} if name == "flashpair" else {"lw": 1.6, "marker": "o", "ms": 4}
-    )
+        return {"color": look.colour, "lw": 1.3, "ls": plot_style.DASHED if name == FLOOR else (0, (1, 1.5))}
+    if name == "flashpair":
+        return {"color": look.colour, "marker": look.marker, "lw": plot_style.THICK, "ms": 5.5, "zorder": 4}
+    return {"color": look.colour, "marker": look.marker, "zorder": 3}
+
+
+def _words(curve: Curve) -> str:
+    words = curve.name if curve.death is None else f"{curve.name}: {curve.death.words}"
+    return words.replace(": ", ":\n", 1) if curve.death is not None and len(words) > 24 else words
 
 
 def _label(axes: Axes, curve: Curve, end: tuple[float, float], height: float) -> None:
-    words = curve.name if curve.death is None else f"{curve.name}: {curve.death.words}"
-    if curve.death is not None and len(words) > 32:
-        words = words.replace(": ", ":\n", 1)
-    line = {"arrowstyle": "-", "color": curve.colour, "lw": 0.6, "alpha": 0.5, "shrinkA": 2, "shrinkB": 5}
+    """In ink, because light colours are no text; the stroke to the curve's end has its colour."""
+    line = {"arrowstyle": "-", "color": curve.look.colour, "lw": 1.2, "shrinkA": 1, "shrinkB": 5}
     axes.annotate(
-        words,
+        _words(curve),
         xy=end,
         xytext=(LABEL_AT, height),
         textcoords="axes fraction",
-        color=curve.colour,
-        fontsize=9,
+        fontsize=TEXT,
         va="center",
         weight="bold" if curve.name == "flashpair" else "normal",
         arrowprops=line,
@@ -169,12 +170,14 @@ def _panel(axes: Axes, found: list[Curve], what: str, options: Options, along: A
     ends = [c.end(what, options) for c in drawn]
     _axes(axes, what, along, [v for c in drawn for _, v in c.points] + [value for _, value in ends])
     for curve, end in zip(drawn, ends, strict=True):
-        axes.plot(*zip(*curve.points, strict=True), color=curve.colour, **_style(curve.name))
+        colour = curve.look.colour
+        axes.plot(*zip(*curve.points, strict=True), **line_of(curve.name, curve.look))
         if curve.death is not None:
-            axes.plot(*zip(curve.points[-1], end, strict=True), color=curve.colour, lw=1.1, ls=":")
-            axes.plot(*end, color=curve.colour, marker="x", ms=8, mew=2.2, zorder=5, clip_on=False)
+            axes.plot(*zip(curve.points[-1], end, strict=True), color=colour, lw=1.1, ls=":")
+            axes.plot(*end, color=colour, marker="x", ms=8, mew=2.2, zorder=5, clip_on=False)
     to_panel = axes.transData + axes.transAxes.inverted()
-    heights = _spread([float(to_panel.transform(end)[1]) for end in ends])
+    heights = [float(to_panel.transform(end)[1]) for end in ends]
+    heights = _spread(heights, [_words(curve).count("\n") + 1 for curve in drawn])
     for curve, end, height in zip(drawn, ends, heights, strict=True):
         _label(axes, curve, end, height)
 
@@ -193,40 +196,35 @@ def _footnote(document: Document, options: Options) -> str:
 
 
 def _draw_sizes(document: Document, options: Options) -> Figure:
-    high = HEAD + PANEL * len(options.dims) + FOOT
-    figure, grid = plt.subplots(len(options.dims), 2, figsize=(13, high), squeeze=False)
-    figure.subplots_adjust(left=0.06, right=0.84, wspace=0.68, hspace=0.35, top=1 - HEAD / high, bottom=FOOT / high)
+    foot = _footnote(document, options)
+    figure = plot_style.page(2 * PANEL * len(options.dims), options.title, foot=foot)
+    figure.get_layout_engine().set(hspace=0.05)
+    panels = iter(figure.subplots(2 * len(options.dims), 1))
     along = _over_sizes(document["cases"])
-    for d, line in zip(options.dims, grid, strict=True):
+    for d in options.dims:
         cases = [c for c in document["cases"] if c["d"] == d]
-        for axes, what in zip(line, ("time", "memory"), strict=True):
+        for what, head in (("time", "Time of a step"), ("memory", "Peak memory beyond inputs and gradient")):
+            axes = next(panels)
             _panel(axes, curves(document, cases, what, along.key), what, options, along)
-            head = "Time of a step" if what == "time" else "Peak memory beyond inputs and gradient"
-            axes.set_title(f"{head}, D = {d}", loc="left", fontsize=11, color=INK, pad=10)
+            axes.set_title(f"{head}, D = {d}")
     return figure
 
 
 def _draw_shares(document: Document, options: Options) -> Figure:
     each = list(dict.fromkeys((c["n"], c["d"]) for c in document["cases"]))
-    high = HEAD + (PANEL + 0.6) * len(each) + FOOT
-    figure, grid = plt.subplots(len(each), 1, figsize=(9.5, high), squeeze=False)
-    figure.subplots_adjust(left=0.09, right=0.7, hspace=0.4, top=1 - HEAD / high, bottom=(FOOT + 0.1) / high)
-    for (n, d), axes in zip(each, grid[:, 0], strict=True):
+    figure = plot_style.page((PANEL + 0.75) * len(each), options.title, foot=_footnote(document, options))
+    for (n, d), axes in zip(each, figure.subplots(len(each), 1, squeeze=False)[:, 0], strict=True):
         cases = [c for c in document["cases"] if (c["n"], c["d"]) == (n, d)]
         along = _over_shares(cases)
         _panel(axes, curves(document, cases, "time", along.key), "time", options, along)
-        axes.set_title(f"Time of a step, N = {n:,}, D = {d}", loc="left", fontsize=11, color=INK, pad=10)
+        axes.set_title(f"Time of a step, N = {n:,}, D = {d}")
     return figure
 
 
+@plot_style.styled()
 def draw(document: Document, path: Path) -> Path:
     options = Options.of(document["options"])
-    figure = (_draw_shares if is_sweep(document) else _draw_sizes)(document, options)
-    high = figure.get_figheight()
-    figure.suptitle(options.title, x=0.01, y=1 - 0.12 / high, ha="left", va="top", fontsize=13, weight="bold")
-    figure.text(0.01, 0.1 / high, _footnote(document, options), fontsize=8, color=PALE, va="bottom")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    plot_style.save((_draw_shares if is_sweep(document) else _draw_sizes)(document, options), path)
     return path
 
 

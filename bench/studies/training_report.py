@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 
+from flashpair.tools import plot_style
+
 from ..harness import machine
-from ..harness.plot import COLOURS, GRID, INK, OTHERS, PALE
+from ..harness.plot import LOOKS, OTHERS, line_of
 from ..harness.report import BUSY, NARROWEST, Document, percent
 from ..harness.units import duration
 
@@ -59,53 +58,48 @@ def print_table(document: Document, console: Console | None = None) -> None:
         console.print(f"[yellow]Times are doubtful: other processes kept up to {busy:.1f} cores busy[/]")
 
 
-def _panel(axes: Axes, run: Record) -> Axes:
-    """Times on the left axis; returns the right one, with the share of live pairs."""
-    others = iter(OTHERS)
+def _times(axes: Axes, run: Record) -> None:
+    others = iter(OTHERS * 9)
     for variant in run["run_seconds"]:
         points = [p for p in run["points"] if variant in p["seconds"]]
-        ours = variant == "flashpair"
-        axes.plot(
-            [p["step"] for p in points],
-            [p["seconds"][variant]["median"] for p in points],
-            color=COLOURS.get(variant) or next(others),
-            lw=2.4 if ours else 1.5,
-            marker="o",
-            ms=4 if ours else 3,
-            zorder=4 if ours else 3,
-            label=variant,
-        )
-    right = axes.twinx()
+        at, seconds = [p["step"] for p in points], [p["seconds"][variant]["median"] for p in points]
+        look = LOOKS.get(variant) or next(others)
+        axes.plot(at, seconds, **{**line_of(variant, look), "ms": 3.5}, label=variant)
+    axes.set_title(f"{run['title']}\nN = {run['n']:,}, D = {run['d']}")
+
+
+def _shares(axes: Axes, run: Record) -> None:
     alive = [p for p in run["points"] if p["live_share"] > 0]
     at, shares = [p["step"] for p in alive], [p["live_share"] for p in alive]
-    right.plot(at, shares, color=PALE, lw=0.9, ls="--", label="live pairs (right axis)")
-    for ax, show, colour in ((axes, duration, INK), (right, percent, PALE)):
-        ax.set_yscale("log")  # replaces locators and formatters
-        ax.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _, show=show: show(value)))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.tick_params(which="both", length=0, labelsize=9, labelcolor=colour)
-        ax.spines[:].set_visible(False)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_xlabel("training step", fontsize=9, color=INK)
-    axes.set_title(f"{run['title']}, N = {run['n']:,}, D = {run['d']}", loc="left", fontsize=11, color=INK)
-    return right
+    axes.plot(at, shares, color=plot_style.INK, lw=1.3, marker=".", ms=4)
+    axes.set_xlabel("training step")
 
 
+def _log(axes: Axes, show: Callable[[float], str], name: str) -> None:
+    axes.set_yscale("log")  # replaces locators and formatters
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0,) if high / low > 50 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(f"{name}\n(log scale)")
+
+
+@plot_style.styled()
 def draw(document: Document, path: Path) -> Path:
-    runs = list(document["runs"].values())
-    figure, grid = plt.subplots(1, len(runs), figsize=(6.8 * len(runs), 5.2), squeeze=False)
-    figure.subplots_adjust(left=0.06, right=0.94, wspace=0.3, top=0.83, bottom=0.24)
-    for run, axes in zip(runs, grid[0], strict=True):
-        right = _panel(axes, run)
-    lines = [*axes.get_lines(), *right.get_lines()]
-    figure.legend(
-        handles=lines, loc="lower center", ncols=len(lines), frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.06)
+    """Of each run a column: the loss's time over the steps, and below it the share of live pairs."""
+    title = "Multi-Similarity with mining over a training"
+    said = (
+        "Above: forward and backward of the loss alone, at some of the steps. Below: the pairs that mining keeps then."
     )
-    title = "Multi-Similarity with mining, forward and backward of the loss alone, over a training"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
-    words = machine.words(document["machine"], document["options"]["threads"])
-    figure.text(0.01, 0.02, words, fontsize=8, color=PALE, va="bottom")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    foot = machine.words(document["machine"], document["options"]["threads"])
+    figure = plot_style.page(4.6, title, said, foot, key=True)
+    runs = list(document["runs"].values())
+    grid = figure.subplots(2, len(runs), squeeze=False, sharex="col", height_ratios=(2, 1))
+    for run, times, shares in zip(runs, *grid, strict=True):
+        _times(times, run)
+        _shares(shares, run)
+        _log(times, duration, "time of the loss")
+        _log(shares, percent, "live pairs")
+    plot_style.legend(figure, grid[0, 0].get_lines())
+    plot_style.save(figure, path)
     return path

@@ -11,29 +11,31 @@ import argparse
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 import flashpair
 from flashpair.losses.base import Criterion
+from flashpair.tools import plot_style
+from flashpair.tools.plot_style import BLUE, EMPTY, FILL, GRID, INK, ORANGE, PALE, SMALL, TEXT
 
-from ..harness.arguments import RESULTS
-from ..harness.plot import GRID, INK, PALE
+from ..harness.arguments import PICTURES as FOLDER
 from .dependence import OTHERS, PUBLISHED, STUDIED, dependence, weights
 
 LOSSES = {**STUDIED, **OTHERS}
-POSITIVE, NEGATIVE = "#2a8c4a", "#cc3344"
+NEGATIVE = {"color": BLUE, "lw": 2.2}
+POSITIVE = {"color": ORANGE, "lw": 1.9, "ls": plot_style.DASHED}  # drawn last: the other shows in its gaps
 CLASSES, PER_CLASS, WIDTH = 8, 4, 8
 ANCHOR, OWN_POSITIVE, OWN_NEGATIVE = 0, 1, PER_CLASS + 1
 POINTS = 201
-COLUMNS = 7
+CURVES_ACROSS, MAPS_ACROSS = 4, 5
+PANEL = 1.4  # inches of height, with its title and ticks
 DECADES = 4  # of a map's colours
 
 
@@ -63,113 +65,111 @@ def curve(criterion: Criterion, other: int, at: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def _bare(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=9, color=INK, pad=4)
-    axes.tick_params(length=0, labelsize=7, labelcolor=PALE)
-    axes.spines[:].set_visible(False)
+def _panel(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=TEXT, pad=3)
+    axes.tick_params(labelsize=SMALL)
 
 
-def _grid(title: str, said: str) -> tuple[Figure, list[Axes]]:
-    rows = math.ceil((len(LOSSES) + 1) / COLUMNS)
-    figure, grid = plt.subplots(rows, COLUMNS, figsize=(2.15 * COLUMNS, 2.15 * rows + 1.1), squeeze=False)
-    high = figure.get_figheight()
-    figure.subplots_adjust(
-        left=0.03, right=0.99, wspace=0.28, hspace=0.38, top=1 - 1.05 / high, bottom=0.35 / high
-    )  # fmt: skip
-    figure.text(0.01, 1 - 0.12 / high, title, fontsize=14, weight="bold", color=INK, va="top")
-    figure.text(0.01, 1 - 0.43 / high, said, fontsize=9, color=PALE, va="top")
-    panels = list(grid.flat)
-    for axes in panels[len(LOSSES) + 1 :]:
-        axes.set_visible(False)
-    return figure, panels
-
-
+@plot_style.styled()
 def draw_curves() -> Figure:
     said = (
-        "Of one anchor, over the pair's own similarity, in the sum of all rows' losses. The anchor's other pairs stay"
+        "One pair of an anchor moves, and the anchor's other pairs stay where the strokes under each panel show them; "
+        "all pairs of other anchors stay, too. The loss is the sum of all rows' losses."
     )
-    said = f"{said} where the strokes under each panel show them, and so do all pairs of other anchors."
-    figure, (key, *panels) = _grid("Weight |w| of a negative and of a positive pair", said)
+    rows = math.ceil(len(LOSSES) / CURVES_ACROSS)
+    figure = plot_style.page(PANEL * rows + 0.2, "Weight |w| of a negative and of a positive pair", said, key=True)
+    panels = list(figure.subplots(rows, CURVES_ACROSS, squeeze=False).flat)
+    for axes in panels[len(LOSSES) :]:
+        axes.remove()
     x, labels = batch()
     row = x[ANCHOR] @ x.T
     others = torch.arange(len(labels)) != ANCHOR
     same = (labels == labels[ANCHOR]) & others
     at = torch.linspace(-0.995, 0.995, POINTS, dtype=torch.float64)
     for (name, criterion), axes in zip(LOSSES.items(), panels, strict=False):
-        for other, colour, mask in ((OWN_NEGATIVE, NEGATIVE, ~same & others), (OWN_POSITIVE, POSITIVE, same)):
-            axes.plot(at.tolist(), curve(criterion, other, at).tolist(), color=colour, lw=1.8)
+        for other, look, mask in ((OWN_NEGATIVE, NEGATIVE, ~same & others), (OWN_POSITIVE, POSITIVE, same)):
+            axes.plot(at.tolist(), curve(criterion, other, at).tolist(), **look)
             where = row[mask & (torch.arange(len(labels)) != other)].tolist()
             below = axes.get_xaxis_transform()
-            axes.plot(where, [-0.04] * len(where), "|", color=colour, ms=5, transform=below, clip_on=False)
-        _bare(axes, name)
+            axes.plot(where, [-0.05] * len(where), "|", color=look["color"], ms=5, transform=below, clip_on=False)
+        _panel(axes, name)
         axes.set(xlim=(-1, 1), xticks=(-1, 0, 1))
         axes.set_ylim(0, max(axes.get_ylim()[1], 1e-12) * 1.05)
         axes.locator_params(axis="y", nbins=3)
-        axes.tick_params(axis="x", pad=9)
-        axes.grid(color=GRID, lw=0.7)
-        axes.set_axisbelow(True)
-    key.set_axis_off()
-    for height, colour, word in ((0.75, NEGATIVE, "the negative"), (0.5, POSITIVE, "the positive")):
-        key.plot((0, 0.2), (height, height), color=colour, lw=1.8)
-        key.text(0.26, height, word, color=colour, fontsize=10, va="center")
-    key.text(0, 0.2, "|: the other pairs\nacross: similarity", color=PALE, fontsize=9, va="center")
-    key.set(xlim=(0, 1), ylim=(0, 1))
+        axes.tick_params(axis="x", pad=8)
+    figure.supxlabel("the pair's similarity s (cosine)", fontsize=TEXT)
+    figure.supylabel("the pair's weight |w| (no unit)", fontsize=TEXT)
+    stroke = Line2D([], [], color=PALE, marker="|", ls="", ms=7, label="the anchor's other pairs")
+    pair = [Line2D([], [], label=f"the {word} pair", **look) for word, look in
+            (("negative", NEGATIVE), ("positive", POSITIVE))]  # fmt: skip
+    plot_style.legend(figure, [*pair, stroke])
     return figure
 
 
+@plot_style.styled()
 def draw_maps() -> Figure:
     x, labels = batch()
-    said = (
-        f"{CLASSES} classes of {PER_CLASS}, sorted; a row is an anchor. Colours reach from each panel's largest weight "
-    )
-    figure, (first, *panels) = _grid("Weights |W| of a small batch", f"{said}{DECADES} decades down; white: no weight.")
-    first.imshow((x @ x.T).numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
-    _bare(first, "similarities")
-    first.set(xticks=[], yticks=[])
-    for (name, criterion), axes in zip(LOSSES.items(), panels, strict=False):
+    said = f"{CLASSES} classes of {PER_CLASS} embeddings, sorted; the lines part classes. White: no weight."
+    rows = math.ceil((len(LOSSES) + 1) / MAPS_ACROSS)
+    figure = plot_style.page(1.62 * rows + 0.75, "Weights |w| of all pairs of a small batch", said)
+    bars, below = figure.subfigures(2, 1, height_ratios=(0.55, 1.62 * rows + 0.2))
+    panels = list(below.subplots(rows, MAPS_ACROSS, squeeze=False).flat)
+    for axes in panels[len(LOSSES) + 1 :]:
+        axes.remove()
+    panels = panels[: len(LOSSES) + 1]
+    share, cosine = LogNorm(10.0**-DECADES, 1), Normalize(-1, 1)
+    colours = plot_style.weights_map()
+    panels[0].imshow((x @ x.T).numpy(), cmap=plot_style.SIMILARITY_MAP, norm=cosine, interpolation="nearest")
+    _panel(panels[0], "similarities")
+    for (name, criterion), axes in zip(LOSSES.items(), panels[1:], strict=True):
         w = flashpair.pair_weights(criterion, x, labels).abs()
-        most = max(w.max().item(), 1e-12)
-        shown = torch.where(w > 0, w.clamp_min(most * 10.0**-DECADES), torch.nan)
-        axes.imshow(shown.numpy(), cmap="YlGnBu", norm=LogNorm(most * 10.0**-DECADES, most), interpolation="nearest")
-        _bare(axes, name)
+        shown = torch.where(w > 0, (w / w.max().clamp_min(1e-12)).clamp_min(10.0**-DECADES), torch.nan)
+        axes.imshow(shown.numpy(), cmap=colours, norm=share, interpolation="nearest")
+        _panel(axes, name)
+    for axes in panels:
         axes.set(xticks=[], yticks=[])
-    for axes in (first, *panels[: len(LOSSES)]):
         for edge in range(0, len(labels) + 1, PER_CLASS):
             axes.axhline(edge - 0.5, color=GRID, lw=0.4)
             axes.axvline(edge - 0.5, color=GRID, lw=0.4)
+    below.supxlabel("other embedding j", fontsize=TEXT)
+    below.supylabel("anchor i", fontsize=TEXT)
+    for axes, of, name in zip(
+        bars.subplots(1, 2, width_ratios=(3, 2), gridspec_kw={"wspace": 0.12}),
+        (ScalarMappable(share, colours), ScalarMappable(cosine, plot_style.SIMILARITY_MAP)),
+        (f"weight |w|, of the panel's largest (log scale; $10^{{-{DECADES}}}$: or less)", "similarity s (cosine)"),
+        strict=True,
+    ):
+        bar = figure.colorbar(of, cax=axes, orientation="horizontal")
+        bar.set_label(name, fontsize=SMALL)
+        bar.ax.tick_params(labelsize=SMALL)
+    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
     return figure
 
 
+@plot_style.styled()
 def draw_table() -> Figure:
     found = {name: dependence(criterion) for name, criterion in LOSSES.items()}
-    figure, axes = plt.subplots(figsize=(0.43 * len(found) + 3.0, 4.1))
-    figure.subplots_adjust(left=0.13, right=0.945, top=0.56, bottom=0.13)
+    words = "Found by moving similarities. Left of the line: losses of Wang et al. (2019), Tables 1 and 2; "
+    figure = plot_style.page(
+        2.4, "Which similarities a negative pair's weight depends on", f"{words}a ring: these say otherwise."
+    )
+    axes = figure.add_subplot()
     for k, (name, ticks) in enumerate(found.items()):
         for row, (letter, there) in enumerate(zip("SPN", ticks, strict=True)):
-            axes.add_patch(plt.Rectangle((k - 0.5, row - 0.5), 1, 1, color="#dcebf8" if there else "#fafafa", lw=0))
-            axes.text(k, row, "✓" if there else "", ha="center", va="center", fontsize=13, color=INK)
+            axes.add_patch(Rectangle((k - 0.5, row - 0.5), 1, 1, color=FILL if there else EMPTY, lw=0))
+            axes.text(k, row, "✓" if there else "", ha="center", va="center", fontsize=TEXT + 1)
             if there != (letter in PUBLISHED.get(name, ticks.word)):
-                axes.plot(k, row, "o", ms=19, mfc="none", mec=NEGATIVE, mew=1.6)
-    axes.set(xlim=(-0.5, len(found) - 0.5), ylim=(2.5, -0.5))
-    axes.set_yticks(
-        range(3), ["S: its own", "P: relative to positives", "N: relative to negatives"], fontsize=9, color=INK
-    )
-    axes.set_xticks(
-        range(len(found)), list(found), rotation=50, ha="left", rotation_mode="anchor", fontsize=9, color=INK
-    )
+                axes.plot(k, row, "o", ms=13, mfc="none", mec=ORANGE, mew=2)
+    axes.set(xlim=(-0.5, len(found) - 0.5), ylim=(2.5, -0.5), ylabel="depends on")
+    axes.set_yticks(range(3), ["S: its own", "P: relative to positives", "N: relative to negatives"])
+    axes.set_xticks(range(len(found)), list(found), rotation=60, ha="left", rotation_mode="anchor")
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
     for edge in range(len(found) + 1):
         axes.axvline(edge - 0.5, color="white", lw=2)
     for edge in (0.5, 1.5):
         axes.axhline(edge, color="white", lw=2)
-    axes.axvline(len(STUDIED) - 0.5, color=PALE, lw=1)
-    figure.text(
-        0.005, 0.985, "Which similarities a negative pair's weight depends on", fontsize=13, weight="bold", va="top"
-    )
-    words = "Found by moving similarities. Left of the line: the losses of Wang et al., 2019, Tables 1 and 2; "
-    figure.text(0.005, 0.03, words + "ringed: these say otherwise.", fontsize=9, color=PALE)
+    axes.axvline(len(STUDIED) - 0.5, color=INK, lw=1)
     return figure
 
 
@@ -179,11 +179,10 @@ PICTURES = {"curves": draw_curves, "maps": draw_maps, "table": draw_table}
 def main(arguments: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m bench weights", description=__doc__.split("\n")[0])
     p.add_argument("--pictures", nargs="+", choices=PICTURES, default=list(PICTURES))
-    p.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the PNGs")
+    p.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help="for the PNGs")
     given = p.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.pictures:
-        figure, path = PICTURES[name](), given.out / f"weights-{name}.png"
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
+        path = given.out / f"weights-{name}.png"
+        plot_style.save(PICTURES[name](), path)
         print(path)

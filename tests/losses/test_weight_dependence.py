@@ -218,6 +218,26 @@ def test_curves_are_weights():
     assert margin.tolist() == [0, 1, 1]
 
 
+def test_maps_have_a_colour_bar(monkeypatch):
+    """It names the quantity and its scale, and is the scale of every panel; one more is of the similarities."""
+    names = ("MS", "Margin")
+    monkeypatch.setattr(pictures, "LOSSES", {name: pictures.LOSSES[name] for name in names})
+    figure = pictures.draw_maps()
+    maps = {axes.get_title(loc="left"): axes.images[0] for axes in figure.axes if axes.images}
+    bars = {
+        bar.ax.get_xlabel().partition(",")[0]: bar for axes in figure.axes if (bar := getattr(axes, "_colorbar", None))
+    }
+    assert list(maps) == ["similarities", *names]
+    assert list(bars) == ["weight |w|", "similarity s (cosine)"]
+    weight, similarity = bars.values()
+    assert "log scale" in weight.ax.get_xlabel()
+    for name in names:
+        assert maps[name].cmap == weight.mappable.cmap and maps[name].norm is weight.mappable.norm
+        assert maps[name].get_array().max() == 1
+    assert maps["similarities"].norm is similarity.mappable.norm
+    assert maps["similarities"].cmap == similarity.mappable.cmap
+
+
 def test_the_command_draws(tmp_path, monkeypatch, capsys):
     names = ("MS", "Margin", "N-pairs")
     monkeypatch.setattr(pictures, "LOSSES", {name: pictures.LOSSES[name] for name in names})

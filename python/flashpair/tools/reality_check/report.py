@@ -9,6 +9,7 @@ from typing import Any
 
 from ...core.extras import extra
 from ...metrics import Interval, confidence_interval
+from ..plot_style import BLUE, ORANGE, THIN, Look, legend, page, save, styled
 from .data import Data
 from .protocol import Protocol
 from .record import write as write_whole
@@ -18,7 +19,7 @@ with extra("reality-check", "a comparison's table"):
     from rich.table import Table
 
 TITLES = {"precision_at_1": "P@1", "r_precision": "R-Precision", "map_at_r": "MAP@R"}
-COLOURS = {"separated": "#1b6ca8", "concatenated": "#d1495b"}
+LOOKS = {"separated": Look(BLUE, "o"), "concatenated": Look(ORANGE, "s")}
 
 
 def percent(runs: Sequence[float]) -> Interval:
@@ -67,38 +68,42 @@ def document(outcomes: Sequence[Outcome], data: Data, protocol: Protocol) -> dic
         "losses": [
             {**o._asdict(), "intervals": {
                 kind: {m: interval(runs) for m, runs in getattr(o, kind).items()}
-                for kind in COLOURS}}
+                for kind in LOOKS}}
             for o in outcomes
         ],
     }  # fmt: skip
 
 
-def draw(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, path: Path) -> None:
-    """MAP@R of each loss, separated and concatenated, with intervals, as a PNG."""
-    with extra("reality-check", "the picture of a comparison"):
-        from matplotlib.figure import Figure
+@styled()
+def draw(outcomes: Sequence[Outcome], title: str, protocol: Protocol, path: Path) -> None:
+    """MAP@R of each loss, separated and concatenated, with intervals, as a PNG.
 
+    Args:
+        title: of the data.
+    """
     shown = ranked(outcomes, "separated")[::-1]
-    figure = Figure(figsize=(7.5, 1.6 + 0.42 * len(shown)), layout="constrained")
+    said = f"{protocol.trials} trials a loss, {protocol.folds} folds; mean of {protocol.repeats} repeats"
+    bars = ", bars: 95 % interval" if protocol.repeats > 1 else ""
+    figure = page(0.7 + 0.45 * len(shown), f"MAP@R of losses: {title}", said + bars, key=True)
     axes = figure.add_subplot()
-    for place, (kind, colour) in enumerate(COLOURS.items()):
+    handles = []
+    for place, (kind, look) in enumerate(LOOKS.items()):
         intervals = [percent(getattr(outcome, kind)["map_at_r"]) for outcome in shown]
-        heights = [row + 0.12 * (1 - 2 * place) for row in range(len(shown))]
-        size = protocol.embedding_size * (protocol.folds if kind == "concatenated" else 1)
-        axes.errorbar(
-            [i.mean for i in intervals], heights, xerr=[i.half_width for i in intervals], fmt="o", color=colour,
-            markersize=4, capsize=3, label=f"{kind}, {size}-d",
+        heights = [row + 0.14 * (1 - 2 * place) for row in range(len(shown))]
+        models = protocol.folds if kind == "concatenated" else 1
+        drawn = axes.errorbar(
+            [i.mean for i in intervals], heights, xerr=[i.half_width for i in intervals], fmt=look.marker,
+            color=look.colour, lw=THIN, markersize=5.5, capsize=4, capthick=THIN,
+            label=f"{kind}: {models} {'models' if models > 1 else 'model'}, {models * protocol.embedding_size}-d",
         )  # fmt: skip
+        handles.append(drawn)
     axes.set_yticks(range(len(shown)), [outcome.name for outcome in shown], parse_math=False)
-    axes.set_xlabel(f"MAP@R on the test classes, %; mean of {protocol.repeats} repeats, 95 % interval")
-    axes.set_title(
-        f"{data.title}: {protocol.trials} trials a loss, {protocol.folds} folds", fontsize=11, parse_math=False
-    )
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=9)
-    figure.savefig(path, dpi=150)
+    axes.set(xlabel="MAP@R on the test classes (%)", ylabel="loss", ylim=(-0.5, len(shown) - 0.5))
+    axes.grid(axis="y", visible=False)
+    legend(figure, handles)
+    save(figure, path)
 
 
 def write(outcomes: Sequence[Outcome], data: Data, protocol: Protocol, out: Path) -> None:
     write_whole(out / "results.json", document(outcomes, data, protocol))
-    draw(outcomes, data, protocol, out / "results.png")
+    draw(outcomes, data.title, protocol, out / "results.png")
