@@ -57,7 +57,7 @@ def differences(ax: Axes, document: dict[str, Any]) -> None:
     ax.axhline(eps, color=INK, lw=0.9, ls=":", label="one rounding of float32")
     ax.set(title="Largest difference from the reference so far", xlabel="training step")
     ax.set(ylabel="relative difference (log scale)", ylim=(FLOOR / 2, 1))
-    ax.legend(fontsize=SMALL, loc=(0.02, 0.2))
+    ax.legend(fontsize=SMALL, loc=(0.28, 0.22))
 
 
 def metrics(ax: Axes, document: dict[str, Any]) -> None:
@@ -81,4 +81,4 @@ def metrics(ax: Axes, document: dict[str, Any]) -> None:
     ax.set(title="Retrieval of the unseen digits 5-9", xlabel="metric (0 to 1)", ylabel="metric")
     ax.set(xlim=(0.4, 1.03), ylim=(-0.5, len(METRICS) - 0.4))
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    ax.legend(fontsize=SMALL, loc="lower right")
