@@ -89,20 +89,20 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
     (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _EIGHT)],
     (HOPPER, _DOUBLE): [(ANY, _TINY._replace(depth=64))],
     (BLACKWELL, _HALF): [
-        (128, Config(128, 64, 128, 128, (8, 3), (8, 1))),
+        (128, Config(128, 32, 128, 128, (8, 3), (8, 1))),
         (256, Config(128, 32, 256, 256, (8, 2), (8, 2))),
         (ANY, _DEEP),
     ],
     (BLACKWELL, torch.float16): [
-        (128, Config(128, 64, 128, 128, (8, 2), (8, 2))),
+        (128, Config(128, 64, 128, 128, (8, 1), (8, 1))),
         (256, Config(128, 64, 64, 256, (8, 1), (8, 1))),
         (ANY, _NARROW),
     ],
-    (BLACKWELL, _SINGLE): [(32, _NARROW), (256, Config(128, 32, 32, 128, (8, 2), (8, 2))), (ANY, _EIGHT)],
+    (BLACKWELL, _SINGLE): [(32, _NARROW), (256, _WIDE), (ANY, _EIGHT)],
     (BLACKWELL, _DOUBLE): [
         (64, _SLIM._replace(depth=64, slab=64)),
         (256, _SLIM._replace(backward=(8, 1))),
-        (ANY, _TINY),
+        (ANY, _TINY._replace(depth=64)),
     ],
     (SMALL, _HALF): [
         (128, Config(128, 32, 64, 128, (8, 3), (8, 3))),

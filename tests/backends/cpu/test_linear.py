@@ -28,7 +28,7 @@ def sums(impl, side, x, labels, y=None, ref_labels=None, learned=True):
     generator = torch.Generator().manual_seed(5)
     offset = torch.randn(x.shape[0], generator=generator, dtype=torch.float64).to(x.dtype).requires_grad_()
     pairs = make_pairs(x, labels, ref_emb=y, ref_labels=ref_labels, impl=impl)
-    own = offset if impl == "reference" else offset[pairs.plan.order]
+    own = offset if impl == "reference" else offset[pairs.label_order.order]
     rows = pairs.reduce(Reduction("sum", side, scale=scale, offset=own), Reduction("logsumexp", "negatives"))
     rows = tuple(pairs.restore(row) for row in rows)
     inputs = [t for t in (x, y, scale, offset) if isinstance(t, torch.Tensor)]

@@ -197,7 +197,7 @@ def test_references_past_the_end_take_no_part(end):
     x, labels = batch(150, 8, 4, torch.float64)
     y, ref_labels = batch(300, 8, 4, torch.float64, seed=1)
     pairs = make_pairs(x, labels, ref_emb=y, ref_labels=ref_labels, impl="screened")
-    pairs.plan = pairs.plan._replace(end=torch.tensor(end))
+    pairs.label_order = pairs.label_order._replace(end=torch.tensor(end))
     r = Reduction("sum", "all", lower=torch.tensor(1.0, dtype=torch.float64))
     (found,), (truth,) = pairs.reduce(r), pairs.dense().reduce(r)
     assert_same(found, truth)

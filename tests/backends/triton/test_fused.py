@@ -401,7 +401,7 @@ def test_rows_past_two_to_the_thirty_one_entries(tiles):
     p = launcher.Problem(x, y, lo, hi, None, torch.arange(m), "dot")
     r = Reduction("max", "positives", detach=True)
     spec = row_reduce_op.encode((r,), (), "dot", "fused")
-    terms = row_reduce_op.schedule.decode(spec.code, spec.shifts, spec.slots)
+    terms = row_reduce_op.decode(spec.code, spec.shifts, spec.slots)
     work = launcher.Work(p, terms, launcher.Given(None, spec.scales, []))
     state = work.state(0, 1, False, torch.empty(1, 1))
     work.reduce((0,), [state], work.anchors(), launcher.Block(0, 1, 0, m), 1)
@@ -438,7 +438,7 @@ def test_references_past_the_end_have_no_gradient(schedule, tiles):
     for impl in ("fused", "reference"):
         a, k = x.clone().requires_grad_(), torch.arange(40)
         pairs = flashpair.make_pairs(a, labels, distance="euclidean", impl=impl)
-        order = pairs.plan.order if impl == "fused" else torch.sort(labels, stable=True).indices
+        order = pairs.label_order.order if impl == "fused" else torch.sort(labels, stable=True).indices
         rows = k if impl == "fused" else order[k]
         chosen = pairs.select(rows, rows.flip(0), k, torch.tensor(25))
         (row,) = chosen.reduce(Reduction("logsumexp", "negatives"))
