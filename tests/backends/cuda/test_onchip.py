@@ -99,7 +99,9 @@ def test_refusals_say_why(chip):
     chip(12)
     learned = torch.nn.Parameter(torch.tensor(2.0))
     refused(MultiSimilarityLoss(alpha=learned, impl="onchip"), "numbers as hyper-parameters, not tensors")
-    refused(NPairsLoss(l2_weight=0.1, reduction="none", impl="onchip"), "only to a scalar loss, and reduction is 'none'")
+    refused(
+        NPairsLoss(l2_weight=0.1, reduction="none", impl="onchip"), "only to a scalar loss, and reduction is 'none'"
+    )
     refused(LiftedStructureLoss(impl="onchip"), "this criterion does not declare such a row formula")
     with pytest.raises(RuntimeError, match="whole criteria, not row reductions"):
         row_reduce(x, labels, Reduction("max", "negatives"), impl="onchip")
