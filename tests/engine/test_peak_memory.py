@@ -84,9 +84,9 @@ def test_positives_by_the_thousand(loss):
 
 
 CLASSES = """
-from flashpair import classes
-from flashpair.criteria import soft_triple
-classes.CHUNK_BYTES, c, d, b = (int(a) for a in sys.argv[1:5])
+from flashpair.chunked import class_weights
+from flashpair.losses import soft_triple
+class_weights.CHUNK_BYTES, c, d, b = (int(a) for a in sys.argv[1:5])
 torch.set_num_threads(2)
 make = eval("lambda c: flashpair." + sys.argv[5])
 def step(criterion, labels):
