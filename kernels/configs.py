@@ -87,7 +87,7 @@ TABLE: dict[tuple[str, torch.dtype], list[tuple[int, Config]]] = {
         (ANY, _DEEP),
     ],
     (HOPPER, _SINGLE): [(256, _WIDE), (ANY, _EIGHT)],
-    (HOPPER, _DOUBLE): [(ANY, _TINY._replace(depth=64))],
+    (HOPPER, _DOUBLE): [(ANY, _TINY._replace(depth=64, registers=(224, 0)))],
     (BLACKWELL, _HALF): [
         (128, Config(128, 32, 128, 128, (8, 3), (8, 1), (0, 224))),
         (256, Config(128, 32, 256, 256, (8, 2), (8, 2))),
