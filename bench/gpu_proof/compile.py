@@ -9,7 +9,6 @@ is the place in the cache. On the host it is PTX, which the executor runs, and n
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 import time
@@ -26,7 +25,6 @@ from .machine import known
 from .plan import Plan, Tile
 from .tuning import candidate_name, candidates, chosen, gates
 
-TRITON = "flashpair.backends.triton"
 SMALL = 64  # integers from there on are sizes, not constants
 LONGEST = 120.0  # seconds that one kernel may take
 
@@ -144,7 +142,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         (
             row_reduce_op,
             "schedule_of",
-            lambda impl, device: importlib.import_module(f"{TRITON}.{impl}"),
+            lambda impl, device: row_reduce_op.triton_backend(impl),
         ),
         (pairs, "sorted_rows", kernel_rows),
         (pairs, "native", lambda impl, x, y: impl != "reference" and x.dtype.itemsize == 2),

@@ -243,7 +243,9 @@ def test_soft_triple_of_large_logits_with_ties(size):
 def test_without_max_positives_a_whole_graph_is_refused_and_a_broken_one_is_right(name):
     x, labels = batch(90, 8, 3, torch.float32)
     criterion = CRITERIA[name](impl="tiled")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="max_positives must be given where the call is to be one compiled graph"):
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match="max_positives must be given where the call is to be one compiled graph"
+    ):
         torch.compile(criterion, fullgraph=True, backend="aot_eager")(x, labels)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(criterion, backend="aot_eager")(x, labels), criterion(x, labels))

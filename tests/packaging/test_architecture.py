@@ -9,7 +9,6 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "python/flashpair"
 BACKENDS = {"backends", "backends/cpu", "backends/cuda", "backends/triton"}
-LOSSES = {"core", "backends", "engine", "chunked"}
 MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "backends": {"core"},
@@ -18,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends/triton": {"core", "backends"},
     "engine": {"core", *BACKENDS},
     "chunked": {"core", "engine", *BACKENDS},
-    "losses": LOSSES,
+    "losses": {"core", "backends", "engine", "chunked"},
     "memory": {"core", "backends/cpu", "engine", "chunked", "losses"},
     "distributed": {"core", "engine", "chunked", "losses"},
     "metrics": {"core", "engine"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,7 +68,7 @@ def gpu(arch: str) -> Iterator[None]:
     `onchip` is what flashpair.backends.extension finds, or onchip.py's.
     """
     with contextlib.ExitStack() as stack:
-        modules = {impl: importlib.import_module(f"flashpair.backends.triton.{impl}") for impl in SCHEDULES}
+        modules = {impl: row_reduce_op.triton_backend(impl) for impl in SCHEDULES}
         _everywhere(stack, row_reduce_op.schedule_of, lambda impl, device: modules[impl])
         _everywhere(stack, sorted_rows.sorted_rows, _sorted_rows)
         _everywhere(stack, dispatch.native, _native)

@@ -36,6 +36,10 @@ def schedule_of(impl: str, device: torch.device) -> Any:
     """The module that runs `impl` there, imported when first needed: Triton's JIT reads its settings on import."""
     if impl in ("tiled", "screened") and device.type == "cpu":
         return tiled if impl == "tiled" else screened
+    return triton_backend(impl)
+
+
+def triton_backend(impl: str) -> Any:
     return importlib.import_module(f"..backends.triton.{impl}", __package__)
 
 

@@ -137,7 +137,7 @@ def rounded(rows: Tensor | None) -> dict[Any, Any] | None:
     return None if rows is None else rows.__dict__.get(_ROUNDED)
 
 
-def _rounded(p: Problem) -> Any:
+def _int8_references(p: Problem) -> Any:
     """The references in int8, where they are `References`, which keep them; else None."""
     kept = rounded(p.y)
     if kept is None or p.y is None:
@@ -152,7 +152,7 @@ def _rounded(p: Problem) -> Any:
 
 
 def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tiled.Kept]:
-    values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set(), _rounded(p))
+    values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set(), _int8_references(p))
     for seen in _watching.get():
         for name, count in zip(("tiles", "whole", "pairs", "candidates", "live"), tally, strict=True):
             setattr(seen, name, getattr(seen, name) + count)

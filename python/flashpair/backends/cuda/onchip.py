@@ -1,7 +1,7 @@
 """`onchip`: the loss and the gradient of an everyday batch in one launch of CUDA C++ (csrc/cuda/onchip.cu).
 
-It computes whole losses (whole.py), not row reductions. Allocates, beside its results, one workspace, O((N + M) D). No
-host sync; the tensors' device and its current stream.
+It computes whole losses (small_batch.py), not row reductions. Allocates, beside its results, one workspace,
+O((N + M) D). No host sync; the tensors' device and its current stream.
 """
 
 from __future__ import annotations

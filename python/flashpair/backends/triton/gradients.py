@@ -1,4 +1,4 @@
-"""Backward of `fused` and `blocked`: the gradients beside dx, and how launches over all pairs become one dx."""
+"""Backward of `fused` and `tiled`: the gradients beside dx, and how launches over all pairs become one dx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fused` and `blocked` share: one problem's tiles and constants, and the launches of its Triton kernels.
+"""What `fused` and `tiled` share: one problem's tiles and constants, and the launches of its Triton kernels.
 
 A launch runs on the tensors' device and its current stream, and nothing here reads a tensor on the host.
 """

@@ -1,4 +1,4 @@
-"""The survivors of the int8 screen: found, listed in order of their rows, and worked on; for `sifted`.
+"""The survivors of the int8 screen: found, listed in order of their rows, and worked on; for `screened`.
 
 A block of pairs is dense where its pairs are left to the kernels of all pairs: the band of positives and the ragged
 ends, which need a mask, and those in which the screen found too many. In a square problem a block and its mirror image
