@@ -16,7 +16,7 @@ from flashpair import Bound, Reduction, register_transform
 from flashpair.backends.cpu import tiled
 from flashpair.backends.reference import reduce_rows
 from flashpair.core import problem
-from flashpair.core.problem import Given, Problem
+from flashpair.core.problem import Operands, Problem
 from flashpair.core.reduction import bound_places, histogram
 from flashpair.core.similarity import dense_pairs
 from flashpair.engine.dispatch import interpreted
@@ -79,7 +79,7 @@ def _tiled(groups, reductions, upstream, distance="dot", keep_of=None):
                 vectors.append(value.detach().to(dtype)[order].contiguous())
     scale = torch.tensor([float(torch.as_tensor(r.scale).detach()) for r in reductions], dtype=dtype)
     spec = encode(reductions, tuple(slots), distance, "tiled")
-    terms, given = problem.decode(spec.code, spec.shifts, spec.slots), Given(scale, spec.scales, vectors)
+    terms, given = problem.decode(spec.code, spec.shifts, spec.slots), Operands(scale, spec.scales, vectors)
     values, kept = tiled.forward(p, terms, given, True)
     likes = tiled.kept_like(p.x, None, terms, True, split=p.split)
     assert [(tuple(t.shape), t.dtype) for t in kept] == [(tuple(shape), kind) for shape, kind in likes]
@@ -365,7 +365,7 @@ def test_a_group_without_anything_to_pair_with():
 def test_what_takes_no_groups_says_so():
     p, _ = Groups(20, 30, 5, 6).problem()
     spec = encode([Reduction("logsumexp", "negatives", lower=0.0)], (), "dot", "tiled")
-    terms, given = problem.decode(spec.code, spec.shifts, spec.slots), Given(None, spec.scales, [])
+    terms, given = problem.decode(spec.code, spec.shifts, spec.slots), Operands(None, spec.scales, [])
     from flashpair.backends.cpu import screened
 
     with pytest.raises(NotImplementedError, match=r"screened takes no problem of two groups, got split=20"):

@@ -24,7 +24,7 @@ from ttir import narrow_products
 
 from flashpair.backends.triton import fused, launcher, screened, screened_tiles, tiled
 from flashpair.core.label_order import make_label_order
-from flashpair.core.problem import Given, Problem, decode
+from flashpair.core.problem import Operands, Problem, decode
 from flashpair.core.reduction import Bound, Reduction
 from flashpair.engine.row_reduce_op import encode
 from flashpair.losses.circle import _paced
@@ -159,7 +159,7 @@ def compile_step(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.ones(len(terms), dtype=wide) if name in ("learned", "hinges") else None
     n = n or (256 if schedule is screened else 64)  # the screen is of whole blocks
-    given = Given(scale, spec.scales, [torch.zeros(n, dtype=wide) for _ in slots])
+    given = Operands(scale, spec.scales, [torch.zeros(n, dtype=wide) for _ in slots])
     p = problem(n, dtype, d, references, distance)
     launcher.scatter_rows(p.x, p.x, p.order, launcher.gather_rows(p.x, p.order, True)[1], True)
     values, kept = schedule.forward(p, terms, given, True)

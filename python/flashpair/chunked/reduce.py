@@ -29,8 +29,8 @@ from ..core.problem import (
     MIN,
     POSITIVES,
     SUM,
-    Given,
     Gradients,
+    Operands,
     Problem,
     Terms,
     accumulator,
@@ -87,7 +87,7 @@ class _State:
                 mine.copy_((torch.maximum if op == MAX else torch.minimum)(mine, new))
 
 
-def resolved(terms: Terms, given: Given, which: Sequence[int], values: Tensor) -> tuple[Terms, Given]:
+def resolved(terms: Terms, operands: Operands, which: Sequence[int], values: Tensor) -> tuple[Terms, Operands]:
     """Those terms, with windows that are bound to values (K, N) as vectors, and the vectors that they need."""
     vectors: list[Tensor] = []
     found = []
@@ -96,12 +96,12 @@ def resolved(terms: Terms, given: Given, which: Sequence[int], values: Tensor) -
         bounds = {2: (t.lower_of, t.lower_shift), 3: (t.upper_of, t.upper_shift)}
         for place, slot in enumerate(t.slots):
             of, shift = bounds.get(place, (-1, 0.0))
-            vector = values[of] + shift if of >= 0 else given.vector(slot)
+            vector = values[of] + shift if of >= 0 else operands.vector(slot)
             slots.append(-1 if vector is None else len(vectors))
             vectors += [] if vector is None else [vector]
         found.append(t._replace(lower_of=-1, upper_of=-1, slots=tuple(slots)))
-    scale = None if given.scale is None else torch.stack([given.scale[k] for k in which])
-    return tuple(found), Given(scale, [given.scales[k] for k in which], vectors)
+    scale = None if operands.scale is None else torch.stack([operands.scale[k] for k in which])
+    return tuple(found), Operands(scale, [operands.scales[k] for k in which], vectors)
 
 
 class ChunkedCall(NamedTuple):
@@ -123,12 +123,12 @@ class ChunkedCall(NamedTuple):
         lo, hi = torch.cat([lo + n, back[0]]), torch.cat([hi + n, back[1]])
         return Problem(rows, None, lo, hi, None, order, self.spec.distance, n)
 
-    def operands(self, given: Given, chunk: Chunk) -> Given:
+    def chunk_operands(self, operands: Operands, chunk: Chunk) -> Operands:
         """The operands of the chunk's anchors, followed with `both` by those of its other ones."""
-        vectors = [v[chunk.own].contiguous() for v in given.vectors]
+        vectors = [v[chunk.own].contiguous() for v in operands.vectors]
         if chunk.both and chunk.along is not None:
             vectors = [torch.cat(pair) for pair in zip(vectors, chunk.along, strict=False)]
-        return Given(given.scale, given.scales, vectors)
+        return Operands(operands.scale, operands.scales, vectors)
 
     def screens(self, p: Problem, terms: Terms) -> bool:
         """Whether a chunk of a call that may be screened is: `terms` are those of one stage."""
@@ -139,30 +139,30 @@ class ChunkedCall(NamedTuple):
         return tiled if self.spec.impl == "screened" else row_reduce_op.schedule_of(self.spec.impl, p.x.device)
 
     def forward(
-        self, p: Problem, terms: Terms, given: Given, lists: bool
+        self, p: Problem, terms: Terms, operands: Operands, lists: bool
     ) -> tuple[Tensor, Tensor | None, tiled.Kept | None]:
         """Values (K, N), and which references attained extremes (K, N), by their place among all; where it is screened
         and `lists` are wanted, the live pairs."""
         keep, live = any(t.indexed for t in terms), None
         if self.screens(p, terms):
             lists = lists and any(t.weighted and t.side != POSITIVES for t in terms)
-            values, found = screened.forward(p, terms, given, keep or lists)
+            values, found = screened.forward(p, terms, operands, keep or lists)
             places = found.extreme
             if lists:
                 slots = max(found.live_count.shape[0], 1)
                 live = found.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
         elif p.split:
-            values, places = two_sided.forward(self.spec.impl, p, terms, given, keep)
+            values, places = two_sided.forward(self.spec.impl, p, terms, operands, keep)
         else:
             own = p._replace(order=two_sided.ranks(p.order)) if keep and not two_sided.joined(self.spec.impl, p) else p
-            values, kept = self.schedule(p).forward(own, terms, given, keep)
+            values, kept = self.schedule(p).forward(own, terms, operands, keep)
             places = kept[0]
         if not keep:
             return values, None, live
         return values, torch.where(places < 0, NO_REFERENCE, p.order[places.clamp_min(0)]), live
 
     def backward(
-        self, p: Problem, terms: Terms, given: Given, values: Tensor, winner: Tensor | None, grads: Tensor,
+        self, p: Problem, terms: Terms, operands: Operands, values: Tensor, winner: Tensor | None, grads: Tensor,
         need: Sequence[bool], live: tiled.Kept | None,
     ) -> Gradients:  # fmt: skip
         places = None if winner is None else places_of(winner, p.order)
@@ -171,17 +171,17 @@ class ChunkedCall(NamedTuple):
             if places is not None:  # the own group's rows are no references here
                 second = torch.arange(places.shape[1], device=places.device) >= p.split
                 places = torch.where((places >= p.split) == second, -1, places)
-            return two_sided.backward(self.spec.impl, p, terms, given, values, places, rows, need)
+            return two_sided.backward(self.spec.impl, p, terms, operands, values, places, rows, need)
         module = self.schedule(p)
         kept = two_sided.kept_of(module, p, terms, places)
         if live is not None:  # in which positives are not listed
             listed = [kept[0], *live[1:]]
             sides = [[g if (t.side == POSITIVES) == own else None for g, t in zip(rows, terms, strict=True)]
                      for own in (True, False)]  # fmt: skip
-            band = module.backward(p, terms, given, values, kept, sides[0], need)
-            rest = module.backward(p, terms, given, values, listed, sides[1], need)
+            band = module.backward(p, terms, operands, values, kept, sides[0], need)
+            rest = module.backward(p, terms, operands, values, listed, sides[1], need)
             return Gradients(*(None if a is None else a + b for a, b in zip(band, rest, strict=True)))
-        found: Gradients = module.backward(p, terms, given, values, kept, rows, need)
+        found: Gradients = module.backward(p, terms, operands, values, kept, rows, need)
         return found
 
 
@@ -189,23 +189,25 @@ Lists = dict[int, tiled.Kept]  # of chunks by their number in the source
 
 
 def reduce_chunks(
-    job: ChunkedCall, x: Tensor, y: Tensor | None, terms: Terms, given: Given, keep: bool
+    job: ChunkedCall, x: Tensor, y: Tensor | None, terms: Terms, operands: Operands, keep: bool
 ) -> tuple[Tensor, Tensor | None, Lists]:
     """Values (K, N) over all chunks, which references attained extremes, and to `keep` what chunks have left alive."""
-    scales = given.scales if given.scale is None else given.scale
+    scales = operands.scales if operands.scale is None else operands.scale
     state, lists = _State(terms, scales, x.shape[0], x), Lists()
     for stage in stages(terms):
-        some, operands = resolved(terms, given, stage, state.values())
+        some, bounded = resolved(terms, operands, stage, state.values())
         count = num_rows(some)
-        along = torch.stack(list(operands.vectors)) if operands.vectors else None
+        along = torch.stack(list(bounded.vectors)) if bounded.vectors else None
         for number, chunk in enumerate(job.ref_source.chunks(x, y, along)):
             n = x[chunk.own].shape[0]
             if n and chunk.labels.shape[0]:
-                values, winner, live = job.forward(job.problem(x, chunk), some, job.operands(operands, chunk), keep)
+                values, winner, live = job.forward(
+                    job.problem(x, chunk), some, job.chunk_operands(bounded, chunk), keep
+                )
                 if live is not None:  # of one stage alone, see screened.unsupported_reasons
                     lists[number] = live
             else:
-                nothing = _State(some, operands.scales, n + chunk.labels.shape[0] * chunk.both, x)
+                nothing = _State(some, bounded.scales, n + chunk.labels.shape[0] * chunk.both, x)
                 values, winner = nothing.values(), nothing.winner
             state.merge(stage, chunk.own, values[:, :n], None if winner is None else winner[:, :n])
             if not chunk.both:
@@ -227,8 +229,8 @@ class _Backward:
         values, winner, self.lists, g = kept
         every = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
         self.which = [k for k, t in enumerate(every) if t.weighted or t.indexed]
-        given = Given(scale, job.spec.scales, vectors)
-        self.terms, self.given = resolved(every, given, self.which, values)
+        operands = Operands(scale, job.spec.scales, vectors)
+        self.terms, self.operands = resolved(every, operands, self.which, values)
         above = tops(every)
         rows = self.which + [above[k] + more for k in self.which if above[k] >= 0 for more in (0, 1)]
         self.job, self.x, self.y, self.values, self.grads = job, x, y, values[rows], g[self.which]
@@ -245,7 +247,7 @@ class _Backward:
 
     def along(self) -> Tensor:
         """What anchors need where they are references elsewhere: vectors, values, upstream gradients, winners."""
-        rows = [*(row[None] for row in self.given.vectors), self.values, self.grads]
+        rows = [*(row[None] for row in self.operands.vectors), self.values, self.grads]
         return torch.cat(rows if self.winner is None else [*rows, as_numbers(self.winner, self.values.dtype)])
 
     def run(self) -> None:
@@ -266,7 +268,7 @@ class _Backward:
     def _piece(self, chunk: Chunk, live: tiled.Kept | None) -> tuple[Tensor | None, Tensor | None]:
         """Adds a chunk's part, and returns the part of the chunk's own anchors or references."""
         own, m = chunk.own, chunk.labels.shape[0]
-        n, v, k = self.x[own].shape[0], len(self.given.vectors), len(self.which)
+        n, v, k = self.x[own].shape[0], len(self.operands.vectors), len(self.which)
         r = v + self.values.shape[0]
         if not n or not m:
             return (self.doffset.new_zeros(len(self.offsets), m) if chunk.both and self.offsets else None,
@@ -280,8 +282,9 @@ class _Backward:
             winner = None if winner is None else torch.cat([winner, as_integers(chunk.along[r + k :])], 1)
         wants = [any(what == kind for _, what in self.offsets) for kind in (0, 1)]
         found = self.job.backward(
-            self.job.problem(self.x, chunk), self.terms, self.job.operands(self.given, chunk), values.contiguous(),
-            winner, grads, [True, chunk.wanted and not chunk.both, self.dscale is not None, *wants], live,
+            self.job.problem(self.x, chunk), self.terms, self.job.chunk_operands(self.operands, chunk),
+            values.contiguous(), winner, grads,
+            [True, chunk.wanted and not chunk.both, self.dscale is not None, *wants], live,
         )  # fmt: skip
         assert found.x is not None
         self.dx[own] += found.x[:n]
@@ -309,8 +312,8 @@ class ChunkedRowReduce(torch.autograd.Function):
         ctx: Any, job: ChunkedCall, x: Tensor, y: Tensor | None, scale: Tensor | None, *vectors: Tensor
     ) -> Tensor:
         terms = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
-        given = Given(scale, job.spec.scales, vectors)
-        values, winner, ctx.lists = reduce_chunks(job, x, y, terms, given, any(ctx.needs_input_grad))
+        operands = Operands(scale, job.spec.scales, vectors)
+        values, winner, ctx.lists = reduce_chunks(job, x, y, terms, operands, any(ctx.needs_input_grad))
         ctx.job = job
         ctx.save_for_backward(x, y, scale, values, winner, *vectors)
         return values[: len(terms)].clone()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import tiled
-from ..core.problem import Given, Gradients, Problem, Terms
+from ..core.problem import Gradients, Operands, Problem, Terms
 from ..engine import row_reduce_op
 
 
@@ -35,12 +35,12 @@ def joined(impl: str, problem: Problem) -> bool:
     return impl in ("tiled", "screened") and problem.x.device.type == "cpu"
 
 
-def forward(impl: str, p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(impl: str, p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, Tensor]:
     """Values (K, N) of a problem with `split`, and the rows of extremes (K, N), of no elements where none are kept."""
     if joined(impl, p):
-        values, kept = tiled.forward(p, terms, given, keep)
+        values, kept = tiled.forward(p, terms, operands, keep)
         return values, kept.extreme
-    found = [row_reduce_op.schedule_of(impl, p.x.device).forward(*side, keep) for side in _sides(p, terms, given)]
+    found = [row_reduce_op.schedule_of(impl, p.x.device).forward(*side, keep) for side in _sides(p, terms, operands)]
     places = [kept[0] for _, kept in found]
     if places[0].numel() or places[1].numel():
         places[0] = torch.where(places[0] < 0, -1, places[0] + p.split)
@@ -48,16 +48,16 @@ def forward(impl: str, p: Problem, terms: Terms, given: Given, keep: bool) -> tu
 
 
 def backward(
-    impl: str, p: Problem, terms: Terms, given: Given, values: Tensor, places: Tensor | None,
+    impl: str, p: Problem, terms: Terms, operands: Operands, values: Tensor, places: Tensor | None,
     grads: Sequence[Tensor], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients of x (N, D), scale (K,), offset and ref_offset (K, N)."""
     module = row_reduce_op.schedule_of(impl, p.x.device)
     if joined(impl, p):
-        return tiled.backward(p, terms, given, values, kept_of(module, p, terms, places), grads, need)
+        return tiled.backward(p, terms, operands, values, kept_of(module, p, terms, places), grads, need)
     rows = (slice(0, p.split), slice(p.split, None))
     parts = []
-    for k, (problem, own, operands) in enumerate(_sides(p, terms, given)):
+    for k, (problem, own, theirs) in enumerate(_sides(p, terms, operands)):
         at = None
         if places is not None:
             at = places[:, rows[k]].contiguous()
@@ -65,7 +65,7 @@ def backward(
         kept = kept_of(module, problem, own, at)
         mine = [g[rows[k]].contiguous() for g in grads]
         wants = [need[0], need[0], *need[2:]]
-        parts.append(module.backward(problem, own, operands, values[:, rows[k]].contiguous(), kept, mine, wants))
+        parts.append(module.backward(problem, own, theirs, values[:, rows[k]].contiguous(), kept, mine, wants))
 
     def both(one: Tensor | None, other: Tensor | None, dim: int) -> Tensor | None:
         return None if one is None or other is None else torch.cat([one, other], dim)
@@ -79,7 +79,7 @@ def backward(
     )  # fmt: skip
 
 
-def _sides(p: Problem, terms: Terms, given: Given) -> list[tuple[Problem, Terms, Given]]:
+def _sides(p: Problem, terms: Terms, operands: Operands) -> list[tuple[Problem, Terms, Operands]]:
     """The rectangular problems: the first group against the second, and the other way round."""
     one, other = slice(0, p.split), slice(p.split, None)
     found: list[Any] = []
@@ -87,12 +87,12 @@ def _sides(p: Problem, terms: Terms, given: Given) -> list[tuple[Problem, Terms,
         problem = Problem(
             p.x[own], p.x[refs], p.lo[own] - shift, p.hi[own] - shift, None, ranks(p.order[refs]), p.distance
         )
-        found.append((problem, terms, sliced(terms, given, own, refs)))
+        found.append((problem, terms, sliced(terms, operands, own, refs)))
     return found
 
 
-def sliced(terms: Terms, given: Given, own: slice, refs: slice) -> Given:
+def sliced(terms: Terms, operands: Operands, own: slice, refs: slice) -> Operands:
     """The operands of anchors `own` against references `refs` of a problem whose references are its anchors."""
     of_refs = {t.slots[1] for t in terms}
-    vectors = [v[refs if k in of_refs else own].contiguous() for k, v in enumerate(given.vectors)]
-    return Given(given.scale, given.scales, vectors)
+    vectors = [v[refs if k in of_refs else own].contiguous() for k, v in enumerate(operands.vectors)]
+    return Operands(operands.scale, operands.scales, vectors)

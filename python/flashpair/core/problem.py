@@ -1,7 +1,8 @@
 """What every schedule is given and gives back: a problem, the terms to reduce, values, gradients.
 
-A schedule is a module with `forward(problem, terms, given, keep) -> (values, kept)`, `backward(problem, terms, given,
-values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for tracing.
+A schedule is a module with `forward(problem, terms, operands, keep) -> (values, kept)`, `backward(problem, terms,
+operands, values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for
+tracing.
 One that can compute a whole loss at once has `run_small_batch(call) -> Results` (engine/small_batch.py).
 
 `values` holds the K terms' values (N,) and, behind them, two rows for each logsumexp, in the terms' order (`tops`): its
@@ -113,7 +114,7 @@ class Term(NamedTuple):
 Terms = tuple[Term, ...]
 
 
-class Given(NamedTuple):
+class Operands(NamedTuple):
     """The terms' operands: scale (K,) if any is a tensor, else scales; vectors (N,) or (M,), see `Term.slots`."""
 
     scale: Tensor | None

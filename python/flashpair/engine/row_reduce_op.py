@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends.cpu import screened, tiled
 from ..backends.reference import reduce_rows
-from ..core.problem import CODES, Given, Problem, accumulator, decode, num_rows, plain, solid
+from ..core.problem import CODES, Operands, Problem, accumulator, decode, num_rows, plain, solid
 from ..core.reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 from ..core.similarity import no_autocast
 from .positive_pairs import dense_similarities
@@ -48,7 +48,7 @@ def _row_reduce(  # type: ignore[no-untyped-def]
 ):
     problem = Problem(solid(x), None if y is None else solid(y), lo, hi, end, order, distance)
     terms = decode(code, shifts, slots)
-    values, kept = schedule_of(impl, x.device).forward(problem, terms, Given(scale, scales, vectors), keep)
+    values, kept = schedule_of(impl, x.device).forward(problem, terms, Operands(scale, scales, vectors), keep)
     return values, *kept
 
 
@@ -58,8 +58,8 @@ def _row_reduce_backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     problem = Problem(solid(x), None if y is None else solid(y), lo, hi, end, order, distance)
     kept = (kept_a, kept_b, kept_c, kept_d)
-    terms, given = decode(code, shifts, slots), Given(scale, scales, vectors)
-    found = schedule_of(impl, x.device).backward(problem, terms, given, values, kept, grads, need)
+    terms, operands = decode(code, shifts, slots), Operands(scale, scales, vectors)
+    found = schedule_of(impl, x.device).backward(problem, terms, operands, values, kept, grads, need)
     return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
@@ -130,11 +130,11 @@ class RowReduce(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, spec: Spec, lo: Tensor, hi: Tensor, end: Tensor | None, order: Tensor, x: Tensor, y: Tensor | None,
-        scale: Tensor | None, *given: Tensor | None,
+        scale: Tensor | None, *operands: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         keep = any(ctx.needs_input_grad)
-        ctx.extra = len(given) - len(spec.slots)
-        vectors = [v for v in given if v is not None]
+        ctx.extra = len(operands) - len(spec.slots)
+        vectors = [v for v in operands if v is not None]
         values, *kept = call("row_reduce", x)(x, y, lo, hi, end, order, scale, vectors, *spec, keep)
         ctx.set_materialize_grads(False)
         if keep:

@@ -402,7 +402,7 @@ def test_rows_past_two_to_the_thirty_one_entries(tiles):
     r = Reduction("max", "positives", detach=True)
     spec = row_reduce_op.encode((r,), (), "dot", "fused")
     terms = row_reduce_op.decode(spec.code, spec.shifts, spec.slots)
-    work = launcher.Work(p, terms, launcher.Given(None, spec.scales, []))
+    work = launcher.Work(p, terms, launcher.Operands(None, spec.scales, []))
     state = work.state(0, 1, False, torch.empty(1, 1))
     work.reduce((0,), [state], work.anchors(), launcher.Block(0, 1, 0, m), 1)
     assert state.peak.item() == 2 * d

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.problem import Given, Like, Problem, Terms, address
+from ...core.problem import Like, Operands, Problem, Terms, address
 from ...core.reduction import HINGES, Bound, Reduction, bound_places
 from .. import extension
 from . import tiled
@@ -151,8 +151,8 @@ def _int8_references(p: Problem) -> Any:
     return kept[key]
 
 
-def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tiled.Kept]:
-    values, kept, tally = tiled.run(p, terms, given, keep, extension.instruction_set(), _int8_references(p))
+def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, tiled.Kept]:
+    values, kept, tally = tiled.run(p, terms, operands, keep, extension.instruction_set(), _int8_references(p))
     for seen in _watching.get():
         for name, count in zip(("tiles", "whole", "pairs", "candidates", "live"), tally, strict=True):
             setattr(seen, name, getattr(seen, name) + count)

@@ -19,9 +19,9 @@ from torch import Tensor
 from ...core import expression
 from ...core.problem import (
     POSITIVES,
-    Given,
     Gradients,
     Like,
+    Operands,
     Problem,
     Results,
     SmallBatch,
@@ -61,12 +61,12 @@ def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW, s
     return Grid(size, lanes, slots, min(capacity, size * size // 8))
 
 
-def _operands(terms: Terms, given: Given) -> list[tuple[tuple[Any, ...], Any]]:
+def _arguments(terms: Terms, operands: Operands) -> list[tuple[tuple[Any, ...], Any]]:
     """Each reduction as the C++ pass takes it; the caller holds the vectors' memory."""
-    values = given.scales if given.scale is None else given.scale.tolist()
+    values = operands.scales if operands.scale is None else operands.scale.tolist()
     found = []
     for t, value in zip(terms, values, strict=True):
-        offset, ref_offset, lower, upper = (address(given.vector(slot)) for slot in t.slots)
+        offset, ref_offset, lower, upper = (address(operands.vector(slot)) for slot in t.slots)
         of = t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:9]
         found.append((of, _program(TRANSFORMS[t.transform])))
     return found
@@ -181,14 +181,14 @@ def threads(pairs: int, d: int) -> int:
     return 1 if pairs * d < INLINE_WORK else torch.get_num_threads()
 
 
-def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, Kept]:
+def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, Kept]:
     """Values (K, N), sorted, without logsumexp's offset; `keep`: for backward too."""
-    values, kept, _ = run(p, terms, given, keep, "")
+    values, kept, _ = run(p, terms, operands, keep, "")
     return values, kept
 
 
 def run(
-    p: Problem, terms: Terms, given: Given, keep: bool, screen: str, refs: Any = None
+    p: Problem, terms: Terms, operands: Operands, keep: bool, screen: str, refs: Any = None
 ) -> tuple[Tensor, Kept, tuple[int, ...]]:
     """`forward`, and the counts of csrc/cpu/tile/pass.h's Tally.
 
@@ -197,7 +197,7 @@ def run(
     if screen:
         p.refuse_groups("screened takes")
     squares = p.row_and_ref_squares()
-    work, operands = cpu_pass(p, squares), _operands(terms, given)
+    work, arguments = cpu_pass(p, squares), _arguments(terms, operands)
     n, m = p.x.shape[0], p.refs.shape[0]
     sizes = _kept_sizes(n, m, p.y is None, p.split, terms, keep, bool(screen))
     values = p.x.new_empty(num_rows(terms), n)
@@ -208,7 +208,7 @@ def run(
     )  # fmt: skip
     for k, t in enumerate(terms):
         index = kept.extreme[k] if t.indexed and sizes[0][0] else None
-        work.add(*operands[k], address(index), 0, 0, 0, 0, 0, 0, 0)
+        work.add(*arguments[k], address(index), 0, 0, 0, 0, 0, 0, 0)
     listed = _listed(terms) if sizes[1][0] else -1
     places = address(kept.extreme) if sizes[0][0] else 0
     tally = work.forward(threads(p.pairs, p.x.shape[1]), address(values), places, kept.lists(), listed, screen, refs)
@@ -216,7 +216,7 @@ def run(
 
 
 def backward(
-    p: Problem, terms: Terms, given: Given, values: Tensor, kept: Sequence[Tensor],
+    p: Problem, terms: Terms, operands: Operands, values: Tensor, kept: Sequence[Tensor],
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
@@ -227,10 +227,10 @@ def backward(
     doffset = p.x.new_zeros(k, n) if need[3] else None
     dref_offset = p.x.new_zeros(k, m) if need[4] else None
     kept, squares = Kept(*kept), p.row_and_ref_squares()
-    work, operands = cpu_pass(p, squares), _operands(terms, given)
+    work, arguments = cpu_pass(p, squares), _arguments(terms, operands)
     for i, (t, top) in enumerate(zip(terms, tops(terms), strict=True)):
         work.add(
-            *operands[i], address(kept.extreme[i] if t.indexed else None), address(values[i]),
+            *arguments[i], address(kept.extreme[i] if t.indexed else None), address(values[i]),
             *((address(values[top]), address(values[top + 1])) if top >= 0 else (0, 0)),
             address(None if t.detach else grads[i]),
             address(None if dscale is None else dscale[i]), address(None if doffset is None else doffset[i]),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...core.problem import Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
+from ...core.problem import Gradients, Like, Operands, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
 from .gradients import GradientCollector
 from .kernels import configs
@@ -43,8 +43,8 @@ def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Lik
     ]
 
 
-def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    work = Work(p, terms, given)
+def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    work = Work(p, terms, operands)
     (index_shape, _), (live_shape, _), *_ = kept_like(p.x, p.y, terms, keep)
     values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
     ranks = torch.full(index_shape, -1, dtype=torch.int64, device=work.device)
@@ -54,7 +54,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     count = splits(work.blocks(work.n), work.tiles(work.m), work.device)
     index = {k: ranks[k] if ranks.numel() and t.indexed else None for k, t in enumerate(terms)}
     for stage in stages(terms):
-        riding = riders(terms, given, stage)
+        riding = riders(terms, operands, stage)
         for group in groups(terms, [k for k in stage if k not in riding]):
             work.reduce_all(group, count, spoiled, values, index, planes, riding)
     places = work.places(ranks) if ranks.numel() else ranks
@@ -62,12 +62,12 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
 
 
 def backward(
-    p: Problem, terms: Terms, given: Given, values: Tensor, kept: Sequence[Tensor],
+    p: Problem, terms: Terms, operands: Operands, values: Tensor, kept: Sequence[Tensor],
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     places, live, spoiled, _ = kept
-    work = Work(p, terms, given)
+    work = Work(p, terms, operands)
     found = GradientCollector(work, values, grads, need, spoiled)
     active = weighted(terms, grads)
     extremes = [k for k, t in enumerate(terms) if t.indexed and grads[k] is not None]

@@ -14,7 +14,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...core.problem import COUNT, LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Given, Problem, Term, Terms, accumulator, tops
+from ...core.problem import (
+    COUNT,
+    LOGSUMEXP,
+    MAX,
+    MIN,
+    POSITIVES,
+    SUM,
+    Operands,
+    Problem,
+    Term,
+    Terms,
+    accumulator,
+    tops,
+)
 from ...core.reduction import TRANSFORMS
 from ...core.transforms import custom
 from . import codegen
@@ -138,9 +151,9 @@ class Block(NamedTuple):
 class Work:
     """One problem on one device: its configuration and its launches."""
 
-    def __init__(self, p: Problem, terms: Terms, given: Given) -> None:
+    def __init__(self, p: Problem, terms: Terms, operands: Operands) -> None:
         p.refuse_groups("schedules of the GPU take")
-        self.p, self.terms, self.given, self.tops = p, terms, given, tops(terms)
+        self.p, self.terms, self.operands, self.tops = p, terms, operands, tops(terms)
         self.n, self.d = p.x.shape
         self.m = p.refs.shape[0]
         self.device, self.dtype = p.x.device, accumulator(p.x.dtype)
@@ -187,7 +200,7 @@ class Work:
     def bounds(self, k: int, values: Tensor) -> dict[str, Tensor | None]:
         """The vectors of a term's window, given or from the values of the reductions that bound it."""
         t = self.terms[k]
-        lower, upper = (self.given.vector(slot) for slot in t.slots[2:])
+        lower, upper = (self.operands.vector(slot) for slot in t.slots[2:])
         if t.lower_of >= 0:
             lower = values[t.lower_of] + t.lower_shift
         if t.upper_of >= 0:
@@ -196,15 +209,15 @@ class Work:
 
     def shared(self, k: int, values: Tensor) -> dict[str, Tensor | None]:
         t = self.terms[k]
-        scale = None if self.given.scale is None or t.op in (MIN, MAX, COUNT) else self.given.scale[k]
-        offset, ref_offset = (self.given.vector(slot) for slot in t.slots[:2])
+        scale = None if self.operands.scale is None or t.op in (MIN, MAX, COUNT) else self.operands.scale[k]
+        offset, ref_offset = (self.operands.vector(slot) for slot in t.slots[:2])
         if offset is None and t.shift:
             offset = values.new_full((self.n,), t.shift)
         offsets = {"offset": aligned(offset), "ref_offset": aligned(ref_offset)}
         return {"scale": scale, **offsets, **self.bounds(k, values)}
 
     def scales(self, group: Sequence[int]) -> list[float]:
-        return [float(self.given.scales[k]) for k in group] + [1.0] * (2 - len(group))
+        return [float(self.operands.scales[k]) for k in group] + [1.0] * (2 - len(group))
 
     def _forms(self, group: Sequence[int], what: int) -> list[Any]:
         found: list[Any] = []
@@ -247,7 +260,7 @@ class Work:
         t, count = self.terms[k], (state.total if state.peak is None else state.peak).shape[0]
         run(
             reduce.finish, (-(-self.n // FINISH_ROWS),), self.device, state.peak, state.total, poison, values[k],
-            *self.relative(k, values), index, self.n, count, float(self.given.scales[k]), state.scale,
+            *self.relative(k, values), index, self.n, count, float(self.operands.scales[k]), state.scale,
             OP=MAPPED if t.transformed else t.op, BLOCK=FINISH_ROWS, ACC=TRITON[self.dtype], warps=4, stages=1,
         )  # fmt: skip
 
@@ -353,7 +366,7 @@ class Work:
         A difference in the exponent is rounded by itself, which counts for nothing beside how similarities themselves
         are rounded, where a row's largest term is as large.
         """
-        scale = s.top.new_full((), float(self.given.scales[k])) if s.scale is None else s.scale
+        scale = s.top.new_full((), float(self.operands.scales[k])) if s.scale is None else s.scale
         sign, some = torch.where(scale < 0, -1.0, 1.0), s.rest < torch.inf
         around = torch.where(some, s.top * sign, -torch.inf).amax() * sign
         around = torch.where(around.isinf(), 0.0, around)

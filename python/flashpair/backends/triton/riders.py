@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...core.problem import LOGSUMEXP, MAX, MIN, Given, Term, Terms
+from ...core.problem import LOGSUMEXP, MAX, MIN, Operands, Term, Terms
 
 
 def _pairs(t: Term) -> tuple[object, ...]:
@@ -13,13 +13,13 @@ def _pairs(t: Term) -> tuple[object, ...]:
     return t.side, t.lower_of, t.upper_of, t.lower_shift, t.upper_shift, t.slots[2:]
 
 
-def riders(terms: Terms, given: Given, stage: Sequence[int]) -> dict[int, int]:
+def riders(terms: Terms, operands: Operands, stage: Sequence[int]) -> dict[int, int]:
     """Of a stage's terms, the extremes whose place nobody wants, each with the logsumexp that has its value: of a known
     scale, whose sign says which extreme that is."""
     found: dict[int, int] = {}
     leaders = [k for k in stage if terms[k].op == LOGSUMEXP and not terms[k].transformed]
-    for k in leaders if given.scale is None else ():
-        op = MIN if given.scales[k] < 0 else MAX
+    for k in leaders if operands.scale is None else ():
+        op = MIN if operands.scales[k] < 0 else MAX
         same = (j for j in stage if terms[j].op == op and not terms[j].indexed and _pairs(terms[j]) == _pairs(terms[k]))
         found |= dict.fromkeys(same, k)
     return found

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...core.problem import POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
+from ...core.problem import POSITIVES, Gradients, Like, Operands, Problem, Terms, accumulator, num_rows, stages
 from ...core.similarity import poison
 from .gradients import GradientCollector
 from .launcher import Block, Side, Work, groups, splits, weighted
@@ -54,8 +54,8 @@ def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Lik
     ]
 
 
-def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    work = Work(p, terms, given)
+def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    work = Work(p, terms, operands)
     sieve = Sieve(work)
     (index_shape, _), (keys_shape, _), (dense_shape, _), (z_shape, _) = kept_like(p.x, p.y, terms, keep)
     values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
@@ -89,12 +89,12 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
 
 
 def backward(
-    p: Problem, terms: Terms, given: Given, values: Tensor, kept: Sequence[Tensor],
+    p: Problem, terms: Terms, operands: Operands, values: Tensor, kept: Sequence[Tensor],
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     places, keys, dense, z = kept
-    work = Work(p, terms, given)
+    work = Work(p, terms, operands)
     sieve = Sieve(work)
     found = GradientCollector(work, values, grads, need, z[-1])
     active = weighted(terms, grads)

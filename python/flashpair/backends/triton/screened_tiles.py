@@ -62,7 +62,7 @@ def window(work: Work, k: int, values: Tensor) -> tuple[Window, int]:
     t, own = work.terms[k], work.shared(k, values)
     lower, upper = own["lower"], own["upper"]
     if t.op == SUM and TRANSFORMS[t.transform] in HINGES:
-        learned, known, offset = own["scale"], work.given.scales[k], own["offset"]
+        learned, known, offset = own["scale"], work.operands.scales[k], own["offset"]
         scale = values.new_full((), known) if learned is None else learned
         edge = -(values.new_zeros(work.n) if offset is None else offset) / scale
         if learned is not None or known > 0:

@@ -17,7 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.problem import NEGATIVES, POSITIVES, Given, Gradients, Like, Problem, Terms, accumulator, num_rows, stages
+from ...core.problem import (
+    NEGATIVES,
+    POSITIVES,
+    Gradients,
+    Like,
+    Operands,
+    Problem,
+    Terms,
+    accumulator,
+    num_rows,
+    stages,
+)
 from ...core.similarity import poison
 from .gradients import GradientCollector
 from .launcher import Block, Work, groups, padded, splits, weighted
@@ -122,9 +133,9 @@ def _split(work: Work, chosen: Sequence[int]) -> tuple[list[tuple[int, ...]], li
     return groups(work.terms, rest), groups(work.terms, band)
 
 
-def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Values (K, N), sorted, without logsumexp's offset; `keep`: for backward too."""
-    work = Work(p, terms, given)
+    work = Work(p, terms, operands)
     (shape, _), *_ = kept_like(p.x, p.y, terms, keep)
     values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
     ranks = torch.full(shape, -1, dtype=torch.int64, device=work.device)
@@ -134,7 +145,7 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
     anchors = work.anchors()
     buffers = None
     for stage in stages(terms):
-        riding = riders(terms, given, stage)
+        riding = riders(terms, operands, stage)
         rest, band = _split(work, [k for k in stage if k not in riding])
         for group in band:
             work.reduce_all(group, count, spoiled, values, index, {}, riding)
@@ -158,12 +169,12 @@ def forward(p: Problem, terms: Terms, given: Given, keep: bool) -> tuple[Tensor,
 
 
 def backward(
-    p: Problem, terms: Terms, given: Given, values: Tensor, kept: Sequence[Tensor],
+    p: Problem, terms: Terms, operands: Operands, values: Tensor, kept: Sequence[Tensor],
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
     places, spoiled, *_ = kept
-    work = Work(p, terms, given)
+    work = Work(p, terms, operands)
     found = GradientCollector(work, values, grads, need, spoiled)
     rest, band = _split(work, weighted(terms, grads))
     in_band = [k for group in band for k in group]
