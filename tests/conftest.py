@@ -67,7 +67,7 @@ def chip(monkeypatch):
 
     def forget():
         onchip._limits.cache_clear()
-        small_batch._plan.cache_clear()
+        small_batch._compiled_plan.cache_clear()
 
     yield make
     monkeypatch.undo()

@@ -64,7 +64,7 @@ def weights(
     """|dL/dz| (N, N) of similarities (N, N) that come from no embeddings; squared norms are taken to be 1."""
     z = to(criterion.distance, s.detach().clone()).requires_grad_()
     pairs = ReferencePairs(z, labels, labels, square=True)
-    pairs.x = torch.ones(labels.shape[0], 1, dtype=z.dtype)
+    pairs.embeddings = torch.ones(labels.shape[0], 1, dtype=z.dtype)
     loss = reduce_losses(criterion.row_losses(pairs), criterion.reduction, pairs).sum()
     return torch.autograd.grad(loss, z)[0].abs()
 

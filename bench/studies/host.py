@@ -74,7 +74,7 @@ def measure(calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, float]:
         "dense eager code": step(lambda: dense(x, labels)),
     }
     found: dict[str, list[float]] = {name: [] for name in steps}
-    caches = (onchip._limits, small_batch._plan, onchip._launch)
+    caches = (onchip._limits, small_batch._compiled_plan, onchip._launch)
     with (
         mock.patch.object(extension, "onchip", lambda: _NoKernel),
         mock.patch.object(extension, "emulated", lambda: True),

@@ -13,7 +13,7 @@ from helpers import batch
 
 import flashpair
 from flashpair import Bound, Reduction, miners
-from flashpair.core.similarity import dense_pairs, normalize
+from flashpair.core.similarity import dense_pairs, l2_normalize
 from flashpair.miners import base
 
 ORACLE = golden.load()
@@ -167,7 +167,7 @@ def test_pairs_are_those_that_the_engine_counts(impl):
 def test_triplets_make_the_losses(distance, references):
     args = with_references(references)
     more = dict(zip(("ref_emb", "ref_labels"), args[2:], strict=False))
-    x, y = normalize(args[0]), normalize(args[2] if references else args[0])
+    x, y = l2_normalize(args[0]), l2_normalize(args[2] if references else args[0])
     z = dense_pairs(x, y, "dot" if distance == "cosine" else "euclidean")
     d = -z if distance == "cosine" else z
     alike = [("hard", "batch_hard"), ("semihard", "semihard"), ("semihard_all", "semihard_all"), ("all", "violating")]

@@ -15,6 +15,7 @@ from torch import nn
 
 import flashpair
 from flashpair import functional
+from flashpair.core.call import compile_call, encode
 from flashpair.engine import dispatch
 from flashpair.engine.pairs import Pairs
 from flashpair.tools.check import value_and_gradient
@@ -181,13 +182,13 @@ def test_one_pair_a_class_is_that_many_rows_on_the_cpu_and_still_compiles(varian
     x, labels = batch(90, 8, 3, torch.float64)
     labels[:5] = 100 + torch.arange(5)  # single, without a reference
     given = dict(zip(("ref_emb", "ref_labels"), batch(70, 8, 3, torch.float64, seed=1), strict=True)) if refs else {}
-    criterion, sizes, select = flashpair.NPairsLoss(variant, impl="tiled"), [], Pairs.select
+    criterion, sizes, take = flashpair.NPairsLoss(variant, impl="tiled"), [], Pairs.take_pairs
 
-    def seen(self, rows, *rest):
-        sizes.append(rows.shape[0])
-        return select(self, rows, *rest)
+    def seen(self, chosen):
+        sizes.append(chosen.anchors.shape[0])
+        return take(self, chosen)
 
-    monkeypatch.setattr(Pairs, "select", seen)
+    monkeypatch.setattr(Pairs, "take_pairs", seen)
     counts = Counter(labels.tolist())
     pairs = len(counts & Counter(given["ref_labels"].tolist())) if refs else sum(k > 1 for k in counts.values())
     found = []
@@ -309,14 +310,11 @@ def test_compiles_with_references_learnable_values_and_changing_sizes():
 
 def _op_arguments():
     """Embeddings, and what follows them in a call of the registered op up to `keep`."""
-    from flashpair.engine.pairs import Pairs
-    from flashpair.engine.row_reduce_op import encode
-
     x, labels = batch(30, 4, 3, torch.float64)
-    pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False, "tiled", True)
-    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot", "tiled")
+    pairs = flashpair.make_pairs(x, labels, impl="tiled")
+    call = compile_call((flashpair.Reduction("logsumexp", "negatives"),), "dot", "tiled")
     p = pairs.label_order
-    return pairs.x, (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec))
+    return pairs.x, (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, encode(call)))
 
 
 @needs_extension
@@ -347,7 +345,7 @@ def _listed(value):
 def test_calls_without_the_dispatcher_equal_the_registered_op(monkeypatch):
     x, labels = batch(90, 8, 3, torch.float32)
     truth = value_and_gradient(flashpair.MultiSimilarityLoss(impl="tiled"), x, labels)
-    monkeypatch.setattr("flashpair.engine.row_reduce_op.call", lambda name, x: getattr(torch.ops.flashpair, name))
+    monkeypatch.setattr("flashpair.engine.row_reduce_op.plain", lambda x: False)
     found = value_and_gradient(flashpair.MultiSimilarityLoss(impl="tiled"), x, labels)
     assert all(torch.equal(f, t) for f, t in zip(found, truth, strict=True))
 

@@ -24,7 +24,7 @@ from flashpair.backends.cpu.screened import rounded
 from flashpair.backends.reference import ReferencePairs
 from flashpair.chunked import reduce as pieces
 from flashpair.core.class_pairs import ClassPairs
-from flashpair.core.similarity import dense_pairs, normalize, poison
+from flashpair.core.similarity import dense_pairs, l2_normalize, nan_unless_finite
 from flashpair.memory import queue
 
 pytestmark = needs_extension
@@ -60,12 +60,14 @@ class DensePairs(ReferencePairs):
 
     def __init__(self, x, labels, memory, memory_labels, distance):
         z = dense_pairs(x, torch.cat([x, memory]), distance)
-        super().__init__(z, labels, torch.cat([labels, memory_labels]), square=False, poison=poison(x, memory))
+        super().__init__(
+            z, labels, torch.cat([labels, memory_labels]), square=False, nonfinite=nan_unless_finite(x, memory)
+        )
         other = ~torch.eye(*z.shape, dtype=torch.bool)
         self.masks = {side: mask & other for side, mask in self.masks.items()}
-        self.x, self.square = x, True
+        self.embeddings, self.square = x, True
 
-    def draw(self):
+    def class_pairs(self):
         """By hand: of each class the first anchor and the first reference that is another."""
         anchors, positives = [], []
         for c in self.labels.unique():
@@ -90,11 +92,11 @@ class Oracle:
 
     def __call__(self, x, labels, enqueue=True):
         unit, prepare = self.criterion.preparation
-        own = prepare(x) if prepare is not None else normalize(x) if unit else x
+        own = prepare(x) if prepare is not None else l2_normalize(x) if unit else x
         keep = min(len(self.rows), self.size - len(x) if enqueue else self.size)
         memory, memory_labels = self.rows[len(self.rows) - keep :], self.labels[len(self.rows) - keep :]
         pairs = DensePairs(own, labels, memory, memory_labels, self.criterion.distance)
-        loss = self.criterion.of_pieces(x, labels, pairs)
+        loss = self.criterion.of_chunks(x, labels, pairs)
         if enqueue:
             self.rows, self.labels = torch.cat([memory, own.detach()]), torch.cat([memory_labels, labels])
         return loss
@@ -561,7 +563,7 @@ def test_a_call_that_raises_changes_nothing(segment, monkeypatch):
     for x, labels in batches():
         before = memory.state_dict()
         with monkeypatch.context() as patched:
-            patched.setattr(memory.criterion, "of_pieces", lambda *_: 1 / 0)
+            patched.setattr(memory.criterion, "of_chunks", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 memory(x, labels)
         assert_equal_states(memory.state_dict(), before)

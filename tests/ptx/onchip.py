@@ -134,7 +134,7 @@ def gpu(arch: str) -> Iterator[None]:
         limits=lambda device: (PROCESSORS, SHARED, True),
         Launch=lambda device, *rest: Launch(arch, *rest),
     )
-    caches = (onchip._limits, onchip._launch, small_batch._plan)
+    caches = (onchip._limits, onchip._launch, small_batch._compiled_plan)
     with mock.patch.object(extension, "onchip", lambda: module):
         for cache in caches:
             cache.cache_clear()

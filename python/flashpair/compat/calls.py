@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.similarity import dense_pairs, normalize
+from ..core.similarity import dense_pairs, l2_normalize
 from ..miners.base import chunk
 
 Answer = bool | Tensor  # a tensor () of bool, which need not be there yet
@@ -47,7 +47,7 @@ class Call:
 
     def rows(self, of: Tensor) -> Tensor:
         """As they are compared, in the library's dtype."""
-        return normalize(of.to(self.dtype)) if self.criterion.normalize else of.to(self.dtype)
+        return l2_normalize(of.to(self.dtype)) if self.criterion.normalize else of.to(self.dtype)
 
     @functools.cached_property
     def own(self) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.reduction import Reduction
-from ..core.similarity import normalize, softplus
+from ..core.similarity import l2_normalize, softplus
 from ..losses.contrastive import SNRContrastiveLoss
 from ..losses.softmax import NCALoss
 from ..miners import MultiSimilarityMiner
@@ -221,13 +221,13 @@ def same_direction(call: Call) -> Answer:
 
 
 def maybe_aligned(call: Call) -> Answer:
-    u, w = call.own, normalize(call.criterion.weight.detach()[call.labels].to(call.dtype))
+    u, w = call.own, l2_normalize(call.criterion.weight.detach()[call.labels].to(call.dtype))
     return ((u * w).sum(1).abs() >= 1 - 2 * torch.finfo(u.dtype).eps).any()
 
 
 def aligned(call: Call) -> Answer:
     w = call.criterion.weight.detach()
-    w = normalize(w[call.labels].to(call.dtype))
+    w = l2_normalize(w[call.labels].to(call.dtype))
     return any(
         bool((u @ v.T).diagonal().abs().ge(1).any()) for u, v in zip(call.own.split(256), w.split(256), strict=True)
     )

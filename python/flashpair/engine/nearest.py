@@ -100,7 +100,7 @@ def prepared(
         raise ValueError(f"ref_emb must have fewer than 2^31 rows, got {m:,}")
     x, y = upcast(x.detach(), None if y is None else y.detach())
     if normalize:
-        x, y = similarity.normalize(x), None if y is None else similarity.normalize(y)
+        x, y = similarity.l2_normalize(x), None if y is None else similarity.l2_normalize(y)
     return x, y, not reasons and impl != "reference"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -164,19 +163,6 @@ def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
         )
     _on(rows, given.device, f"what preparation of {name} makes")
     return rows
-
-
-def after_init(cls: type, wanted: str, call: str) -> Callable[..., None]:
-    """The class's own `__init__`, after which its parent's must have been called, which sets the attribute `wanted`."""
-    init: Callable[..., None] = cls.__dict__["__init__"]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if wanted not in self.__dict__:
-            raise TypeError(f"__init__ of {cls.__name__} must call super().__init__({call})")
-
-    return checked
 
 
 def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chunked.pairs import chunked_backend
 from ..core import checks
-from ..core.problem import accumulator
 from ..core.similarity import no_autocast
+from ..engine.dispatch import route_chunks
 from ..engine.sorted_rows import sorted_rows
 from ..losses.base import Criterion
 from ..losses.output_checks import AT_ONCE, refuse_own
@@ -142,14 +141,16 @@ class CrossBatchMemory(nn.Module):
         if enqueue and x.shape[0] > self.memory_size:
             raise ValueError(f"embeddings must be at most memory_size = {self.memory_size} rows, got {checks.what(x)}")
         criterion, queue = self.criterion, self.queue
-        impl = chunked_backend(criterion.impl, x)
-        unit, prepare = criterion.preparation
+        route = route_chunks(criterion.impl, x)
+        normalize, prepare = criterion.preparation
         if queue.empty.labels.device != x.device:
             queue.apply(lambda t: t.to(x.device))
         with no_autocast(x.device.type):
             labels_in_order, order = torch.sort(labels, stable=True)
-            wide = x.to(accumulator(x.dtype))
-            rows = sorted_rows(wide if prepare is None else prepare(wide), order, unit=unit, impl=impl)
+            wide = x.to(route.dtype)
+            rows = sorted_rows(
+                wide if prepare is None else prepare(wide), order, normalize=normalize, impl=route.backend
+            )
             again = enqueue and torch._C._current_graph_task_id() != -1  # within backward: a recomputation
             if again:
                 queue = self._seen_by(rows, labels_in_order)
@@ -157,8 +158,8 @@ class CrossBatchMemory(nn.Module):
                 queue = queue.fork()  # if anything below raises, nothing has changed
                 queue.make_place(x.shape[0])
             ref_source = MemorySource(labels_in_order, order, queue.held())
-            pairs = MemoryPairs(rows, ref_source, criterion.distance, impl, criterion.impl != "auto")
-            loss = criterion.of_pieces(x, labels, pairs)
+            pairs = MemoryPairs(rows, ref_source, criterion.distance, route)
+            loss = criterion.of_chunks(x, labels, pairs)
             if enqueue and not again:
                 before = queue.fork()
                 if x.shape[0]:

@@ -25,6 +25,8 @@ from helpers import (
 
 import flashpair
 from flashpair import Bound, MultiSimilarityLoss, Reduction, row_reduce
+from flashpair.core.call import compile_call, encode
+from flashpair.core.class_pairs import ClassPairs
 from flashpair.engine.dispatch import interpreted
 from flashpair.tools.check import value_and_gradient
 
@@ -400,9 +402,8 @@ def test_rows_past_two_to_the_thirty_one_entries(tiles):
     lo, hi = torch.tensor([m - 4]), torch.tensor([m])
     p = launcher.Problem(x, y, lo, hi, None, torch.arange(m), "dot")
     r = Reduction("max", "positives", detach=True)
-    spec = row_reduce_op.encode((r,), (), "dot", "fused")
-    terms = row_reduce_op.decode(spec.code, spec.shifts, spec.slots)
-    work = launcher.Work(p, terms, launcher.Operands(None, spec.scales, []))
+    call = compile_call((r,), "dot", "fused")
+    work = launcher.Work(p, call.terms, launcher.Operands(None, call.scales, []))
     state = work.state(0, 1, False, torch.empty(1, 1))
     work.reduce((0,), [state], work.anchors(), launcher.Block(0, 1, 0, m), 1)
     assert state.peak.item() == 2 * d
@@ -421,8 +422,8 @@ def test_fullgraph_compile_and_the_registered_ops(tiles):
 def test_opcheck(schedule, tiles):
     plan = flashpair.core.label_order.make_label_order(torch.arange(40) // 4)
     x = torch.randn(40, 6, dtype=torch.float64)
-    spec = row_reduce_op.encode(flashpair.losses.mining._mined(2.0, 50.0, 0.1), (), "dot", "fused")
-    arguments = (x, None, plan.lo, plan.hi, None, plan.ref_order, None, [], *spec, True)
+    call = compile_call(flashpair.losses.mining._mined(2.0, 50.0, 0.1), "dot", "fused")
+    arguments = (x, None, plan.lo, plan.hi, None, plan.ref_order, None, [], *encode(call), True)
     torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments, test_utils=("test_schema", "test_faketensor"))
     values, *kept = torch.ops.flashpair.row_reduce(*arguments)
     grads = [None, values[1].clone(), None, values[3].clone()]
@@ -440,7 +441,7 @@ def test_references_past_the_end_have_no_gradient(schedule, tiles):
         pairs = flashpair.make_pairs(a, labels, distance="euclidean", impl=impl)
         order = pairs.label_order.order if impl == "fused" else torch.sort(labels, stable=True).indices
         rows = k if impl == "fused" else order[k]
-        chosen = pairs.select(rows, rows.flip(0), k, torch.tensor(25))
+        chosen = pairs.take_pairs(ClassPairs(rows, rows.flip(0), k, torch.tensor(25)))
         (row,) = chosen.reduce(Reduction("logsumexp", "negatives"))
         results.append([row.detach()[:25], *torch.autograd.grad(row[:25].sum(), a)])
     for found, truth in zip(*results, strict=True):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Gradients, Like, Operands, Problem, Terms, accumulator, num_rows, stages
-from ...core.similarity import poison
+from ...core.similarity import nan_unless_finite
 from .gradients import GradientCollector
 from .kernels import configs
 from .launcher import Side, Work, groups, padded, splits, weighted, windowed
@@ -50,7 +50,7 @@ def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[T
     ranks = torch.full(index_shape, -1, dtype=torch.int64, device=work.device)
     live = torch.zeros(live_shape, dtype=torch.int8, device=work.device)
     planes = {k: live[place] for place, k in enumerate(windowed(terms) if live_shape[0] else [])}
-    spoiled = poison(p.x, p.y).to(work.dtype)
+    spoiled = nan_unless_finite(p.x, p.y).to(work.dtype)
     count = splits(work.blocks(work.n), work.tiles(work.m), work.device)
     index = {k: ranks[k] if ranks.numel() and t.indexed else None for k, t in enumerate(terms)}
     for stage in stages(terms):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...core.problem import POSITIVES, Gradients, Like, Operands, Problem, Terms, accumulator, num_rows, stages
-from ...core.similarity import poison
+from ...core.similarity import nan_unless_finite
 from .gradients import GradientCollector
 from .launcher import Block, Side, Work, groups, splits, weighted
 from .screened_tiles import Found, Sieve, plan
@@ -63,7 +63,7 @@ def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[T
     keys = torch.empty(keys_shape, dtype=torch.int64, device=work.device)
     dense = torch.empty(dense_shape, dtype=torch.int8, device=work.device)
     z = values.new_empty(z_shape)
-    spoiled = poison(p.x, p.y).to(work.dtype)
+    spoiled = nan_unless_finite(p.x, p.y).to(work.dtype)
     z[-1] = spoiled
     kept = _kept(terms) if keep else {}
     count = splits(work.blocks(work.n), work.tiles(work.m), work.device)

@@ -29,7 +29,7 @@ from ...core.problem import (
     num_rows,
     stages,
 )
-from ...core.similarity import poison
+from ...core.similarity import nan_unless_finite
 from .gradients import GradientCollector
 from .launcher import Block, Work, groups, padded, splits, weighted
 from .riders import riders
@@ -139,7 +139,7 @@ def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[T
     (shape, _), *_ = kept_like(p.x, p.y, terms, keep)
     values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
     ranks = torch.full(shape, -1, dtype=torch.int64, device=work.device)
-    spoiled = poison(p.x, p.y).to(work.dtype)
+    spoiled = nan_unless_finite(p.x, p.y).to(work.dtype)
     index = {k: ranks[k] if ranks.numel() and t.indexed else None for k, t in enumerate(terms)}
     count = splits(work.blocks(work.n), work.tiles(work.m), work.device)
     anchors = work.anchors()
