@@ -91,6 +91,20 @@ def run(
         ValueError: an unknown loss, data of too few classes, a device that does not exist, or a folder of another run
             or with a broken file.
         ImportError: optuna is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flashpair.tools.reality_check import Data, Protocol, run
+        >>> labels = torch.arange(8).repeat_interleave(4)
+        >>> data = Data("made up", torch.eye(8)[labels] + 0.1 * torch.rand(32, 8), labels)
+        >>> small = Protocol(trials=1, repeats=1, folds=2, embedding_size=4, batch_size=8, iterations=1, max_epochs=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     outcomes = run(data, ["nt_xent"], small, Path(folder))
+        >>> [outcome.name for outcome in outcomes]
+        ['untrained', 'nt_xent']
+        >>> list(outcomes[1].values), len(outcomes[1].separated["map_at_r"])
+        (['temperature'], 1)
     """
     with extra("reality-check", "reality-check"):  # now, not after the first trainings
         import_module("optuna")
