@@ -1,9 +1,9 @@
-"""Time and memory of a training step, against peers and the bare matrix products: `python -m bench STUDY`.
+"""Time and memory of a training step, against baselines and the bare matrix products: `python -m bench STUDY`.
 
 Run from the repository root; nothing here is installed. How one run goes:
 
     options -> suite: for each (N, D)
-        probe    each variant once in a fresh process, under limits: may it run, what memory does it take
+        try      each variant once in a fresh process, under limits: may it run, what memory does it take
         check    loss and gradient against float64; what is wrong is not timed
         measure  the rest in one process, interleaved round by round
     -> report: JSON with machine information, a table, a plot

@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What flashpair multiplies in, and the floor is taken in."""
+        """What flashpair multiplies in, and the bare products are taken in."""
         if self.options.device == "cuda":
             return self.options.torch_dtype
         return torch.float64 if self.options.dtype == "float64" else torch.float32

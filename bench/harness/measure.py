@@ -16,7 +16,7 @@ from .variants import Step
 
 SAMPLE_SECONDS = 0.005  # shorter steps are repeated within a sample, up to MOST times
 MOST = 50
-APART = 5  # steps of a sample of host or device time: few enough for a GPU's queue of launches
+APART = 5  # steps of a sample of launch or device time: few enough for a GPU's queue of launches
 CYCLES_A_SECOND = 2e9  # of a GPU, about
 LONGEST_SLEEP = 0.5  # seconds
 
@@ -52,13 +52,13 @@ def _finish() -> None:
 
 
 class Waits(Exception):
-    """A step whose host and device times cannot be told apart."""
+    """A step whose launch and device times cannot be told apart."""
 
 
 def _apart(step: Step, count: int, before: float) -> tuple[float, float]:
-    """Seconds of a step that launching it takes the host, and that running what was launched takes the GPU.
+    """Seconds that the CPU takes to launch a step, and that the GPU takes to run what was launched.
 
-    The GPU sleeps first, so that the host is done before the GPU begins.
+    The GPU sleeps first, so that the CPU is done before the GPU begins.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _finish()
@@ -67,17 +67,17 @@ def _apart(step: Step, count: int, before: float) -> tuple[float, float]:
     began = time.perf_counter()
     for _ in range(count):
         step()
-    host = time.perf_counter() - began
+    launched = time.perf_counter() - began
     waited = start.query()
     end.record()
     end.synchronize()
     if waited:
         raise Waits("it waits for the GPU before it is launched as a whole")
-    return host / count, start.elapsed_time(end) / 1e3 / count
+    return launched / count, start.elapsed_time(end) / 1e3 / count
 
 
 def _sample(step: Step, count: int, phase: str = "step", before: float = 0.0) -> float:
-    if phase in ("host", "device"):
+    if phase in ("launch_overhead", "device"):
         return _apart(step, count, before)[phase == "device"]
     _finish()
     start = time.perf_counter()

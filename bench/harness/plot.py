@@ -1,6 +1,6 @@
 """Time and peak memory over N as two log-log panels for each D, labelled at the ends of the curves.
 
-Of a sweep (live.py), time over the share of live pairs, a panel for each N and D.
+Of a sweep (live_pairs.py), time over the share of live pairs, a panel for each N and D.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flashpair.tools import plot_style
 from flashpair.tools.plot_style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, TEXT, Look
 
 from . import machine
-from .options import FLOOR, FLOOR_TWO, FLOORS, Options
+from .options import GEMM_BOUND, GEMM_BOUND_TWO, GEMM_BOUNDS, Options, label
 from .report import Document, is_sweep, percent, print_table, variants_of, write
 from .units import duration, size
 
@@ -27,8 +27,8 @@ LOOKS = {
     "reference": Look(GREY, "s"),
     "compiled": Look(ORANGE, "^"),
     "pytorch-metric-learning": Look(PURPLE, "D"),
-    FLOOR: Look(INK, ""),
-    FLOOR_TWO: Look(INK, ""),
+    GEMM_BOUND: Look(INK, ""),
+    GEMM_BOUND_TWO: Look(INK, ""),
 }
 OTHERS = (Look(GREEN, "v"), Look(SKY, "P"), Look(INK, "X"))
 LABEL_LINE = 0.075  # of a panel's height, for each line of a label
@@ -136,16 +136,17 @@ def _axes(axes: Axes, what: str, along: Abscissa, values: list[float]) -> None:
 
 
 def line_of(name: str, look: Look) -> dict[str, Any]:
-    """How a variant's line is drawn: flashpair's stands out, the floors have no markers."""
-    if name in FLOORS:
-        return {"color": look.colour, "lw": 1.3, "ls": plot_style.DASHED if name == FLOOR else (0, (1, 1.5))}
+    """How a variant's line is drawn: flashpair's stands out, the GEMM bounds have no markers."""
+    if name in GEMM_BOUNDS:
+        return {"color": look.colour, "lw": 1.3, "ls": plot_style.DASHED if name == GEMM_BOUND else (0, (1, 1.5))}
     if name == "flashpair":
         return {"color": look.colour, "marker": look.marker, "lw": plot_style.THICK, "ms": 5.5, "zorder": 4}
     return {"color": look.colour, "marker": look.marker, "zorder": 3}
 
 
 def _words(curve: Curve) -> str:
-    words = curve.name if curve.death is None else f"{curve.name}: {curve.death.words}"
+    name = label(curve.name)
+    words = name if curve.death is None else f"{name}: {curve.death.words}"
     return words.replace(": ", ":\n", 1) if curve.death is not None and len(words) > 24 else words
 
 
@@ -188,7 +189,7 @@ def _footnote(document: Document, options: Options) -> str:
     for name in variants_of(document):
         records = [c["variants"][name] for c in document["cases"] if name in c["variants"]]
         if not any(r["status"] == "ok" for r in records):
-            absent.append(f"{name}: {records[0]['words']}")
+            absent.append(f"{label(name)}: {records[0]['words']}")
     if any(r["status"].startswith("over_") for c in document["cases"] for r in c["variants"].values()):
         absent.append("A cross: over a limit at that size; drawn at that limit, or where the slope before it leads.")
     lines = [machine.words(document["machine"], options.threads, options.device == "cuda"), *absent]

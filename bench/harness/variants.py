@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..studies.family_cases import FAMILY
+from .baselines import NotThere, make_baseline
 from .cases import Batch, Case
-from .floor import floor_products, make_floor
-from .options import FLOORS
-from .peers import NotThere, make_peer
+from .gemm_bound import bound_products, make_gemm_bound
+from .options import GEMM_BOUNDS
 
 Step = Callable[[], Any]
 
@@ -99,7 +99,7 @@ REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
     "flashpair": _fused,
     "reference": _reference,
     "compiled": _compiled,
-    "pytorch-metric-learning": make_peer,
+    "pytorch-metric-learning": make_baseline,
     "flex-attention": _flex,
     "inf-cl": _inf_cl,
     "flashpair-onchip": partial(criterion, impl="onchip"),
@@ -148,8 +148,8 @@ training_step = TrainingStep
 
 def make_step(variant: str, case: Case, batch: Batch) -> Step:
     """Raises NotThere."""
-    if variant in FLOORS:
-        return make_floor(case, batch, floor_products(case, variant))
+    if variant in GEMM_BOUNDS:
+        return make_gemm_bound(case, batch, bound_products(case, variant))
     if variant in REGISTRY:
         return training_step(REGISTRY[variant](case), batch, case.options.backward)
     module, _, name = variant.partition(":")

@@ -1,7 +1,7 @@
 """Every loss of the library once, in the one place: how it is made, and what it is compared with.
 
-The peer is pytorch-metric-learning's loss with the arguments, the reducer and the miner that give the same number.
-Where it has none that does, `differs` says why the number is another one, and the peer is timed as it is.
+The baseline is pytorch-metric-learning's loss with the arguments, the reducer and the miner that give the same number.
+Where it has none that does, `differs` says why the number is another one, and the baseline is timed as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 import flashpair as fp
 
-Peer = Callable[..., Any]
+Baseline = Callable[..., Any]
 
 
 class FamilyCase(NamedTuple):
@@ -21,8 +21,8 @@ class FamilyCase(NamedTuple):
 
     Args:
         make: the class; `options`: its arguments.
-        peer: None, or of pytorch-metric-learning's package (and of class losses C, D) its loss, or loss and miner.
-        differs: why the peer's number is not this loss's.
+        baseline: None, or of pytorch-metric-learning's package (and of class losses C, D) its loss, or loss and miner.
+        differs: why the baseline's number is not this loss's.
         centres: of a loss against class weights, how many rows a class has; 0 for losses of pairs.
         one_pair: of a class, so that there are as many rows and columns as classes.
         bytes_a_pair: that the dense reference needs in float64.
@@ -30,7 +30,7 @@ class FamilyCase(NamedTuple):
 
     make: Callable[..., torch.nn.Module]
     options: dict[str, Any] = {}  # noqa: RUF012
-    peer: Peer | None = None
+    baseline: Baseline | None = None
     differs: str = ""
     centres: int = 0
     one_pair: bool = False
@@ -86,7 +86,7 @@ FAMILY: dict[str, FamilyCase] = {
     ),
     "n_pairs_soft": FamilyCase(fp.NPairsLoss, {"variant": "softlabel"}),
     "lifted": FamilyCase(fp.LiftedStructureLoss, {}, lambda p: p.losses.LiftedStructureLoss(1, 0, **_raw_l2(p))),
-    "generalized_lifted": FamilyCase(  # the peer's margins are subtracted on either side: 1 - s and s - 0
+    "generalized_lifted": FamilyCase(  # the baseline's margins are subtracted on either side: 1 - s and s - 0
         fp.GeneralizedLiftedStructureLoss, {}, lambda p: p.losses.GeneralizedLiftedStructureLoss(0, 1, **_cosine(p))
     ),
     "lifted_star": FamilyCase(fp.LiftedStructureStarLoss),

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import flashpair
 
 from ..harness import machine, memory, report
-from ..harness.probe import is_memory
+from ..harness.arguments import RUNS, add_table
 from ..harness.units import duration, size
+from ..harness.worker import is_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 SIDE, EMBEDDING, PER_CLASS, NOISE = 16, 128, 4, 0.5
 CHECKED, ALLOWED = 512, 1e-9
 WAYS = {"GradCache": "auto", "plain": "auto", "plain, dense reference": "reference"}  # with which impl of the loss
@@ -112,6 +112,21 @@ def check(micro_batch: int) -> float:
     return off
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """One row a batch, one column a way to train."""
+    lines = ["| images in a step | " + " | ".join(WAYS) + " |", "|---:|" + "---:|" * len(WAYS)]
+    found = {(case["batch"], case["way"]): case["found"] for case in document["cases"]}
+    over = f"over {size(document['memory_limit'])}"
+    for batch in dict.fromkeys(case["batch"] for case in document["cases"]):
+        cells = [
+            over if (f := found[batch, way]) is None else f"{duration(f['seconds'])}, {size(f['peak_extra_bytes'])}"
+            for way in WAYS
+        ]
+        lines.append(f"| {batch:,} | {' | '.join(cells)} |")
+    what = f"Median time of a step, and memory beyond the images; {document['micro_batch']} images in a micro-batch."
+    return "\n".join([*lines, "", f"{what} {machine.words(document['machine'], document['threads'])}."])
+
+
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench large_batch", description=__doc__.split("\n")[0])
     p.add_argument("--batches", type=lambda t: [int(s) for s in t.split(",")], default=[4096, 16384, 65536])
@@ -119,8 +134,12 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--threads", type=int, default=machine.cores())
     p.add_argument("--memory-limit", type=float, default=8.0, help="GB that a step may take (8)")
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "large-batch.json")
+    p.add_argument("--out", type=Path, default=RUNS / "large-batch.json")
+    add_table(p)
     given = p.parse_args(arguments)
+    if given.table:
+        print(markdown(report.read(given.table)))
+        return 0
     limit = int(given.memory_limit * 1e9)
     document: dict[str, Any] = {
         "what": "flashpair bench: training steps of large batches", "machine": machine.describe(),

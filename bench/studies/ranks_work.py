@@ -23,7 +23,7 @@ from ..harness.measure import Times
 from ..harness.memory import peak_of
 from ..harness.options import Options
 from ..harness.variants import criterion
-from . import sent
+from . import traffic
 from .family_cases import FAMILY
 
 SCHEDULES = ("all_gather", "ring")
@@ -132,12 +132,12 @@ class Runner:
     def cost(self, name: str) -> dict[str, Any]:
         """Bytes sent by the first process, and the peak memory of the one that needs most."""
         step = self.steps[name]
-        with sent.counted() as count:
+        with traffic.counted() as count:
             if step is not None:
                 step()
         dist.barrier()
         every = together((count.record(), 0 if step is None else peak_of(step).extra))
-        return {"sent": every[0][0], "memory": {"peak_extra": max(peak for _, peak in every)}}
+        return {"traffic": every[0][0], "memory": {"peak_extra": max(peak for _, peak in every)}}
 
     def time(self, name: str) -> tuple[float, float]:
         """Seconds of the slowest of those who take part, and of the processor of the one who used most: the same on a
@@ -181,7 +181,7 @@ def run_case(plan: Plan, loss: str, groups: dict[int, Any], say: Callable[[str],
         records[name] = {"processes": world, "how": how, "check": runner.check(name, truth), **runner.cost(name)}
         if world > 1:
             size = case.options.torch_dtype.itemsize
-            records[name]["sent"]["formula"] = sent.formula(how, loss, world, case.n // world, case.d, size)
+            records[name]["traffic"]["formula"] = traffic.formula(how, loss, world, case.n // world, case.d, size)
     del truth
     times, others = runner.rounds(lambda what: say(f"{shown}: {what}"))
     one, one_used = (t.record()["median"] for t in times[ONE])
@@ -207,8 +207,8 @@ def work(rank: int, plan: Plan, where: str, save: Callable[[dict[str, Any]], obj
         "what": "flashpair bench: one training step (forward and backward) of a batch that processes share",
         "units": "seconds of the slowest process; throughput: rows of the global batch a second; speedup: over the one "
         "process; processor_seconds, processor_speedup: the same of the processor's time of the process that used "
-        "most; peak_extra: bytes that a step adds to the process that needs most; sent: bytes by the first process, of "
-        "collectives what their best algorithm sends (sent.py)",
+        "most; peak_extra: bytes that a step adds to the process that needs most; traffic: bytes sent by the "
+        "first process, of collectives what their best algorithm sends (traffic.py)",
         "kind": "ranks", "machine": described, "options": asdict(replace(plan.options, loss="all")),
         "worlds": list(plan.worlds), "cases": [],
     }  # fmt: skip

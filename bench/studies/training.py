@@ -19,8 +19,8 @@ from torch import Tensor
 import flashpair
 from flashpair import Bound, Reduction
 
-from ..harness import guard, machine, report
-from ..harness.arguments import add_common, options_of
+from ..harness import machine, report, sandbox
+from ..harness.arguments import add_common, add_table, options_of
 from ..harness.cases import Batch, Case
 from ..harness.check import find_truth, judge
 from ..harness.measure import Times, interleave
@@ -32,8 +32,8 @@ from .training_data import PER_CLASS, Training, digits, synthetic
 
 Record = dict[str, Any]
 OURS = ("flashpair", "flashpair-tiled")
-PEER = "pytorch-metric-learning"
-PEER_POINTS = 5  # of the logged ones: it takes seconds a step
+BASELINE = "pytorch-metric-learning"
+BASELINE_POINTS = 5  # of the logged ones: it takes seconds a step
 EPSILON = 0.1
 
 
@@ -102,11 +102,11 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
     """Trains for so many steps and measures at about `count` of them."""
     case = Case(replace(options, per_class=training.per_class), training.n, training.d)
     logged = logged_steps(steps, count)
-    with_peer = {logged[round(k * (len(logged) - 1) / (PEER_POINTS - 1))] for k in range(PEER_POINTS)}
-    progress.doing(f"{training.title}: {PEER} in a process of its own")
-    peer = guard.probe(case, PEER)
-    if not peer.ok:
-        progress.say(f"{training.title}: without {PEER}: {peer.words}")
+    with_baseline = {logged[round(k * (len(logged) - 1) / (BASELINE_POINTS - 1))] for k in range(BASELINE_POINTS)}
+    progress.doing(f"{training.title}: {BASELINE} in a process of its own")
+    baseline = sandbox.attempt(case, BASELINE)
+    if not baseline.ok:
+        progress.say(f"{training.title}: without {BASELINE}: {baseline.words}")
     criterion = flashpair.MultiSimilarityLoss(epsilon=EPSILON)
     optimizer = torch.optim.Adam(training.net.parameters(), lr=training.learning_rate)
     points: list[Record] = []
@@ -116,7 +116,7 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
         embeddings = training.net(inputs)
         loss = criterion(embeddings, labels)
         if step in logged:
-            variants = (*OURS, PEER) if peer.ok and step in with_peer else OURS
+            variants = (*OURS, BASELINE) if baseline.ok and step in with_baseline else OURS
             found = measure(case, embeddings, labels, variants)
             points.append({"step": step, "loss": loss.item(), **found})
             progress.say(f"{training.title}: {training_report.told(points[-1])}")
@@ -129,8 +129,8 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
         "title": training.title, "n": training.n, "d": training.d, "per_class": training.per_class, "steps": steps,
         "learning_rate": training.learning_rate,
         "retrieval": {"before": before, "after": training.evaluate(training.net)},
-        "peer": "" if peer.ok else peer.words,
-        "run_seconds": {v: over_the_run(points, v) for v in (*OURS, PEER)},
+        "baseline": "" if baseline.ok else baseline.words,
+        "run_seconds": {v: over_the_run(points, v) for v in (*OURS, BASELINE)},
         "points": points,
     }  # fmt: skip
 
@@ -165,12 +165,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=4096, metavar="N", help="of the synthetic training (4096)")
     add_common(p, Options(1, 1, warmup=0, time_limit=10.0))
     p.add_argument("--plot", type=Path, metavar="FILE.json", help="only redraw the PNG beside this file")
+    add_table(p)
     return p
 
 
 def main(arguments: list[str] | None = None) -> None:
     p = parser()
     given = vars(p.parse_args(arguments))
+    if given["table"]:
+        print(training_report.markdown(report.read(given["table"])))
+        return
     if given["plot"]:
         print(training_report.draw(report.read(given["plot"]), given["plot"].with_suffix(".png")))
         return

@@ -20,7 +20,7 @@ from flashpair.core.problem import Problem
 from flashpair.distributed.collectives import RING, Ranks
 
 
-class Sent:
+class Traffic:
     """Bytes by what they were: all_gather, reduce_scatter, all_reduce; ring, home: from one process to another.
 
     Of chunks, how many there were, and the pairs of their anchors and references, one that serves both its ends once.
@@ -42,41 +42,41 @@ class Sent:
             "by_kind": self.bytes,
             "calls": self.calls,
             "pairs": self.pairs,
-            "pieces": self.chunks,
+            "chunks": self.chunks,
         }
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Sent]:
+def counted() -> Iterator[Traffic]:
     """Counts while it is open, of this process."""
-    sent = Sent()
+    traffic = Traffic()
     gathered, scatter_sum, total, most, exchange = (
         Ranks._gathered, Ranks.scatter_sum, Ranks.sum, Ranks.max, Ranks.exchange,
     )  # fmt: skip
 
     def gather(self: Ranks, mine: Tensor) -> list[Tensor]:
-        sent.add("all_gather", (self.world - 1) * mine.nbytes)
+        traffic.add("all_gather", (self.world - 1) * mine.nbytes)
         return gathered(self, mine)
 
     def scatter(self: Ranks, rows: Tensor, size: int) -> Tensor:
-        sent.add("reduce_scatter", (self.world - 1) * rows[0].nbytes)
+        traffic.add("reduce_scatter", (self.world - 1) * rows[0].nbytes)
         return scatter_sum(self, rows, size)
 
     def reduce(of: Any) -> Any:
         def run(self: Ranks, values: Tensor) -> Tensor:
-            sent.add("all_reduce", 2 * (self.world - 1) / self.world * values.nbytes)
+            traffic.add("all_reduce", 2 * (self.world - 1) / self.world * values.nbytes)
             return of(self, values)
 
         return run
 
     def hand(self: Ranks, out: Tensor, to: int, into: Tensor, source: int, tag: int) -> Any:
-        sent.add("ring" if tag == RING else "home", out.nbytes)
+        traffic.add("ring" if tag == RING else "home", out.nbytes)
         return exchange(self, out, to, into, source, tag)
 
     def met(way: str, of: Any) -> Any:
         def run(self: ChunkedCall, p: Problem, *rest: Any) -> Any:
-            sent.chunks[way] += 1
-            sent.pairs[way] += p.pairs / (2 if p.y is None else 1)
+            traffic.chunks[way] += 1
+            traffic.pairs[way] += p.pairs / (2 if p.y is None else 1)
             return of(self, p, *rest)
 
         return run
@@ -88,7 +88,7 @@ def counted() -> Iterator[Sent]:
         ),
         mock.patch.multiple(ChunkedCall, **passes),
     ):
-        yield sent
+        yield traffic
 
 
 # Of each pass of a loss over the references, forward and backward: how many numbers of an anchor go along with its row,
