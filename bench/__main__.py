@@ -18,7 +18,7 @@ STUDIES = {
 
 
 def usage() -> str:
-    """Every study, and what its file says of it."""
+    """The list of studies, each with the first line of its file."""
     lines = ["usage: python -m bench STUDY [options]", ""]
     for name, module in STUDIES.items():
         file = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")

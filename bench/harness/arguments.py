@@ -13,8 +13,8 @@ from . import machine
 from .options import GB, VARIANTS, Options
 
 ALIASES = {"pml": "pytorch-metric-learning"}
-RESULTS = Path(__file__).resolve().parents[1] / "results"  # one file for each published table
-RUNS = RESULTS.parents[1] / "build" / "bench"  # of every other run
+RESULTS = Path(__file__).resolve().parents[1] / "results"  # one JSON for each published table
+RUNS = RESULTS.parents[1] / "build" / "bench"  # where all other runs go
 PICTURES = RESULTS.parents[1] / "docs" / "pictures"
 SHARE_OF_MEMORY = 0.85
 
@@ -59,7 +59,7 @@ def add_table(p: argparse.ArgumentParser) -> None:
 
 
 def options_of(p: argparse.ArgumentParser, given: dict[str, Any]) -> Options:
-    """Of what was parsed, with torch set to their threads; exits where they are refused."""
+    """The Options of parsed arguments; sets torch's threads. Exits with an error if the Options are invalid."""
     limit = given["memory_limit"]
     try:
         whole = machine.gpu_bytes() if given.get("device") == "cuda" else machine.memory_bytes()

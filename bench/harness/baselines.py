@@ -12,15 +12,15 @@ from .cases import Case
 
 
 class NotThere(Exception):
-    """This variant does not have this loss, or not on this machine; the message says why."""
+    """A variant does not have this loss, or cannot run on this machine; the message says why."""
 
 
 class BaselineLoss:
-    """Loss and miner in one call. Of class losses it has flashpair's weights, and `as_ours` of their gradient.
+    """Loss and miner in one call. Class losses start from flashpair's weights; `as_ours` converts their gradient.
 
     Args:
-        function: of embeddings, labels, mined indices, references and their labels.
-        miner: None, or what mines the indices.
+        function: the loss, of embeddings, labels, mined indices, references and their labels.
+        miner: None, or the miner of the indices.
         ours: None, or flashpair's weights (C, D) or (C, K, D).
     """
 

@@ -1,4 +1,4 @@
-"""May this variant run at this size on the GPU? Tried once in this process: what does not fit is an exception there."""
+"""Tries a variant once on the GPU, in this process: there, running out of memory is only an exception."""
 
 from __future__ import annotations
 

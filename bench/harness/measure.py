@@ -46,7 +46,7 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def _finish() -> None:
-    """What was launched on a GPU is done."""
+    """Waits until the GPU has finished."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -89,7 +89,7 @@ def _sample(step: Step, count: int, phase: str = "step", before: float = 0.0) ->
 
 @contextlib.contextmanager
 def _quick_collection() -> Iterator[None]:
-    """What lives now is not looked at by collections within, which it would make many times longer than a step."""
+    """Excludes existing objects from garbage collections inside, which would otherwise take longer than a step."""
     gc.collect()
     gc.freeze()
     try:
@@ -104,8 +104,8 @@ def interleave(
 ) -> dict[str, Times | Exception]:
     """Rounds over `steps`, each starting one variant later.
 
-    A variant that has used up the time limit sits out the rest, but not before one timed round; one that
-    fails is dropped, and its error is its result.
+    A variant that has used up the time limit gets no further round, but at least one timed round. A variant that fails
+    is dropped, and its error is its result.
     """
     counts: dict[str, int] = {}
     found: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,4 +1,4 @@
-"""What a run is asked to do: one frozen dataclass, carried everywhere, child processes and JSON included."""
+"""The options of a run: one frozen dataclass, also passed to child processes and written to the JSON."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Options:
             ``"launch_overhead"``, the time to launch a step while the GPU is busy, and ``"device"``, the time to run
             what was launched.
         ref: None, or M references without gradient instead of the batch itself.
-        variants: names of VARIANTS, or ``module:function`` of one's own (see variants.py).
+        variants: names of VARIANTS, or your own ``module:function`` (see variants.py).
         repeats: timed rounds; warmup: rounds before them.
         num_classes: C, of losses against class weights.
         time_limit: seconds that one step may take, and after which a variant gets no further round.
@@ -120,7 +120,7 @@ class Options:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Options:
-        """From what JSON made of it: lists become tuples again, names that are not known are dropped."""
+        """From JSON: lists become tuples again, and unknown names are dropped."""
         known = {f.name for f in fields(cls)}
         mine: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**{k: v for k, v in mine.items() if k in known})

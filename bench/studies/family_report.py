@@ -64,9 +64,7 @@ def markdown(document: Document) -> str:
         lines.append("| " + " | ".join([f"`{case['shown']}`", *cells]) + " |")
         wrong += [f"{case['shown']}, {name}: {r['words']}" for name, r in records.items() if r["status"] == "wrong"]
     notes_below = [_told(document, options, whole), *_later(document)]
-    notes_below += [
-        f"{mark.replace('*', chr(92) + '*')} Its result differs: {why}." for why, mark in notes.items()
-    ]
+    notes_below += [f"{mark.replace('*', chr(92) + '*')} Its result differs: {why}." for why, mark in notes.items()]
     notes_below += [f"Not timed, {words}." for words in wrong]
     busy = max((case["cores_used_by_others"] or 0.0 for case in document["cases"]), default=0.0)
     if busy > BUSY:

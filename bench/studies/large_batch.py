@@ -1,9 +1,9 @@
-"""Training steps of batches that memory does not hold: `python -m bench large_batch`: GradCache beside the plain step.
+"""Training steps of batches that do not fit memory: `python -m bench large_batch`: GradCache beside the plain step.
 
-The encoder is a small convolutional network whose activations take some 0.2 MB an image; the loss is Multi-Similarity
-with mining, of images of as many classes as a batch has fours. Each way and size trains in a process of its own, some
-steps of Adam, and each step's time and memory beyond what was there before it are taken; the loss says that it learns.
-Before that, gradients in float64 are checked against the plain step's with the dense reference.
+The encoder is a small convolutional network whose activations take about 0.2 MB an image. The loss is Multi-Similarity
+with mining; a batch has four images of each class. Each way and size trains in a process of its own for some steps of
+Adam. The time of each step and the memory that it adds are recorded; a falling loss shows that it learns. Before that,
+gradients in float64 are checked against the plain step's with the dense reference.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def backward(way: str, network: nn.Module, micro_batch: int, inputs: Tensor, lab
 
 
 def train(s: Settings) -> dict[str, Any] | None:
-    """In a process of its own; None: it would have taken more memory than its limit."""
+    """Runs in a process of its own; returns None if it needs more memory than its limit."""
     torch.set_num_threads(s.threads)
     network = encoder()
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
-    backward(s.way, network, s.micro_batch, *images(4 * PER_CLASS, 1))  # code is there before anything is counted
+    backward(s.way, network, s.micro_batch, *images(4 * PER_CLASS, 1))  # loads all code before anything is counted
     memory.limit_growth(s.memory_limit)
     losses: list[float] = []
     peaks: list[memory.Peak] = []
@@ -99,7 +99,7 @@ def _append(losses: list[float], s: Settings, network: nn.Module, inputs: Tensor
 
 
 def check(micro_batch: int) -> float:
-    """How far GradCache's gradient is from the plain step's with the dense reference, relative, in float64."""
+    """The relative difference of GradCache's gradient from the plain step's with the dense reference, in float64."""
     inputs, labels = images(CHECKED, 1)
     found = []
     for way in ("GradCache", "plain, dense reference"):

@@ -1,7 +1,8 @@
 """What a call of `onchip` costs the CPU beside the launch: `python -m bench launch_overhead`. Needs no GPU.
 
-The launch is replaced by nothing, on CPU tensors; beside it torch's own part of that, an autograd.Function that does
-nothing but hand on a gradient. On a GPU, backward begins on another thread, which both would pay for.
+The launch is replaced by a function that does nothing, on CPU tensors. An autograd.Function that only passes on a
+gradient
+is timed beside it: that is torch's own part. On a GPU, backward runs on another thread, which adds the same to both.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The GEMM bound of a step of N anchors and M entries is three products of 2 N M D flop: similarities, the same again in
 backward, and the anchors' gradient, with 8,192 entries at a time so that they stay in cache. Rounds are interleaved.
-Seconds of the process (of all its threads) stand beside those of the clock: where others use the machine, they tell
-more. The data are tight classes, so that mining leaves few pairs, as it does once training is under way.
+Processor seconds (of all threads) stand beside seconds of the clock; they say more if other processes use the machine.
+The data are tight classes, so that mining leaves few pairs, as it does once training is under way.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Retrieval metrics of a large test set: `python -m bench metrics`, by default of the size of Stanford Online Products.
 
-What is timed is checked first, on some of the queries, against a dense float64 ranking. Beside it: the same ranks by
-blocks of torch.mm and torch.topk, which is how they are usually found, and one bare product, the GEMM bound.
+The metrics are checked first, on some of the queries, against a dense float64 ranking. Beside them are timed: the same
+ranks by blocks of torch.mm and torch.topk, as they are usually computed, and one bare product, the GEMM bound.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKED = 256  # queries
 
 
 def embeddings(n: int, d: int, per_class: int) -> tuple[Tensor, Tensor]:
-    """Unit rows (n, d) float32, clustered as an embedding is that finds most of its class; labels (n,)."""
+    """Unit rows (n, d) float32, in clusters that retrieve most of their class; labels (n,)."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) // per_class
     centres = torch.randn(int(labels[-1]) + 1, d, generator=generator)
@@ -44,7 +44,7 @@ def blocks(x: Tensor) -> Any:
 
 
 def by_topk(x: Tensor, labels: Tensor, depth: int) -> Tensor:
-    """Of each query whether its nearest are of its class (n, depth)."""
+    """Whether each of a query's nearest references is of its class (n, depth)."""
     return torch.cat([labels[z.topk(depth, dim=1).indices] == labels[rows, None] for rows, z in blocks(x)])
 
 
@@ -54,7 +54,7 @@ def product(x: Tensor) -> None:
 
 
 def right(x: Tensor, labels: Tensor, ks: tuple[int, ...]) -> bool:
-    """Do some queries' scores equal those of a dense float64 ranking, but for pairs that float32 cannot tell apart?"""
+    """Whether the scores of some queries equal a dense float64 ranking's, except where float32 has ties."""
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:CHECKED]
     scores = metrics.query_scores(x, labels, depth=max(ks))
     z = x[some].double() @ x.double().T

@@ -54,7 +54,7 @@ def markdown(document: Document) -> str:
 
 
 def counts(document: Document) -> str:
-    """What docs/scaling.md's formulas say beside what was counted."""
+    """What was counted, beside docs/scaling.md's formulas."""
     options = Options.of(document["options"])
     lines = ["| " + " | ".join(COUNTED) + " |", "|---:|---|---|" + "---:|" * (len(COUNTED) - 3)]
     rows = [

@@ -1,8 +1,9 @@
 """A loss against references on disk that do not fit memory: `python -m bench stream`.
 
-Writes unit vectors around as many centres as there are classes to a file, and has a process of its own compute the loss
-of some anchors against all of them and the anchors' gradient, with a progress bar: its time, its highest memory as a
-whole, and the time of the bare products. Before that the first references are checked against float64 in one piece.
+It writes unit vectors around class centres to a file. A process of its own then computes the loss of some anchors
+against all of them, and the anchors' gradient, with a progress bar. The study reports its time, the peak memory of the
+whole process, and the time of the bare products. Before that, the first references are checked against float64 all at
+once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOSSES = {
     "ms_weighting": lambda impl: flashpair.MultiSimilarityLoss(epsilon=None, impl=impl),
 }
 A_CLASS, CHECKED, WRITTEN, TIMED = 100, 50_000, 2**18, 16_384  # rows
-OF_ANCHORS = 2**31 - 1  # a seed that no block has
+OF_ANCHORS = 2**31 - 1  # a seed that no block uses
 NOISE = 0.5
 
 
@@ -56,7 +57,7 @@ def write(path: Path, s: Settings) -> None:
 
 
 def _embedded(labels: Tensor, dim: int, seed: int) -> Tensor:
-    """Unit vectors near the centres of their classes, which a formula gives."""
+    """Unit vectors near the centres of their classes; a formula gives the centres."""
     centre = torch.sin((labels[:, None] + 1.0) * (torch.arange(dim) + 1.0) * 0.7548776662)
     noise = torch.randn(len(labels), dim, generator=torch.Generator().manual_seed(seed))
     unit = torch.nn.functional.normalize(centre)
@@ -69,7 +70,7 @@ def batch(s: Settings) -> tuple[Tensor, Tensor]:
 
 
 def check(bank: Any, labels: Tensor, s: Settings, loss: str) -> None:
-    """Value and gradient of 256 anchors against the first references, to what float32 can."""
+    """Compares value and gradient of 256 anchors against the first references with float64, to float32's accuracy."""
     x, x_labels = batch(s)
     x, x_labels, count = x[:256], x_labels[:256] % max(1, CHECKED // A_CLASS), min(CHECKED, s.refs)
     found = []

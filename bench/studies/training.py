@@ -1,8 +1,8 @@
 """What the loss costs over a whole training, first step to last: `python -m bench training`.
 
-Two networks are trained with mined Multi-Similarity as flashpair computes it (training_data.py). At some steps the
-step's embeddings are set aside: how many pairs live is counted, loss and gradient of every variant are checked against
-float64, and forward and backward of the loss alone are timed, variants taking turns. A wrong result stops everything.
+Two networks are trained with flashpair's mined Multi-Similarity (training_data.py). At some steps the embeddings are
+copied. On them the live pairs are counted, loss and gradient of every variant are checked against float64, and forward
+and backward of the loss alone are timed, with the variants taking turns. A wrong result stops the study.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from .training_data import PER_CLASS, Training, digits, synthetic
 Record = dict[str, Any]
 OURS = ("flashpair", "flashpair-tiled")
 BASELINE = "pytorch-metric-learning"
-BASELINE_POINTS = 5  # of the logged ones: it takes seconds a step
+BASELINE_POINTS = 5  # of the logged steps: it takes seconds a step
 EPSILON = 0.1
 
 
 class Wrong(Exception):
-    """A variant of flashpair that is not as near to float64 as float32 can come."""
+    """A variant of flashpair is less accurate than float32 allows."""
 
 
 def logged_steps(steps: int, count: int) -> list[int]:
-    """About `count` of 0 ... steps, the first and the last among them, closer at the start, where things change."""
+    """About `count` steps of 0 ... steps, with the first and the last, and closer together at the start."""
     return sorted({round(steps * (k / max(count - 1, 1)) ** 2) for k in range(count)} | {steps})
 
 
 @torch.no_grad()
 def exact_live_share(embeddings: Tensor, labels: Tensor) -> float:
-    """The share of the negatives of embeddings (N, D) that mining keeps, of all anchors. Counted by the reference."""
+    """The share of all negatives of embeddings (N, D) that mining keeps, counted by the reference."""
     lowest = Reduction("min", "positives", detach=True)
     count = Reduction("count", "negatives", lower=Bound(lowest, -EPSILON))
     unit = torch.nn.functional.normalize(embeddings)
@@ -58,10 +58,10 @@ def exact_live_share(embeddings: Tensor, labels: Tensor) -> float:
 
 
 def measure(case: Case, embeddings: Tensor, labels: Tensor, variants: tuple[str, ...]) -> Record:
-    """One point, as JSON takes it, of embeddings (N, D), which stay as they are.
+    """The measurements on embeddings (N, D), for the JSON. The embeddings are not changed.
 
     Raises:
-        Wrong: as it says.
+        Wrong: a result is wrong, or cannot be checked.
     """
     batch = Batch(embeddings.detach().clone().requires_grad_(), labels, None, None)
     truth = find_truth(case, batch)
@@ -90,7 +90,7 @@ def measure(case: Case, embeddings: Tensor, labels: Tensor, variants: tuple[str,
 
 
 def over_the_run(points: list[Record], variant: str) -> float | None:
-    """Seconds that the loss takes in all steps: between points that have `variant`, as on a straight line."""
+    """Seconds that the loss takes in all steps, linearly interpolated between the points that have `variant`."""
     found = [(p["step"], p["seconds"][variant]["median"]) for p in points if variant in p["seconds"]]
     if len(found) < 2:
         return None

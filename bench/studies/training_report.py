@@ -31,7 +31,7 @@ def told(point: Record) -> str:
 
 
 def markdown(document: Document) -> str:
-    """One row a training: what the loss takes in all steps together, by variant."""
+    """One row for each training: the time of the loss in all steps together, by variant."""
     runs = list(document["runs"].values())
     variants = list(dict.fromkeys(v for run in runs for v in run["run_seconds"]))
     lines = ["| training | N | steps | live pairs | " + " | ".join(variants) + " |"]

@@ -1,8 +1,8 @@
 """Warnings where pytorch-metric-learning 2.9 gives a number that flashpair does not reproduce.
 
-A fused criterion has a hook, `Watch`, that puts each call to the questions of `corners` and warns of a corner case once
-a process and class of loss; then it asks no more. On a GPU answers are read when they have come, in a later call, so
-that nothing waits.
+A fused criterion has a hook, `Watch`, that tests each call for the cases of `corners`. It warns of a case once in a
+process for each class of loss, and then stops testing for it. On a GPU a later call reads the results, so that nothing
+waits.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ REASONS = {
     "histogram end": "pytorch-metric-learning raises an error for HistogramLoss of a batch with a cosine of 1, or "
     "by rounding below -1; the fused criterion counts it at the last or first node",
 }
-WAITING = 16  # calls whose answers a GPU may owe
+WAITING = 16  # calls whose results a GPU may still be computing
 _said: set[tuple[str, str]] = set()
 
 
 class Divergence(UserWarning):
     """Warning: a fused criterion differs from the loss it was made from, where that loss's number is wrong.
 
-    `flashpair.compat.pml.fuse` makes the criteria that warn with it; `flashpair.compat.divergence.REASONS` lists the
+    The criteria that `flashpair.compat.pml.fuse` makes warn with it. `flashpair.compat.divergence.REASONS` lists the
     cases.
     """
 
 
 def announce(owner: str, reason: str) -> None:
-    """Warns of a corner case of a class of loss, at the line outside of torch and this package that led here."""
+    """Warns of a corner case of a class of loss, at the user's line: the last one outside torch and this package."""
     if (owner, reason) in _said:
         return
     _said.add((owner, reason))
@@ -128,7 +128,7 @@ class Watch:
                 self._ask(call, reason, corner.certain(call), certain=True)
 
     def _answered(self) -> None:
-        """What a GPU has answered by now; of too many calls that wait, the first one is waited for."""
+        """Reads the results that a GPU has ready; waits for the oldest if too many are pending."""
         while self.waiting and (self.waiting[0][0].query() or len(self.waiting) > WAITING * len(self.reasons)):
             event, there, call, reason, certain = self.waiting.popleft()
             event.synchronize()

@@ -22,10 +22,10 @@ class Data:
     """Samples of classes.
 
     Args:
-        title: for tables.
-        samples: (N, F) features, or (N, C, H, W) images; float32, or uint8 which means 0 to 1.
-        labels: (N,) int64, 0 to one less than there are classes, in the order of the classes' own labels or names.
-        device: that networks compute on; samples and labels stay on the CPU.
+        title: shown in tables.
+        samples: (N, F) features, or (N, C, H, W) images; float32, or uint8, which is scaled to 0 to 1.
+        labels: (N,) int64, from 0 to the number of classes less 1, in the order of the classes' own labels or names.
+        device: where networks compute; samples and labels stay on the CPU.
 
     Examples:
         >>> from flashpair.tools.reality_check import Data
@@ -63,7 +63,7 @@ def partitions(classes: int, folds: int = 4) -> tuple[range, list[range]]:
         The test classes, and the validation classes of each fold.
 
     Raises:
-        ValueError: a fold would have fewer than two classes, among which nothing can be confused.
+        ValueError: a fold would have fewer than two classes, so there would be nothing to confuse.
 
     Examples:
         >>> from flashpair.tools.reality_check import partitions
@@ -78,7 +78,7 @@ def partitions(classes: int, folds: int = 4) -> tuple[range, list[range]]:
 
 
 def usable(device: str) -> str:
-    """Raises ValueError for what is no device here, before anything is computed for it."""
+    """Returns `device`. Raises ValueError if torch cannot use it, before anything is computed."""
     try:
         torch.ones(1, device=device).cpu()
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError
@@ -190,5 +190,5 @@ def _folder(path: Path, size: int, tick: Callable[[int, int], object]) -> Data:
 
 
 def _title(name: str) -> str:
-    """A file's name on one line of what can be printed: names may hold line ends, and bytes that are no text."""
+    """A file's name as one printable line: names may hold line ends, and bytes that are no text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
