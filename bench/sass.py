@@ -93,7 +93,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
 
 
 def hot(code: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
-    """The loop over unmasked tiles, which takes nearly all of a large batch's time, and the part of it that loops along D.
+    """The loop over unmasked tiles, nearly all of the time of a large batch, and the part of it that loops along D.
 
     It is the shortest outermost loop with products: the loop over masked tiles has masks beside the same work. All code
     inside the loop is counted, also where a branch may skip it; code that the compiler moved out of line is not.

@@ -1,6 +1,6 @@
 """Time and peak memory over N as two log-log panels for each D, labelled at the ends of the curves.
 
-Of a sweep (live_pairs.py), time over the share of live pairs, a panel for each N and D.
+A sweep (live_pairs.py) is drawn as time over the share of live pairs, with a panel for each N and D.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PANEL = 2.75  # inches of height, with its title and the names of its axes
 
 
 class Abscissa(NamedTuple):
-    """What runs along the bottom: a case's key, its name, and where the ticks are."""
+    """The horizontal axis: the key of a case, its name, the ticks and the limits."""
 
     key: str
     name: str
@@ -46,7 +46,7 @@ class Abscissa(NamedTuple):
 
 
 class Death(NamedTuple):
-    """The first size at which a variant went over a limit, which one, and in words."""
+    """The first size at which a variant exceeded a limit, the status, and words for it."""
 
     n: float
     status: str
@@ -60,7 +60,7 @@ class Curve(NamedTuple):
     death: Death | None
 
     def end(self, what: str, options: Options) -> tuple[float, float]:
-        """The last point, or where the variant died: on the limit it ran into, or further along its slope."""
+        """The last point; if the variant exceeded a limit, a point on that limit, or further along the slope."""
         n, value = self.points[-1]
         if self.death is None:
             return n, value
@@ -82,7 +82,7 @@ def _value(record: dict[str, Any], what: str) -> float | None:
 
 
 def curves(document: Document, cases: list[dict[str, Any]], what: str, key: str) -> list[Curve]:
-    """Of some cases of the document, over what they have as `key`."""
+    """The curves of some cases of the document over their `key`."""
     found, others = [], iter(OTHERS * 9)
     for name in variants_of(document):
         look = LOOKS.get(name) or next(others)
@@ -94,7 +94,7 @@ def curves(document: Document, cases: list[dict[str, Any]], what: str, key: str)
 
 
 def _spread(heights: list[float], lines: list[int]) -> list[float]:
-    """Middles of labels of so many lines moved apart, in their order, and back under the top of the panel."""
+    """Moves the middles of labels apart so that they do not overlap, keeping their order and the top of the panel."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
     for below, k in pairwise(order):
@@ -151,7 +151,7 @@ def _words(curve: Curve) -> str:
 
 
 def _label(axes: Axes, curve: Curve, end: tuple[float, float], height: float) -> None:
-    """In ink, because light colours are no text; the stroke to the curve's end has its colour."""
+    """The text is dark, because light colours are hard to read; the stroke to the curve's end has its colour."""
     line = {"arrowstyle": "-", "color": curve.look.colour, "lw": 1.2, "shrinkA": 1, "shrinkB": 5}
     axes.annotate(
         _words(curve),
@@ -184,7 +184,7 @@ def _panel(axes: Axes, found: list[Curve], what: str, options: Options, along: A
 
 
 def _footnote(document: Document, options: Options) -> str:
-    """The machine, and who is not in the picture at all."""
+    """The machine, and the variants that are not in the picture."""
     absent = []
     for name in variants_of(document):
         records = [c["variants"][name] for c in document["cases"] if name in c["variants"]]
@@ -230,7 +230,7 @@ def draw(document: Document, path: Path) -> Path:
 
 
 def publish(document: Document, folder: Path) -> None:
-    """What a finished run leaves: its JSON and PNG in `folder`, its table and both paths in the terminal."""
+    """Writes JSON and PNG of a finished run into `folder`; prints its table and both paths."""
     path = write(document, folder)
     print_table(document)
     print(path)

@@ -16,13 +16,13 @@ from .options import GEMM_BOUNDS, Options, label
 from .units import duration, size, span
 
 Document = dict[str, Any]
-GROWN = 1024  # under this N, what is constant hides how things grow
-BUSY = 0.2  # cores that others may use before times are doubtful
-NARROWEST = 124  # columns under which rich would cut numbers off
+GROWN = 1024  # below this N, constant costs hide the growth
+BUSY = 0.2  # cores that other processes may use before times are doubtful
+NARROWEST = 124  # with fewer columns rich would cut numbers off
 
 
 def stamp(document: Document) -> str:
-    """When it ran, as file names have it."""
+    """The time of a run, in the form of file names."""
     return document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
 
 
@@ -65,7 +65,7 @@ def percent(fraction: float) -> str:
 
 
 def growth(document: Document, variant: str, d: int) -> dict[str, float]:
-    """Exponents of N between the two largest sizes that ran: time and peak memory grow as N to these."""
+    """Exponents by which time and peak memory grow with N, between the two largest sizes that ran."""
     ran = [
         (c["n"], c["variants"][variant])
         for c in document["cases"]
@@ -81,7 +81,7 @@ def growth(document: Document, variant: str, d: int) -> dict[str, float]:
 
 
 def _live(case: dict[str, Any]) -> str:
-    """The share of negatives that mining keeps, of a loss that mines."""
+    """The share of negatives that mining keeps; empty for a loss without mining."""
     share = case["live_share_of_negatives"]
     return "" if share is None else percent(share)
 

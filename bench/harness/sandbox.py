@@ -1,4 +1,4 @@
-"""May this variant run at this size? Tried once in a child process, stopped at a limit; never fatal."""
+"""Tries a variant once at a size, in a child process that is stopped at a limit; a failure is never fatal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .worker import COMPILER_BYTES
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.02
 START_SECONDS = 180.0  # imports and data
-GRACE_SECONDS = 2.0  # the child times its step itself, and more exactly
+GRACE_SECONDS = 2.0  # the child times its own step, more exactly
 COMPILE_SECONDS = 300.0
 RESERVE = 2**28  # bytes that the machine must keep
 
@@ -51,13 +51,13 @@ class Attempt:
 
 def _environment() -> dict[str, str]:
     paths = [str(ROOT), os.getcwd(), os.environ.get("PYTHONPATH", "")]
-    # Workers that compile in parallel would be processes of their own, beyond this sandbox.
+    # Processes that compile in parallel would be outside this sandbox.
     one = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return {**os.environ, **one, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """What the child said, or None: libraries print things too."""
+    """An event that the child printed, or None: libraries print lines, too."""
     with contextlib.suppress(ValueError):
         said = json.loads(line)
         if isinstance(said, dict) and "event" in said:
@@ -66,7 +66,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """The child and its own children: it leads a session of its own."""
+    """Stops the child and its own children: it leads a session of its own."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -74,7 +74,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 class _Watch:
-    """The limits on one child, by the stage it says it is in."""
+    """The limits on one child, by the stage that it reports."""
 
     def __init__(self, case: Case, pid: int) -> None:
         self.options, self.pid = case.options, pid

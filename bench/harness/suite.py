@@ -24,7 +24,7 @@ from .worker import is_memory, reason
 
 Record = dict[str, Any]
 BASELINES = ("pytorch-metric-learning",)
-LASTING = ("over_memory", "over_time", "not_there")  # what does not get better at a larger size
+LASTING = ("over_memory", "over_time", "not_there")  # a larger size would end the same way
 
 
 def _at(case: Case) -> str:
@@ -78,7 +78,7 @@ def _steps(case: Case, batch: Batch, records: dict[str, Record]) -> dict[str, St
 
 
 def _difference(verdict: Verdict, case: Case, variant: str) -> Record:
-    """What to write down of a result that is not right: a baseline is timed where it is known why."""
+    """The record of a result that is not right. A baseline is still timed if the reason is known."""
     if variant in BASELINES and FAMILY[case.options.loss].differs:
         return {"differs": FAMILY[case.options.loss].differs}
     if variant in BASELINES and only_rounds(verdict, case, variant):
@@ -87,7 +87,7 @@ def _difference(verdict: Verdict, case: Case, variant: str) -> Record:
 
 
 def _check(steps: dict[str, Step], records: dict[str, Record], case: Case, batch: Batch, progress: Progress) -> None:
-    """Drops from `steps` what is wrong, and what cannot be checked."""
+    """Removes from `steps` the variants that are wrong or cannot be checked."""
     checked = [v for v in steps if v not in GEMM_BOUNDS]
     if not checked:
         return
@@ -146,7 +146,7 @@ def run_case(case: Case, earlier: dict[str, Record], progress: Progress) -> Reco
     for variant in names:
         records[variant] = _attempt(case, variant, earlier.get(variant), progress)
         progress.advance()
-    torch.compiler.reset()  # past a few shapes the compiler would fall back to eager without a word
+    torch.compiler.reset()  # after a few shapes the compiler would silently fall back to eager
     batch = make_batch(case)
     steps = _steps(case, batch, records)
     _check(steps, records, case, batch, progress)
@@ -167,7 +167,7 @@ def run_case(case: Case, earlier: dict[str, Record], progress: Progress) -> Reco
 
 
 def new_document(options: Options) -> Record:
-    """What becomes the JSON, before its first case."""
+    """The JSON document before its first case."""
     return {
         "what": "flashpair bench: one training step (forward and backward)",
         "units": "seconds; bytes; peak_extra: beyond inputs and gradient; process_peak: of the process "

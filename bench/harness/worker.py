@@ -1,4 +1,4 @@
-"""The child of sandbox.py: one variant, one size, one measured step in a fresh process. Speaks lines of JSON.
+"""The child of sandbox.py: one variant, one size, one measured step in a fresh process. It prints lines of JSON.
 
 python -m bench.harness.worker OPTIONS_JSON N D VARIANT
 """
@@ -28,7 +28,7 @@ def say(event: str, **values: Any) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The line of an error's message that says most, short enough for a table."""
+    """The most telling line of an error's message, cut to fit a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()] or lines or [""]
     return f"{type(error).__name__}: {telling[0]}"[:200]
@@ -74,7 +74,7 @@ def main() -> None:
     options, n, d, variant = sys.argv[1:]
     case = Case(Options.of(json.loads(options)), int(n), int(d))
     torch.set_num_threads(case.options.threads)
-    with contextlib.suppress(OSError):  # if the machine does run out, this process goes first
+    with contextlib.suppress(OSError):  # if the machine runs out of memory, this process is killed first
         Path("/proc/self/oom_score_adj").write_text("1000")
     say("ready")
     try:

@@ -1,8 +1,9 @@
 """What hard negative class mining is worth: `python -m bench class_mining` trains with random and with mined classes.
 
-Classes are made so that one knows the answer. In one world they come in groups, as breeds do: telling groups apart is
-easy, and two classes of a group differ in little; a random batch has few of one group. In the other no two are nearer
-than others. Recall@1 is of as many unseen classes of the same kind; nothing is timed: mining costs what embedding does.
+The classes are synthetic, so the answer is known. In one world they come in groups, as breeds do: groups differ much,
+and two classes of a group differ little. A random batch has few classes of one group. In the other world all classes
+are equally far apart. Recall@1 is measured on as many unseen classes of the same kind. Nothing is timed: the cost of
+mining is that of embedding the candidates.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..harness.arguments import RUNS, add_table
 KINDS = ("random", "max", "sum")
 WORLDS = {"groups of ten": (100, 10), "no groups": (1000, 1)}
 INPUTS, EMBEDDING = 64, 32
-WITHIN, FINE, NUISANCE = 0.15, 0.5, 0.5  # standard deviations: of a class, of classes in a group, of what says nothing
+WITHIN, FINE, NUISANCE = 0.15, 0.5, 0.5  # standard deviations: in a class, of classes in a group, of noise features
 
 
 class Samples(NamedTuple):
@@ -37,7 +38,7 @@ class Samples(NamedTuple):
 
 
 def world(groups: int, classes: int, each: int, seed: int) -> tuple[Samples, Samples]:
-    """What is trained on, and as much of other classes: `groups` of so many `classes`, of `each` samples."""
+    """Samples to train on, and as many of other classes to test: `groups` of `classes` with `each` samples."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

@@ -1,8 +1,8 @@
 """One table of every loss of the library, one training step each: `python -m bench family`.
 
-One case of suite.py for each row of family_cases.py: flashpair, its dense reference, pytorch-metric-learning's loss of
-the same kind and the GEMM bound, each tried in a process of its own, checked against float64, then timed by turns.
-`--million` is of the losses against class weights: 512 embeddings, a million classes, and the whole process's memory.
+It runs one case of suite.py for each row of family_cases.py: flashpair, its dense reference, pytorch-metric-learning's
+loss of the same kind, and the GEMM bound. Each is tried in a process of its own, checked against float64, then timed by
+turns. `--million` runs the losses against class weights: 512 embeddings, a million classes, the whole process's memory.
 `--table FILE.json` only prints the table.
 """
 
@@ -48,7 +48,7 @@ def run(
     progress: Progress,
     save: Callable[[Document], object] = lambda document: None,
 ) -> Document:
-    """As suite.run, of the first size and width, with a case for each of `losses`; `save` gets it after each."""
+    """As suite.run, for the first size and width, with a case for each loss; `save` gets the document after each."""
     document = suite.new_document(replace(options, loss="all"))
     kind = "classes" if all(FAMILY[loss].centres for loss in losses) else "family"
     document.update(kind=kind, losses=list(losses), num_classes=options.num_classes)

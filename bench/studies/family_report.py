@@ -11,7 +11,7 @@ from ..harness.units import duration, size
 
 OURS, REFERENCE, BASELINE = "flashpair", "reference", "pytorch-metric-learning"
 HEAD = ("loss", "time", "memory", "reference", "its memory", BASELINE, "its memory", "of the GEMM bound's speed")
-MANY = 1e4  # classes from which a process is mostly weights
+MANY = 1e4  # from so many classes on a process is mostly weights
 SHORT = {"wrong": "wrong", "not_there": "not there", "failed": "failed"}
 
 
@@ -20,7 +20,7 @@ def times(ratio: float) -> str:
 
 
 def _words(record: dict[str, Any]) -> str:
-    """Why there is no time."""
+    """The reason for a missing time."""
     return SHORT.get(record["status"], record["words"])
 
 
@@ -32,7 +32,7 @@ def _ours(record: dict[str, Any], key: str) -> tuple[str, str]:
 
 
 def _against(ours: dict[str, Any], theirs: dict[str, Any] | None, key: str, mark: str = "") -> tuple[str, str]:
-    """How many times ours the other's median and memory are; where ours has none, the other's own."""
+    """The other's median and memory as multiples of ours; if ours has none, in their own units."""
     if theirs is None:
         return "", ""
     if theirs["status"] != "ok":
@@ -45,7 +45,7 @@ def _against(ours: dict[str, Any], theirs: dict[str, Any] | None, key: str, mark
 
 
 def markdown(document: Document) -> str:
-    """One row a loss: ours, then how many times as much the others take."""
+    """One row for each loss: ours, then the others as multiples of ours."""
     options = Options.of(document["options"])
     whole = document["num_classes"] >= MANY and all(case["class_weights"] for case in document["cases"])
     key = "process_peak" if whole else "peak_extra"
@@ -73,7 +73,7 @@ def markdown(document: Document) -> str:
 
 
 def _later(document: Document) -> list[str]:
-    """Which rows are of another run, whose machine stands in the case."""
+    """A note on rows of another run; the case of such a row has its own machine."""
     dates: dict[str, list[str]] = {}
     for case in document["cases"]:
         if "machine" in case:
