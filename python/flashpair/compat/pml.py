@@ -111,7 +111,7 @@ def _library() -> Any:
         for part in ("losses", "miners", "distances", "reducers"):
             importlib.import_module(f"pytorch_metric_learning.{part}")
     if not library.__version__.startswith("2.9."):
-        raise ImportError(f"flashpair.compat.pml.fuse knows pytorch-metric-learning 2.9, got {library.__version__}")
+        raise ImportError(f"flashpair.compat.pml.fuse supports pytorch-metric-learning 2.9, got {library.__version__}")
     return library
 
 
@@ -120,7 +120,7 @@ def _switch(loss: Any, modules: Any) -> tuple[type, Switch]:
     for cls in type(loss).__mro__:
         if cls in classes:
             return cls, classes[cls]
-    advice = WRAPPERS.get(name(loss), f"known are {', '.join(SWITCHES)}")
+    advice = WRAPPERS.get(name(loss), f"it must be one of {', '.join(SWITCHES)}")
     raise TypeError(f"loss {name(loss)} cannot be fused: {advice}")
 
 
