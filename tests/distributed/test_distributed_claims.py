@@ -124,7 +124,9 @@ def test_labels_of_references_are_those_of_all_processes(team, references):
 
 def looks_at_references():
     x = torch.randn(4, D)
-    with pytest.raises(AttributeError, match=r"pairs\.y is not available for references in chunks, which are never all"):
+    with pytest.raises(
+        AttributeError, match=r"pairs\.y is not available for references in chunks, which are never all"
+    ):
         gather(LooksAtReferences())(x, torch.arange(4), ref_emb=x, ref_labels=torch.arange(4))
     return True
 

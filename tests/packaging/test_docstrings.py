@@ -37,6 +37,8 @@ NEEDS = {  # what an example imports that may be absent
     "clustering_scores": "sklearn",
     "confidence_interval": "scipy",
     "fuse": "pytorch_metric_learning",
+    "load": "sklearn",
+    "run": "optuna",
 }
 COMPILED = {"CrossBatchMemory", "StreamedReferences"}  # references in chunks are taken by compiled kernels alone
 SECTION = re.compile(r"^(Args|Attributes|Shape|Returns|Yields|Raises|Examples):\n", re.MULTILINE)

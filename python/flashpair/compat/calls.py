@@ -13,18 +13,18 @@ from torch import Tensor
 from ..core.similarity import dense_pairs, l2_normalize
 from ..miners.base import chunk
 
-Answer = bool | Tensor  # a tensor () of bool, which need not be there yet
+Answer = bool | Tensor  # a tensor () of bool, which a GPU may still be computing
 
 
 @dataclass(eq=False)
 class Call:
-    """What a fused criterion was called with, and its loss.
+    """The arguments of a fused criterion's call, and its loss.
 
     Args:
         y, ref_labels: the references; None where the batch is compared with itself.
-        dtype: in which the library would compute.
-        numbers: of the library's loss, those that corners depend on.
-        same: ref_emb is the very tensor embeddings, ref_labels the very tensor labels.
+        dtype: the one in which the library would compute.
+        numbers: the hyper-parameters of the library's loss that corner cases depend on.
+        same: whether ref_emb is the tensor embeddings, and whether ref_labels is the tensor labels.
     """
 
     criterion: Any
@@ -58,7 +58,7 @@ class Call:
         return self.own if self.y is None else self.rows(self.y)
 
     def reach(self) -> float | Tensor:
-        """What no dot product exceeds."""
+        """An upper bound on every dot product."""
         if self.criterion.normalize:
             return 1.0
         return _longest(self.x) * (_longest(self.x) if self.y is None else _longest(self.y))

@@ -1,10 +1,9 @@
-"""The floor: the bare matrix products that a loss of all pairs cannot do without, by torch.mm.
+"""The GEMM bound: the bare matrix products that a loss of all pairs cannot do without, by torch.mm.
 
-Three products of 2 N M D flop each: similarities S = X Y^T, then S Y, then S^T X, as forward and a backward
-that keeps S need. References without gradient need no S^T X, but a backward that does not keep S computes
-it again: three as well; two is what one that keeps S would do. All outputs are allocated beforehand, so
-that no page fault is counted. That S of a batch against itself is symmetric is not used: to be faster than
-the floor is possible.
+It is three products of 2 N M D flop each: similarities S = X Y^T, then S Y, then S^T X. Forward and a backward that
+keeps S need these. References without gradient need no S^T X, but a backward that does not keep S computes it again,
+which also makes three; a backward that keeps S needs two. All outputs are allocated beforehand, so that no page fault
+is counted. The bound does not use that S of a batch against itself is symmetric, so code that does can be faster.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from typing import Any
 import torch
 
 from .cases import Batch, Case
-from .options import FLOOR
+from .options import GEMM_BOUND
 
-WHOLE = 2**28  # entries of S up to which it is stored whole
+WHOLE = 2**28  # up to so many entries S is stored whole
 BLOCK_ROWS = 2048
 SLOWEST = 1e9  # flop per second
 
 
-def floor_products(case: Case, variant: str) -> int:
-    """How many products a floor has: of a forward pass one, of a step three, or the two of one that keeps S."""
-    return 1 if not case.options.backward else 3 if variant == FLOOR else 2
+def bound_products(case: Case, variant: str) -> int:
+    """How many products a bound has: one of a forward pass, three of a step, two of a step that keeps S."""
+    return 1 if not case.options.backward else 3 if variant == GEMM_BOUND else 2
 
 
 def products(case: Case, count: int = 3) -> list[str]:
@@ -41,7 +40,7 @@ def block_rows(case: Case) -> int:
 
 
 def is_small(case: Case) -> bool:
-    """Surely within the limits of a run, so that no process need try: at a rate that any machine reaches."""
+    """Whether a case is certainly within the limits on any machine, so that no attempt is needed."""
     rows, cols = case.pairs_shape
     entries = block_rows(case) * cols + 4 * (rows + cols) * case.d
     fits = entries * case.compute_dtype.itemsize < case.options.memory_limit
@@ -49,7 +48,7 @@ def is_small(case: Case) -> bool:
 
 
 def describe(case: Case, count: int = 3) -> dict[str, Any]:
-    """What was counted, for the JSON."""
+    """The products of the bound, for the JSON."""
     rows, cols = case.pairs_shape
     names = products(case, count)
     return {
@@ -63,7 +62,7 @@ def describe(case: Case, count: int = 3) -> dict[str, Any]:
     }
 
 
-def make_floor(case: Case, batch: Batch, count: int = 3) -> Callable[[], None]:
+def make_gemm_bound(case: Case, batch: Batch, count: int = 3) -> Callable[[], None]:
     rows, cols = case.pairs_shape
     x = batch.x.detach()[:rows].to(case.compute_dtype)
     if case.centres:

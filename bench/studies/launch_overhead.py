@@ -1,7 +1,8 @@
-"""What a call of `onchip` costs the host beyond the launch: `python -m bench host`. Needs no GPU.
+"""What a call of `onchip` costs the CPU beside the launch: `python -m bench launch_overhead`. Needs no GPU.
 
-The launch is replaced by nothing, on CPU tensors; beside it torch's own part of that, an autograd.Function that does
-nothing but hand on a gradient. On a GPU, backward begins on another thread, which both would pay for.
+The launch is replaced by a function that does nothing, on CPU tensors. An autograd.Function that only passes on a
+gradient
+is timed beside it: that is torch's own part. On a GPU, backward runs on another thread, which adds the same to both.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def measure(calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    argparse.ArgumentParser(prog="python -m bench host", description=__doc__.split("\n")[0]).parse_args(arguments)
+    argparse.ArgumentParser(prog="python -m bench launch_overhead", description=__doc__.split("\n")[0]).parse_args(
+        arguments
+    )
     torch.set_num_threads(1)
     for name, microseconds in measure().items():
         print(f"{name}: {microseconds:.0f} µs")

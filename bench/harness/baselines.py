@@ -12,15 +12,15 @@ from .cases import Case
 
 
 class NotThere(Exception):
-    """This variant does not have this loss, or not on this machine; the message says why."""
+    """A variant does not have this loss, or cannot run on this machine; the message says why."""
 
 
-class PeerLoss:
-    """Loss and miner in one call. Of class losses it has flashpair's weights, and `as_ours` of their gradient.
+class BaselineLoss:
+    """Loss and miner in one call. Class losses start from flashpair's weights; `as_ours` converts their gradient.
 
     Args:
-        function: of embeddings, labels, mined indices, references and their labels.
-        miner: None, or what mines the indices.
+        function: the loss, of embeddings, labels, mined indices, references and their labels.
+        miner: None, or the miner of the indices.
         ours: None, or flashpair's weights (C, D) or (C, K, D).
     """
 
@@ -47,10 +47,10 @@ class PeerLoss:
 PROXIES = ("ProxyNCALoss", "ProxyAnchorLoss")  # the other losses keep a class's weights in a column
 
 
-def make_peer(case: Case) -> PeerLoss:
+def make_baseline(case: Case) -> BaselineLoss:
     """Raises NotThere."""
     family = FAMILY[case.options.loss]
-    if family.peer is None:
+    if family.baseline is None:
         raise NotThere("it has no loss of this formula")
     if case.options.loss == "n_pairs" and not case.square:
         raise NotThere("its NPairsLoss takes no references")
@@ -60,10 +60,10 @@ def make_peer(case: Case) -> PeerLoss:
     except ImportError as error:
         raise NotThere(f"pytorch-metric-learning is not installed: {error}") from error
     sized = (case.options.num_classes, case.d) if family.centres else ()
-    made = family.peer(package, *sized)
+    made = family.baseline(package, *sized)
     function, miner = made if isinstance(made, tuple) else (made, None)
     ours = None
     if family.centres:
         ours = family.build("reference", *sized, seed=case.options.seed).weight.to(case.options.torch_dtype)
         function = function.to(case.options.device)
-    return PeerLoss(function, miner, ours)
+    return BaselineLoss(function, miner, ours)

@@ -1,9 +1,8 @@
-"""Bytes that a process of a group sends, counted where flashpair.distributed hands them to torch.distributed, and the
-pairs that it meets.
+"""Counts the traffic of one process: the bytes that flashpair.distributed passes to torch.distributed, and the pairs.
 
-Of a collective, what its bandwidth-optimal algorithm sends: of an all-gather of B bytes from each of W processes
-(W - 1) B, of a reduce-scatter of B bytes to each as many, of an all-reduce of B bytes 2 (W - 1) / W B. (gloo, on CPUs,
-may send more: its reduce-scatter is an all-reduce.)
+A collective counts as what its bandwidth-optimal algorithm sends. With W processes, an all-gather of B bytes from each
+sends (W - 1) B, a reduce-scatter of B bytes to each sends the same, and an all-reduce of B bytes sends 2 (W - 1) / W B.
+(gloo, on CPUs, may send more: its reduce-scatter is an all-reduce.)
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from flashpair.core.problem import Problem
 from flashpair.distributed.collectives import RING, Ranks
 
 
-class Sent:
-    """Bytes by what they were: all_gather, reduce_scatter, all_reduce; ring, home: from one process to another.
+class Traffic:
+    """Bytes by kind: all_gather, reduce_scatter, all_reduce, and between two processes ring and home (sent back).
 
-    Of chunks, how many there were, and the pairs of their anchors and references, one that serves both its ends once.
+    Also the number of chunks, and of their pairs. A pair that serves both its ends counts once.
     """
 
     def __init__(self) -> None:
@@ -42,41 +41,41 @@ class Sent:
             "by_kind": self.bytes,
             "calls": self.calls,
             "pairs": self.pairs,
-            "pieces": self.chunks,
+            "chunks": self.chunks,
         }
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[Sent]:
-    """Counts while it is open, of this process."""
-    sent = Sent()
+def counted() -> Iterator[Traffic]:
+    """Counts this process's traffic while it is open."""
+    traffic = Traffic()
     gathered, scatter_sum, total, most, exchange = (
         Ranks._gathered, Ranks.scatter_sum, Ranks.sum, Ranks.max, Ranks.exchange,
     )  # fmt: skip
 
     def gather(self: Ranks, mine: Tensor) -> list[Tensor]:
-        sent.add("all_gather", (self.world - 1) * mine.nbytes)
+        traffic.add("all_gather", (self.world - 1) * mine.nbytes)
         return gathered(self, mine)
 
     def scatter(self: Ranks, rows: Tensor, size: int) -> Tensor:
-        sent.add("reduce_scatter", (self.world - 1) * rows[0].nbytes)
+        traffic.add("reduce_scatter", (self.world - 1) * rows[0].nbytes)
         return scatter_sum(self, rows, size)
 
     def reduce(of: Any) -> Any:
         def run(self: Ranks, values: Tensor) -> Tensor:
-            sent.add("all_reduce", 2 * (self.world - 1) / self.world * values.nbytes)
+            traffic.add("all_reduce", 2 * (self.world - 1) / self.world * values.nbytes)
             return of(self, values)
 
         return run
 
     def hand(self: Ranks, out: Tensor, to: int, into: Tensor, source: int, tag: int) -> Any:
-        sent.add("ring" if tag == RING else "home", out.nbytes)
+        traffic.add("ring" if tag == RING else "home", out.nbytes)
         return exchange(self, out, to, into, source, tag)
 
     def met(way: str, of: Any) -> Any:
         def run(self: ChunkedCall, p: Problem, *rest: Any) -> Any:
-            sent.chunks[way] += 1
-            sent.pairs[way] += p.pairs / (2 if p.y is None else 1)
+            traffic.chunks[way] += 1
+            traffic.pairs[way] += p.pairs / (2 if p.y is None else 1)
             return of(self, p, *rest)
 
         return run
@@ -88,12 +87,12 @@ def counted() -> Iterator[Sent]:
         ),
         mock.patch.multiple(ChunkedCall, **passes),
     ):
-        yield sent
+        yield traffic
 
 
-# Of each pass of a loss over the references, forward and backward: how many numbers of an anchor go along with its row,
-# and how many are found for it elsewhere and come home. Multi-Similarity's windows are vectors; of NT-Xent the first
-# logsumexp is the second pass's offset, whose gradient comes home. A logsumexp is three numbers: schedule.tops.
+# For each pass of a loss over the references, forward and backward: how many numbers of an anchor are sent with its
+# row, and how many other processes compute for it and send back. Multi-Similarity's windows are vectors. In NT-Xent the
+# first logsumexp is the second pass's offset, whose gradient is sent back. A logsumexp is three numbers.
 PASSES = {
     "ms": (((0, 1), (2, 4), (1, 3)), ((10, 0),)),
     "ms_weighting": (((0, 6),), ((8, 0),)),
@@ -102,8 +101,8 @@ PASSES = {
 
 
 def formula(schedule: str, loss: str, world: int, n: int, d: int, itemsize: int) -> float:
-    """The bytes that docs/scaling.md says a process of `world` sends of a batch of n rows each; labels included, of
-    single numbers only few bytes are left out."""
+    """The traffic of one of `world` processes with n rows each by docs/scaling.md, labels included. It leaves out only
+    single numbers, a few bytes."""
     forward, backward = PASSES[loss]
     apart, steps = (world - 1) / 2, world // 2
     row, number, labels = n * d * itemsize, n * itemsize, (world - 1) * n * 8

@@ -1,6 +1,6 @@
-"""The child of guard.py: one variant, one size, one measured step in a fresh process. Speaks lines of JSON.
+"""The child of sandbox.py: one variant, one size, one measured step in a fresh process. It prints lines of JSON.
 
-python -m bench.harness.probe OPTIONS_JSON N D VARIANT
+python -m bench.harness.worker OPTIONS_JSON N D VARIANT
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from . import memory
 from .cases import Case, make_batch
-from .options import FLOORS, GB, Options
+from .options import GB, GEMM_BOUNDS, Options
 from .variants import NotThere, TrainingStep, make_step
 
 TINY = 64
@@ -28,7 +28,7 @@ def say(event: str, **values: Any) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """The line of an error's message that says most, short enough for a table."""
+    """The most telling line of an error's message, cut to fit a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower()] or lines or [""]
     return f"{type(error).__name__}: {telling[0]}"[:200]
@@ -41,7 +41,7 @@ def is_memory(error: BaseException) -> bool:
     )
 
 
-def probe(case: Case, variant: str) -> None:
+def attempt(case: Case, variant: str) -> None:
     compiles = variant.startswith("compiled")
     if not compiles:  # load libraries and start threads before anything is counted
         ref = None if case.square else min(case.m, TINY)
@@ -64,7 +64,7 @@ def probe(case: Case, variant: str) -> None:
     peak = memory.peak_of(step)
     gradient = step.gradient_bytes() if isinstance(step, TrainingStep) else 0
     inputs = sum(t.nbytes for t in batch if t is not None)
-    extra = None if variant in FLOORS else max(0, peak.extra - gradient)
+    extra = None if variant in GEMM_BOUNDS else max(0, peak.extra - gradient)
     highest = memory.status_bytes("VmHWM") if peak.method == "VmHWM" else None
     found = {"method": peak.method, "gradient": gradient, "inputs": inputs, "highest": highest}
     say("done", extra=extra, seconds=peak.seconds, **found)
@@ -74,11 +74,11 @@ def main() -> None:
     options, n, d, variant = sys.argv[1:]
     case = Case(Options.of(json.loads(options)), int(n), int(d))
     torch.set_num_threads(case.options.threads)
-    with contextlib.suppress(OSError):  # if the machine does run out, this process goes first
+    with contextlib.suppress(OSError):  # if the machine runs out of memory, this process is killed first
         Path("/proc/self/oom_score_adj").write_text("1000")
     say("ready")
     try:
-        probe(case, variant)
+        attempt(case, variant)
     except NotThere as error:
         say("not_there", why=str(error))
     except Exception as error:

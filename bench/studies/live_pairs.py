@@ -1,8 +1,8 @@
-"""What a step of mined Multi-Similarity costs over the share of pairs that mining leaves: `python -m bench live`.
+"""What a step of mined Multi-Similarity costs over the share of pairs that mining leaves: `python -m bench live_pairs`.
 
-One case of suite.py for each share: `trained` data of cases.py, whose noise is found by bisection, and as the last case
-random data. What a variant of ONCE costs hangs so little on the share that it is measured at the two ends only, which
-show how little. `python -m bench --plot FILE.json` and `--table FILE.json` take the JSON of this, too.
+Each share is one case of suite.py: `trained` data of cases.py, whose noise is found by bisection. The last case is
+random data. The time of a variant of ONCE hardly depends on the share, so it is measured at the two ends only.
+`python -m bench step --plot FILE.json` draws the JSON of this, too.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..harness import plot, report, suite
-from ..harness.arguments import add_batches, add_common, options_of
+from ..harness.arguments import add_batches, add_common, add_table, options_of
 from ..harness.cases import Case, live_share, make_batch
-from ..harness.options import FLOOR, Options
+from ..harness.options import GEMM_BOUND, Options
 from ..harness.progress import Progress
 from ..harness.report import Document, percent
 
 SHARES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3)
 ONCE = ("pytorch-metric-learning",)
-VARIANTS = ("flashpair", "flashpair-tiled", *ONCE, FLOOR)
+VARIANTS = ("flashpair", "flashpair-tiled", *ONCE, GEMM_BOUND)
 INTRINSIC = 32  # with 8, as elsewhere, centres alone are near enough to leave 0.05 % of the pairs
 NOISES = (0.01, 100.0)
 HALVINGS = 40
@@ -67,7 +67,7 @@ def run(
     """As suite.run, with `shares` (ascending) beside the options, and each case's data, noise and share asked for."""
     points = cases(options, shares)
     document = suite.new_document(options)
-    document.update(kind="live", shares=list(shares))
+    document.update(kind="live_pairs", shares=list(shares))
     progress.start(sum(2 * len(case.options.variants) for _, case in points))
     earlier: dict[str, suite.Record] = {}
     before = (0, 0)
@@ -94,17 +94,21 @@ def percents(text: str) -> tuple[float, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench live", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="python -m bench live_pairs", description=__doc__.split("\n")[0])
     default = Options(1, 1, data="trained", intrinsic=INTRINSIC, sizes=(8192,), variants=VARIANTS)
     add_batches(p, default)
     p.add_argument("--shares", type=percents, default=SHARES, metavar="%,%", help="of live pairs (0.001 to 30)")
     add_common(p, default)
+    add_table(p)
     return p
 
 
 def main(arguments: list[str] | None = None) -> None:
     p = parser()
     given = vars(p.parse_args(arguments))
+    if given["table"]:
+        print(report.markdown(report.read(given["table"])))
+        return
     options = options_of(p, {**given, "data": "trained", "intrinsic": INTRINSIC})
     with Progress() as progress:
         try:

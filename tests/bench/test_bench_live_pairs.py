@@ -10,26 +10,28 @@ import pytest
 import torch
 from conftest import needs_extension
 
-from bench.harness import guard, variants
+from bench.harness import sandbox, variants
 from bench.harness.cases import Case, live_share, make_batch
 from bench.harness.options import Options
 from bench.harness.progress import Progress
-from bench.studies import live, training, training_data
+from bench.studies import live_pairs, training, training_data
 from bench.studies import step as bench
 from flashpair.tools.check import batch as make_any_batch
 
-OPTIONS = Options(memory_limit=10**9, threads=1, repeats=1, warmup=0, data="trained", intrinsic=live.INTRINSIC)
+OPTIONS = Options(memory_limit=10**9, threads=1, repeats=1, warmup=0, data="trained", intrinsic=live_pairs.INTRINSIC)
 
 
 @pytest.fixture
-def probed(monkeypatch):
-    """Every variant passes the guard without a process of its own; who asked, and with which data.
+def unguarded(monkeypatch):
+    """Every variant passes the sandbox without a process of its own; who asked, and with which data.
 
     A main() that sets torch's threads and the environment leaves neither behind.
     """
     asked, threads = [], torch.get_num_threads()
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    monkeypatch.setattr(guard, "probe", lambda case, v: asked.append((case, v)) or guard.Probed("ok", seconds=0.0))
+    monkeypatch.setattr(
+        sandbox, "attempt", lambda case, v: asked.append((case, v)) or sandbox.Attempt("ok", seconds=0.0)
+    )
     yield asked
     torch.set_num_threads(threads)
 
@@ -60,16 +62,16 @@ def brute_live_share(x, labels, epsilon=0.1):
 
 @pytest.mark.parametrize("share", [1e-3, 0.02, 0.3])
 def test_noise_is_found_for_a_share(share):
-    case = live.find_noise(Case(OPTIONS, 512, 32), share)
+    case = live_pairs.find_noise(Case(OPTIONS, 512, 32), share)
     batch = make_batch(case)
     found = brute_live_share(batch.x.detach(), batch.labels)
-    assert found == pytest.approx(share, rel=live.NEAR)
+    assert found == pytest.approx(share, rel=live_pairs.NEAR)
     assert found == pytest.approx(live_share(batch), rel=0.02)
 
 
 def test_a_share_that_no_noise_leaves_is_refused():
     with pytest.raises(ValueError, match=r"no noise leaves 0\.0001 % of the pairs of N = 64"):
-        live.find_noise(Case(OPTIONS, 64, 16), 1e-6)
+        live_pairs.find_noise(Case(OPTIONS, 64, 16), 1e-6)
 
 
 def test_trained_data_is_what_it_was():
@@ -82,11 +84,11 @@ def test_trained_data_is_what_it_was():
 
 
 @needs_extension
-def test_live_end_to_end(tmp_path, probed, capsys):
-    peers = "flashpair,flashpair-screened,pml,floor"
-    size = ["--sizes", "256", "--dims", "32", "--shares", "0.5,2,20", "--variants", peers]
-    live.main([*size, "--repeats", "2", "--threads", "1", "--out", str(tmp_path)])
-    (path,) = tmp_path.glob("ms-live-float32-*.json")
+def test_live_end_to_end(tmp_path, unguarded, capsys):
+    baselines = "flashpair,flashpair-screened,pml,gemm_bound"
+    size = ["--sizes", "256", "--dims", "32", "--shares", "0.5,2,20", "--variants", baselines]
+    live_pairs.main([*size, "--repeats", "2", "--threads", "1", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("ms-live_pairs-float32-*.json")
     document = json.loads(path.read_text())
     assert document["shares"] == [0.005, 0.02, 0.2]
     assert {"cpu", "cores", "torch", "instruction_set", "date"} <= set(document["machine"])
@@ -94,7 +96,7 @@ def test_live_end_to_end(tmp_path, probed, capsys):
     assert [c["share_asked_for"] for c in cases] == [0.005, 0.02, 0.2, None]
     assert [c["data"] for c in cases] == ["trained"] * 3 + ["random"]
     for case in cases[:3]:
-        assert case["live_share_of_negatives"] == pytest.approx(case["share_asked_for"], rel=live.NEAR)
+        assert case["live_share_of_negatives"] == pytest.approx(case["share_asked_for"], rel=live_pairs.NEAR)
     noises = [c["noise"] for c in cases]
     assert noises[0] < noises[1] < noises[2]
     assert noises[3] is None
@@ -104,22 +106,22 @@ def test_live_end_to_end(tmp_path, probed, capsys):
             assert case["variants"][variant]["check"]["checked_n"] == 256
             assert len(case["variants"][variant]["seconds"]["samples"]) == 2
         assert ("pytorch-metric-learning" in case["variants"]) == (k in (0, 3))
-    tried = {(case.options.data, case.options.noise) for case, _ in probed}
+    tried = {(case.options.data, case.options.noise) for case, _ in unguarded}
     assert len(tried) == 4  # each share's own data is what is tried, checked and timed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     bench.main(["--table", str(path)])
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0] == "| N | live | flashpair | flashpair-screened | pytorch-metric-learning | floor |"
+    assert rows[0] == "| N | live pairs | flashpair | flashpair-screened | pytorch-metric-learning | GEMM bound |"
     assert [row.split("|")[2].strip() for row in rows[2:6]] == [
-        live.percent(c["live_share_of_negatives"]) for c in cases
+        live_pairs.percent(c["live_share_of_negatives"]) for c in cases
     ]
 
 
-def test_wrong_is_not_timed_in_a_sweep(monkeypatch, probed):
+def test_wrong_is_not_timed_in_a_sweep(monkeypatch, unguarded):
     monkeypatch.setitem(variants.REGISTRY, "flashpair", steep)
     options = Options.of({**vars(OPTIONS), "sizes": (128,), "dims": (16,), "variants": ("flashpair", "reference")})
-    for case in live.run(options, (0.02,), Progress())["cases"]:
+    for case in live_pairs.run(options, (0.02,), Progress())["cases"]:
         assert case["variants"]["flashpair"]["status"] == "wrong"
         assert "seconds" not in case["variants"]["flashpair"]
         assert case["variants"]["reference"]["status"] == "ok"
@@ -149,7 +151,7 @@ def test_over_the_run_is_the_area_under_the_points():
 
 
 @needs_extension
-def test_training_end_to_end(tmp_path, probed):
+def test_training_end_to_end(tmp_path, unguarded):
     training.main(
         ["--steps", "12", "--logged", "3", "--batch", "256", "--threads", "1", "--repeats", "2", "--out", str(tmp_path)]
     )
@@ -168,8 +170,8 @@ def test_training_end_to_end(tmp_path, probed):
                 assert check["checked_n"] == run["n"]
                 assert len(point["seconds"][variant]["samples"]) == 2
             assert 0 < point["live_share"] <= 1
-        assert training.PEER in points[0]["seconds"]
-        assert training.PEER in points[-1]["seconds"]
+        assert training.BASELINE in points[0]["seconds"]
+        assert training.BASELINE in points[-1]["seconds"]
         assert all(run["run_seconds"][v] > 0 for v in run["run_seconds"])
     synthetic = document["runs"]["synthetic"]
     assert synthetic["points"][-1]["live_share"] < synthetic["points"][0]["live_share"] / 2
@@ -179,7 +181,7 @@ def test_training_end_to_end(tmp_path, probed):
 
 
 @pytest.mark.parametrize("variant", training.OURS)
-def test_a_wrong_gradient_stops_the_training(variant, monkeypatch, probed):
+def test_a_wrong_gradient_stops_the_training(variant, monkeypatch, unguarded):
     monkeypatch.setitem(variants.REGISTRY, variant, steep)
     with pytest.raises(training.Wrong, match=f"{variant}: wrong: gradient off"):
         training.run(training_data.synthetic(64, 0), 4, 2, OPTIONS, Progress())
