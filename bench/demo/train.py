@@ -83,7 +83,7 @@ SETTINGS = (
 
 def implementation() -> str:
     """What ``impl="auto"`` is on this machine's CPU."""
-    return dispatch.choose("auto", torch.empty(1, 1), None)
+    return dispatch.route_pairs("auto", torch.empty(1, 1), None).backend
 
 
 @contextmanager

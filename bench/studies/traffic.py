@@ -49,8 +49,8 @@ class Traffic:
 def counted() -> Iterator[Traffic]:
     """Counts this process's traffic while it is open."""
     traffic = Traffic()
-    gathered, scatter_sum, total, most, exchange = (
-        Ranks._gathered, Ranks.scatter_sum, Ranks.sum, Ranks.max, Ranks.exchange,
+    gathered, reduce_scatter, total, most, sendrecv = (
+        Ranks._gathered, Ranks.reduce_scatter, Ranks.sum, Ranks.max, Ranks.sendrecv,
     )  # fmt: skip
 
     def gather(self: Ranks, mine: Tensor) -> list[Tensor]:
@@ -59,7 +59,7 @@ def counted() -> Iterator[Traffic]:
 
     def scatter(self: Ranks, rows: Tensor, size: int) -> Tensor:
         traffic.add("reduce_scatter", (self.world - 1) * rows[0].nbytes)
-        return scatter_sum(self, rows, size)
+        return reduce_scatter(self, rows, size)
 
     def reduce(of: Any) -> Any:
         def run(self: Ranks, values: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def counted() -> Iterator[Traffic]:
 
     def hand(self: Ranks, out: Tensor, to: int, into: Tensor, source: int, tag: int) -> Any:
         traffic.add("ring" if tag == RING else "home", out.nbytes)
-        return exchange(self, out, to, into, source, tag)
+        return sendrecv(self, out, to, into, source, tag)
 
     def met(way: str, of: Any) -> Any:
         def run(self: ChunkedCall, p: Problem, *rest: Any) -> Any:
@@ -83,7 +83,7 @@ def counted() -> Iterator[Traffic]:
     passes = {"forward": met("forward", ChunkedCall.forward), "backward": met("backward", ChunkedCall.backward)}
     with (
         mock.patch.multiple(
-            Ranks, _gathered=gather, scatter_sum=scatter, sum=reduce(total), max=reduce(most), exchange=hand
+            Ranks, _gathered=gather, reduce_scatter=scatter, sum=reduce(total), max=reduce(most), sendrecv=hand
         ),
         mock.patch.multiple(ChunkedCall, **passes),
     ):

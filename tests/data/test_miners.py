@@ -11,7 +11,7 @@ from miner_cases import TRIPLET_KINDS, listed, with_references
 
 import flashpair
 from flashpair import Bound, Reduction, miners
-from flashpair.core.similarity import dense_pairs
+from flashpair.core.similarity import dense_pairs, l2_normalize
 
 ORACLE = golden.load()
 MINED = {name: found for name, found in ORACLE["mining"].items() if name in ORACLE["batches"]}

@@ -187,7 +187,7 @@ def test_soft_triple_of_large_logits_with_ties(size):
 
 @needs_extension
 def test_second_derivatives_through_several_blocks(monkeypatch):
-    monkeypatch.setattr("flashpair.engine.pairs.PLACES", 1)
+    monkeypatch.setattr("flashpair.core.pairs.PLACES", 1)
     x, labels = batch(12, 3, 6, torch.float64)
     assert torch.autograd.gradgradcheck(
         lambda x: flashpair.TripletMarginLoss(2.0, smooth=True, reduction="sum", impl="tiled")(x, labels),

@@ -79,8 +79,8 @@ def test_without_max_positives_a_whole_graph_is_refused_and_a_broken_one_is_righ
 @pytest.mark.parametrize("name", WANTS_MAX_POSITIVES)
 def test_positives_of_several_blocks(name, refs, monkeypatch):
     """Rows of one class have more positives, and steps, than losses take at a time."""
-    monkeypatch.setattr("flashpair.engine.pairs.PLACES", 3)
-    monkeypatch.setattr("flashpair.engine.pairs.STEPS", 2)
+    monkeypatch.setattr("flashpair.core.pairs.PLACES", 3)
+    monkeypatch.setattr("flashpair.core.pairs.STEPS", 2)
     criterion, reference = (made(name, 8, impl=impl) for impl in ("tiled", "reference"))
     n = 10
     (x, labels), (y, ref_labels) = (batch(2 * n + 5 * k, 8, n, torch.float64, seed=k) for k in (0, 1))

@@ -242,7 +242,7 @@ def test_rows_of_references_in_pieces_are_not_to_be_had(attribute):
 
     for way in (against_memory, against_stream):
         with pytest.raises(
-            RuntimeError, match=r"never all in memory at once: pairs\.y and pairs\.refs are not available"
+            AttributeError, match=rf"pairs\.{attribute} is not available for references in chunks"
         ):
             way(own(rows), *batch())
 

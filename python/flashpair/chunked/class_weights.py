@@ -7,7 +7,7 @@ beside the weights and their gradient nothing grows with their number.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -211,8 +211,7 @@ class _ClassReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: _ClassCall, x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        call, found = job.call, list[Tensor]()
-        kept: Sequence[Tensor] = ()
+        call, found, kept = job.call, [], []  # type: ignore[var-annotated]
         for chunk in _chunks(x, labels, weight, job.proxies):
             values, *kept = row_reduce_op.forward(chunk.problem, call, Operands(scale, call.scales, []), False)
             if job.proxies or not found:

@@ -84,7 +84,8 @@ def compile_call(reductions: Sequence[Reduction], distance: str, backend: str) -
 
 
 def _compile(constants: tuple[_Constants, ...], distance: str, backend: str) -> Call:
-    terms, vectors = list[Term](), list[int]()
+    terms: list[Term] = []
+    vectors: list[int] = []
     for k, c in enumerate(constants):
         slots = []
         for role, there in enumerate((*c.vectors, c.lower[2], c.upper[2])):

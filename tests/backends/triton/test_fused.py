@@ -24,6 +24,7 @@ from interpreted_kernels import both, compare, every_tile, interpreted_alone
 
 import flashpair
 from flashpair import Reduction, row_reduce
+from flashpair.core.class_pairs import ClassPairs
 from flashpair.engine.dispatch import interpreted
 
 pytest.importorskip("triton")
