@@ -42,8 +42,8 @@ def full(criterion: flashpair.Criterion, size: int) -> flashpair.CrossBatchMemor
     for first in range(0, size, 65536):
         x, labels = embeddings(min(65536, size - first), generator)
         labels, order = torch.sort(labels)
-        memory.queue.make_place(len(labels))
-        memory.queue.enter(normalize(x)[order], labels, order)
+        memory.queue.evict(len(labels))
+        memory.queue.append(normalize(x)[order], labels, order)
     return memory
 
 

@@ -192,7 +192,7 @@ def test_a_memory_of_another_dtype_rounds_what_it_holds():
 
 @pytest.mark.parametrize("name", ["MultiSimilarityLoss", "NTXentLoss", "TripletMarginLoss(triplets='hard')"])
 def test_fused(name, monkeypatch):
-    monkeypatch.setattr(queue, "SEGMENT", 16)
+    monkeypatch.setattr(queue, "RUN_ROWS", 16)
     memory, oracle = both(CRITERIA[name], impl="fused")
     for x, labels in batches((9, 9, 9, 9)):
         for f, t in zip(step(memory, x, labels), step(oracle, x, labels), strict=True):

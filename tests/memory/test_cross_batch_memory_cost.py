@@ -25,7 +25,7 @@ TIGHT += ["BinomialDevianceLoss(epsilon=0.1)", "ContrastiveLoss"]
 def test_screened_where_few_pairs_live(name, listed, monkeypatch):
     """Classes so tight that most pairs are dead: what lives is listed in forward and looked up in backward."""
     screen_everything(monkeypatch)
-    monkeypatch.setattr(queue, "SEGMENT", 300)
+    monkeypatch.setattr(queue, "RUN_ROWS", 300)
     monkeypatch.setattr(pieces, "LIVE_PAIRS_PER_ROW", listed)
     memory = CrossBatchMemory(CRITERIA[name](), 32, 700, dtype=torch.float64)
     oracle = Oracle(memory.criterion, 700, 32)
@@ -55,23 +55,23 @@ def test_a_named_schedule_is_not_screened(monkeypatch):
 
 def test_segments_that_stay_are_rounded_once(monkeypatch):
     screen_everything(monkeypatch)
-    monkeypatch.setattr(queue, "SEGMENT", 50)
+    monkeypatch.setattr(queue, "RUN_ROWS", 50)
     memory, kept = CrossBatchMemory(flashpair.MultiSimilarityLoss(), D, 400), []
     for x, labels in batches((20,) * 30, dtype=torch.float32):
         memory(x, labels)
-        kept.append([rounded(s.rows) for s in memory.queue.segments])
+        kept.append([rounded(s.rows) for s in memory.queue.runs])
     same = [a is b and len(a) == 1 for a, b in zip(kept[-1], kept[-2], strict=True)]
     assert sum(same) >= 6
 
 
 def test_what_a_batch_makes_anew_is_bounded_by_segments(monkeypatch):
     """However many segments there are, at most those that it meets at either end."""
-    monkeypatch.setattr(queue, "SEGMENT", 50)
+    monkeypatch.setattr(queue, "RUN_ROWS", 50)
     memory = CrossBatchMemory(flashpair.NTXentLoss(), D, 1000)
     for k, (x, labels) in enumerate(batches((30,) * 80, dtype=torch.float32)):
-        before = [s.rows.data_ptr() for s in memory.queue.segments]
+        before = [s.rows.data_ptr() for s in memory.queue.runs]
         memory(x, labels)
-        after = [s.rows.data_ptr() for s in memory.queue.segments]
+        after = [s.rows.data_ptr() for s in memory.queue.runs]
         assert sum(a != b for a, b in zip(after, before, strict=True)) <= 3, k
     assert len(memory) == 1000 and len(after) == 20
 
@@ -106,7 +106,7 @@ def test_a_step_takes_a_few_segments_beside_the_memory(impl):
     entries, extra = peaks.printed(FULL, impl, d, n, size)
     row = 4 * d + 16
     assert 0.9 * size * row < entries < 1.5 * size * row
-    limit = 8 * queue.SEGMENT * row + 12 * n * row + 64 * 8 * (n + queue.SEGMENT) + 8 * 4 * 512**2
+    limit = 8 * queue.RUN_ROWS * row + 12 * n * row + 64 * 8 * (n + queue.RUN_ROWS) + 8 * 4 * 512**2
     assert limit < size * 4 * d
     if impl == "auto":  # coordinates in int8 and two numbers a row, and lists of live pairs
         limit += size * (d + 16) + size * 8 * pieces.LIVE_PAIRS_PER_ROW

@@ -18,7 +18,7 @@ RAGGED = (7, 9, 1, 6, 9, 12, 23, 3, 0, 5, 8)  # not filled, filled by parts of a
 
 @pytest.fixture(params=["small segments", "one segment", "screened"])
 def segment(request, monkeypatch):
-    monkeypatch.setattr(queue, "SEGMENT", 64 if request.param == "one segment" else 4)
+    monkeypatch.setattr(queue, "RUN_ROWS", 64 if request.param == "one segment" else 4)
     if request.param == "screened":
         screen_everything(monkeypatch)
 

@@ -156,22 +156,22 @@ class CrossBatchMemory(nn.Module):
                 queue = self._seen_by(rows, labels_in_order)
             elif enqueue:
                 queue = queue.fork()  # if anything below raises, nothing has changed
-                queue.make_place(x.shape[0])
+                queue.evict(x.shape[0])
             ref_source = MemorySource(labels_in_order, order, queue.held())
             pairs = MemoryPairs(rows, ref_source, criterion.distance, route)
             loss = criterion.of_chunks(x, labels, pairs)
             if enqueue and not again:
                 before = queue.fork()
                 if x.shape[0]:
-                    queue.enter(rows.detach(), labels_in_order, order)
+                    queue.append(rows.detach(), labels_in_order, order)
                 self.queue, self._before = queue, before
         return loss
 
     def _seen_by(self, rows: Tensor, labels: Tensor) -> Queue:
         """What the last call saw, which torch.utils.checkpoint computes again."""
-        late, before = self.queue.late, self._before
+        pending, before = self.queue.pending, self._before
         if before is None or not (
-            torch.equal(late.labels, labels) and torch.equal(late.rows, rows.detach().to(late.rows.dtype))
+            torch.equal(pending.labels, labels) and torch.equal(pending.rows, rows.detach().to(pending.rows.dtype))
         ):
             raise RuntimeError(
                 "torch.utils.checkpoint can recompute a call of CrossBatchMemory only until the next call and with the "
@@ -203,7 +203,7 @@ class CrossBatchMemory(nn.Module):
         return torch.cat([t, t.new_zeros(self.memory_size - t.shape[0], *t.shape[1:])])
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"count": self.queue.count, "late": len(self.queue.late), "held": len(self)}
+        return {"count": self.queue.count, "late": len(self.queue.pending), "held": len(self)}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self._counts = state
@@ -225,8 +225,8 @@ class CrossBatchMemory(nn.Module):
         if missing or prefix + "_extra_state" not in state_dict:
             return
         rows, labels = kept
-        count, late, held = (self._counts.get(name, rows.shape[0]) for name in ("count", "late", "held"))
-        if not 0 <= late <= held <= min(count, rows.shape[0]):
+        count, pending, held = (self._counts.get(name, rows.shape[0]) for name in ("count", "late", "held"))
+        if not 0 <= pending <= held <= min(count, rows.shape[0]):
             error_msgs.append(f"{prefix}_extra_state must be of {rows.shape[0]} rows or fewer, got {self._counts!r}")
             return
         rows, labels = rows[:held], labels[:held]  # of older states all
@@ -238,7 +238,7 @@ class CrossBatchMemory(nn.Module):
             )
             return
         like = self.queue.empty
-        self.queue.restore(rows.to(like.rows), labels.to(like.labels), count, late)
+        self.queue.restore(rows.to(like.rows), labels.to(like.labels), count, pending)
         self._before = None
 
     def extra_repr(self) -> str:

@@ -12,23 +12,23 @@ from ..core.call import Call
 from ..core.chunks import Chunk, Received
 from ..core.class_pairs import ClassPairs, gather_class_pairs
 from ..engine.dispatch import Route, route_chunked_call
-from .queue import Segment
+from .queue import SortedRun
 
 
 class MemorySource(LabelledSource):
-    """The batch, then each segment of the memory. References stand in the order of the batch's samples, as they came,
+    """The batch, then each run of the memory. References stand in the order of the batch's samples, as they came,
     and then of the memory's entries, the oldest first.
 
     Args:
         labels: the batch's (N,), sorted; `order`: (N,) the caller's index of each.
-        segments: none of them empty.
+        runs: none of them empty.
         batch_as_rows: the batch comes as rows that are met one way, as the memory's are, with their gradient.
     """
 
     def __init__(
-        self, labels: Tensor, order: Tensor, segments: Sequence[Segment], *, batch_as_rows: bool = False
+        self, labels: Tensor, order: Tensor, runs: Sequence[SortedRun], *, batch_as_rows: bool = False
     ) -> None:
-        self.labels, self.order, self.segments, self.batch_as_rows = labels, order, segments, batch_as_rows
+        self.labels, self.order, self.runs, self.batch_as_rows = labels, order, runs, batch_as_rows
 
     def labels_and_order(self) -> tuple[Tensor, Tensor]:
         raise AssertionError("nobody sorts a memory's labels in each step")
@@ -38,21 +38,21 @@ class MemorySource(LabelledSource):
         for labels, _ in self.parts():
             lo, hi = span(labels, self.labels)
             same += hi - lo
-        return same, self.labels.shape[0] + sum(map(len, self.segments))
+        return same, self.labels.shape[0] + sum(map(len, self.runs))
 
     def one_way(self) -> MemorySource:
-        return MemorySource(self.labels, self.order, self.segments, batch_as_rows=True)
+        return MemorySource(self.labels, self.order, self.runs, batch_as_rows=True)
 
     def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Labels, sorted, and places among all references of the batch and of each segment."""
+        """Labels, sorted, and places among all references of the batch and of each run."""
         yield self.labels, self.order
-        for s in self.segments:
-            yield s.labels, s.stamps + self.labels.shape[0]
+        for s in self.runs:
+            yield s.labels, s.sequence_ids + self.labels.shape[0]
 
     def chunks(self, x: Tensor, y: Tensor | None, anchor_values: Tensor | None) -> Iterator[Chunk]:
         yield Chunk(y if self.batch_as_rows else None, self.labels, self.order, wanted=self.batch_as_rows)
-        for s in self.segments:
-            yield Chunk(s.rows.to(x.dtype), s.labels, s.stamps + self.labels.shape[0])
+        for s in self.runs:
+            yield Chunk(s.rows.to(x.dtype), s.labels, s.sequence_ids + self.labels.shape[0])
 
     def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
         return [Received(slice(None), None, rows)]
@@ -70,7 +70,7 @@ class MemoryPairs(ChunkedPairs):
         super().__init__(x, ref_source.order, ref_source, True, distance, route)
 
     def _route_of(self, call: Call) -> Route:
-        """The batch's, or `screened` for those segments of the memory that are worth it."""
+        """The batch's, or `screened` for those runs of the memory that are worth it."""
         route = super()._route_of(call)
         return route if self.route.named else route_chunked_call(route, call, self.x)
 
@@ -104,9 +104,9 @@ class MemoryPairs(ChunkedPairs):
         follows = torch.searchsorted(labels, labels, right=True) > rank + 1
         none = torch.full_like(rank, torch.iinfo(torch.int64).max)
         oldest = none
-        for s in self.ref_source.segments:
+        for s in self.ref_source.runs:
             lo, hi = span(s.labels, labels)
-            stamp = torch.where(hi > lo, s.stamps[lo.clamp_max(len(s) - 1)], none)
+            stamp = torch.where(hi > lo, s.sequence_ids[lo.clamp_max(len(s) - 1)], none)
             oldest = torch.minimum(oldest, stamp)
         there = oldest < none
         second = self.ref_source.order[(rank + 1).clamp_max(max(n - 1, 0))] if n else rank
