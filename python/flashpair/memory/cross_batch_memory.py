@@ -31,7 +31,7 @@ class CrossBatchMemory(nn.Module):
     - *N-pair losses* with one pair of each class take the batch's own positive if there is one, else the oldest in
       memory.
 
-    Time for a step grows with N times `memory_size` pairs. Memory beside the queue is that of N rows and a segment of
+    Time for a step grows with N times `memory_size` pairs. Memory beside the queue is that of N rows and a run of
     the queue. Losses that are screened on the CPU (mined ones, hinges, extremes) also keep an int8 copy of the queue, a
     quarter of its size, and until backward the live pairs, up to 64 bytes an entry.
 
