@@ -54,8 +54,8 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = No
             return z.sum(1) + none
         kept = torch.where(mask, z, none)
         if order is not None:
-            found = kept.detach().amin(1) if r.op == "min" else kept.detach().amax(1)
-            first = torch.where(kept == found[:, None], order, order.shape[0]).argmin(1)
+            extreme = kept.detach().amin(1) if r.op == "min" else kept.detach().amax(1)
+            first = torch.where(kept == extreme[:, None], order, order.shape[0]).argmin(1)
             return kept.gather(1, first[:, None])[:, 0]
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":

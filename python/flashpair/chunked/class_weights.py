@@ -107,16 +107,16 @@ class ChunkedClassPairs(PairAccess):
                 return self.resident.reduce(*reductions)
         call = _ClassCall(compile_call(reductions, "dot", self.impl), reductions, self.proxies)
         scale = operands_of(call.call, reductions, 0, 0, self.dtype, self.rows.device).scale
-        found: Tensor = _ClassReduce.apply(call, self.rows, self.sample_labels, self.weight, scale)
+        rows: Tensor = _ClassReduce.apply(call, self.rows, self.sample_labels, self.weight, scale)
         nonfinite = nan_unless_finite(self.rows, None)
-        return tuple((row.detach() if r.detach else row) + nonfinite for row, r in zip(found, reductions, strict=True))
+        return tuple((row.detach() if r.detach else row) + nonfinite for row, r in zip(rows, reductions, strict=True))
 
     @functools.cached_property
     def resident(self) -> Pairs:
         """The same pairs, rows in the same order, with all weights normalised at once: for what chunks cannot merge."""
-        found = _resident(self.rows, self.sample_labels, l2_normalize(self.weight), self.impl, self.proxies)
-        assert isinstance(found, Pairs)
-        return found
+        pairs = _resident(self.rows, self.sample_labels, l2_normalize(self.weight), self.impl, self.proxies)
+        assert isinstance(pairs, Pairs)
+        return pairs
 
     @property
     def nonfinite(self) -> Tensor:  # type: ignore[override]
@@ -195,15 +195,15 @@ def _chunks(x: Tensor, labels: Tensor, weight: Tensor, proxies: bool) -> Iterato
 
 def _merged(call: Call, one: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
     """The values of two chunks' references taken together; rows as core/problem.py says."""
-    found = one.clone()
+    merged = one.clone()
     for k, (t, top) in enumerate(zip(call.terms, tops(call.terms), strict=True)):
         if top < 0:
-            found[k] = one[k] + other[k]
+            merged[k] = one[k] + other[k]
         else:
             rows = [k, top, top + 1]
             by = 1.0 if t.transformed else call.scales[k] if scale is None else scale[k]
-            found[rows] = torch.stack(merge_logsumexp(one[rows], other[rows], by))
-    return found
+            merged[rows] = torch.stack(merge_logsumexp(one[rows], other[rows], by))
+    return merged
 
 
 class _ClassReduce(torch.autograd.Function):
@@ -211,14 +211,14 @@ class _ClassReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, job: _ClassCall, x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        call, found, kept = job.call, [], []  # type: ignore[var-annotated]
+        call, parts, kept = job.call, [], []  # type: ignore[var-annotated]
         for chunk in _chunks(x, labels, weight, job.proxies):
             values, *kept = row_reduce_op.forward(chunk.problem, call, Operands(scale, call.scales, []), False)
-            if job.proxies or not found:
-                found.append(values)
+            if job.proxies or not parts:
+                parts.append(values)
                 continue
-            found[0] = _merged(call, found[0], values, scale)
-        total = torch.cat(found, 1)
+            parts[0] = _merged(call, parts[0], values, scale)
+        total = torch.cat(parts, 1)
         ctx.job = job
         ctx.save_for_backward(x, labels, weight, scale, total, *kept)
         return total[: len(job.reductions)].clone()
@@ -268,6 +268,6 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
         rows = torch.stack(pairs.reduce(*given))
         inputs = (None, x, None, weight, scale)
         wanted = {k: t for k, (t, need) in enumerate(zip(inputs, needs, strict=True)) if need and t is not None}
-        found = torch.autograd.grad(rows, list(wanted.values()), g, create_graph=True, allow_unused=True)
-    by_place = dict(zip(wanted, found, strict=True))
+        gradients = torch.autograd.grad(rows, list(wanted.values()), g, create_graph=True, allow_unused=True)
+    by_place = dict(zip(wanted, gradients, strict=True))
     return tuple(by_place.get(k) for k in range(len(inputs)))

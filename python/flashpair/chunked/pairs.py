@@ -146,8 +146,8 @@ def _visited(
         yield chunk, rows, [(at >= 0, at.clamp_min(0)) for at in here]
 
 
-def _handed(ref_source: ReferenceSource, dy: Tensor | None, found: Any) -> None:
-    for own, _, part in found:
+def _handed(ref_source: ReferenceSource, dy: Tensor | None, received: Any) -> None:
+    for own, _, part in received:
         assert dy is not None
         dy[own] += part
 
@@ -193,13 +193,13 @@ class FetchedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ref_source: ReferenceSource, x: Tensor, y: Tensor | None, wanted: Tensor) -> Tensor:
-        found = x.new_zeros(wanted.shape[0], x.shape[1])
+        refs = x.new_zeros(wanted.shape[0], x.shape[1])
         for _, rows, places in _visited(ref_source, x, y, wanted[:, None]):
             for here, at in places:
-                found += torch.where(here[:, None], rows.index_select(0, at), 0.0)
+                refs += torch.where(here[:, None], rows.index_select(0, at), 0.0)
         ctx.ref_source = ref_source
         ctx.save_for_backward(x, y, wanted)
-        return found
+        return refs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None]:

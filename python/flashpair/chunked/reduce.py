@@ -90,7 +90,7 @@ class _State:
 def resolved(terms: Terms, operands: Operands, which: Sequence[int], values: Tensor) -> tuple[Terms, Operands]:
     """Those terms, with windows that are bound to values (K, N) as vectors, and the vectors that they need."""
     vectors: list[Tensor] = []
-    found = []
+    resolved_terms = []
     for k in which:
         t, slots = terms[k], []
         bounds = {2: (t.lower_of, t.lower_shift), 3: (t.upper_of, t.upper_shift)}
@@ -99,9 +99,9 @@ def resolved(terms: Terms, operands: Operands, which: Sequence[int], values: Ten
             vector = values[of] + shift if of >= 0 else operands.vector(slot)
             slots.append(-1 if vector is None else len(vectors))
             vectors += [] if vector is None else [vector]
-        found.append(t._replace(lower_of=-1, upper_of=-1, slots=tuple(slots)))
+        resolved_terms.append(t._replace(lower_of=-1, upper_of=-1, slots=tuple(slots)))
     scale = None if operands.scale is None else torch.stack([operands.scale[k] for k in which])
-    return tuple(found), Operands(scale, [operands.scales[k] for k in which], vectors)
+    return tuple(resolved_terms), Operands(scale, [operands.scales[k] for k in which], vectors)
 
 
 class ChunkedCall(NamedTuple):
@@ -146,11 +146,11 @@ class ChunkedCall(NamedTuple):
         keep, live = any(t.indexed for t in terms), None
         if self.screens(p, terms):
             lists = lists and any(t.weighted and t.side != POSITIVES for t in terms)
-            values, found = screened.forward(p, terms, operands, keep or lists)
-            places = found.extreme
+            values, lists_of_tiles = screened.forward(p, terms, operands, keep or lists)
+            places = lists_of_tiles.extreme
             if lists:
-                slots = max(found.live_count.shape[0], 1)
-                live = found.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
+                slots = max(lists_of_tiles.live_count.shape[0], 1)
+                live = lists_of_tiles.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
         elif p.split:
             values, places = two_sided.forward(self.call.backend, p, terms, operands, keep)
         else:
@@ -183,8 +183,8 @@ class ChunkedCall(NamedTuple):
             band = module.backward(p, terms, operands, values, kept, sides[0], need)
             rest = module.backward(p, terms, operands, values, listed, sides[1], need)
             return Gradients(*(None if a is None else a + b for a, b in zip(band, rest, strict=True)))
-        found: Gradients = module.backward(p, terms, operands, values, kept, rows, need)
-        return found
+        gradients: Gradients = module.backward(p, terms, operands, values, kept, rows, need)
+        return gradients
 
 
 Lists = dict[int, tiled.Kept]  # of chunks by their number in the source
@@ -261,8 +261,8 @@ class _Backward:
                 self._add(ref_source.send(chunk, numbers, rows))
         self._add(ref_source.flush())
 
-    def _add(self, found: Sequence[Received]) -> None:
-        for own, numbers, rows in found:
+    def _add(self, received: Sequence[Received]) -> None:
+        for own, numbers, rows in received:
             if numbers is not None:
                 self.doffset[:, own] += numbers
             if rows is not None:
@@ -284,28 +284,28 @@ class _Backward:
             grads = torch.cat([grads, chunk.anchor_values[r : r + k]], 1)
             winner = None if winner is None else torch.cat([winner, as_integers(chunk.anchor_values[r + k :])], 1)
         wants = [any(role == kind for _, role in self.offsets) for kind in (OFFSET, REF_OFFSET)]
-        found = self.job.backward(
+        gradients = self.job.backward(
             self.job.problem(self.x, chunk), self.terms, self.job.chunk_operands(self.operands, chunk),
             values.contiguous(), winner, grads,
             [True, chunk.wanted and not chunk.two_sided, self.dscale is not None, *wants], live,
         )  # fmt: skip
-        assert found.x is not None
-        self.dx[own] += found.x[:n]
-        if self.dscale is not None and found.scale is not None:
-            self.dscale[self.which] += found.scale.to(self.dscale.dtype)
+        assert gradients.x is not None
+        self.dx[own] += gradients.x[:n]
+        if self.dscale is not None and gradients.scale is not None:
+            self.dscale[self.which] += gradients.scale.to(self.dscale.dtype)
         numbers = None
         if self.offsets:
-            parts = {OFFSET: found.offset, REF_OFFSET: found.ref_offset}
+            parts = {OFFSET: gradients.offset, REF_OFFSET: gradients.ref_offset}
             numbers = torch.stack([parts[role][j] for j, role in self.offsets])  # type: ignore[index]
             self.doffset[:, own] += numbers[:, :n]
         if not chunk.two_sided:
-            return None, found.y
-        return None if numbers is None else numbers[:, n:], found.x[n:]
+            return None, gradients.y
+        return None if numbers is None else numbers[:, n:], gradients.x[n:]
 
     def by_vector(self) -> list[Tensor | None]:
         """The gradient of each vector of the call."""
-        found = {(self.which[j], role): row for (j, role), row in zip(self.offsets, self.doffset, strict=True)}
-        return [found.get(role) for role in self.job.call.vector_roles]
+        by_role = {(self.which[j], role): row for (j, role), row in zip(self.offsets, self.doffset, strict=True)}
+        return [by_role.get(role) for role in self.job.call.vector_roles]
 
 
 class ChunkedRowReduce(torch.autograd.Function):

@@ -254,7 +254,7 @@ def address(t: Tensor | None, kind: str = "cpu") -> int:
         raise RuntimeError(f"a kernel for {kind} tensors must not read a tensor on {t.device}, {tuple(t.shape)}")
     if t.is_neg() or not t.is_contiguous():
         raise RuntimeError(f"a kernel reads memory as it lies, not a tensor {tuple(t.shape)} of strides {t.stride()}")
-    found = t.data_ptr() if type(t).__name__ != "FakeTensor" else 0
-    if not found and t.numel():
+    pointer = t.data_ptr() if type(t).__name__ != "FakeTensor" else 0
+    if not pointer and t.numel():
         raise RuntimeError(f"a kernel reads memory, and a {type(t).__name__} {tuple(t.shape)} has none")
-    return found
+    return pointer

@@ -132,20 +132,20 @@ class Described:
     def checksum(self, device: torch.device) -> Tensor:
         """() int64 of all values' bits: the same sum in any order, so that it hangs on no number of threads."""
         sums = [_bits(t).to(device) for t in self.tensors.values()]
-        found = torch.zeros((), dtype=torch.int64, device=device)
+        total = torch.zeros((), dtype=torch.int64, device=device)
         for k, one in enumerate(sums):
-            found = found + one * (2 * k + 1)
-        return found
+            total = total + one * (2 * k + 1)
+        return total
 
     def difference(self, ranks: Ranks, device: torch.device) -> str:
         """What differs, with each process's word of it. All must call it."""
         every = ranks.all_gather_text("\n".join(self.words), device)
         lines = [dict(line.split(": ", 1) for line in text.split("\n")) for text in every]
         names = list(dict.fromkeys(name for words in lines for name in words))
-        apart = [n for n in names if len({words.get(n) for words in lines}) > 1]
-        first = next((n for n in ("call", "criterion") if n in apart), None)
-        found = [first] if first else apart
-        return "; ".join(f"{name} is {', '.join(words.get(name, 'not there') for words in lines)}" for name in found)
+        different = [n for n in names if len({words.get(n) for words in lines}) > 1]
+        first = next((n for n in ("call", "criterion") if n in different), None)
+        shown = [first] if first else different
+        return "; ".join(f"{name} is {', '.join(words.get(name, 'not there') for words in lines)}" for name in shown)
 
     def unequal(self, ranks: Ranks, device: torch.device) -> str:
         sums = torch.stack([_bits(t).to(device) for t in self.tensors.values()])

@@ -20,8 +20,8 @@ WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # of one process's batch, where 
 
 def own(criterion: Criterion, name: str) -> bool:
     """Whether its class has another `name` than `Criterion` and `ClassCriterion`."""
-    found = getattr(type(criterion), name)
-    return found is not getattr(Criterion, name, None) and found is not getattr(ClassCriterion, name, None)
+    method = getattr(type(criterion), name)
+    return method is not getattr(Criterion, name, None) and method is not getattr(ClassCriterion, name, None)
 
 
 def said_with(criterion: Criterion, word: str, name: str) -> bool:
@@ -86,18 +86,18 @@ class Totals(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.labels_and_order: dict[int, Tensor] = {}
+        self.tensors: dict[int, Tensor] = {}
 
-    def add(self, found: Tensor) -> Tensor:
-        self.labels_and_order[id(found)] = found
-        return found
+    def add(self, tensor: Tensor) -> Tensor:
+        self.tensors[id(tensor)] = tensor
+        return tensor
 
     def __contains__(self, value: object) -> bool:
-        return id(value) in self.labels_and_order
+        return id(value) in self.tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.labels_and_order and isinstance(out, Tensor):
+        if self.tensors and isinstance(out, Tensor):
             given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
             if any(t in self for t in given) and all(t in self or not t.dim() for t in given):
                 self.add(out)

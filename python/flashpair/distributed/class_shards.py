@@ -208,8 +208,8 @@ class MergedPairs(PairReducer):
                 raise ValueError("lower and upper must not be a Bound where classes are split over processes")
             if isinstance(r.ref_offset, Tensor) and r.ref_offset.dim():
                 raise ValueError("ref_offset must not be a vector where classes are split over processes")
-        found = []
+        rows = []
         for row, r in zip(self.pairs.reduce(*reductions), reductions, strict=True):
             row = AllReduceSum.apply(self.ranks, row) if r.op == "sum" else all_logsumexp(self.ranks, row)
-            found.append(row.detach() if r.detach else row)
-        return tuple(found)
+            rows.append(row.detach() if r.detach else row)
+        return tuple(rows)

@@ -50,9 +50,9 @@ class Ranks:
         return [bytes(t.tolist()).decode() for t in self.gather(mine, sizes)]
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(found, mine, group=self.group)
-        return found
+        every = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(every, mine, group=self.group)
+        return every
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Everybody's rows (n_r, ...), of which there are `sizes`; padded on the way to the most that anyone has."""

@@ -197,16 +197,16 @@ class GlobalCriterion(nn.Module):
                 for place, v in zip(learned, values, strict=True)
             }
             with substituted(given):
-                found, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
+                own_rows, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
                 chosen = pairs.chosen_here() if isinstance(pairs, shared.SharedPairs) else None
                 penalty = self.criterion.penalty_of(x, labels, y, ref_labels, chosen)
             if penalty is None:
-                return found, pairs, None
-            return found, pairs, AllReduceSum.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
+                return own_rows, pairs, None
+            return own_rows, pairs, AllReduceSum.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
 
         def share(x: Tensor, y: Tensor | None, *values: Tensor) -> Tensor:
-            found, _, extra = rows(x, y, *values)
-            loss = share_of(found, self.criterion.reduction, extra, ranks)
+            own_rows, _, extra = rows(x, y, *values)
+            loss = share_of(own_rows, self.criterion.reduction, extra, ranks)
             return loss + self.criterion.not_finite(x, y).to(loss.dtype)
 
         values = [place.get() for place in learned]
@@ -214,8 +214,8 @@ class GlobalCriterion(nn.Module):
             x = x.detach().requires_grad_() if needs[0] and not x.requires_grad else x
             y = y.detach().requires_grad_() if y is not None and needs[1] and not y.requires_grad else y
             with kept():
-                found, pairs, extra = rows(x, y, *values)
-                losses = with_extra(found, "none", extra)[0].losses
+                own_rows, pairs, extra = rows(x, y, *values)
+                losses = with_extra(own_rows, "none", extra)[0].losses
                 losses = losses + ranks.sum(self.criterion.not_finite(x, y).to(losses.dtype))
                 return losses if pairs is None else pairs.restore(losses)
         loss: Tensor = EagerGradient.apply(ranks, share, needs, x, y, *values)
@@ -229,8 +229,8 @@ class GlobalCriterion(nn.Module):
         if isinstance(criterion, ClassCriterion) and criterion.anchors == "samples":
             if own(criterion, "rows"):
                 return criterion.rows(x, labels, y, ref_labels, criterion.impl)
-            found = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
-            return rows_of(criterion, found, ranks), found
+            samples = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
+            return rows_of(criterion, samples, ranks), samples
         pairs: shared.SharedPairs
         if criterion.anchors == "proxies":
             pairs = self._proxies(how, x, labels, sizes)
@@ -295,15 +295,15 @@ class ParameterSlot:
 
 def learned_of(criterion: nn.Module) -> list[ParameterSlot]:
     """Parameters, and plain tensors with a graph, of a criterion and what is in it."""
-    found = []
+    slots = []
     for module in criterion.modules():
         names = [*module._parameters, *(k for k, v in vars(module).items() if isinstance(v, Tensor))]
-        found += [
+        slots += [
             ParameterSlot(module, k)
             for k in names
             if getattr(module, k) is not None and getattr(module, k).requires_grad
         ]
-    return found
+    return slots
 
 
 @contextlib.contextmanager

@@ -129,26 +129,26 @@ class Ring(RankSource):
             buffer = coming.wait()
             coming = send_next(buffer, step + 1) if step + 1 in steps else None
             size = self.sizes[self.ranks.rank_at(step)]
-            found, at = [], 0
+            received, at = [], 0
             for part in parts:
                 end = at + _bytes(part, size, part is rows)
                 shape = (size, part.shape[1]) if part is rows else (part.shape[0], size)
-                found.append(buffer[at:end].view(part.dtype).view(shape))
+                received.append(buffer[at:end].view(part.dtype).view(shape))
                 at = end
-            yield self.chunk(step, found[-1], found[0] if len(found) == 2 else None)
+            yield self.chunk(step, received[-1], received[0] if len(received) == 2 else None)
 
     def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
         step, rank = chunk.tag, self.ranks.rank
         if not step:
             return [Received(WHOLE, None, rows)]
-        found = self.exchange_numbers(step, numbers)
+        received = self.exchange_numbers(step, numbers)
         if rows is None:
-            return [] if found is None else [found]
+            return [] if received is None else [received]
         target, source = self.ranks.rank_at(step), self.ranks.rank_at(-step)
         own = self.overlap(source, rank)[1]
         into = rows.new_empty(len(range(*own.indices(self.sizes[rank]))), rows.shape[1])
         returned = self.ranks.sendrecv(rows.contiguous(), target, into, source, RETURN).wait()
-        return [Received(own, None if found is None else found.numbers, returned)]
+        return [Received(own, None if received is None else received.numbers, returned)]
 
     def flush(self) -> list[Received]:
         return []
@@ -184,8 +184,8 @@ class AllGather(RankSource):
                 self._out = rows.new_zeros(self.ranks.world, max(self.sizes), rows.shape[1])
             target = self.ranks.rank_at(step)
             self._out[target, : self.sizes[target]][self.overlap(self.ranks.rank, target)[1]] += rows
-        found = self.exchange_numbers(step, numbers)
-        return [] if found is None else [found]
+        received = self.exchange_numbers(step, numbers)
+        return [] if received is None else [received]
 
     def flush(self) -> list[Received]:
         if self._out is None:  # with one process there was nobody to visit

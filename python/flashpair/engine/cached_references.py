@@ -107,5 +107,5 @@ def owner(y: Tensor | None, labels: Tensor | None) -> References | None:
     if y is None or torch.compiler.is_compiling():
         return None
     held_by = _owners.get(y)
-    found = None if held_by is None else held_by()
-    return found if found is not None and found.labels is labels else None
+    holder = None if held_by is None else held_by()
+    return holder if holder is not None and holder.labels is labels else None

@@ -66,18 +66,18 @@ def _unsupported_reasons(impl: str, device: str) -> tuple[str, ...]:
     if impl in ("tiled", "screened") and device == "cpu":
         module = extension.load()
         return (f"{impl} needs the compiled extension: {module}",) if isinstance(module, str) else ()
-    found = []
+    reasons = []
     emulated = (impl == "fused" and interpreted()) or (impl == "onchip" and extension.emulated())
     if device != "cuda" and not (emulated and device == "cpu"):
         also = "" if impl != "fused" else " (or TRITON_INTERPRET=1 set before Python starts)"
         where = "CPU or CUDA" if impl in ("tiled", "screened") else "CUDA"
-        found.append(f"{impl} needs a {where} device{also}, not {device} tensors")
+        reasons.append(f"{impl} needs a {where} device{also}, not {device} tensors")
     if impl == "onchip":
         if reason := _onchip(device):
-            found.append(reason)
+            reasons.append(reason)
     elif _triton():
-        found.append(f"{impl} on a GPU: {_triton()}")
-    return tuple(found)
+        reasons.append(f"{impl} on a GPU: {_triton()}")
+    return tuple(reasons)
 
 
 # What torch.compiler.assume_constant_result sets, without importing torch._dynamo: what is built does not change.

@@ -72,9 +72,9 @@ def nearest(
     with torch.no_grad():
         x, y, screened = prepared(embeddings, k, ref_emb, distance, normalize, impl)
         values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
-        for first, found in blocks(x, y, k, distance, screened=screened):
-            rows = slice(first, first + found.values.shape[0])
-            values[rows], indices[rows] = found
+        for first, neighbours in blocks(x, y, k, distance, screened=screened):
+            rows = slice(first, first + neighbours.values.shape[0])
+            values[rows], indices[rows] = neighbours
     return Nearest(values, indices)
 
 
@@ -138,8 +138,8 @@ def _sorted(
     return Nearest(values[:, :k], indices[:, :k])
 
 
-def _without_self(found: Nearest, first: int) -> Nearest:
-    values, indices = found
+def _without_self(neighbours: Nearest, first: int) -> Nearest:
+    values, indices = neighbours
     itself = indices == torch.arange(first, first + indices.shape[0], device=indices.device)[:, None]
     itself[:, -1] |= ~itself.any(dim=1)
     shape = indices.shape[0], indices.shape[1] - 1

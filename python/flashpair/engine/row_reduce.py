@@ -97,16 +97,16 @@ def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
 
 def _arranged(reductions: tuple[Reduction, ...], pairs: PairReducer) -> tuple[Reduction, ...]:
     """The same reductions with their vectors in the order of `pairs`, and bounds on each other kept."""
-    found: list[Reduction] = []
+    arranged_reductions: list[Reduction] = []
 
     def arranged(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
         if isinstance(value, Bound):
-            at = place_of(value.of, reductions[: len(found)])
-            return Bound(value.of if at is None else found[at], value.shift)
+            at = place_of(value.of, reductions[: len(arranged_reductions)])
+            return Bound(value.of if at is None else arranged_reductions[at], value.shift)
         return by(value) if isinstance(value, Tensor) and value.dim() else value
 
     for r in reductions:
-        found.append(
+        arranged_reductions.append(
             replace(
                 r,
                 offset=arranged(r.offset, pairs.arrange),
@@ -115,4 +115,4 @@ def _arranged(reductions: tuple[Reduction, ...], pairs: PairReducer) -> tuple[Re
                 upper=arranged(r.upper, pairs.arrange),
             )
         )
-    return tuple(found)
+    return tuple(arranged_reductions)

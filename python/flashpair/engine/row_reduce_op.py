@@ -50,8 +50,8 @@ def forward(p: Problem, call: Call, operands: Operands, keep: bool) -> tuple[Ten
     """Values, and the four tensors that the backend keeps for backward."""
     if plain(p.x):
         return _forward(p, call, operands, keep)
-    found: tuple[Tensor, ...] = torch.ops.flashpair.row_reduce(*_flat(p, call, operands), keep)
-    return found
+    values_and_kept: tuple[Tensor, ...] = torch.ops.flashpair.row_reduce(*_flat(p, call, operands), keep)
+    return values_and_kept
 
 
 def backward(
@@ -90,8 +90,8 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     p = p._replace(x=solid(p.x), y=None if p.y is None else solid(p.y))
     module = schedule_of(call.backend, p.x.device)
-    found: Gradients = module.backward(p, call.terms, operands, values, tuple(kept), grads, need)
-    return found
+    gradients: Gradients = module.backward(p, call.terms, operands, values, tuple(kept), grads, need)
+    return gradients
 
 
 def _row_reduce(*arguments: Any) -> tuple[Tensor, ...]:
@@ -101,8 +101,8 @@ def _row_reduce(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _row_reduce_backward(*arguments: Any) -> tuple[Tensor, ...]:
     p, call, operands, (values, *kept, grads, need) = _unflat(arguments)
-    found = _backward(p, call, operands, values, kept, grads, need)
-    return tuple(p.x.new_empty(0) if g is None else g for g in found)
+    gradients = _backward(p, call, operands, values, kept, grads, need)
+    return tuple(p.x.new_empty(0) if g is None else g for g in gradients)
 
 
 def _row_reduce_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -167,10 +167,10 @@ class RowReduce(torch.autograd.Function):
         p, operands = Problem(x, y, lo, hi, end, order, call.distance), Operands(scale, call.scales, vectors)
         needs = ctx.needs_input_grad[5:]  # of x, y, scale and the vectors; the five before them have no gradient
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(p, call, operands, values, grads, needs)
+            gradients = _differentiable_backward(p, call, operands, values, grads, needs)
         else:
-            found = _gradients(p, call, operands, values, kept, grads, needs)
-        return (None,) * 5 + found + ctx.padding
+            gradients = _gradients(p, call, operands, values, kept, grads, needs)
+        return (None,) * 5 + gradients + ctx.padding
 
 
 def _gradients(
@@ -180,17 +180,18 @@ def _gradients(
     """Of x, y, scale and each vector, None where not needed."""
     need_x, need_y, need_scale, *of_vectors = needs
     wanted = [role if need else None for (_, role), need in zip(call.vector_roles, of_vectors, strict=False)]
-    found = backward(
+    gradients = backward(
         p, call, operands, values, kept, [None if g is None else solid(g) for g in grads],
         [need_x, need_y, need_scale, OFFSET in wanted, REF_OFFSET in wanted],
     )  # fmt: skip
-    of_role = {OFFSET: found.offset, REF_OFFSET: found.ref_offset}
+    of_role = {OFFSET: gradients.offset, REF_OFFSET: gradients.ref_offset}
     by_vector = [
         None if role is None or (rows := of_role.get(role)) is None else rows[k]
         for (k, _), role in zip(call.vector_roles, wanted, strict=True)
     ]
     return (
-        found.x if need_x else None, found.y if need_y else None, found.scale if need_scale else None, *by_vector,
+        gradients.x if need_x else None, gradients.y if need_y else None, gradients.scale if need_scale else None,
+        *by_vector,
     )  # fmt: skip
 
 
@@ -222,8 +223,8 @@ def _differentiable_backward(
                 rows.append(row)
                 upstream.append(g)
         wanted = {i: t for i, (t, need) in enumerate(zip(inputs, needs, strict=False)) if need and t is not None}
-        found = torch.autograd.grad(rows, list(wanted.values()), upstream, create_graph=True, allow_unused=True)
-    by_place = dict(zip(wanted, found, strict=True))
+        gradients = torch.autograd.grad(rows, list(wanted.values()), upstream, create_graph=True, allow_unused=True)
+    by_place = dict(zip(wanted, gradients, strict=True))
     return tuple(by_place.get(i) for i in range(len(inputs)))
 
 

@@ -48,11 +48,11 @@ def plan(
     route = route_small_batch(impl, x, y, formula is not None and formula.one_pair)
     if route is None:
         return None
-    found = _plan(route.backend, formula, x, y, reduction, normalize, distance, penalty)
-    if isinstance(found, Plan):
-        return found
+    plan_or_reasons = _plan(route.backend, formula, x, y, reduction, normalize, distance, penalty)
+    if isinstance(plan_or_reasons, Plan):
+        return plan_or_reasons
     if impl == "onchip":
-        raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(found)}")
+        raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(plan_or_reasons)}")
     return None
 
 
@@ -117,8 +117,8 @@ _library.define(
 
 
 def _op(x, labels, y, ref_labels, upstream, code, numbers, *rest):  # type: ignore[no-untyped-def]
-    found = _run(x, labels, y, ref_labels, upstream, SmallBatchCode(*code), tuple(numbers), *rest)
-    return tuple(x.new_empty(0) if t is None else t for t in found)
+    results = _run(x, labels, y, ref_labels, upstream, SmallBatchCode(*code), tuple(numbers), *rest)
+    return tuple(x.new_empty(0) if t is None else t for t in results)
 
 
 def _fake(x, labels, y, ref_labels, upstream, code, numbers, backend, *want):  # type: ignore[no-untyped-def]
@@ -170,8 +170,8 @@ class _Loss(torch.autograd.Function):
             with torch.enable_grad(), no_autocast(x.device.type):
                 x, y = x.view_as(x), None if y is None else y.view_as(y)  # which may owe something to each other
                 wanted = [t for t, need in ((x, need_x), (y, need_y)) if need and t is not None]
-                found = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
-            return *(None,) * 6, found.pop(0) if need_x else None, found[0] if need_y else None
+                gradients = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
+            return *(None,) * 6, gradients.pop(0) if need_x else None, gradients[0] if need_y else None
         if ctx.plan.code.averaging == NONE:
             _, _, dx, dy = _call(x, labels, y, ref_labels, solid(g), *ctx.plan, False, False, need_x, need_y)
         else:  # in float32 before it is rounded, so that loss scaling works

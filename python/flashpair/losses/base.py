@@ -196,8 +196,8 @@ class Criterion(nn.Module):
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         """The number that is added to every valid row's loss: the mean of `penalty_of`, or None."""
-        found = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
-        return None if found is None else found.total / found.number.clamp_min(1)
+        penalty = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
+        return None if penalty is None else penalty.total / penalty.number.clamp_min(1)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *tuples: Any, ref_emb: Tensor | None = None,

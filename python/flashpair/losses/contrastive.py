@@ -124,8 +124,8 @@ class ContrastiveLoss(Criterion):
                     Reduction("count", "positives", lower=pos_limit),
                     Reduction("count", "negatives", upper=neg_limit),
                 )
-        found = hinges(pairs, positives, negatives, limits)
-        pos, neg = (Terms(t.losses / self.power, t.number, t.nonzero) for t in found)
+        sides = hinges(pairs, positives, negatives, limits)
+        pos, neg = (Terms(t.losses / self.power, t.number, t.nonzero) for t in sides)
         losses = pos.losses + neg.losses
         return RowLosses(losses, (pos.number + neg.number) > 0, losses.shape[0], (pos, neg))
 

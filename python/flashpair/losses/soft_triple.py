@@ -211,8 +211,8 @@ class _Chunked(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
             s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
-            found = of_similarities(s, labels, ctx.la, ctx.gamma)
-            return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
+            values = of_similarities(s, labels, ctx.la, ctx.gamma)
+            return *torch.autograd.grad(values, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
         dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
         share = (ctx.la * g_neg)[:, None]
         for chunk in _chunks(x, weight, labels, ctx.gamma, ctx.bounded):

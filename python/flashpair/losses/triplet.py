@@ -163,8 +163,8 @@ class TripletMarginLoss(Criterion):
         """As `_sums`, of the one triplet of each positive."""
         near, far, side = ("max", "min", "upper") if self.sign > 0 else ("min", "max", "lower")
         each = [Reduction(near, "negatives", **{side: row}) for row in z.detach()]
-        *found, last = pairs.reduce(*each, Reduction(far, "negatives"))
-        chosen = torch.stack(found)
+        *nearest, last = pairs.reduce(*each, Reduction(far, "negatives"))
+        chosen = torch.stack(nearest)
         chosen = torch.where(chosen.isinf(), last, chosen)
         d = self.sign * (torch.where(there, chosen, 0.0) - z) + self.margin
         each_loss = torch.where(there, d.relu(), 0.0)

@@ -83,7 +83,7 @@ class MemoryPairs(ChunkedPairs):
         labels, n = self.labels, self.labels.shape[0]
         k = torch.arange(places.start, places.stop, device=labels.device)
         rank = torch.arange(n, device=labels.device)
-        found, before = torch.full((n, len(places)), -1, device=k.device), torch.zeros_like(labels)
+        places_of_positives, before = torch.full((n, len(places)), -1, device=k.device), torch.zeros_like(labels)
         for part, (others, order) in enumerate(self.ref_source.parts()):
             lo, hi = span(others, labels)
             own = int(part == 0)  # of its class in the batch one is the anchor itself
@@ -92,9 +92,9 @@ class MemoryPairs(ChunkedPairs):
             if own:
                 at = at + (at >= rank[:, None])
             if order.shape[0]:
-                found = torch.where(here, order[at.clamp(0, order.shape[0] - 1)], found)
+                places_of_positives = torch.where(here, order[at.clamp(0, order.shape[0] - 1)], places_of_positives)
             before = before + (hi - lo - own)
-        return found
+        return places_of_positives
 
     def class_pairs(self) -> ClassPairs:
         """The first sample of each class, with the second one or, without it, the first that stands in the memory."""

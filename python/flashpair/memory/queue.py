@@ -131,14 +131,14 @@ class Queue:
 
     def _rows_of_runs(self, first: int, last: int) -> Counter[int]:
         """How many of the entries [first, last) stand in each run."""
-        found: Counter[int] = Counter()
+        counts: Counter[int] = Counter()
         while first < last:
             place = first % self.size
             k = place // self.run_rows
             step = min(last - first, min((k + 1) * self.run_rows, self.size) - place)
-            found[k] += step
+            counts[k] += step
             first += step
-        return found
+        return counts
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Rows (m, D) and labels (m,), the oldest first."""

@@ -202,13 +202,13 @@ class Miner(Generic[Mined]):
         return (self._checked(mined) for block in rows for mined in self._mined(block))
 
     def _mined(self, block: Block) -> Iterator[Mined]:
-        found = self.mine(block)
-        if not isinstance(found, Iterable) or isinstance(found, tuple):
+        results = self.mine(block)
+        if not isinstance(results, Iterable) or isinstance(results, tuple):
             name = type(self).__name__
             raise TypeError(
-                f"mine of {name} must yield {self.mined.__name__} by and by, as a generator, got {checks.what(found)}"
+                f"mine of {name} must yield {self.mined.__name__} by and by, as a generator, got {checks.what(results)}"
             )
-        return iter(found)
+        return iter(results)
 
     def _checked(self, mined: Any) -> Mined:
         """What a `mine`, a user's own too, has yielded, or the error that says what is wrong with it."""
