@@ -29,7 +29,7 @@ from flashpair.compat import pml
 from flashpair.engine.dispatch import unsupported_reasons
 
 PACKAGE = Path(flashpair.__file__).parent
-RETURNED = {"Divergence", "GlobalCriterion", "Pairs", "Screening", "ShardedClasses"}
+RETURNED = {"Divergence", "GlobalCriterion", "PairAccess", "PairReducer", "Pairs", "Screening", "ShardedClasses"}
 UNCHECKED = RETURNED - {"GlobalCriterion", "ShardedClasses"} | {"Bound", "Flat", "screening"}
 BASES = {"ClassCriterion", "Criterion", "Miner"}  # no paper has them
 NEEDS = {  # what an example imports that may be absent

@@ -32,7 +32,7 @@ def _old_name(old: str, new: str) -> Callable[..., Any]:
 
 
 class PairReducer(ABC):
-    """Anchors against references, whose row reductions can be had.
+    """Anchors against references: what a loss may ask of any source of pairs, as `make_pairs` returns one.
 
     Row values stand in the order of `labels`, which is the source's own; `restore` puts them into the caller's.
 
@@ -124,10 +124,10 @@ class PairReducer(ABC):
 
 
 class PairAccess(PairReducer):
-    """Pairs that can also be read one by one.
+    """A `PairReducer` whose pairs can also be read one by one, as `make_pairs` returns it.
 
-    A source says which references are each row's positives (`positive_places`) and what their similarities are
-    (`similarities_at`); `positives` is made of these two.
+    `row_losses` of a `Criterion` receives one. A source says which references are each row's positives
+    (`positive_places`) and what their similarities are (`similarities_at`); `positives` is made of these two.
     """
 
     nonfinite: Tensor  # () 0, or NaN where an embedding is not finite: added to what is read
