@@ -110,37 +110,23 @@ void bind_pass(py::module_& m, const char* name) {
               Address log_sum, Address grad, Address grad_scale, Address grad_offset, Address grad_ref_offset) {
              const auto [op, side, transform, scale, offset, ref_offset, lower, upper, lower_of, upper_of, lower_shift,
                          upper_shift, shift] = t;
-             pass.add({op,
-                       side,
-                       program ? PROGRAM : transform,
-                       static_cast<T>(scale),
-                       static_cast<T>(shift),
-                       ptr<T>(offset),
-                       ptr<T>(ref_offset),
-                       ptr<T>(lower),
-                       ptr<T>(upper),
-                       lower_of,
-                       upper_of,
-                       lower_shift,
-                       upper_shift,
-                       nullptr,
-                       nullptr,
-                       ptr<int64_t>(index),
-                       ptr<T>(value),
-                       ptr<T>(grad),
-                       ptr<T>(top_z),
-                       ptr<T>(log_sum),
-                       ptr<double>(grad_scale),
-                       ptr<T>(grad_offset),
-                       ptr<T>(grad_ref_offset),
-                       program});
+             Reduction<T> r{};
+             r.op = op, r.side = side, r.transform = program ? PROGRAM : transform, r.program = program;
+             r.scale = static_cast<T>(scale), r.shift = static_cast<T>(shift);
+             r.offset = ptr<T>(offset), r.ref_offset = ptr<T>(ref_offset);
+             r.lower = ptr<T>(lower), r.lower_of = lower_of, r.lower_shift = lower_shift;
+             r.upper = ptr<T>(upper), r.upper_of = upper_of, r.upper_shift = upper_shift;
+             r.index = ptr<int64_t>(index), r.value = ptr<T>(value), r.grad = ptr<T>(grad);
+             r.top_z = ptr<T>(top_z), r.log_sum = ptr<T>(log_sum);
+             r.grad_scale = ptr<double>(grad_scale);
+             r.grad_offset = ptr<T>(grad_offset), r.grad_ref_offset = ptr<T>(grad_ref_offset);
+             pass.add(r);
            })
       .def(
           "forward",
           [kept_lists](P& pass, int threads, Address values, Address index, const Lists& kept, int listed,
                        const std::string& screen, std::shared_ptr<Int8Rows> refs) {
-            // screen: the instruction set of its products, or empty; refs: what round_rows made of the references, or
-            // null
+            // screen: the instruction set of the int8 products, or empty. refs: round_rows' references, or null.
             Tally tally;
             const Int8Kernels int8 = screen.empty() ? Int8Kernels{} : int8_kernels(screen);
             pass.forward(threads, ptr<T>(values), ptr<int64_t>(index), kept_lists(kept), listed,
@@ -228,7 +214,7 @@ PYBIND11_MODULE(_C, m) {
                                          threads);
       },
       Release());
-  py::class_<Program>(m, "Program", "A transform's steps; what it is made for keeps it alive.")
+  py::class_<Program>(m, "Program", "A transform's steps. The transform keeps this object alive.")
       .def(py::init(
           [](const std::vector<std::tuple<int, int, int, int, double>>& steps, int value, int slope, int d_offset) {
             const int count = static_cast<int>(steps.size());

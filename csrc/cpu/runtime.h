@@ -38,8 +38,8 @@ struct Runtime {
 };
 
 inline Runtime& runtime() {
-  static Runtime found;
-  return found;
+  static Runtime instance;
+  return instance;
 }
 
 // Runs `job` on up to `threads` threads at once, the caller's among them. No exception may leave a thread, so the first
@@ -95,8 +95,8 @@ void parallel_chunks(int64_t n, int threads, Work&& work) {
 }
 
 // Calls work(item) for the items 0, 1, ..., count - 1 on several threads. Items that touch the same resource run in
-// that order, so that results do not depend on the number of threads. touches(item) gives up to two resources, -1 for
-// none.
+// that order, so that results do not depend on the number of threads. touches(item) is a pair of
+// resources, -1 for none.
 template <class Touches, class Work>
 void run_in_order(int64_t count, int64_t resources, int threads, Touches&& touches, Work&& work) {
   std::vector<int64_t> issued(resources);

@@ -1,8 +1,8 @@
 // A whole loss and its gradient by the tile engine, in one call. For a small batch the steps between the passes, taken
 // one by one from Python, cost more than the pairs.
 //
-// Computes the formulas of small_batch/losses.h with the passes, over the tiles, that a criterion asks for one by one.
-// So it stores as much as these do, and any number of threads gives the same bits.
+// Computes the formulas of small_batch/losses.h, with the same passes over the same tiles as a criterion's reductions.
+// Stores what these passes store. Deterministic: any number of threads gives the same bits.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -241,15 +241,13 @@ class SmallBatchLoss {
 
   // 6. An embedding that is not finite makes every result NaN, also where its sample takes no part.
   void propagate_nonfinite() const {
-    const T nan = std::numeric_limits<T>::quiet_NaN();
     auto finite = [&](const void* x, int64_t rows) { return all_finite(static_cast<const T*>(x), rows * spec_.d); };
     const bool others =
         !spec_.one_pair || (finite(tensors_.x, spec_.n) && (spec_.square || finite(tensors_.y, spec_.m)));
     if (all_finite(x_.data(), x_.size()) && all_finite(y_.data(), y_.size()) && others) return;
-    if (tensors_.loss)
-      std::fill_n(static_cast<T*>(tensors_.loss), spec_.averaging == small_batch::NONE ? spec_.n : 1, nan);
-    if (tensors_.dx) std::fill_n(static_cast<T*>(tensors_.dx), int64_t(spec_.n) * spec_.d, nan);
-    if (tensors_.dy) std::fill_n(static_cast<T*>(tensors_.dy), int64_t(spec_.m) * spec_.d, nan);
+    fill_nan(static_cast<T*>(tensors_.loss), spec_.averaging == small_batch::NONE ? spec_.n : 1);
+    fill_nan(static_cast<T*>(tensors_.dx), int64_t(spec_.n) * spec_.d);
+    fill_nan(static_cast<T*>(tensors_.dy), int64_t(spec_.m) * spec_.d);
   }
 
   Kernels<T> kernels_;

@@ -3,7 +3,16 @@
 #include <cstdint>
 #include <vector>
 
+// Functions of headers that several instruction sets compile are inlined, so that code of one instruction set cannot be
+// linked into another. ALWAYS is for lambdas, which take no `inline`.
+#define ALWAYS __attribute__((always_inline))
+#define INLINE inline ALWAYS
+
 namespace flashpair {
+namespace {
+template <class T>
+constexpr T INF = static_cast<T>(__builtin_inff());
+}  // namespace
 
 // Python has these lists, too. The module exports their words, and Python compares them with its own when it loads it.
 #define FLASHPAIR_OPS LOGSUMEXP, SUM, MIN, MAX, COUNT
@@ -78,8 +87,8 @@ struct Reduction {
   // A logsumexp's exponents are (directed z - directed top_z) * steepness, where directed z grows as the terms do. The
   // difference is taken first, so that the largest term is e^0 at any magnitude, whether or not the compiler fuses a
   // multiplication with an addition. Of a transform, phi takes z's place as it is.
-  T direction() const { return transform == IDENTITY && scale < 0 ? T(-1) : T(1); }
-  T steepness() const { return transform == IDENTITY ? direction() * scale : T(1); }
+  INLINE T direction() const { return transform == IDENTITY && scale < 0 ? T(-1) : T(1); }
+  INLINE T steepness() const { return transform == IDENTITY ? direction() * scale : T(1); }
 };
 
 // A block of pairs: rows r0 + [0, rows) against columns c0 + [0, cols). z has row stride ld, a multiple of STRIDE.
@@ -94,9 +103,9 @@ struct Tile {
 };
 
 // A pair inside a tile, packed as row << 16 | column.
-static inline int32_t pack_entry(int64_t row, int64_t column) { return static_cast<int32_t>(row << 16 | column); }
-static inline int64_t entry_row(int32_t entry) { return entry >> 16; }
-static inline int64_t entry_column(int32_t entry) { return entry & 0xffff; }
+INLINE int32_t pack_entry(int64_t row, int64_t column) { return static_cast<int32_t>(row << 16 | column); }
+INLINE int64_t entry_row(int32_t entry) { return entry >> 16; }
+INLINE int64_t entry_column(int32_t entry) { return entry & 0xffff; }
 
 // Where a tile's kept pairs are written: those that some mining window lets through.
 template <class T>

@@ -73,8 +73,8 @@ __device__ T squared_distance(const T* a, const T* b, int width) {
 
 // sum_j w_j (y_j - x) of a row's close pairs, by one warp, into `out` (d,).
 template <class T>
-__device__ void add_close(const T* weights, const unsigned char* sides, int stride, const T* x, const T* others,
-                          int width, int d, int lane, T* out) {
+__device__ void close_gradients(const T* weights, const unsigned char* sides, int stride, const T* x, const T* others,
+                                int width, int d, int lane, T* out) {
   for (int k = lane; k < d; k += LANES) {
     T sum = 0;
     for (int j = 0; j < stride; ++j)
@@ -284,8 +284,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 
   // 6. Gradient: close pairs by differences, then weights times the others' rows, then through distance and norm.
   for (int r = warp; spec.euclidean && r < count; r += WARPS)
-    add_close(z + r * stride, sides + r * stride, stride, own.rows + size_t(first + r) * width, others.rows, width,
-              spec.d, lane, out + size_t(first + r) * spec.d);
+    close_gradients(z + r * stride, sides + r * stride, stride, own.rows + size_t(first + r) * width, others.rows,
+                    width, spec.d, lane, out + size_t(first + r) * spec.d);
   if (spec.euclidean) {  // close pairs take no part in the product
     __syncthreads();
     for (int at = threadIdx.x; at < count * stride; at += THREADS)

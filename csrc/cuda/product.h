@@ -59,6 +59,7 @@ __device__ void product(const T* a, const T* b, int inner, int columns, int grou
   for (int base = 0; base < quads; base += span) {
     const int quad = base + threadIdx.x % span;
     const bool busy = group < groups && quad < quads;
+    // 1. The thread's sums over its part of the inner axis.
     T sum[ROWS][4] = {};
     const Quad<T>* from = reinterpret_cast<const Quad<T>*>(b) + quad;
     int strip = busy ? strips * group / groups : end;
@@ -77,6 +78,7 @@ __device__ void product(const T* a, const T* b, int inner, int columns, int grou
       load_strips<T, 1>(last, from, quads, strip);
       add_strips<T, ROWS, 1>(sum, a, inner, last, strip);
     }
+    // 2. The groups' sums, added to `out` one group after the other.
     for (int turn = 0; turn < groups; ++turn) {
       if (busy && turn == group) {
 #pragma unroll

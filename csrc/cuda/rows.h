@@ -30,8 +30,7 @@ __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float widen(__half value) { return __half2float(value); }
 
-// Four rows, by one warp: normalised, zero-padded, and written both as they are and transposed. E: the embeddings'
-// type.
+// Four rows, by one warp: normalised, zero-padded, and written as they are and transposed. E: the embeddings' type.
 template <class T, class E>
 __device__ void prepare_rows(const Spec& spec, const Samples<T>& samples, int width, int first, int lane) {
   const E* raw = static_cast<const E*>(samples.raw);

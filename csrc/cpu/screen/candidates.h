@@ -18,7 +18,7 @@ struct CandidateVector {
     count = pairs.count - first < WIDTH<T> ? pairs.count - first : WIDTH<T>;
     for (int64_t k = 0; k < count; ++k) {
       const int32_t entry = pairs.entry[first + k];
-      row[k] = t.r0 + (entry >> 16), column[k] = t.c0 + (entry & 0xffff);
+      row[k] = t.r0 + entry_row(entry), column[k] = t.c0 + entry_column(entry);
       z[k] = pairs.z[first + k];
     }
   }
@@ -37,7 +37,7 @@ void candidate_similarities(const Problem<T>& p, const Tile<T>& t, const int32_t
   for (int64_t first = 0; first < count; first += CHUNK) {
     const int64_t size = clamp(count - first, 0, CHUNK);
     for (int64_t k = 0; k < size; ++k)
-      rows[k] = t.r0 + (entry[first + k] >> 16), cols[k] = t.c0 + (entry[first + k] & 0xffff);
+      rows[k] = t.r0 + entry_row(entry[first + k]), cols[k] = t.c0 + entry_column(entry[first + k]);
     pair_similarities(p, x, y, d, size, rows, cols, z + first);
   }
 }
@@ -45,24 +45,24 @@ void candidate_similarities(const Problem<T>& p, const Tile<T>& t, const int32_t
 template <class T>
 int64_t list_kept_candidates(const Reduction<T>* reductions, int count, const Tile<T>& t, const Candidates<T>& pairs,
                              const KeptPairs<T>& kept) {
-  int64_t found = 0;
+  int64_t num_kept = 0;
   for_each_vector<T>(t, pairs, [&](const CandidateVector<T>& c, int64_t first) {
     Mask<T> in{};
     for (int k = 0; k < count; ++k) {
       in |= AnchorWindows<T>(reductions[k], c.row, c.count).contains(c.z);
       if (t.symmetric) in |= AnchorWindows<T>(reductions[k], c.column, c.count).contains(c.z);
     }
-    for (int64_t k = 0; k < c.count && found >= 0; ++k) {
+    for (int64_t k = 0; k < c.count && num_kept >= 0; ++k) {
       if (!in[k]) continue;
-      if (found == kept.capacity) {
-        found = -1;
+      if (num_kept == kept.capacity) {
+        num_kept = -1;
         return;
       }
-      kept.entry[found] = pairs.entry[first + k];
-      kept.z[found++] = c.z[k];
+      kept.entry[num_kept] = pairs.entry[first + k];
+      kept.z[num_kept++] = c.z[k];
     }
   });
-  return found;
+  return num_kept;
 }
 
 // logsumexp in two rounds: first every row's maximum, then one exponential for each end of a pair relative to it.
@@ -70,10 +70,7 @@ template <class T>
 void candidates_logsumexp(const Reduction<T>& r, const Tile<T>& t, const Candidates<T>& pairs) {
   const T direction = r.direction(), steep = r.steepness();
   auto raise_max = [&](int64_t row, T s) {
-    const T old = r.row_max[row];
-    if (!(s > old)) return;
-    r.row_sum[row] *= static_cast<double>(rescale_factor(r, old, s));
-    r.row_max[row] = s;
+    if (s > r.row_max[row]) merge(r, r.row_max[row], r.row_sum[row], s, T(0));
   };
   auto add = [&](const int64_t* anchor, const CandidateVector<T>& c, Mask<T> in) {
     Vec<T> max{};
@@ -113,19 +110,15 @@ void candidates_sum(const Reduction<T>& r, const Tile<T>& t, const Candidates<T>
   });
 }
 
-// Equal extremes go to the lowest index in the caller's order, as in reduce.h.
 template <class T>
 void candidates_extreme(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Candidates<T>& pairs) {
-  const T sign = r.op == MAX ? T(1) : T(-1);
+  const ExtremeState<T> state(p, r);
   auto update = [&](int64_t row, int64_t other, T z) {
     if (!(z > row_lower(r, row) && z < row_upper(r, row))) return;
-    const T now = sign * z, old = sign * r.row_max[row];
-    if (!(now > old || (r.index && now == old))) return;
-    if (r.index && (now > old || r.index[row] < 0 || p.perm[other] < p.perm[r.index[row]])) r.index[row] = other;
-    r.row_max[row] = z;
+    if (state.may_change(row, state.sign * z)) state.update(row, state.sign * z, other);
   };
   for (int64_t k = 0; k < pairs.count; ++k) {
-    const int64_t row = t.r0 + (pairs.entry[k] >> 16), column = t.c0 + (pairs.entry[k] & 0xffff);
+    const int64_t row = t.r0 + entry_row(pairs.entry[k]), column = t.c0 + entry_column(pairs.entry[k]);
     update(row, column, pairs.z[k]);
     if (t.mirror) update(column, row, pairs.z[k]);
   }

@@ -105,8 +105,7 @@ struct QuantizedRow {
     };
     for_each_vector([&](int64_t, Vec<T> x) ALWAYS { largest = maximum<T>(largest, absolute<T>(x)); });
     const T magnitude = hmax<T>(largest);
-    // Outside of this range products of two steps could under- or overflow. Then q is 0 and the row is its own
-    // residual.
+    // Outside of this range products of two steps could under- or overflow. Then q is 0, and the residual is the row.
     const bool in_range = magnitude > T(1e-30) && magnitude < T(1e16);
     step = in_range ? static_cast<float>(magnitude) / 127.0f : 0.0f;
     const T per_step = in_range ? T(1) / static_cast<T>(step) : T(0);
@@ -162,10 +161,11 @@ INLINE Int candidate_mask(const ScreenOperands& s, Int products, int64_t i, int6
   const Float estimate = __builtin_convertvector(products, Float) * load(s.y.step.data() + j) * s.x.step[i];
   const Float bound = load(s.y.residual.data() + j) * s.x.norm[i] + load(s.y.norm.data() + j) * s.x.residual[i];
   const Float halves = load(s.y.half_sq_norm.data() + j) + s.x.half_sq_norm[i];
-  const Float most = estimate + bound - halves * (1 - 64 * UNIT), least = estimate - bound - halves * (1 + 64 * UNIT);
+  const Float estimate_max = estimate + bound - halves * (1 - 64 * UNIT),
+              estimate_min = estimate - bound - halves * (1 + 64 * UNIT);
   auto outside = [&](Float low, Float high) ALWAYS {
-    Int out = most <= low;
-    if constexpr (HIGH) out |= least >= high;
+    Int out = estimate_max <= low;
+    if constexpr (HIGH) out |= estimate_min >= high;
     return out;
   };
   Int irrelevant = outside(splat(s.window.low[i]), HIGH ? splat(s.window.high[i]) : Float{});
@@ -213,7 +213,7 @@ int64_t list_candidates(const ScreenOperands& s, const Excluded& excluded, const
         count = -1;
         return;
       }
-      entry[count++] = static_cast<int32_t>((i - t.r0) << 16 | (column - t.c0));
+      entry[count++] = pack_entry(i - t.r0, column - t.c0);
     }
   };
   const int64_t col_end = t.c0 + t.cols;

@@ -1,7 +1,6 @@
 // Rows rounded to int8, and which pairs of a tile their products prove irrelevant. Shared by all instruction sets.
 //
-// A row x is s q + r: q are integers in [-127, 127], s is the row's step, and |r|, the residual, is kept. For every
-// pair
+// A row x is s q + r: q are integers in [-127, 127], s is the row's step, and |r|, the residual, is kept. For all pairs
 //   |x_i . x_j - s_i s_j q_i . q_j| <= N_i |r_j| + N_j |r_i|,   N = max(|x|, |s q|)   (Cauchy-Schwarz).
 // A pair whose estimate plus that bound stays under both anchors' thresholds is irrelevant; the others are candidates.
 // docs/screened-mining.md has the proof, rounding included: `residual` below is inflated so that no order in which an

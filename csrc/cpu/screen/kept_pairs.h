@@ -15,20 +15,17 @@ int64_t list_kept(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
     constexpr bool LOWER = decltype(use_lower)::value, UPPER = decltype(use_upper)::value;
     constexpr bool SYMMETRIC = decltype(symmetric)::value;
     using V = Vec<T>;
-    Columns<T> lower, upper;
-    if (SYMMETRIC) {
-      lower.fill(r.lower, -INF<T>, t);
-      upper.fill(r.upper, INF<T>, t);
-    }
+    ColumnWindows<T> windows;
+    if (SYMMETRIC) windows.fill(r, t);
     for (int64_t i = 0; i < t.rows && count >= 0; ++i) {
       const T* z = t.z + i * t.ld;
       const V low_i = splat(row_lower(r, t.r0 + i)), up_i = splat(row_upper(r, t.r0 + i));
       sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
         const V zv = load(z + v);
-        V ends = select<T>(mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m), splat(T(1)), V{});
+        V ends = select<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i, m), splat(T(1)), V{});
         if constexpr (SYMMETRIC) {
-          const auto in = in_window<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
-          ends += select<T>(mask_and<T>(in, m), splat(T(1)), V{});
+          const auto in = in_window<T, LOWER, UPPER>(zv, windows.lower.at(v), windows.upper.at(v), m);
+          ends += select<T>(in, splat(T(1)), V{});
         }
         const Mask<T> hits = ends > T(0);
         if (count < 0 || !any<T>(hits)) return;
@@ -38,7 +35,7 @@ int64_t list_kept(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
             count = -1;
             return;
           }
-          kept.entry[count] = static_cast<int32_t>(i << 16 | (v + k));
+          kept.entry[count] = pack_entry(i, v + k);
           kept.z[count++] = z[v + k];
         }
       });
@@ -127,7 +124,7 @@ void scatter_kept_with(const Problem<T>& p, const Reduction<T>& r, const Tile<T>
     V z{}, row_ref_offset{}, col_ref_offset{};
     for (int64_t k = 0; k < count; ++k) {
       const int32_t entry = kept.entry[first + k];
-      row[k] = t.r0 + (entry >> 16), column[k] = t.c0 + (entry & 0xffff);
+      row[k] = t.r0 + entry_row(entry), column[k] = t.c0 + entry_column(entry);
       z[k] = kept.z[first + k];
       if (r.ref_offset) col_ref_offset[k] = r.ref_offset[column[k]];
       if (r.ref_offset && t.symmetric) row_ref_offset[k] = r.ref_offset[row[k]];

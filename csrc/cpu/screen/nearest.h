@@ -19,7 +19,7 @@ class Nearest : Pass<T> {
   void run(int threads, const Int8Kernels& int8, int64_t k, T* value, int64_t* index) {
     const bool finite = this->finite();
     if (k == 0 || !finite) {
-      std::fill_n(value, p_.n * k, std::numeric_limits<T>::quiet_NaN());
+      fill_nan(value, p_.n * k);
       std::fill_n(index, p_.n * k, int64_t{-1});
       return;
     }
@@ -58,14 +58,15 @@ class Nearest : Pass<T> {
 
   void search_tile(const Screen<T>& screen, const Tile<T>& t, int32_t* entry) {
     const int64_t capacity = this->grid_.size * this->grid_.size / CANDIDATES_PAY;
-    const int64_t found = screen.candidates(t, 0, entry, capacity);
+    const int64_t num_candidates = screen.candidates(t, 0, entry, capacity);
     auto offer_pair = [&](int64_t row, int64_t column, T z) {
       offer(row, column, z);
       if (t.mirror) offer(column, row, z);
     };
-    if (found >= 0) {
-      this->kernels_.candidate_similarities(p_, t, entry, found, this->x_, this->y_, this->d_, t.z);
-      for (int64_t e = 0; e < found; ++e) offer_pair(t.r0 + (entry[e] >> 16), t.c0 + (entry[e] & 0xffff), t.z[e]);
+    if (num_candidates >= 0) {
+      this->kernels_.candidate_similarities(p_, t, entry, num_candidates, this->x_, this->y_, this->d_, t.z);
+      for (int64_t e = 0; e < num_candidates; ++e)
+        offer_pair(t.r0 + entry_row(entry[e]), t.c0 + entry_column(entry[e]), t.z[e]);
       return;
     }
     this->similarities(t, reinterpret_cast<T*>(entry));

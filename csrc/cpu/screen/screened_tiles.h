@@ -78,11 +78,11 @@ class ScreenedTiles {
   bool reduce(const std::vector<Reduction<T>>& reductions, const Tile<T>& t, const TileIndex& index, T* scratch,
               const KeptLists<T>& kept) {
     int32_t* entry = reinterpret_cast<int32_t*>(scratch);
-    const int64_t found = screen_.candidates(t, index.lane, entry, capacity());
+    const int64_t num_candidates = screen_.candidates(t, index.lane, entry, capacity());
     ++tally_.tiles, ++tally_.full;
-    if (found < 0) return false;
-    kernels_.candidate_similarities(p_, t, entry, found, x_, y_, d_, t.z);
-    const Candidates<T> pairs{entry, t.z, found};
+    if (num_candidates < 0) return false;
+    kernels_.candidate_similarities(p_, t, entry, num_candidates, x_, y_, d_, t.z);
+    const Candidates<T> pairs{entry, t.z, num_candidates};
     if (kept.count && !weighted_.empty()) {
       const int64_t slot = grid_.slot(index), count = static_cast<int64_t>(weighted_.size());
       const int64_t listed =
@@ -92,7 +92,7 @@ class ScreenedTiles {
       tally_.kept += listed, tally_.pairs += t.rows * t.cols;
     }
     for (const Reduction<T>& r : reductions) kernels_.reduce_candidates(p_, r, t, pairs);
-    --tally_.full, tally_.candidates += found;
+    --tally_.full, tally_.candidates += num_candidates;
     return true;
   }
 

@@ -15,10 +15,10 @@ namespace {
 // dL/dr (0 where the set was empty), and of a logsumexp the directed top_z and the log_sum.
 template <class T>
 struct Anchors {
-  Columns<T> lower, upper, offset, grad, top_z, log_sum;
+  ColumnWindows<T> windows;
+  Columns<T> offset, grad, top_z, log_sum;
   void fill(const Reduction<T>& r, const Tile<T>& block) {
-    lower.fill(r.lower, -INF<T>, block);
-    upper.fill(r.upper, INF<T>, block);
+    windows.fill(r, block);
     offset.fill(r.offset, r.shift, block);
     grad.fill(r.grad, T(0), block);
     if (r.op != LOGSUMEXP) return;
@@ -48,7 +48,8 @@ void backward_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T
   rows.fill(r, rows_of(t));
   if (SYMMETRIC) cols.fill(r, t);
   // 1. The range of the values, relative to some anchor's top_z, and whether one exponential serves both ends.
-  T base = T(0), high = -INF<T>, low = INF<T>, least = INF<T>;
+  T base = T(0);
+  ExponentRange<T> range;
   auto for_each_anchor = [&](auto&& f) {
     for (int64_t k = 0; k < t.rows; ++k)
       if (rows.grad.data[k] != T(0)) f(rows.top_z.data[k], rows.log_sum.data[k]);
@@ -56,15 +57,11 @@ void backward_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T
       if (cols.grad.data[k] != T(0)) f(cols.top_z.data[k], cols.log_sum.data[k]);
   };
   for_each_anchor([&](T top_z, T) { base = top_z; });
-  for_each_anchor([&](T top_z, T log_sum) {
-    const T value = (top_z - base) * steep + log_sum, size = magnitude(top_z * steep + log_sum);
-    high = value > high ? value : high;
-    low = value < low ? value : low;
-    least = size < least ? size : least;
-  });
-  if (!(high >= low)) high = low = T(0);
-  const bool shared = SYMMETRIC && one_exponential_serves(high - low, least);
-  const T middle = low + (high - low) / 2;
+  for_each_anchor(
+      [&](T top_z, T log_sum) { range.widen((top_z - base) * steep + log_sum, magnitude(top_z * steep + log_sum)); });
+  if (!(range.high >= range.low)) range.high = range.low = T(0);        // no anchor has a gradient
+  const bool shared = SYMMETRIC && range.one_exponential_serves(T(1));  // its values are exponents already
+  const T middle = range.low + (range.high - range.low) / 2;
   // 2. Where it does: gradients times e^(middle - value).
   auto scale_to_middle = [&](Anchors<T>& a, int64_t size) {
     for (int64_t k = 0; k < size; k += WIDTH<T>) {
@@ -80,7 +77,7 @@ void backward_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T
   V dscale{};
   for (int64_t i = 0; i < t.rows; ++i) {
     V dscale_i{};
-    const V low_i = splat(rows.lower.data[i]), up_i = splat(rows.upper.data[i]);
+    const V low_i = splat(rows.windows.lower.data[i]), up_i = splat(rows.windows.upper.data[i]);
     const V grad_i = splat(rows.grad.data[i]);
     const V top_i = splat(shared ? base : rows.top_z.data[i]), log_i = splat(shared ? middle : rows.log_sum.data[i]);
     if (!SYMMETRIC && rows.grad.data[i] == T(0)) continue;
@@ -88,12 +85,12 @@ void backward_logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T
     T* wi = w + i * t.ld;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * direction, e = exp((s - top_i) * steep - log_i);
-      V sum = select<T>(mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m), e * grad_i, V{});
+      V sum = select<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i, m), e * grad_i, V{});
       V counted = sum;  // what grad_scale is to count here: both directions, or only the rows'
       if constexpr (SYMMETRIC) {
-        const auto in = in_window<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v));
+        const auto in = in_window<T, LOWER, UPPER>(zv, cols.windows.lower.at(v), cols.windows.upper.at(v), m);
         const V e_j = shared ? e : exp((s - cols.top_z.at(v)) * steep - cols.log_sum.at(v));
-        sum += select<T>(mask_and<T>(in, m), e_j * cols.grad.at(v), V{});
+        sum += select<T>(in, e_j * cols.grad.at(v), V{});
         if (t.mirror) counted = sum;
       }
       dscale_i += select<T>(counted != T(0), counted * zv, V{});  // z past the tile's columns may be anything
@@ -118,11 +115,12 @@ void backward_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
     cols.fill(r, t);
     row_ref_offset.fill(r.ref_offset, T(0), rows_of(t));
   }
-  doffset.fill(nullptr, T(0), t);
-  dref_offset.fill(nullptr, T(0), t);
+  doffset.fill(T(0), t);
+  dref_offset.fill(T(0), t);
   V dscale{};
   for (int64_t i = 0; i < t.rows; ++i) {
-    const V low_i = splat(rows.lower.data[i]), up_i = splat(rows.upper.data[i]), grad_i = splat(rows.grad.data[i]);
+    const V low_i = splat(rows.windows.lower.data[i]), up_i = splat(rows.windows.upper.data[i]),
+            grad_i = splat(rows.grad.data[i]);
     const V offset_i = splat(rows.offset.data[i]), ref_offset_i = splat(SYMMETRIC ? row_ref_offset.data[i] : T(0));
     const T* z = t.z + i * t.ld;
     T* wi = w + i * t.ld;
@@ -131,7 +129,7 @@ void backward_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
       const V zv = load(z + v), s = zv * r.scale;
       V d_offset, d_ref_offset;
       // The rows' anchors.
-      const auto in_i = mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m);
+      const auto in_i = in_window<T, LOWER, UPPER>(zv, low_i, up_i, m);
       const V slope_i = transform.template slope<T>(s, offset_i, col_ref_offset.at(v), d_offset, d_ref_offset);
       V sum = select<T>(in_i, slope_i * grad_i, V{}), counted = sum;
       doffset_i += select<T>(in_i, d_offset, V{});
@@ -139,7 +137,7 @@ void backward_sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, 
         store<T>(dref_offset.data + v, dref_offset.at(v) + select<T>(in_i, d_ref_offset * grad_i, V{}));
       // The columns' anchors.
       if constexpr (SYMMETRIC) {
-        const auto in_j = mask_and<T>(in_window<T, LOWER, UPPER>(zv, cols.lower.at(v), cols.upper.at(v)), m);
+        const auto in_j = in_window<T, LOWER, UPPER>(zv, cols.windows.lower.at(v), cols.windows.upper.at(v), m);
         const V grad_j = cols.grad.at(v);
         const V slope_j = transform.template slope<T>(s, cols.offset.at(v), ref_offset_i, d_offset, d_ref_offset);
         sum += select<T>(in_j, slope_j * grad_j, V{});

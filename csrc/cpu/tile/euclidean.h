@@ -125,7 +125,7 @@ template <class T>
 bool backward_euclidean(const Problem<T>& p, const Tile<T>& t, T* w, T* row_norm_grad, T* ref_norm_grad) {
   using V = Vec<T>;
   Columns<T> ref_sums, ref_sq_norms;
-  ref_sums.fill(nullptr, T(0), t);
+  ref_sums.fill(T(0), t);
   ref_sq_norms.fill(p.ref_sq_norm, T(0), t);
   Mask<T> any_close{};
   for (int64_t i = 0; i < t.rows; ++i) {

@@ -11,24 +11,14 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/nonfinite.h"
 #include "cpu/runtime.h"
 #include "cpu/screen/screened_tiles.h"
 #include "cpu/transform/linear.h"
+#include "row_state.h"
 #include "tiles.h"
 
 namespace flashpair {
-
-template <class T>
-bool all_finite(const T* x, int64_t size) {
-  constexpr int64_t L = 16;
-  T zero[L] = {}, tail = 0;
-  int64_t k = 0;
-  for (; k + L <= size; k += L)
-    for (int64_t l = 0; l < L; ++l) zero[l] += x[k + l] * 0;
-  for (; k < size; ++k) tail += x[k] * 0;
-  for (T z : zero) tail += z;
-  return tail == 0;
-}
 
 template <class T>
 class Pass {
@@ -124,8 +114,8 @@ class Pass {
         write_values(reductions_[k], k, row_max, row_sum, winner, values, index ? index + k * n : nullptr);
       }
     }
-    // 3. An entry that is not finite makes every value NaN: no mining comparison may hide it.
-    if (!is_finite) std::fill_n(values, num_value_rows() * n, std::numeric_limits<T>::quiet_NaN());
+    // 3. An entry that is not finite makes every value NaN.
+    if (!is_finite) fill_nan(values, num_value_rows() * n);
   }
 
   // z (count,) of row rows[k] and reference cols[k].
@@ -213,13 +203,12 @@ class Pass {
     if (dy) add_norm_grad(ref_norm_grad, y_, p_.m, dy);
     // 5. An entry that is not finite makes every gradient NaN.
     if (finite()) return;
-    const T nan = std::numeric_limits<T>::quiet_NaN();
-    if (dx) std::fill_n(dx, n * d_, nan);
-    if (dy) std::fill_n(dy, p_.m * d_, nan);
+    fill_nan(dx, n * d_);
+    fill_nan(dy, p_.m * d_);
     for (const Reduction<T>& r : reductions_) {
-      if (r.grad_scale) *r.grad_scale = nan;
-      if (r.grad_offset) std::fill_n(r.grad_offset, n, nan);
-      if (r.grad_ref_offset) std::fill_n(r.grad_ref_offset, p_.m, nan);
+      fill_nan(r.grad_scale, 1);
+      fill_nan(r.grad_offset, n);
+      fill_nan(r.grad_ref_offset, p_.m);
     }
   }
 
@@ -321,8 +310,8 @@ class Pass {
         });
   }
 
-  // Merges the lanes' states in order and writes the values. Equal extremes go to the lowest index in the caller's
-  // order.
+  // Merges the lanes' states in order and writes the values. As in row_state.h, equal extremes go to the lowest index
+  // in the caller's order.
   void write_values(const Reduction<T>& r, int64_t k, const std::vector<T>& row_max, const std::vector<double>& row_sum,
                     const std::vector<int64_t>& winner, T* values, int64_t* index) const {
     const int64_t n = p_.n, count = static_cast<int64_t>(reductions_.size());
@@ -339,13 +328,7 @@ class Pass {
         if (r.op == SUM || r.op == COUNT) {
           sum += row_sum[other];
         } else if (r.op == LOGSUMEXP) {
-          const T high = std::max(best, other_max);
-          auto rescale_factor = [&](T low) {
-            const double below = static_cast<double>(low) - high;
-            return low > -infinite ? std::exp(below * r.steepness()) : 0.0;
-          };
-          sum = sum * rescale_factor(best) + row_sum[other] * rescale_factor(other_max);
-          best = high;
+          merge(r, best, sum, other_max, row_sum[other]);
         } else {
           const bool better = r.op == MAX ? other_max > best : other_max < best;
           const bool earlier =

@@ -1,73 +1,60 @@
 // Forward: accumulates one tile's pairs into the reductions' state of its rows and, if mirrored, of its columns.
 //
-// Never stored: masks, windows, exponentials. A window that lets nothing of the tile through costs one pass of
-// comparisons.
-// State: a logsumexp keeps (row_max, row_sum), and its value is log(row_sum) + steepness * row_max (types.h). Sums
-// across tiles are double, so that a row of a million references loses nothing.
-// Deterministic: the caller's order of tiles fixes the order of a row's pairs.
+// Never stored: masks, windows, exponentials. A window that lets nothing of the tile through costs one comparison a
+// pair. State: a logsumexp keeps (row_max, row_sum), and its value is log(row_sum) + steepness * row_max (types.h).
+// Sums across tiles are double, so that a row of a million references loses nothing. Deterministic: the caller's order
+// of tiles fixes the order of a row's pairs.
 #pragma once
 #include "cpu/transform/transforms.h"
+#include "row_state.h"
 #include "sweep.h"
 
 namespace flashpair {
 namespace {
 
-INLINE float scalar_exp(float x) { return __builtin_expf(x); }
-INLINE double scalar_exp(double x) { return __builtin_exp(x); }
 template <class T>
 INLINE T magnitude(T x) {
   return x < 0 ? -x : x;
 }
 
-// What a sum relative to `low` is multiplied by to be relative to `high`; 0 for low = -inf.
+// The values around which a tile's exponents lie: the maxima of rows and columns in forward, their log-sum-exps in
+// backward. Times `steepness` they are exponents.
 template <class T>
-INLINE T rescale_factor(const Reduction<T>& r, T low, T high) {
-  return low > -INF<T> ? scalar_exp((low - high) * r.steepness()) : T(0);
-}
+struct ExponentRange {
+  T high = -INF<T>, low = INF<T>, least = INF<T>;  // least: the smallest magnitude
 
-// Merges one tile's (max, sum) into a row's state.
-template <class T>
-INLINE void merge(const Reduction<T>& r, int64_t row, T max, T sum) {
-  if (!(max > -INF<T>)) return;
-  const T old = r.row_max[row];
-  if (max > old) {
-    r.row_sum[row] = r.row_sum[row] * static_cast<double>(rescale_factor(r, old, max)) + sum;
-    r.row_max[row] = max;
-  } else {
-    r.row_sum[row] += static_cast<double>(sum) * rescale_factor(r, max, old);
+  INLINE void widen(T value, T size) {
+    high = value > high ? value : high;
+    low = value < low ? value : low;
+    least = size < least ? size : least;
   }
-}
-
-// Whether one exponential a pair, relative to the tile's largest maximum, serves the pair's row and its column alike.
-// spread: from the smallest maximum to the largest; least: the smallest magnitude of a maximum.
-// 1. It may flush to zero no more than e^-27 of any row's own maximum (float: 88 - 60 = 28).
-// 2. Its exponent is rounded by the distance from the largest maximum, which must not exceed the rounding of each
-//    maximum itself. So a row whose maximum is close to 0 needs exponents of its own.
-template <class T>
-INLINE bool one_exponential_serves(T spread, T least) {
-  return spread <= (sizeof(T) == 4 ? T(60) : T(600)) && spread <= 2 * least;
-}
+  // Whether one exponential a pair, relative to a number in the range, serves the pair's row and its column alike.
+  // 1. It may flush to zero no more than e^-27 of any row's own maximum (float: 88 - 60 = 28).
+  // 2. Its exponent is rounded by the distance from that number, which must not exceed the rounding of each value. So a
+  //    row whose value is close to 0 needs exponents of its own.
+  INLINE bool one_exponential_serves(T steepness) const {
+    const T spread = (high - low) * steepness;
+    return spread <= (sizeof(T) == 4 ? T(60) : T(600)) && spread <= 2 * (least * steepness);
+  }
+};
 
 template <class T, bool LOWER, bool UPPER, bool MIRROR>
 void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   using V = Vec<T>;
-  Columns<T> lower, upper, col_max, col_sum, col_part;
+  ColumnWindows<T> windows;
+  Columns<T> col_max, col_sum, col_part;
   // Directed z: the maximum of the row's own pairs, and of all pairs in the row that the row or a column uses.
   alignas(64) T row_max[MAX_TILE], used_max[MAX_TILE];
   const T direction = r.direction(), steep = r.steepness();
   if (MIRROR) {
-    lower.fill(r.lower, -INF<T>, t);
-    upper.fill(r.upper, INF<T>, t);
-    col_max.fill(nullptr, -INF<T>, t);
-    col_sum.fill(nullptr, T(0), t), col_part.fill(nullptr, T(0), t);
+    windows.fill(r, t);
+    col_max.fill(-INF<T>, t);
+    col_sum.fill(T(0), t), col_part.fill(T(0), t);
   }
   const V none = splat(-INF<T>);
-  T high = -INF<T>, low = INF<T>, least = INF<T>;
+  ExponentRange<T> range;
   auto widen = [&](T max) {
-    if (!(max > -INF<T>)) return;
-    high = max > high ? max : high;
-    low = max < low ? max : low;
-    least = magnitude(max) < least ? magnitude(max) : least;
+    if (max > -INF<T>) range.widen(max, magnitude(max));
   };
   // 1. Maxima of what the windows let through.
   for (int64_t i = 0; i < t.rows; ++i) {
@@ -76,10 +63,10 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
     V max_i = none, max_j = none;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * direction;
-      max_i = maximum<T>(max_i, select<T>(mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m), s, none));
+      max_i = maximum<T>(max_i, select<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i, m), s, none));
       if constexpr (MIRROR) {
-        const auto in = in_window<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
-        const V kept = select<T>(mask_and<T>(in, m), s, none);
+        const auto in = in_window<T, LOWER, UPPER>(zv, windows.lower.at(v), windows.upper.at(v), m);
+        const V kept = select<T>(in, s, none);
         max_j = maximum<T>(max_j, kept);
         store<T>(col_max.data + v, maximum<T>(col_max.at(v), kept));
       }
@@ -90,8 +77,10 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   }
   if (MIRROR)
     for (int64_t j = 0; j < t.cols; ++j) widen(col_max.data[j]);
+  const T high = range.high;
   if (!(high > -INF<T>)) return;
-  const bool shared = MIRROR && one_exponential_serves((high - low) * steep, least * steep);
+  const bool shared = MIRROR && range.one_exponential_serves(steep);
+  auto merge_row = [&](int64_t row, T max, T sum) { merge(r, r.row_max[row], r.row_sum[row], max, sum); };
   // 2. Sums of exponentials: one exponential a pair where it is shared, else one for each of its two ends.
   for (int64_t i = 0; i < t.rows; ++i) {
     if (MIRROR && i % FLUSH_EVERY == 0) col_part.flush_to(col_sum.data, t.cols);
@@ -102,31 +91,31 @@ void logsumexp(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
     RowSum<T> row_sum;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * direction, e = exp((s - max_i) * steep);
-      row_sum.add(v, select<T>(mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m), e, V{}));
+      row_sum.add(v, select<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i, m), e, V{}));
       if constexpr (MIRROR) {
-        const auto in = in_window<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
+        const auto in = in_window<T, LOWER, UPPER>(zv, windows.lower.at(v), windows.upper.at(v), m);
         const V e_j = shared ? e : exp((s - col_max.at(v)) * steep);
-        store<T>(col_part.data + v, col_part.at(v) + select<T>(mask_and<T>(in, m), e_j, V{}));
+        store<T>(col_part.data + v, col_part.at(v) + select<T>(in, e_j, V{}));
       }
     });
-    if (row_max[i] > -INF<T>) merge(r, t.r0 + i, shared ? high : row_max[i], row_sum.value());
+    if (row_max[i] > -INF<T>) merge_row(t.r0 + i, shared ? high : row_max[i], row_sum.value());
   }
   if (MIRROR) col_part.flush_to(col_sum.data, t.cols);
   if (MIRROR)
     for (int64_t j = 0; j < t.cols; ++j)
-      if (col_max.data[j] > -INF<T>) merge(r, t.c0 + j, shared ? high : col_max.data[j], col_sum.data[j]);
+      if (col_max.data[j] > -INF<T>) merge_row(t.c0 + j, shared ? high : col_max.data[j], col_sum.data[j]);
 }
 
 template <class T, bool LOWER, bool UPPER, bool MIRROR, class Phi>
 void sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Phi& transform) {
   using V = Vec<T>;
-  Columns<T> lower, upper, offset, ref_offset, col_sum;
+  ColumnWindows<T> windows;
+  Columns<T> offset, ref_offset, col_sum;
   ref_offset.fill(r.ref_offset, T(0), t);
   if (MIRROR) {
-    lower.fill(r.lower, -INF<T>, t);
-    upper.fill(r.upper, INF<T>, t);
+    windows.fill(r, t);
     offset.fill(r.offset, r.shift, t);
-    col_sum.fill(nullptr, T(0), t);
+    col_sum.fill(T(0), t);
   }
   for (int64_t i = 0; i < t.rows; ++i) {
     const int64_t row = t.r0 + i;
@@ -138,11 +127,11 @@ void sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Phi
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * r.scale;
       const V phi_i = transform.template value<T>(s, offset_i, ref_offset.at(v));
-      row_sum.add(v, select<T>(mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m), phi_i, V{}));
+      row_sum.add(v, select<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i, m), phi_i, V{}));
       if constexpr (MIRROR) {
-        const auto in = in_window<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
+        const auto in = in_window<T, LOWER, UPPER>(zv, windows.lower.at(v), windows.upper.at(v), m);
         const V phi_j = transform.template value<T>(s, offset.at(v), ref_offset_i);
-        store<T>(col_sum.data + v, col_sum.at(v) + select<T>(mask_and<T>(in, m), phi_j, V{}));
+        store<T>(col_sum.data + v, col_sum.at(v) + select<T>(in, phi_j, V{}));
       }
     });
     r.row_sum[row] += row_sum.value();
@@ -150,29 +139,20 @@ void sum(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t, const Phi
   }
 }
 
-// Max and min of z: sign * z is maximised. Equal extremes go to the lowest index in the caller's order, which is looked
-// up only where a tile raises or equals a row's extreme (a few times a row).
+// Max and min of z. The column that attains an extreme is looked up only where a tile raises or equals a row's extreme
+// (a few times a row).
 template <class T, bool LOWER, bool UPPER, bool MIRROR>
 void extreme(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
   using V = Vec<T>;
-  const T sign = r.op == MAX ? T(1) : T(-1);
-  Columns<T> lower, upper, col_max;
+  const ExtremeState<T> state(p, r);
+  const T sign = state.sign;
+  ColumnWindows<T> windows;
+  Columns<T> col_max;
   if (MIRROR) {
-    lower.fill(r.lower, -INF<T>, t);
-    upper.fill(r.upper, INF<T>, t);
-    col_max.fill(nullptr, -INF<T>, t);
+    windows.fill(r, t);
+    col_max.fill(-INF<T>, t);
   }
   const V none = splat(-INF<T>);
-  auto perm = [&](int64_t column) { return p.perm[column]; };
-  // Whether the row's extreme, or with equal ones its index, may change.
-  auto may_change = [&](int64_t row, T max) {
-    const T old = sign * r.row_max[row];
-    return max > -INF<T> && (max > old || (r.index && max == old));
-  };
-  auto update = [&](int64_t row, T max, int64_t winner) {
-    if (r.index && (max > sign * r.row_max[row] || perm(winner) < perm(r.index[row]))) r.index[row] = winner;
-    r.row_max[row] = sign * max;
-  };
   // 1. The rows' extremes, and the columns' maxima beside them.
   for (int64_t i = 0; i < t.rows; ++i) {
     const int64_t row = t.r0 + i;
@@ -181,29 +161,29 @@ void extreme(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
     V max_i = none;
     sweep(p, r.side, t, i, [&](int64_t v, auto m) ALWAYS {
       const V zv = load(z + v), s = zv * sign;
-      max_i = maximum<T>(max_i, select<T>(mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m), s, none));
+      max_i = maximum<T>(max_i, select<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i, m), s, none));
       if constexpr (MIRROR) {
-        const auto in = in_window<T, LOWER, UPPER>(zv, lower.at(v), upper.at(v));
-        store<T>(col_max.data + v, maximum<T>(col_max.at(v), select<T>(mask_and<T>(in, m), s, none)));
+        const auto in = in_window<T, LOWER, UPPER>(zv, windows.lower.at(v), windows.upper.at(v), m);
+        store<T>(col_max.data + v, maximum<T>(col_max.at(v), select<T>(in, s, none)));
       }
     });
     const T row_max = hmax<T>(max_i);
-    if (!may_change(row, row_max)) continue;
+    if (!state.may_change(row, row_max)) continue;
     int64_t winner = -1;
     if (r.index)
       sweep(p, r.side, t, i, [&](int64_t v, auto m) {
         const V zv = load(z + v);
-        const V kept = select<T>(mask_and<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i), m), zv * sign, none);
+        const V kept = select<T>(in_window<T, LOWER, UPPER>(zv, low_i, up_i, m), zv * sign, none);
         for (int64_t k = 0; k < WIDTH<T>; ++k)
-          if (kept[k] == row_max && (winner < 0 || perm(t.c0 + v + k) < perm(winner))) winner = t.c0 + v + k;
+          if (kept[k] == row_max && (winner < 0 || state.precedes(t.c0 + v + k, winner))) winner = t.c0 + v + k;
       });
-    update(row, row_max, winner);
+    state.update(row, row_max, winner);
   }
   if (!MIRROR) return;
   // 2. The columns' extremes, and who attains them.
   for (int64_t j = 0; j < t.cols; ++j) {
     const int64_t row = t.c0 + j;
-    if (!may_change(row, col_max.data[j])) continue;
+    if (!state.may_change(row, col_max.data[j])) continue;
     int64_t winner = -1;
     for (int64_t i = 0; r.index && i < t.rows; ++i) {
       const int64_t other = t.r0 + i;
@@ -211,9 +191,9 @@ void extreme(const Problem<T>& p, const Reduction<T>& r, const Tile<T>& t) {
       const bool positive = other >= p.pos_begin[row] && other < p.pos_end[row];
       const bool in = (!LOWER || z > row_lower(r, row)) && (!UPPER || z < row_upper(r, row)) && other != row;
       const bool hit = in && sign * z == col_max.data[j] && (r.side == ALL || positive == (r.side == POSITIVES));
-      if (hit && (winner < 0 || perm(other) < perm(winner))) winner = other;
+      if (hit && (winner < 0 || state.precedes(other, winner))) winner = other;
     }
-    update(row, col_max.data[j], winner);
+    state.update(row, col_max.data[j], winner);
   }
 }
 

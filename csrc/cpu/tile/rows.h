@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cpu/dot.h"
 #include "cpu/runtime.h"
 
 namespace flashpair {
@@ -22,13 +23,7 @@ void sorted_rows(const T* x, const int64_t* perm, int64_t n, int64_t d, T* y, T*
       const T* from = x + perm[i] * d;
       T scale = 1;
       if (inverse_norm) {
-        double part[8] = {}, square = 0;
-        int64_t k = 0;
-        for (; k + 8 <= d; k += 8)
-          for (int64_t l = 0; l < 8; ++l) part[l] += static_cast<double>(from[k + l]) * from[k + l];
-        for (; k < d; ++k) square += static_cast<double>(from[k]) * from[k];
-        for (double p : part) square += p;
-        const double norm = std::sqrt(square);
+        const double norm = std::sqrt(dot(from, from, d));
         scale = norm <= smallest ? T(0)
                 : norm < largest ? static_cast<T>(1 / norm)
                                  : std::numeric_limits<T>::quiet_NaN();
@@ -47,13 +42,8 @@ void sorted_rows_backward(const T* g, const T* y, const T* inverse_norm, const i
     for (int64_t i = first; i < last; ++i) {
       const T *gi = g + i * d, *yi = y + i * d;
       T* to = dx + perm[i] * d;
-      double part[8] = {}, projection = 0;
-      int64_t k = 0;
-      for (; inverse_norm && k + 8 <= d; k += 8)
-        for (int64_t l = 0; l < 8; ++l) part[l] += static_cast<double>(gi[k + l]) * yi[k + l];
-      for (; inverse_norm && k < d; ++k) projection += static_cast<double>(gi[k]) * yi[k];
-      for (double p : part) projection += p;
-      const T scale = inverse_norm ? inverse_norm[i] : T(1), radial = static_cast<T>(projection);
+      const T scale = inverse_norm ? inverse_norm[i] : T(1);
+      const T radial = inverse_norm ? static_cast<T>(dot(gi, yi, d)) : T(0);
       for (int64_t j = 0; j < d; ++j) to[j] = (gi[j] - yi[j] * radial) * scale;
     }
   });

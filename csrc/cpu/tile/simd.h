@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#include "cpu/types.h"
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -19,9 +21,6 @@ constexpr int VECTOR_BYTES = 32;
 #else
 constexpr int VECTOR_BYTES = 16;
 #endif
-
-#define ALWAYS __attribute__((always_inline))  // for lambdas, which take no `inline`
-#define INLINE inline ALWAYS
 
 template <class T>
 struct VecTypes;
@@ -43,8 +42,6 @@ template <class T>
 using Mask = typename VecTypes<T>::I;  // a lane is -1 or 0
 template <class T>
 constexpr int64_t WIDTH = VECTOR_BYTES / sizeof(T);
-template <class T>
-constexpr T INF = static_cast<T>(__builtin_inff());
 
 struct NoMask {};  // the mask of a vector all of whose lanes take part
 

@@ -49,10 +49,13 @@ INLINE void sweep(const Problem<T>& p, int side, const Tile<T>& t, int64_t i, F&
 template <class T>
 struct Columns {
   alignas(64) T data[MAX_TILE + WIDTH<T>];
-  // `otherwise` where there is no array, and past the tile's columns.
+  static int64_t padded(const Tile<T>& t) { return (t.cols + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>; }
+  void fill(T value, const Tile<T>& t) {
+    for (int64_t j = 0; j < padded(t); ++j) data[j] = value;
+  }
+  // `otherwise` stands where there is no array, and past the tile's columns.
   void fill(const T* from, T otherwise, const Tile<T>& t) {
-    const int64_t padded = (t.cols + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>;
-    for (int64_t j = 0; j < padded; ++j) data[j] = from && j < t.cols ? from[t.c0 + j] : otherwise;
+    for (int64_t j = 0; j < padded(t); ++j) data[j] = from && j < t.cols ? from[t.c0 + j] : otherwise;
   }
   INLINE Vec<T> at(int64_t v) const { return load(data + v); }
   // Adds these numbers to `to` and sets them to zero. Column sums are flushed after a few rows, so that their rounding
@@ -76,15 +79,16 @@ struct RowSum {
   INLINE T value() const { return hsum<T>(flushed + part); }
 };
 
-// Whether z is inside a mining window, lower < z < upper. A bound that is not asked for compiles to nothing.
-template <class T, bool LOWER, bool UPPER>
-INLINE auto in_window(Vec<T> z, Vec<T> lower, Vec<T> upper) {
+// Whether z is inside a mining window, lower < z < upper, and of the mask `m`. A bound that is not asked for compiles
+// to nothing.
+template <class T, bool LOWER, bool UPPER, class M>
+INLINE auto in_window(Vec<T> z, Vec<T> lower, Vec<T> upper, M m) {
   if constexpr (LOWER && UPPER)
-    return (z > lower) & (z < upper);
+    return mask_and<T>((z > lower) & (z < upper), m);
   else if constexpr (LOWER)
-    return z > lower;
+    return mask_and<T>(z > lower, m);
   else
-    return NoMask{};
+    return mask_and<T>(NoMask{}, m);
 }
 
 template <class T>
@@ -95,6 +99,16 @@ template <class T>
 INLINE T row_upper(const Reduction<T>& r, int64_t row) {
   return r.upper ? r.upper[row] : INF<T>;
 }
+
+// The windows of the anchors that are a tile's columns.
+template <class T>
+struct ColumnWindows {
+  Columns<T> lower, upper;
+  void fill(const Reduction<T>& r, const Tile<T>& t) {
+    lower.fill(r.lower, -INF<T>, t);
+    upper.fill(r.upper, INF<T>, t);
+  }
+};
 
 // Calls f(LOWER, UPPER, both_directions) with compile-time constants. It tests both bounds or none, which halves the
 // code to compile. Only logsumexp, the hot one, has code of its own for a lower bound alone (mined negatives).

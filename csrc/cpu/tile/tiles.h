@@ -14,8 +14,7 @@ struct TileIndex {
 // All N x M pairs in blocks of `size` rows and columns. Of a square problem the upper triangle of blocks. Of a square
 // problem with a split the first group's blocks by the second's, which start anew at the split, so that no block holds
 // rows of both.
-// lanes: copies of the rows' state, each over its own range of columns. They keep many threads busy where anchors are
-// few.
+// lanes: copies of the rows' state, each over its own range of columns. With few anchors they keep many threads busy.
 struct Grid {
   int64_t n, m, size, lanes;
   bool square;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/dot.h"
 #include "cpu/types.h"
 
 namespace flashpair {
@@ -27,7 +28,7 @@ class LinearSum {
 
   // Adds the rows' sums to row_sum (N,).
   void forward(double* row_sum) const {
-    for_each_row([&](int64_t i, const double* sum) { row_sum[i] += r_.scale * dot(x_ + i * d_, sum); });
+    for_each_row([&](int64_t i, const double* sum) { row_sum[i] += r_.scale * dot(x_ + i * d_, sum, d_); });
     for (int64_t i = 0; i < p_.n; ++i) row_sum[i] += count(i) * (r_.offset ? r_.offset[i] : r_.shift);
   }
 
@@ -36,7 +37,7 @@ class LinearSum {
   void backward(T* dx, T* dy) const {
     if (dx || r_.grad_scale)
       for_each_row([&](int64_t i, const double* sum) {
-        if (r_.grad_scale) *r_.grad_scale += r_.grad[i] * dot(x_ + i * d_, sum);
+        if (r_.grad_scale) *r_.grad_scale += r_.grad[i] * dot(x_ + i * d_, sum, d_);
         if (dx) add_to(dx + i * d_, sum, double(r_.grad[i]) * r_.scale);
       });
     if (dy) for_each_reference([&](int64_t j, const double* sum) { add_to(dy + j * d_, sum, r_.scale); });
@@ -53,8 +54,8 @@ class LinearSum {
   }
   int64_t count(int64_t i) const { return first(i) + p_.num_valid - past(i); }
 
-  // Calls f(row, sum of the references before those it excludes) for all rows, then f(row, sum of those after) in
-  // reverse.
+  // Calls f(row, sum of the references before the excluded ones) for all rows; then, in reverse, f(row, sum of those
+  // after them).
   template <class F>
   void for_each_row(F&& f) const {
     std::vector<double> sum(d_);
@@ -89,16 +90,6 @@ class LinearSum {
   }
   void add_to(T* row, const double* sum, double weight) const {
     for (int64_t k = 0; k < d_; ++k) row[k] += static_cast<T>(weight * sum[k]);
-  }
-  double dot(const T* row, const double* sum) const {
-    constexpr int64_t L = 8;  // chains of additions, which need not wait for each other
-    double part[L] = {}, total = 0;
-    int64_t k = 0;
-    for (; k + L <= d_; k += L)
-      for (int64_t l = 0; l < L; ++l) part[l] += row[k + l] * sum[k + l];
-    for (; k < d_; ++k) total += row[k] * sum[k];
-    for (double p : part) total += p;
-    return total;
   }
 
   const Problem<T>& p_;
