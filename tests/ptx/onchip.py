@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 THREADS = 256
 SOURCES = ("csrc/cuda", "csrc/small_batch")
 PROCESSORS, SHARED = 6, 227 * 1024  # so few that small batches have several rows a block
-ITEMSIZE = (8, 4, 2, 2)  # of embeddings, by csrc/small_batch/job.h's Number
+ITEMSIZE = (8, 4, 2, 2)  # of embeddings, by csrc/small_batch/spec.h's Number
 NONE = 2  # the averaging of a loss of each row
 
 

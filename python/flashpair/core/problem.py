@@ -177,7 +177,7 @@ Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class SmallBatchCode(NamedTuple):
-    """The integers of a whole loss, in the order of csrc/small_batch/job.h."""
+    """The integers of a whole loss, in the order of csrc/small_batch/spec.h."""
 
     block_rows: int  # of the anchors that a block of `onchip` holds; 0 elsewhere
     formula: int  # in row_formula.FORMULAS
@@ -207,7 +207,7 @@ class SmallBatch(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int, bool]:
-        """N, M, D, the dtype's number in csrc/small_batch/job.h, and whether the problem is square."""
+        """N, M, D, the dtype's number in csrc/small_batch/spec.h, and whether the problem is square."""
         (n, d), m = self.x.shape, (self.x if self.y is None else self.y).shape[0]
         return n, m, d, NUMBERS[self.x.dtype], self.y is None
 

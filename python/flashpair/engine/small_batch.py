@@ -110,7 +110,7 @@ def _run(x, labels, y, ref_labels, upstream, code, numbers, backend, *want) -> R
 
 _library = torch.library.Library("flashpair", "FRAGMENT")
 _library.define(
-    "whole_loss(Tensor x, Tensor labels, Tensor? y, Tensor? ref_labels, Tensor? upstream, int[] code, "
+    "small_batch_loss(Tensor x, Tensor labels, Tensor? y, Tensor? ref_labels, Tensor? upstream, int[] code, "
     "float[] numbers, str impl, bool want_loss, bool want_share, bool want_dx, bool want_dy) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -129,12 +129,12 @@ def _fake(x, labels, y, ref_labels, upstream, code, numbers, backend, *want):  #
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("whole_loss", _op, _key)
-torch.library.register_fake("flashpair::whole_loss", _fake, lib=_library)
+    _library.impl("small_batch_loss", _op, _key)
+torch.library.register_fake("flashpair::small_batch_loss", _fake, lib=_library)
 
 
 def _call(x: Tensor, *arguments: Any) -> Results:
-    return _run(x, *arguments) if plain(x) else torch.ops.flashpair.whole_loss(x, *arguments)
+    return _run(x, *arguments) if plain(x) else torch.ops.flashpair.small_batch_loss(x, *arguments)
 
 
 class _Loss(torch.autograd.Function):

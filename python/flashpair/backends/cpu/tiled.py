@@ -190,7 +190,7 @@ def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[T
 def run(
     p: Problem, terms: Terms, operands: Operands, keep: bool, screen: str, refs: Any = None
 ) -> tuple[Tensor, Kept, tuple[int, ...]]:
-    """`forward`, and the counts of csrc/cpu/tile/pass.h's Tally.
+    """`forward`, and the counts of csrc/cpu/screen/screened_tiles.h's Tally.
 
     screen: the instruction set of its products, or none; refs: the references' Int8Rows where they are at hand.
     """
@@ -244,7 +244,7 @@ def run_small_batch(call: SmallBatch) -> Results:
     x, labels, refs, ref_labels = call.operands()
     n, m, d, _, square = call.shape
     results = call.room(x.dtype)
-    extension.require().whole_loss(
+    extension.require().small_batch_loss(
         extension.instruction_set(), call.shape, call.code, call.numbers,
         *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), threads(n * m, d),
     )  # fmt: skip
