@@ -222,7 +222,7 @@ class _Stream(LabelledSource):
     def one_way(self) -> _Stream:
         return self
 
-    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
+    def send(self, chunk: Chunk, numbers: Tensor | None, grad: Tensor | None) -> list[Received]:
         raise AssertionError("references that are read have no gradient")
 
     def flush(self) -> list[Received]:

@@ -50,12 +50,12 @@ class MemorySource(LabelledSource):
             yield s.labels, s.sequence_ids + self.labels.shape[0]
 
     def chunks(self, x: Tensor, y: Tensor | None, anchor_values: Tensor | None) -> Iterator[Chunk]:
-        yield Chunk(y if self.batch_as_rows else None, self.labels, self.order, wanted=self.batch_as_rows)
+        yield Chunk(y if self.batch_as_rows else None, self.labels, self.order, needs_grad=self.batch_as_rows)
         for s in self.runs:
             yield Chunk(s.rows.to(x.dtype), s.labels, s.sequence_ids + self.labels.shape[0])
 
-    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
-        return [Received(slice(None), None, rows)]
+    def send(self, chunk: Chunk, numbers: Tensor | None, grad: Tensor | None) -> list[Received]:
+        return [Received(slice(None), None, grad)]
 
     def flush(self) -> list[Received]:
         return []

@@ -143,7 +143,7 @@ def cpu_pass(p: Problem, squares: tuple[Tensor | None, Tensor | None], lanes: in
     """The C++ pass over these tensors, whose memory the caller holds."""
     (n, d), refs = p.x.shape, p.refs
     if p.split and (p.y is not None or p.end is not None or not 0 < p.split <= n):
-        raise ValueError(f"two groups take no y and no end, and split from 1 to N = {n}, got split={p.split}")
+        raise ValueError(f"a two-sided problem takes no y and no end, and split from 1 to N = {n}, got split={p.split}")
     m, g = refs.shape[0], grid(n, refs.shape[0], p.y is None, split=p.split)
     module = extension.require()
     return (module.PassDouble if p.x.dtype == torch.float64 else module.PassFloat)(
@@ -243,7 +243,7 @@ def backward(
 def run_small_batch(call: SmallBatch) -> Results:
     x, labels, refs, ref_labels = call.operands()
     n, m, d, _, square = call.shape
-    results = call.room(x.dtype)
+    results = call.empty_results(x.dtype)
     extension.require().whole_loss(
         extension.instruction_set(), call.shape, call.code, call.numbers,
         *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), threads(n * m, d),

@@ -102,7 +102,7 @@ def run_small_batch(call: SmallBatch) -> Results:
             return run_small_batch(call)
     x, labels, refs, ref_labels = call.operands()
     launch = _launch(index, call.shape, call.code, call.numbers, call.want_dy)
-    results = call.room(dtype)
+    results = call.empty_results(dtype)
     workspace = torch.empty(launch.workspace, dtype=torch.uint8, device=device)
     stream = torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0
     given = (x, refs, labels, ref_labels, call.upstream, *results, workspace)
