@@ -133,8 +133,8 @@ class Transfer:
 class AllReduceSum(torch.autograd.Function):
     """The sum of every process's values.
 
-    The loss is the sum of the processes' shares, and each share may depend on this sum. So the gradient of the values is
-    the sum of the gradients that the processes have.
+    The loss is the sum of the processes' shares, and each share may depend on this sum. So the values' gradient is the
+    sum of the gradients that the processes have.
     """
 
     @staticmethod
