@@ -242,7 +242,7 @@ def test_what_cannot_be(problem):
         criterion(x, labels, ref_emb=stream, ref_labels=ref_labels)
     with pytest.raises(ValueError, match="within a batch"):
         flashpair.LiftedStructureLoss()(x, labels, ref_emb=stream)
-    with pytest.raises(ValueError, match="which must be one tensor then"):
+    with pytest.raises(ValueError, match="ref_emb must be one tensor, because"):
         flashpair.NPairsLoss(l2_weight=0.1)(x, labels, ref_emb=stream)
     for impl in ("reference", "screened"):
         with pytest.raises(

@@ -365,7 +365,7 @@ def test_what_takes_no_groups_says_so():
     terms, given = call.terms, Operands(None, call.scales, [p.x.new_zeros(p.x.shape[0])])
     from flashpair.backends.cpu import screened
 
-    with pytest.raises(NotImplementedError, match=r"screened takes no problem of two groups, got split=20"):
+    with pytest.raises(NotImplementedError, match=r"screened takes no two-sided problem, got split=20"):
         screened.forward(p, terms, given, True)
     if interpreted():
         from flashpair.backends.triton import fused
@@ -373,8 +373,8 @@ def test_what_takes_no_groups_says_so():
         from flashpair.backends.triton import tiled as blocked
 
         for module in (fused, blocked, sifted):
-            with pytest.raises(NotImplementedError, match="GPU take no problem of two groups, got split=20"):
+            with pytest.raises(NotImplementedError, match="GPU take no two-sided problem, got split=20"):
                 module.forward(p, terms, given, True)
     for wrong in (p._replace(split=51), p._replace(split=-1), p._replace(y=p.x), p._replace(end=torch.tensor(4))):
-        with pytest.raises(ValueError, match="two groups take no y and no end, and split from 1 to N = 50"):
+        with pytest.raises(ValueError, match="a two-sided problem takes no y and no end, and split from 1 to N = 50"):
             tiled.forward(wrong, terms, given, True)

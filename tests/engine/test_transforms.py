@@ -197,7 +197,7 @@ REFUSED = {
     "too many steps": (_long, "it takes [0-9]+ steps, of at most 96"),
     "a broken power": (lambda t: (t * t + 1) ** 1.3, "a power of 1.3"),
     "another threshold": (lambda t: F.softplus(t, threshold=5), "softplus with threshold 5"),
-    "a limit of the pair's": (lambda t: t.clamp(max=t * t), "clamp to something that depends on the pair"),
+    "a limit of the pair's": (lambda t: t.clamp(max=t * t), "clamp with a limit that depends on the pair"),
 }
 
 

@@ -95,15 +95,18 @@ NUMPY = LABELS.numpy()
 TEXT = np.array(list("abcabcabcabc"))
 # Labels that no call takes, and how the error says to mend them.
 UNTAKEN = {
-    "text": (list(TEXT.tolist()), r"str 'a'; number what is text first: numpy.unique\(values, return_inverse=True\)"),
-    "text array": (TEXT, "dtype <U1 .*; number what is text first: numpy.unique"),
-    "objects": (TEXT.astype(object), "dtype object .*; what is numbers is one array after values.astype"),
+    "text": (
+        list(TEXT.tolist()),
+        r"str 'a'; turn text into numbers first: numpy.unique\(values, return_inverse=True\)",
+    ),
+    "text array": (TEXT, "dtype <U1 .*; turn text into numbers first: numpy.unique"),
+    "objects": (TEXT.astype(object), r"dtype object .*; values.astype\(int\) or values.astype"),
     "column": (Column(NUMPY), r"torch.tensor\(values.to_numpy\(\)\) makes a tensor of it"),
     "list": (LABELS.tolist(), "list of 12, the first of them int 0; torch.as_tensor makes a tensor of it"),
-    "tensors": (list(LABELS), r"the first of them int64 \(\) on cpu; torch.stack makes one of them"),
+    "tensors": (list(LABELS), r"the first of them int64 \(\) on cpu; torch.stack makes one tensor of them"),
     "array": (NUMPY, "dtype int64 .*; torch.as_tensor makes a tensor of it"),
     "big-endian": (NUMPY.astype(">i8"), "dtype >i8 .*; .*this machine's byte order"),
-    "floats": (LABELS.float(), r"got float32 \(12,\) on cpu; .*s.to\(torch.int64\), where they are whole numbers"),
+    "floats": (LABELS.float(), r"got float32 \(12,\) on cpu; .*s.to\(torch.int64\) if they are whole numbers"),
 }
 CALLS = {
     "criterion": lambda labels: flashpair.NTXentLoss()(X, labels),

@@ -1,5 +1,5 @@
 """The implementations of row reductions: `reference` in PyTorch, C++ on the CPU, Triton and CUDA C++ on a GPU.
 
-The public word of a backend is its module's name: ``impl="tiled"`` is `cpu/tiled.py` or `triton/tiled.py`. A folder of
-backends knows `core` and what stands here beside it, never another folder of backends.
+The public name of a backend is the name of its module: ``impl="tiled"`` is `cpu/tiled.py` or `triton/tiled.py`. A
+folder of backends may import `core` and the modules beside it in this folder, but no other folder of backends.
 """

@@ -17,9 +17,9 @@ from ..core.reduction import BUILT_IN, OPS, SIDES
 from ..core.row_formula import FORMULAS
 from .source_hash import source_hash
 
-PACKAGE = Path(__file__).parents[1]  # the build puts its files there
+PACKAGE = Path(__file__).parents[1]  # where the build puts its files
 CSRC = PACKAGE.parents[1] / "csrc"  # of a checkout; an installation has none
-# Lists that C++ has in the same order: its modules export their words.
+# Enumerations that C++ has in the same order. The compiled modules export their words, and `same_words` compares.
 WORDS: dict[str, tuple[str, ...]] = {
     "op": OPS, "side": SIDES, "transform": BUILT_IN, "step": STEP_OPS, "loss": FORMULAS,
     "averaging": AVERAGINGS[:-1],  # the last one is Python's alone
@@ -29,7 +29,7 @@ OTHER_SOURCES = "it was built from other sources than these (pip install . again
 
 
 def build_record() -> dict[str, Any]:
-    """What the build wrote down: ``extension``, ``reason``, ``compiler``, ``isas``; ``cuda``, ``cuda_reason``."""
+    """The record of the build: ``extension``, ``reason``, ``compiler``, ``isas``, ``cuda``, ``cuda_reason``."""
     path = PACKAGE / "_build.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -38,9 +38,14 @@ def build_record() -> dict[str, Any]:
 
 
 def _load(name: str, variable: str, missing: str) -> ModuleType | str:
-    """flashpair.<name>, or the reason why there is none.
+    """The compiled module flashpair.<name>, or the reason why there is none.
 
-    It is the file beside this one, never another installation's; the environment variable names another.
+    It is the file in this package, never that of another installation.
+
+    Args:
+        name: the name of the module.
+        variable: an environment variable that may name another file.
+        missing: the reason if the file is missing.
     """
     other = os.environ.get(variable)
     if other:
@@ -58,21 +63,21 @@ def _load(name: str, variable: str, missing: str) -> ModuleType | str:
 
 
 def same_words(module: ModuleType) -> bool:
-    """Whether the lists that a module exports are Python's."""
-    told = getattr(module, "WORDS", {})
-    words = {kind: tuple(text.lower().replace("_of", "").split(", ")) for kind, text in told.items()}
-    return bool(words) and all(WORDS.get(kind) == own for kind, own in words.items())
+    """Whether a compiled module has the same enumerations as `WORDS`."""
+    exported = getattr(module, "WORDS", {})
+    words = {kind: tuple(text.lower().replace("_of", "").split(", ")) for kind, text in exported.items()}
+    return bool(words) and all(WORDS.get(kind) == names for kind, names in words.items())
 
 
 @functools.cache
 def load() -> ModuleType | str:
-    """The CPU kernels, or the reason why there are none. FLASHPAIR_EXTENSION: another file (the sanitized one)."""
+    """The CPU kernels, or the reason why there are none. FLASHPAIR_EXTENSION may name another file."""
     module = _load("_C", "FLASHPAIR_EXTENSION", build_record()["reason"])
     if isinstance(module, str):
         return module
-    own = getattr(module, "SOURCES", "")
+    built_from = getattr(module, "SOURCES", "")
     known = [source_hash(CSRC), "" if os.environ.get("FLASHPAIR_EXTENSION") else build_record().get("sources", "")]
-    if any(own != other for other in known if other) or not own or not same_words(module):
+    if any(built_from != other for other in known if other) or not built_from or not same_words(module):
         return OTHER_SOURCES
     from . import runtime
 
@@ -82,17 +87,18 @@ def load() -> ModuleType | str:
 
 @functools.cache
 def onchip() -> ModuleType | str:
-    """The CUDA kernel, or the reason why there is none. FLASHPAIR_ONCHIP: another file (an emulated one)."""
+    """The CUDA kernel, or the reason why there is none. FLASHPAIR_ONCHIP may name another file (an emulated build)."""
     module = _load("_onchip", "FLASHPAIR_ONCHIP", build_record().get("cuda_reason", ""))
     return module if isinstance(module, str) or same_words(module) else OTHER_SOURCES
 
 
 def emulated() -> bool:
-    """Whether the CUDA kernel is a build for the host, which takes CPU tensors."""
+    """Whether the CUDA kernel is built for the CPU, and so takes CPU tensors."""
     return getattr(onchip(), "emulated", False)
 
 
 def require() -> ModuleType:
+    """The CPU kernels; RuntimeError if there are none."""
     module = load()
     if isinstance(module, str):
         raise RuntimeError(f"flashpair's compiled kernels are not available: {module}")

@@ -1,7 +1,7 @@
-"""The specification: every reduction over the dense similarity matrix, in plain differentiable PyTorch.
+"""The reference: every reduction over the dense similarity matrix, in plain differentiable PyTorch.
 
-Short and readable comes first. It takes any dtype and any device, compares labels directly (no sorting) and can be
-differentiated twice; every other implementation is tested against it.
+It is written to be short and readable. It takes any dtype and any device, compares labels directly (no sorting) and can
+be differentiated twice. Every other implementation is tested against it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ from ..core.transforms import custom
 
 
 def _column(value: Any, dtype: torch.dtype) -> Any:
-    """A number as it is; a tensor () or (N,) in that dtype, the latter as a column."""
+    """A tensor in that dtype, () as it is and (N,) as a column (N, 1); a number as it is."""
     if not isinstance(value, Tensor):
         return value
     return value.to(dtype)[:, None] if value.dim() == 1 else value.to(dtype)
 
 
 def reduce_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = None) -> Tensor:
-    """One reduction (N,) of the pairs `z` (N, M) where `mask` (N, M) (the reduction's side, no self pairs).
+    """The values (N,) of one reduction.
 
-    order: (M,) int64, the caller's place of each column: of equal extremes the lowest has the gradient; None: as they
-    stand.
+    Args:
+        z: (N, M), the similarities or distances.
+        mask: (N, M) bool, the pairs of the reduction's side.
+        r: the reduction, whose bounds are numbers or tensors.
+        order: (M,) int64, the caller's index of each column; of equal extremes the one of the lowest index gets the
+            gradient. None: the order of the columns.
     """
     if r.lower is not None:
         mask = mask & (z > _column(r.lower, z.dtype))
@@ -60,12 +64,12 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = No
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":
         assert isinstance(r.offset, Tensor) and r.ref_offset is not None
-        reach = logaddexp(*torch.broadcast_tensors(_column(r.offset, z.dtype), r.ref_offset.to(z.dtype)[None, :]))
-        t = torch.where(mask, z * r.scale + reach, 0.0).relu().square()
+        offsets = logaddexp(*torch.broadcast_tensors(_column(r.offset, z.dtype), r.ref_offset.to(z.dtype)[None, :]))
+        t = torch.where(mask, z * r.scale + offsets, 0.0).relu().square()
     else:
-        own = 0.0 if r.offset is None or r.offset_outside else _column(r.offset, z.dtype)
+        offset = 0.0 if r.offset is None or r.offset_outside else _column(r.offset, z.dtype)
         s = torch.where(mask, z * r.scale, 0.0) if r.transform != "identity" else z * r.scale
-        t = custom(r.transform).of_pairs(s, own) if r.transform not in BUILT_IN else _phi(s + own, r.transform)
+        t = custom(r.transform).of_pairs(s, offset) if r.transform not in BUILT_IN else _phi(s + offset, r.transform)
     if r.op == "logsumexp":
         value = masked_logsumexp(t, mask)
         outside = r.offset if r.offset_outside and r.offset is not None else None
@@ -74,6 +78,7 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = No
 
 
 def _phi(t: Tensor, transform: str) -> Tensor:
+    """A built-in transform of t (N, M)."""
     if transform == "softplus":
         return softplus(t)
     if transform == "hinge":
@@ -84,16 +89,16 @@ def _phi(t: Tensor, transform: str) -> Tensor:
 
 
 class ReferencePairs(DensePairs):
-    """The same as `Pairs` over a dense matrix: rows are anchors, columns references, both in the caller's order.
+    """The pairs of `Pairs` over a dense matrix. Rows are anchors and columns are references, in the caller's order.
 
     Args:
-        z: (N, M) similarities or distances; gradients flow into it.
-        labels: (N,) int64.
-        ref_labels: (M,) int64.
-        square: row i and column i are the same sample, which is no pair.
-        ref_valid: None, or (M,) bool: references that take part.
-        nonfinite: a tensor () added to every row value: 0, or NaN when an embedding is not finite.
-        order: None, or (M,) int64: the caller's place of each reference, where columns stand in another order.
+        z: (N, M), similarities or distances; gradients flow into it.
+        labels: (N,) int64, of the anchors.
+        ref_labels: (M,) int64, of the references.
+        square: row i and column i are the same sample, and no pair.
+        ref_valid: (M,) bool, which references take part; None: all.
+        nonfinite: () 0, or NaN if an embedding is not finite; it is added to every row value.
+        order: (M,) int64, the caller's index of each reference; None: columns are in the caller's order.
     """
 
     distance = "dot"
@@ -124,7 +129,16 @@ class ReferencePairs(DensePairs):
     def from_embeddings(
         cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, normalize: bool
     ) -> ReferencePairs:
-        """`x` (N, D) against `y` (M, D), or against itself."""
+        """The pairs of embeddings.
+
+        Args:
+            x: (N, D), the anchors.
+            labels: (N,) int64.
+            y: (M, D), the references; None: x.
+            ref_labels: (M,) int64, with `y`.
+            distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+            normalize: L2-normalise the rows first.
+        """
         if normalize:
             x, y = l2_normalize(x), None if y is None else l2_normalize(y)
         refs = x if y is None else y
@@ -139,7 +153,7 @@ class ReferencePairs(DensePairs):
 
     @property
     def x(self) -> Tensor:
-        """(N, D), the rows' embeddings."""
+        """The embeddings of the rows (N, D)."""
         if self.embeddings is None:
             self._refuse("x")
         return self.embeddings

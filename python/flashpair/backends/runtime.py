@@ -1,8 +1,9 @@
-"""What torch has loaded that the compiled kernels use too: its OpenMP threads, and its BLAS.
+"""The OpenMP threads and the BLAS that torch has loaded, which the compiled kernels use, too.
 
-A second OpenMP runtime would be worse than none: its threads spin beside torch's, which doubles the time on 2 cores.
-The BLAS multiplies weights by embeddings where the kernels' own vectors are narrow (no AVX2). Similarities are always
-the kernels' own, whose bits do not hang on where a pair stands (tile/products.h). What is not found has a stand-in.
+A second OpenMP runtime would be worse than none: its threads would spin beside torch's, which doubles the time on 2
+cores. The BLAS multiplies weights by embeddings on processors without AVX2. Similarities are always computed by the
+kernels themselves, so that their bits do not depend on where a pair stands (csrc/cpu/tile/products.h). The kernels have
+a replacement for each symbol that is not found.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SYMBOLS = ("sgemm_", "dgemm_", "MKL_Set_Num_Threads_Local", "GOMP_parallel")
 
 
 def _torch_library() -> ctypes.CDLL | None:
-    """A handle on torch's own library, loaded already, and on what it links."""
+    """A handle on torch's library, which is loaded already, and on the libraries that it links."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():
@@ -40,4 +41,5 @@ def addresses() -> dict[str, int]:
 
 
 def connect(extension: ModuleType) -> None:
+    """Gives the addresses to the compiled kernels."""
     extension.use_runtime(*addresses().values())

@@ -1,1 +1,1 @@
-"""Reductions against references of which only a chunk is there at a time: on disk, in a memory, in other processes."""
+"""Reductions against references that are in memory one chunk at a time: from disk, a queue, or other processes."""

@@ -1,7 +1,7 @@
-"""Pairs of embeddings and class weights, in either role.
+"""Pairs of embeddings and class weights. Either may be the anchors.
 
-Many classes come in chunks: a chunk of weights is normalised, reduced and forgotten, and once more for its gradient. So
-beside the weights and their gradient nothing grows with their number.
+Many classes come in chunks: a chunk of weights is normalised, reduced and dropped, and normalised again in backward. So
+only the weights and their gradient take memory that grows with the number of classes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,24 @@ from ..engine import row_reduce_op
 from ..engine.dispatch import Route, route_pairs
 from ..engine.pairs import Pairs, checked_pairs
 
-CHUNK_BYTES = 2**25  # of weights that are normalised at a time, and up to which they are at once
+CHUNK_BYTES = 2**25  # the size of a chunk of weights; weights of at most this size are one chunk
 
 
 def class_pairs(x: Tensor, labels: Tensor, weight: Tensor, normalize: bool, impl: str) -> PairAccess:
-    """Embeddings (B, D) as anchors, normalised if `normalize`, and the weights (C, D), which always are, as references:
-    each anchor's class is its one positive."""
+    """Pairs of embeddings as anchors and weights as references. The weights of an anchor's class are its one positive.
+
+    Args:
+        x: (B, D), the embeddings.
+        labels: (B,) int64, classes.
+        weight: (C, D), which is always normalised.
+        normalize: L2-normalise the embeddings, too.
+        impl: as `Criterion` takes it.
+    """
     return _pairs(x, labels, weight, normalize, impl, proxies=False)
 
 
 def proxy_pairs(weight: Tensor, x: Tensor, labels: Tensor, normalize: bool, impl: str) -> PairAccess:
-    """The weights (C, D) as anchors, and embeddings (B, D) as references."""
+    """Pairs of weights (C, D) as anchors and embeddings (B, D) as references; arguments are those of `class_pairs`."""
     return _pairs(x, labels, weight, normalize, impl, proxies=True)
 
 
@@ -50,7 +57,7 @@ def _pairs(x: Tensor, labels: Tensor, weight: Tensor, normalize: bool, impl: str
 
 
 def _resident(x: Tensor, labels: Tensor, weight: Tensor, impl: str, proxies: bool) -> Pairs | ReferencePairs:
-    """Pairs with all weights, which are normalised already, at once."""
+    """Pairs with all weights (C, D) at once, which are normalised already."""
     classes = torch.arange(weight.shape[0], device=weight.device)
     if proxies:
         return checked_pairs(weight, classes, x, labels, "dot", False, impl)
@@ -58,14 +65,16 @@ def _resident(x: Tensor, labels: Tensor, weight: Tensor, impl: str, proxies: boo
 
 
 class ChunkedClassPairs(PairAccess):
-    """Pairs of embeddings (B, D) and weights (C, D) that are not normalised yet: plain sums and logsumexps by chunks,
-    everything else by `resident`, for which a normalised copy of all weights is made.
+    """Pairs of embeddings and weights, of which the weights are normalised in chunks.
+
+    Sums and logsumexps without a transform, offset or window run in chunks. Everything else needs `resident`, which
+    makes a normalised copy of all weights.
 
     Args:
-        x: (B, D), in any order.
-        labels: (B,).
-        weight: (C, D).
-        route: what runs.
+        x: (B, D), the embeddings, in any order.
+        labels: (B,) int64, their classes.
+        weight: (C, D), not normalised.
+        route: the backend that runs, and its dtype.
         proxies: the weights are the anchors.
     """
 
@@ -79,12 +88,12 @@ class ChunkedClassPairs(PairAccess):
 
     @property
     def x(self) -> Tensor:
-        """The anchors' embeddings (N, D), sorted; of proxies, not normalised."""
+        """The anchors (N, D), sorted. Weights are not normalised."""
         return self.weight if self.proxies else self.rows
 
     @property
     def impl(self) -> str:
-        """The implementation that runs."""
+        """The name of the backend that runs."""
         return self.route.backend
 
     @property
@@ -113,7 +122,7 @@ class ChunkedClassPairs(PairAccess):
 
     @functools.cached_property
     def resident(self) -> Pairs:
-        """The same pairs, rows in the same order, with all weights normalised at once: for what chunks cannot merge."""
+        """The same pairs, in the same order of rows, with a normalised copy of all weights."""
         pairs = _resident(self.rows, self.sample_labels, l2_normalize(self.weight), self.impl, self.proxies)
         assert isinstance(pairs, Pairs)
         return pairs
@@ -160,7 +169,7 @@ class ChunkedClassPairs(PairAccess):
 
 
 class _ClassCall(NamedTuple):
-    """A call of some reductions, and which side the weights are on."""
+    """A call of some reductions, and whether the weights are the anchors."""
 
     call: Call
     reductions: tuple[Reduction, ...]
@@ -168,7 +177,15 @@ class _ClassCall(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Classes [first, last): their weights normalised, the reciprocal norms, and the problem of these alone."""
+    """Classes [first, last) of c classes.
+
+    Attributes:
+        first: the first class.
+        last: one past the last class.
+        normalized: (c, D), their normalised weights.
+        inverse: (c, 1), the reciprocals of the weights' norms.
+        problem: the problem of these classes alone.
+    """
 
     first: int
     last: int
@@ -178,6 +195,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(x: Tensor, labels: Tensor, weight: Tensor, proxies: bool) -> Iterator[_Chunk]:
+    """The chunks of weights (C, D), with embeddings x (B, D) sorted by their labels (B,)."""
     size = max(1, CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
     for first in range(0, weight.shape[0], size):
         part = weight[first : first + size]
@@ -193,54 +211,66 @@ def _chunks(x: Tensor, labels: Tensor, weight: Tensor, proxies: bool) -> Iterato
         yield _Chunk(first, first + count, normalized, inverse, Problem(*sides, lo, hi, None, order, "dot"))
 
 
-def _merged(call: Call, one: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
-    """The values of two chunks' references taken together; rows as core/problem.py says."""
-    merged = one.clone()
+def _merged(call: Call, first: Tensor, second: Tensor, scale: Tensor | None) -> Tensor:
+    """The values over two sets of references, from the values over each.
+
+    Args:
+        call: the constants of the K reductions.
+        first: (R, N), the values over the first set, with rows as in core/problem.py.
+        second: (R, N), the values over the second set.
+        scale: (K,), the scales, if any of them is a tensor.
+    """
+    merged = first.clone()
     for k, (t, top) in enumerate(zip(call.terms, tops(call.terms), strict=True)):
         if top < 0:
-            merged[k] = one[k] + other[k]
+            merged[k] = first[k] + second[k]
         else:
             rows = [k, top, top + 1]
-            by = 1.0 if t.transformed else call.scales[k] if scale is None else scale[k]
-            merged[rows] = torch.stack(merge_logsumexp(one[rows], other[rows], by))
+            term_scale = 1.0 if t.transformed else call.scales[k] if scale is None else scale[k]
+            merged[rows] = torch.stack(merge_logsumexp(first[rows], second[rows], term_scale))
     return merged
 
 
 class _ClassReduce(torch.autograd.Function):
-    """Row values (K, rows) of reductions over all chunks. It keeps them; second derivatives take the dense matrix."""
+    """The row values (K, N) of reductions over all chunks of weights.
+
+    It keeps the values for backward. Second derivatives use the dense matrix.
+    """
 
     @staticmethod
-    def forward(ctx: Any, job: _ClassCall, x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        call, parts, kept = job.call, [], []  # type: ignore[var-annotated]
-        for chunk in _chunks(x, labels, weight, job.proxies):
+    def forward(
+        ctx: Any, class_call: _ClassCall, x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        call, parts, kept = class_call.call, [], []  # type: ignore[var-annotated]
+        for chunk in _chunks(x, labels, weight, class_call.proxies):
             values, *kept = row_reduce_op.forward(chunk.problem, call, Operands(scale, call.scales, []), False)
-            if job.proxies or not parts:
+            if class_call.proxies or not parts:
                 parts.append(values)
                 continue
             parts[0] = _merged(call, parts[0], values, scale)
         total = torch.cat(parts, 1)
-        ctx.job = job
+        ctx.class_call = class_call
         ctx.save_for_backward(x, labels, weight, scale, total, *kept)
-        return total[: len(job.reductions)].clone()
+        return total[: len(class_call.reductions)].clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, labels, weight, scale, total, *kept = ctx.saved_tensors
-        job, (_, need_x, _, need_weight, need_scale) = ctx.job, ctx.needs_input_grad
+        class_call, (_, need_x, _, need_weight, need_scale) = ctx.class_call, ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(job, x, labels, weight, scale, g, ctx.needs_input_grad)
+            return _differentiable_backward(class_call, x, labels, weight, scale, g, ctx.needs_input_grad)
         dx = torch.zeros_like(x) if need_x else None
         dweight = torch.empty_like(weight) if need_weight else None
         dscale = torch.zeros_like(scale) if need_scale else None
-        wants = [need_weight, need_x] if job.proxies else [need_x, need_weight]
-        call = job.call
-        for chunk in _chunks(x, labels, weight, job.proxies):
-            rows = slice(chunk.first, chunk.last) if job.proxies else slice(None)
+        need = [need_weight, need_x] if class_call.proxies else [need_x, need_weight]
+        call = class_call.call
+        for chunk in _chunks(x, labels, weight, class_call.proxies):
+            rows = slice(chunk.first, chunk.last) if class_call.proxies else slice(None)
             part = row_reduce_op.backward(
                 chunk.problem, call, Operands(scale, call.scales, []), total[:, rows].contiguous(), kept,
-                [solid(row) for row in g[:, rows]], [*wants, need_scale, False, False],
+                [solid(row) for row in g[:, rows]], [*need, need_scale, False, False],
             )  # fmt: skip
-            of_x, of_weight = (part.y, part.x) if job.proxies else (part.x, part.y)
+            of_x, of_weight = (part.y, part.x) if class_call.proxies else (part.x, part.y)
             if dx is not None and of_x is not None:
                 dx += of_x
             if dweight is not None and of_weight is not None:
@@ -251,21 +281,21 @@ class _ClassReduce(torch.autograd.Function):
 
 
 def _differentiable_backward(  # type: ignore[no-untyped-def]
-    job, x, labels, weight, scale, g, needs
+    class_call, x, labels, weight, scale, g, needs
 ) -> tuple[Tensor | None, ...]:
-    """The same gradient as a differentiable function of its inputs, over the dense matrix."""
+    """The gradients of `_ClassReduce` as differentiable functions of its inputs, over the dense matrix."""
     classes = torch.arange(weight.shape[0], device=x.device)
     with torch.enable_grad(), no_autocast(x.device.type):
-        x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
+        x, weight = x.view_as(x), weight.view_as(weight)  # one may be a function of the other
         scale = None if scale is None else scale.view_as(scale)
         w = l2_normalize(weight)
-        if job.proxies:
+        if class_call.proxies:
             pairs = ReferencePairs.from_embeddings(w, classes, x, labels, "dot", False)
         else:
             pairs = ReferencePairs.from_embeddings(x, labels, w, classes, "dot", False)
-        scales = [r.scale for r in job.reductions] if scale is None else scale.unbind()
-        given = [replace(r, scale=s, detach=False) for r, s in zip(job.reductions, scales, strict=True)]
-        rows = torch.stack(pairs.reduce(*given))
+        scales = [r.scale for r in class_call.reductions] if scale is None else scale.unbind()
+        reductions = [replace(r, scale=s, detach=False) for r, s in zip(class_call.reductions, scales, strict=True)]
+        rows = torch.stack(pairs.reduce(*reductions))
         inputs = (None, x, None, weight, scale)
         wanted = {k: t for k, (t, need) in enumerate(zip(inputs, needs, strict=True)) if need and t is not None}
         gradients = torch.autograd.grad(rows, list(wanted.values()), g, create_graph=True, allow_unused=True)

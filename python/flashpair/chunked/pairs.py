@@ -1,15 +1,15 @@
-"""`Pairs` whose references come in chunks (chunks.py): from a file, a queue of earlier batches, other processes."""
+"""Pairs whose references come in chunks (core/chunks.py): from a file, a queue of earlier batches, other processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.call import Call
-from ..core.chunks import Chunk, ReferenceSource, only_once, places_of
+from ..core.chunks import Chunk, Received, ReferenceSource, only_once, places_of
 from ..core.class_pairs import ClassPairs, pick_class_pairs
 from ..core.label_order import LabelOrder, one_to_one
 from ..core.pairs import PairAccess
@@ -22,35 +22,42 @@ from .reduce import ChunkedCall, ChunkedRowReduce
 
 
 class LabelledSource(ReferenceSource):
-    """A source that knows the labels of all references."""
+    """A source that knows the labels of all references.
 
-    nonfinite: Tensor | float = 0.0  # NaN once a reference that is not finite has come
+    Attributes:
+        nonfinite: 0, or NaN after a chunk with a reference that is not finite.
+    """
+
+    nonfinite: Tensor | float = 0.0
 
     def labels_and_order(self) -> tuple[Tensor, Tensor]:
-        """These, sorted, and where each stands among all (M,), (M,)."""
+        """The labels of all references (M,), sorted, and the index of each among all references (M,)."""
         raise NotImplementedError
 
     def counts(self) -> tuple[Tensor, int]:
-        """How many references have each anchor's label (N,), itself among them if it is one, and how many there are."""
+        """How many references have each anchor's label (N,), which may count the anchor itself; and M."""
         labels, _ = self.labels_and_order()
         same = torch.searchsorted(labels, self.labels, right=True) - torch.searchsorted(labels, self.labels)
         return same, labels.shape[0]
 
     def one_way(self) -> ReferenceSource:
-        """The same references, met by every anchor one way, with no chunk of `two_sided`."""
+        """The same references in chunks that are not `two_sided`: every process sees each of its anchors with each
+        reference."""
         raise NotImplementedError
 
 
 class ChunkedPairs(FusedPairs):
-    """N anchors, sorted, against what a source brings.
+    """N anchors against references that come in chunks.
 
     Args:
-        x: (N, D), sorted anchors.
-        order: (N,), the caller's index of each.
-        ref_source: where the references come from.
+        x: (N, D), the anchors, sorted by label.
+        order: (N,) int64, the caller's index of each anchor.
+        ref_source: the source of the references.
         square: the anchors are among the references.
-        y: (M, D), sorted references of this process, where the source has need of them.
-        nonfinite: NaN or 0, added to row values; None: the backend shows what is not finite.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        route: the backend that runs, and its dtype.
+        y: (m, D), the sorted references of this process, if the source needs them.
+        nonfinite: () 0 or NaN, which is added to row values; None: the backend shows embeddings that are not finite.
     """
 
     limit = "is not available for references in chunks, which are never all in memory at once"
@@ -66,7 +73,7 @@ class ChunkedPairs(FusedPairs):
         self._counts: tuple[Tensor, int] | None = None
 
     def _route_of(self, call: Call) -> Route:
-        """The batch's, or an error: no other backend takes references in chunks."""
+        """The route of the batch, or an error: no other backend would take references in chunks."""
         return route_call(self.route._replace(named=True), call, self.x, 0)
 
     def _rows(self, call: Call, operands: Operands) -> tuple[Tensor, ...]:
@@ -76,7 +83,7 @@ class ChunkedPairs(FusedPairs):
 
     @property
     def ref_labels(self) -> Tensor:
-        """(M,), of all references, other processes' too, sorted."""
+        """(M,) int64, of all references, also those of other processes, sorted."""
         return self.ref_source.labels_and_order()[0]
 
     @property
@@ -84,7 +91,7 @@ class ChunkedPairs(FusedPairs):
         return nan_unless_finite(self.x, None) if self._nonfinite is None else self._nonfinite
 
     def counts(self) -> tuple[Tensor, int]:
-        """How many references have each anchor's label (N,), and how many there are."""
+        """How many references have each anchor's label (N,), and how many references there are."""
         if self._counts is None:
             self._counts = self.ref_source.counts()
         return self._counts
@@ -97,18 +104,18 @@ class ChunkedPairs(FusedPairs):
         return every - same
 
     def own_places(self) -> Tensor:
-        """Of a square problem: where each anchor stands among all references in the order of their labels (N,)."""
+        """In a square problem, where each anchor stands among all references in label order, (N,) int64."""
         return places_of(self.ref_source.order, self.ref_source.labels_and_order()[1])
 
     def positive_places(self, places: range) -> Tensor:
-        """By their places among all references; beyond a row's list anywhere, or -1."""
+        """The references by their index among all references; beyond the end of a row's list any index, or -1."""
         labels, order = self.ref_source.labels_and_order()
         lo = torch.searchsorted(labels, self.labels)
-        at = lo[:, None] + torch.arange(places.start, places.stop, device=lo.device)
+        rank = lo[:, None] + torch.arange(places.start, places.stop, device=lo.device)
         if self.square:
-            at = at + (at >= self.own_places()[:, None])
+            rank = rank + (rank >= self.own_places()[:, None])
         count = order.shape[0]
-        return order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
+        return order[rank.clamp(max=count - 1)] if count else torch.full_like(rank, -1)
 
     def similarities_at(self, refs: Tensor) -> Tensor:
         x = self.x.to(self.dtype)
@@ -116,15 +123,15 @@ class ChunkedPairs(FusedPairs):
         return z
 
     def positive_blocks(self, most: int) -> list[range]:
-        """All K = `most` places at once, as each block would fetch every chunk again."""
+        """All places at once, because each block would go through all chunks again."""
         return [range(most)]
 
     def shared_refs(self) -> Tensor | None:
-        """This process's references (M, D), of a square problem its anchors, for a source that takes them one way."""
+        """This process's references (m, D) for `LabelledSource.one_way`; in a square problem these are its anchors."""
         return self.x.to(self.dtype) if self.square else self._refs
 
     def class_pairs(self) -> ClassPairs:
-        """As `Pairs.class_pairs`, but positives by their places among all references."""
+        """As `Pairs.class_pairs`, but with positives by their index among all references."""
         labels, order = self.ref_source.labels_and_order()
         chosen = pick_class_pairs(self.labels, None if self.square else labels)
         return chosen._replace(positives=order.index_select(0, chosen.positives))
@@ -138,33 +145,48 @@ class ChunkedPairs(FusedPairs):
 def _visited(
     ref_source: ReferenceSource, x: Tensor, y: Tensor | None, wanted: Tensor
 ) -> Iterator[tuple[Chunk, Tensor, list[Any]]]:
-    """Each chunk that has rows, its rows, and for each k whose references wanted[:, k] are here, and which they are."""
+    """Goes through all chunks, and finds the wanted references in each.
+
+    Args:
+        ref_source: the source, one way.
+        x: (N, D), the sorted anchors.
+        y: (m, D), this process's references, or None.
+        wanted: (n, K) int64, references by their index among all references.
+
+    Yields:
+        A chunk; its references (M, D) in the dtype of `x`; and K pairs of a bool (n,), true where the reference is in
+        the chunk, and its row there (n,) int64. The list is empty for a chunk without references.
+    """
     for chunk in ref_source.chunks(x, y, None):
         assert chunk.y is not None
-        rows = chunk.y.to(x.dtype)
-        here = places_of(wanted.T, chunk.order) if rows.shape[0] else ()
-        yield chunk, rows, [(at >= 0, at.clamp_min(0)) for at in here]
+        refs = chunk.y.to(x.dtype)
+        places = places_of(wanted.T, chunk.order) if refs.shape[0] else ()
+        yield chunk, refs, [(row >= 0, row.clamp_min(0)) for row in places]
 
 
-def _handed(ref_source: ReferenceSource, dy: Tensor | None, received: Any) -> None:
-    for own, _, part in received:
-        assert dy is not None
-        dy[own] += part
+def _add_received(dy: Tensor | None, received: Sequence[Received]) -> None:
+    """Adds what other processes computed to the gradient dy (m, D) of this process's references."""
+    for rows, _, grad in received:
+        assert dy is not None and grad is not None
+        dy[rows] += grad
 
 
 class Fetched(torch.autograd.Function):
-    """z (N, K) of rows x_i with references j = wanted (N, K), by their place among all; -1: none, and 0."""
+    """z (N, K) of each row x_i with the references wanted[i], which go by their index among all references.
+
+    Where `wanted` is -1, z is 0.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, ref_source: ReferenceSource, x: Tensor, y: Tensor | None, wanted: Tensor, distance: str
     ) -> Tensor:
         z = x.new_zeros(wanted.shape)
-        for _, rows, places in _visited(ref_source, x, y, wanted):
+        for _, refs, places in _visited(ref_source, x, y, wanted):
             if not places:
                 continue
-            here, at = (torch.stack(t, 1) for t in zip(*places, strict=True))
-            z += torch.where(here, listed_similarities(x, rows, at, distance), 0.0)
+            here, row = (torch.stack(t, 1) for t in zip(*places, strict=True))
+            z += torch.where(here, listed_similarities(x, refs, row, distance), 0.0)
         ctx.ref_source, ctx.distance = ref_source, distance
         ctx.save_for_backward(x, y, wanted)
         return z
@@ -174,32 +196,32 @@ class Fetched(torch.autograd.Function):
         only_once()
         x, y, wanted = ctx.saved_tensors
         dx, dy = torch.zeros_like(x), None if y is None else torch.zeros_like(y, dtype=x.dtype)
-        for chunk, rows, places in _visited(ctx.ref_source, x, y, wanted):
-            part = torch.zeros_like(rows) if chunk.wanted else None
-            for k, (here, at) in enumerate(places):
-                own = torch.where(here, g[:, k], 0.0)
-                to_x, to_other = pair_gradients(x, rows.index_select(0, at), own, ctx.distance)
+        for chunk, refs, places in _visited(ctx.ref_source, x, y, wanted):
+            d_refs = torch.zeros_like(refs) if chunk.needs_grad else None
+            for k, (here, row) in enumerate(places):
+                dz = torch.where(here, g[:, k], 0.0)
+                to_x, to_ref = pair_gradients(x, refs.index_select(0, row), dz, ctx.distance)
                 dx += to_x
-                if part is not None:
-                    part.index_add_(0, at, to_other)
-            if part is not None:
-                _handed(ctx.ref_source, dy, ctx.ref_source.send(chunk, None, part))
-        _handed(ctx.ref_source, dy, ctx.ref_source.flush())
+                if d_refs is not None:
+                    d_refs.index_add_(0, row, to_ref)
+            if d_refs is not None:
+                _add_received(dy, ctx.ref_source.send(chunk, None, d_refs))
+        _add_received(dy, ctx.ref_source.flush())
         return None, dx, None if dy is None else dy.to(y.dtype), None, None
 
 
 class FetchedRows(torch.autograd.Function):
-    """References (N, D) by their place among all (N,)."""
+    """References (n, D) by their index among all references. wanted: (n,) int64."""
 
     @staticmethod
     def forward(ctx: Any, ref_source: ReferenceSource, x: Tensor, y: Tensor | None, wanted: Tensor) -> Tensor:
-        refs = x.new_zeros(wanted.shape[0], x.shape[1])
-        for _, rows, places in _visited(ref_source, x, y, wanted[:, None]):
-            for here, at in places:
-                refs += torch.where(here[:, None], rows.index_select(0, at), 0.0)
+        fetched = x.new_zeros(wanted.shape[0], x.shape[1])
+        for _, refs, places in _visited(ref_source, x, y, wanted[:, None]):
+            for here, row in places:
+                fetched += torch.where(here[:, None], refs.index_select(0, row), 0.0)
         ctx.ref_source = ref_source
         ctx.save_for_backward(x, y, wanted)
-        return refs
+        return fetched
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None]:
@@ -208,12 +230,12 @@ class FetchedRows(torch.autograd.Function):
         if y is None:
             return None, None, None, None
         dy = torch.zeros_like(y, dtype=x.dtype)
-        for chunk, rows, places in _visited(ctx.ref_source, x, y, wanted[:, None]):
-            if not chunk.wanted:
+        for chunk, refs, places in _visited(ctx.ref_source, x, y, wanted[:, None]):
+            if not chunk.needs_grad:
                 continue
-            part = torch.zeros_like(rows)
-            for here, at in places:
-                part.index_add_(0, at, torch.where(here[:, None], g, 0.0))
-            _handed(ctx.ref_source, dy, ctx.ref_source.send(chunk, None, part))
-        _handed(ctx.ref_source, dy, ctx.ref_source.flush())
+            d_refs = torch.zeros_like(refs)
+            for here, row in places:
+                d_refs.index_add_(0, row, torch.where(here[:, None], g, 0.0))
+            _add_received(dy, ctx.ref_source.send(chunk, None, d_refs))
+        _add_received(dy, ctx.ref_source.flush())
         return None, None, dy.to(y.dtype), None

@@ -1,4 +1,4 @@
-"""References that do not fit memory: read a block at a time, from an array on disk, from host memory or an iterable."""
+"""References that do not fit in memory, read a block at a time: from disk, from host memory or from an iterable."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..engine.dispatch import route_chunks
 from ..engine.sorted_rows import sorted_rows
 from .pairs import ChunkedPairs, LabelledSource
 
-BLOCK_BYTES = 2**25  # of references that are read at a time, unless the caller says how many
-LABELS = 2**18  # that are sorted at a time to count them
+BLOCK_BYTES = 2**25  # the size of a block, unless the caller says how many rows it has
+LABELS = 2**18  # how many labels are sorted at a time to count them
 
 
 class StreamedReferences:
@@ -100,7 +100,16 @@ class StreamedReferences:
         self, x: Tensor, labels: Tensor, distance: str, normalize: bool, prepare: Callable[[Tensor], Tensor] | None,
         impl: str,
     ) -> ChunkedPairs:  # fmt: skip
-        """Pairs of anchors (N, D) and these; see `Criterion.preparation` for normalize and prepare."""
+        """The pairs of anchors and these references.
+
+        Args:
+            x: (N, D), the anchors.
+            labels: (N,) int64.
+            distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+            normalize: see `Criterion.preparation`.
+            prepare: see `Criterion.preparation`.
+            impl: as `Criterion` takes it.
+        """
         route = route_chunks(impl, x)
         x = x.to(route.dtype)
         x = x if prepare is None else prepare(x)
@@ -114,7 +123,7 @@ class StreamedReferences:
         return self._sorted  # type: ignore[return-value]
 
     def blocks(self, width: int) -> Iterator[Tensor]:
-        """Tensors (m, D) as the source has them."""
+        """The references in blocks (m, D), as the source has them. width: D."""
         if not hasattr(self.source, "shape"):
             yield from self.source() if callable(self.source) else self.source
             return
@@ -123,7 +132,7 @@ class StreamedReferences:
             yield _rows(self.source, first, min(first + size, len(self)))
 
     def count(self, width: int) -> int:
-        """How many blocks a pass has; 0: unknown."""
+        """The number of blocks of a pass; 0 if it is not known. width: D."""
         if hasattr(self.source, "shape"):
             size = self.block or max(1, BLOCK_BYTES // (width * 4))
             return -(-len(self) // size)
@@ -131,7 +140,7 @@ class StreamedReferences:
 
 
 def _check_dtype(source: Any) -> None:
-    """Of an array: floating-point numbers that torch has, in either byte order."""
+    """Raises TypeError for an array without a floating dtype that torch has (in either byte order)."""
     if isinstance(source, Tensor):
         if source.layout != torch.strided or source.is_nested or source.device.type == "meta":
             raise TypeError(f"source must be a dense tensor that has values, got {checks.what(source)}")
@@ -144,7 +153,7 @@ def _check_dtype(source: Any) -> None:
 
 
 def _rows(source: Any, first: int, last: int) -> Tensor:
-    """Rows [first, last), copied. What was read of a file's mapping does not stay."""
+    """Rows [first, last) of an array, copied. Pages that were read from a file do not stay in memory."""
     if isinstance(source, Tensor):
         return source[first:last]
     with extra("stream", "a reference source that is no tensor"):
@@ -155,7 +164,7 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
     low, high = _extent(part, mapping) if mapping is not None and part.size else (0, 0)
     if mapping is not None and low >= 0:
         start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
-        if mapping.size() < start + high:  # reading on would kill the process
+        if mapping.size() < start + high:  # to read on would kill the process (SIGBUS)
             raise ValueError(
                 f"source must not shrink: its file was cut to {mapping.size():,} bytes after it was mapped"
             )
@@ -168,7 +177,7 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
         )
     if part.dtype.byteorder not in "=|":
         part = part.astype(part.dtype.newbyteorder("="))
-    # A private mapping ("c") would lose what was written to it.
+    # Not for mode "c": a private mapping would lose what was written to it.
     if mapping is not None and high > low >= 0 and source.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
         low -= low % mmap.PAGESIZE
         mapping.madvise(mmap.MADV_DONTNEED, low, high - low)
@@ -176,29 +185,31 @@ def _rows(source: Any, first: int, last: int) -> Tensor:
 
 
 def _extent(part: Any, mapping: mmap.mmap) -> tuple[int, int]:
-    """The bytes of a mapping between which an array (m, D) of it stands; (-1, -1): it stands elsewhere."""
+    """The bytes of a mapping between which a part (m, D) of it stands; (-1, -1): the part is not in the mapping."""
     import numpy as np
 
     base = np.frombuffer(mapping, np.uint8).__array_interface__["data"][0]
-    at = part.__array_interface__["data"][0] - base
-    reach = [(n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True)]
-    low, high = at + sum(min(0, r) for r in reach), at + sum(max(0, r) for r in reach) + part.itemsize
+    begin = part.__array_interface__["data"][0] - base
+    spans = [(n - 1) * stride for n, stride in zip(part.shape, part.strides, strict=True)]
+    low, high = begin + sum(min(0, s) for s in spans), begin + sum(max(0, s) for s in spans) + part.itemsize
     return (low, high) if 0 <= low and high <= len(mapping) else (-1, -1)
 
 
 @torch.no_grad()
 def _digest(block: Tensor) -> Tensor:
-    """() int64 of a block's bits, which another number, or another order of rows, changes."""
+    """A checksum () int64 of a block's bits (m, D). It changes with any number, and with the order of rows."""
     block = block.detach().contiguous()
     size = block.element_size()
-    eights = block.shape[1] * size % 8 == 0 and block.storage_offset() * size % 8 == 0  # fewer, and no casts
+    eights = (
+        block.shape[1] * size % 8 == 0 and block.storage_offset() * size % 8 == 0
+    )  # 8 bytes at a time: fewer numbers, and no casts
     bits = block.view(torch.int64 if eights else {2: torch.int16, 4: torch.int32}[size])
     sums = bits.sum(1, dtype=torch.int64)
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
 class _Stream(LabelledSource):
-    """The source over a stream's blocks, each sorted and normalised as it comes."""
+    """The source of references that are read in blocks. Each block is sorted and normalised as it comes."""
 
     def __init__(
         self, stream: StreamedReferences, labels: Tensor, normalize: bool, impl: str,
@@ -206,13 +217,13 @@ class _Stream(LabelledSource):
     ) -> None:  # fmt: skip
         self.labels, self.order = torch.sort(labels, stable=True)
         self.stream, self.normalize, self.impl, self.prepare = stream, normalize, impl, prepare
-        self.digests: dict[tuple[int, int], Tensor] = {}  # of rows [first, last), as this call has read them before
+        self.digests: dict[tuple[int, int], Tensor] = {}  # by rows [first, last), as this call read them first
 
     def labels_and_order(self) -> tuple[Tensor, Tensor]:
         return self.stream.sorted_labels(self.labels.device)
 
     def counts(self) -> tuple[Tensor, int]:
-        """Of some labels at a time: sorted at once, they would take more memory than the references' blocks."""
+        """See `LabelledSource`. It sorts some labels at a time: to sort all would take more memory than the blocks."""
         same = torch.zeros_like(self.labels)
         for part in self.stream.labels.split(LABELS):
             ordered = part.to(self.labels.device).sort().values
@@ -222,14 +233,14 @@ class _Stream(LabelledSource):
     def one_way(self) -> _Stream:
         return self
 
-    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
+    def send(self, chunk: Chunk, numbers: Tensor | None, grad: Tensor | None) -> list[Received]:
         raise AssertionError("references that are read have no gradient")
 
     def flush(self) -> list[Received]:
         return []
 
     def _check_same(self, block: Tensor, first: int, last: int) -> None:
-        """ValueError: this call has read other rows there; on a GPU the device raises."""
+        """Raises if rows [first, last) are not those that this call read first: ValueError, or on a GPU the device."""
         if first == last:
             return
         now = _digest(block)
@@ -259,7 +270,7 @@ class _Stream(LabelledSource):
                 block = block.to(x.device, x.dtype, non_blocking=True)
                 block = block if self.prepare is None else self.prepare(block)
                 rows = sorted_rows(block, order, normalize=self.normalize, impl=self.impl)
-                if new:  # later it is the same
+                if new:  # in later passes the block is the same
                     self.nonfinite = self.nonfinite + nan_unless_finite(block, None)
                 yield Chunk(rows, labels, order + first)
                 first = last
@@ -269,7 +280,7 @@ class _Stream(LabelledSource):
 
 
 def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same, each read while the one before it is computed."""
+    """The blocks; each is read in a thread while the caller computes with the one before."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, blocks, None)
         while (block := coming.result()) is not None:
@@ -278,7 +289,7 @@ def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 class _progress:
-    """Counts blocks, for a bar or for the caller's function."""
+    """Counts blocks, for a progress bar or for the caller's function."""
 
     def __init__(self, kind: bool | Callable[[int, int], object], total: int) -> None:
         self.total, self.done, self.call, self.bar = total, 0, None, None

@@ -1,4 +1,4 @@
-"""What every other folder speaks: a row reduction, a problem in label order, similarities, checks of arguments.
+"""The parts that every other folder uses: row reductions, problems in label order, similarities, checks of arguments.
 
-Imports nothing else of flashpair.
+This folder imports nothing else of flashpair.
 """

@@ -1,8 +1,9 @@
-"""A call of row reductions as the engine passes it on: `Call`, its constants, beside `Operands`, its tensors.
+"""One call of row reductions in two parts: its constants (`Call`) and its tensors (`Operands`).
 
-    Reductions ── compile_call ──► Call ── encode / decode ──► what the registered operators take
+    Reductions ── compile_call ──► Call ── encode ──► arguments of the registered operators ── decode ──► Call
+               └─ operands_of ──► Operands
 
-Equal constants give the same `Call`: it is compiled in the first step of a training run and looked up in all others.
+Calls with equal constants share one `Call`. The first step of a training run compiles it, and later steps look it up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 from .problem import Operands, Term, Terms, solid
 from .reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
 
-OFFSET, REF_OFFSET, LOWER, UPPER = ROLES = range(4)  # of a vector in its reduction, in the order of `Term.slots`
-CODES, SHIFTS = 6, 3  # integers and numbers that a term is encoded as
+OFFSET, REF_OFFSET, LOWER, UPPER = ROLES = range(4)  # what a vector is to its reduction, in the order of `Term.slots`
+CODES, SHIFTS = 6, 3  # how many integers and how many floats encode one term
 
 
 class Call(NamedTuple):
@@ -26,10 +27,10 @@ class Call(NamedTuple):
 
     Attributes:
         terms: the K reductions.
-        vectors: what each of `Operands.vectors` is: the number of its reduction times 4, plus its role.
-        scales: (K,), the scales that are numbers, and 1 where all of them are a tensor.
-        distance: what pairs are compared by.
-        backend: the implementation that runs.
+        vectors: for each of `Operands.vectors`, 4 times the number of its reduction, plus its role (see `ROLES`).
+        scales: K numbers, the scale of each reduction; 1 where the scale is a tensor.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        backend: the backend that runs the call.
     """
 
     terms: Terms
@@ -40,44 +41,45 @@ class Call(NamedTuple):
 
     @property
     def vector_roles(self) -> tuple[tuple[int, int], ...]:
-        """The number of the reduction, and the role, of each vector."""
+        """For each vector the number of its reduction, and its role."""
         return tuple(divmod(vector, len(ROLES)) for vector in self.vectors)
 
 
 class _Constants(NamedTuple):
-    """What a `Reduction` says that is no tensor; a window's end is (whose value bounds it or -1, shift, a vector)."""
+    """The parts of a `Reduction` that are not tensors. They are hashable, and so a key for the compiled `Call`."""
 
     op: int
     side: int
     transform: int  # its place, as a name may be registered again
     detach: bool
-    scale: float
-    offset: float
-    vectors: tuple[bool, bool]  # whether its offset is one, and whether it has a ref_offset
-    lower: tuple[int, float, bool]
+    scale: float  # 1 where it is a tensor
+    offset: float  # 0 where it is none, a vector, or added to the row's value afterwards
+    vectors: tuple[bool, bool]  # whether the offset is a vector, and whether there is a ref_offset
+    lower: tuple[int, float, bool]  # the reduction that bounds the window (-1: none), the shift, whether a vector does
     upper: tuple[int, float, bool]
 
 
-def _constants(r: Reduction, places: tuple[int, int]) -> _Constants:
-    by_vector = isinstance(r.offset, Tensor) and not r.offset_outside
-    number = r.offset is not None and not isinstance(r.offset, Tensor) and not r.offset_outside
+def _constants(r: Reduction, bounded_by: tuple[int, int]) -> _Constants:
+    """bounded_by: the numbers of the reductions that bound the window below and above, -1 for none."""
+    is_vector = isinstance(r.offset, Tensor) and not r.offset_outside
+    is_number = r.offset is not None and not isinstance(r.offset, Tensor) and not r.offset_outside
     lower, upper = (
-        (of, bound.shift if isinstance(bound, Bound) else 0.0, bound is not None and of < 0)
-        for bound, of in zip((r.lower, r.upper), places, strict=True)
+        (k, bound.shift if isinstance(bound, Bound) else 0.0, bound is not None and k < 0)
+        for bound, k in zip((r.lower, r.upper), bounded_by, strict=True)
     )
     return _Constants(
         OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), r.detach,
         1.0 if isinstance(r.scale, Tensor) else r.scale,
-        float(r.offset) if number else 0.0,  # type: ignore[arg-type]
-        (by_vector, r.ref_offset is not None), lower, upper,
+        float(r.offset) if is_number else 0.0,  # type: ignore[arg-type]
+        (is_vector, r.ref_offset is not None), lower, upper,
     )  # fmt: skip
 
 
 def compile_call(reductions: Sequence[Reduction], distance: str, backend: str) -> Call:
-    """The constants of a call.
+    """The constants of a call of some reductions.
 
     Raises:
-        ValueError: a bound on a reduction that does not stand before it, or that has an offset of its own.
+        ValueError: a window is bound to a reduction that is not an earlier one of the call, or that has an offset.
     """
     reductions = tuple(reductions)
     constants = tuple(map(_constants, reductions, bound_places(reductions)))
@@ -85,13 +87,14 @@ def compile_call(reductions: Sequence[Reduction], distance: str, backend: str) -
 
 
 def _compile(constants: tuple[_Constants, ...], distance: str, backend: str) -> Call:
+    """Gives every vector its place, and turns words into numbers."""
     terms: list[Term] = []
     vectors: list[int] = []
     for k, c in enumerate(constants):
         slots = []
-        for role, there in enumerate((*c.vectors, c.lower[2], c.upper[2])):
-            slots.append(len(vectors) if there else -1)
-            vectors += [len(ROLES) * k + role] if there else []
+        for role, is_vector in enumerate((*c.vectors, c.lower[2], c.upper[2])):
+            slots.append(len(vectors) if is_vector else -1)
+            vectors += [len(ROLES) * k + role] if is_vector else []
         terms.append(
             Term(
                 c.op, c.side, c.transform, c.detach, c.lower[0], c.upper[0], c.lower[1], c.upper[1], c.offset,
@@ -107,7 +110,16 @@ _compiled = functools.lru_cache(maxsize=256)(_compile)
 def operands_of(
     call: Call, reductions: Sequence[Reduction], n: int, m: int, dtype: torch.dtype, device: torch.device
 ) -> Operands:
-    """The tensors of a call of n anchors and m references; windows have no gradient."""
+    """The tensors of a call. The bounds of windows have no gradient.
+
+    Args:
+        call: the constants of `reductions`.
+        reductions: the K reductions, whose vectors are in label order.
+        n: the number of anchors.
+        m: the number of references.
+        dtype: the dtype of the results.
+        device: the device of the results.
+    """
     vectors: list[Tensor] = []
     for k, role in call.vector_roles:
         r = reductions[k]
@@ -121,7 +133,10 @@ def operands_of(
 
 
 def as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor there, or a number as a tensor (); a number is not copied from the host, which would wait."""
+    """`value` in that dtype on that device; a number becomes a tensor ().
+
+    `torch.full` writes the number on the device itself. A copy from the host would wait for the device.
+    """
     return value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
 
 
@@ -129,7 +144,8 @@ Encoded = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], tuple[float
 
 
 def encode(call: Call) -> Encoded:
-    """The call as the registered operators take it: vectors, integers and numbers of the terms, scales, two words."""
+    """The call in types that the registered operators take: `Call.vectors`, the integers and the floats of all terms,
+    the scales, the distance and the backend."""
     codes: list[int] = []
     shifts: list[float] = []
     for t in call.terms:
@@ -142,7 +158,7 @@ def decode(
     vectors: Sequence[int], codes: Sequence[int], shifts: Sequence[float], scales: Sequence[float], distance: str,
     backend: str,
 ) -> Call:  # fmt: skip
-    """The call that `encode` was given."""
+    """The call from what `encode` made of it."""
     return _decoded(tuple(vectors), tuple(codes), tuple(shifts), tuple(scales), distance, backend)
 
 
@@ -151,11 +167,11 @@ def _decoded(
     vectors: tuple[int, ...], codes: tuple[int, ...], shifts: tuple[float, ...], scales: tuple[float, ...],
     distance: str, backend: str,
 ) -> Call:  # fmt: skip
-    place = {vector: at for at, vector in enumerate(vectors)}
+    slot_of = {vector: slot for slot, vector in enumerate(vectors)}
     terms = []
     for k in range(len(scales)):
         op, side, transform, detach, lower_of, upper_of = codes[CODES * k : CODES * (k + 1)]
         lower, upper, offset = shifts[SHIFTS * k : SHIFTS * (k + 1)]
-        slots = tuple(place.get(len(ROLES) * k + role, -1) for role in ROLES)
+        slots = tuple(slot_of.get(len(ROLES) * k + role, -1) for role in ROLES)
         terms.append(Term(op, side, transform, bool(detach), lower_of, upper_of, lower, upper, offset, slots))
     return Call(tuple(terms), vectors, scales, distance, backend)

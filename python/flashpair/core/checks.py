@@ -1,6 +1,6 @@
-"""Checks of arguments, before any work. An error names the argument, what it takes and what it got.
+"""Checks of arguments, which run before any work.
 
-No check reads a GPU's values.
+An error names the argument, what it takes and what it got. No check waits for a GPU to read values.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
-SHOWN = 60  # characters of a value that an error shows
+SHOWN = 60  # how many characters of a value an error shows
 
 
 class Labelled:
-    """Embeddings that bring their labels with them (References)."""
+    """Embeddings (M, D) that bring their labels (M,) with them; `References` is one."""
 
     embeddings: Tensor
     labels: Tensor
 
 
 def what(value: Any) -> str:
-    """The value in a few words of one line: a tensor's dtype, shape and device, an array's, what a list holds."""
+    """The value in a few words for an error: dtype, shape and device of a tensor or array, what a list holds, else its
+    repr."""
     if isinstance(value, Tensor):
         layout = "" if value.layout == torch.strided else f" {str(value.layout).removeprefix('torch.')}"
         shape = "nested" if value.is_nested else tuple(value.shape)
@@ -43,23 +44,23 @@ def what(value: Any) -> str:
     return f"{kind} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}"
 
 
-NUMBERED = "numpy.unique(values, return_inverse=True)[1] has a number for each"
+NUMBERED = "numpy.unique(values, return_inverse=True)[1] gives each a number"
 
 
 def to_tensor(value: Any) -> str:
-    """How to make a tensor of what is none, as the end of an error; empty where it takes more words."""
+    """The end of an error: how to turn a value into a tensor. Empty for a tensor, and where there is no short way."""
     if isinstance(value, Tensor):
         return ""
     dtype, first = getattr(value, "dtype", None), value[0] if isinstance(value, (list, tuple)) and value else None
     if isinstance(first, str) or getattr(dtype, "kind", "") in ("U", "S", "T"):
-        return f"; number what is text first: {NUMBERED}"
+        return f"; turn text into numbers first: {NUMBERED}"
     if getattr(dtype, "kind", "") == "O":
-        return f"; what is numbers is one array after values.astype(int) or (float), and of text {NUMBERED}"
+        return f"; values.astype(int) or values.astype(float) makes an array of numbers, and of text {NUMBERED}"
     if isinstance(first, Tensor):
-        alike = all(isinstance(t, Tensor) and (t.shape, t.dtype) == (first.shape, first.dtype) for t in value)
-        return "; torch.stack makes one of them" if alike else "; a loader's batch comes apart into its tensors first"
+        same_kind = all(isinstance(t, Tensor) and (t.shape, t.dtype) == (first.shape, first.dtype) for t in value)
+        return "; torch.stack makes one tensor of them" if same_kind else "; pass one tensor of a loader's batch"
     if getattr(dtype, "isnative", True) is False:
-        return "; torch.from_numpy takes it in this machine's byte order: array.astype(array.dtype.newbyteorder('='))"
+        return "; torch.from_numpy needs this machine's byte order: array.astype(array.dtype.newbyteorder('='))"
     if hasattr(value, "to_numpy"):
         return "; torch.tensor(values.to_numpy()) makes a tensor of it"
     if hasattr(first, "__array__"):
@@ -68,8 +69,13 @@ def to_tensor(value: Any) -> str:
 
 
 def memory(value: Tensor, name: str) -> Tensor:
-    """`value` in ordinary memory: not sparse, not nested, and without a sign that torch keeps beside it. Of a tensor of
-    inference mode, which autograd may not keep, a copy where gradients are on."""
+    """`value` as an ordinary dense tensor of the same shape, without torch's negative bit.
+
+    Autograd may not keep a tensor of inference mode, so with gradients enabled the result is a copy of it.
+
+    Raises:
+        TypeError: a sparse or nested tensor.
+    """
     if value.layout != torch.strided or value.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {what(value)}")
     if torch.compiler.is_compiling():
@@ -79,13 +85,25 @@ def memory(value: Tensor, name: str) -> Tensor:
 
 
 def like(value: Tensor, of: Tensor, name: str, whose: str = "embeddings") -> None:
-    """A tensor on the device of `of`; a number on the CPU goes with every device, as in PyTorch."""
+    """Raises ValueError for a tensor that is not on the device of `of`.
+
+    A tensor () on the CPU goes with every device, as in PyTorch.
+
+    Args:
+        value: a tensor of any shape.
+        of: a tensor of any shape.
+        name: what `value` is called.
+        whose: what `of` is called.
+    """
     if value.device != of.device and (value.dim() or value.device.type != "cpu"):
         raise ValueError(f"{name} must be on the device of {whose}, {of.device}, got {what(value)}")
 
 
 def parameters(module: Any, x: Tensor) -> None:
-    """A criterion's own parameters, buffers and learned hyper-parameters, on the device of the embeddings `x`."""
+    """Raises ValueError for a parameter, buffer or learned hyper-parameter of a criterion on another device than `x`.
+
+    x: (N, D), the embeddings.
+    """
     for name, value in (*module._parameters.items(), *module._buffers.items()):
         if value is not None and value.device != x.device:
             like(value, x, f"{type(module).__name__}.{name}")
@@ -96,7 +114,10 @@ def parameters(module: Any, x: Tensor) -> None:
 
 
 def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> Tensor:
-    """A float16, bfloat16, float32 or float64 tensor of shape (N, D), D > 0."""
+    """Checks embeddings: a float16, bfloat16, float32 or float64 tensor of shape (N, D), D > 0.
+
+    letters: the shape as the error shows it.
+    """
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be a float16, bfloat16, float32 or float64 tensor of shape ({letters}), "
@@ -109,22 +130,34 @@ def embeddings(value: Any, name: str = "embeddings", letters: str = "N, D") -> T
 
 
 def _swapped(value: Any) -> str:
+    """A hint if `value` looks like labels."""
     of_labels = isinstance(value, Tensor) and value.dim() == 1 and value.dtype in INTEGERS
     return "; embeddings come first, then labels" if of_labels else ""
 
 
 def labels_dtype(value: Any, name: str = "labels", length: str = "N") -> Tensor:
-    """An integer tensor of any shape."""
+    """Checks labels: an integer tensor of any shape. length: the letter of their number in the error."""
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
         hint = to_tensor(value)
         if isinstance(value, Tensor):
-            hint = f"; {name}.to(torch.int64), where they are whole numbers"
+            hint = f"; {name}.to(torch.int64) if they are whole numbers"
         raise TypeError(f"{name} must be an integer tensor of shape ({length},), got {what(value)}{hint}")
     return memory(value, name)
 
 
 def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whose: str = "embeddings") -> Tensor:
-    """An integer tensor of one entry a row of `of`, on its device; returned as int64, which has no room for uint64."""
+    """Checks labels (N,): an integer tensor (not uint64) of one entry for each row of `of`, on its device.
+
+    Args:
+        value: the labels.
+        of: (N, D), the embeddings.
+        name: what the labels are called.
+        length: the letter of their number in the error.
+        whose: what `of` is called.
+
+    Returns:
+        The labels as int64.
+    """
     value = labels_dtype(value, name, length)
     if value.dim() != 1 or value.shape[0] != of.shape[0]:
         column = f"; {name}.squeeze(1)" if value.shape == (of.shape[0], 1) else ""
@@ -137,12 +170,22 @@ def labels(value: Any, of: Tensor, name: str = "labels", length: str = "N", whos
 
 
 def batch(x: Any, x_labels: Any, y: Any, y_labels: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The four arguments of every criterion's call: embeddings, labels, ref_emb, ref_labels."""
+    """Checks the four arguments of a criterion's call.
+
+    Args:
+        x: embeddings (N, D).
+        x_labels: labels (N,).
+        y: ref_emb (M, D), or `References`, or None.
+        y_labels: ref_labels (M,), or None.
+
+    Returns:
+        The four tensors, labels as int64.
+    """
     x = embeddings(x)
     x_labels = labels(x_labels, x)
     if isinstance(y, Labelled):
         if y_labels is not None:
-            raise ValueError("ref_labels must be None with References as ref_emb, which have labels")
+            raise ValueError("ref_labels must be None if ref_emb is a References, which has labels of its own")
         y, y_labels = y.embeddings, y.labels
     if (y is None) != (y_labels is None):
         given, missing = ("ref_emb", "ref_labels") if y_labels is None else ("ref_labels", "ref_emb")
@@ -154,7 +197,7 @@ def batch(x: Any, x_labels: Any, y: Any, y_labels: Any) -> tuple[Tensor, Tensor,
 
 
 def references(y: Any, x: Tensor) -> Tensor:
-    """Embeddings (M, D) of the width of `x` (N, D), and on its device."""
+    """Checks references: embeddings (M, D) of the same width as x (N, D), on the same device."""
     y = embeddings(y, "ref_emb", "M, D")
     if y.shape[1] != x.shape[1]:
         raise ValueError(f"ref_emb must have the width of embeddings, D = {x.shape[1]}, got {what(y)}")
@@ -164,6 +207,7 @@ def references(y: Any, x: Tensor) -> Tensor:
 
 
 def word(value: Any, words: Iterable[str], name: str) -> str:
+    """Checks that `value` is one of `words`."""
     words = tuple(words)
     if value not in words:
         raise ValueError(f"{name} must be one of {', '.join(words)}, got {value!r}")
@@ -171,12 +215,19 @@ def word(value: Any, words: Iterable[str], name: str) -> str:
 
 
 def number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float | Tensor:
-    """A finite real number in range, or a floating-point tensor () (a learnable one), whose value is not looked at."""
+    """Checks a finite real number, or a floating-point tensor () (a learned one), whose value is not read.
+
+    Args:
+        value: the number.
+        name: what it is called.
+        above: it must be greater than this.
+        at_least: it must not be less than this.
+    """
     if isinstance(value, Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise ValueError(f"{name} must be a number or a floating-point tensor of shape (), got {what(value)}")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # NumPy's are of the last
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):  # NumPy's numbers are numbers.Real
         raise TypeError(f"{name} must be a number or a floating-point tensor of shape (), got {what(value)}")
     try:
         value = float(value)
@@ -191,7 +242,7 @@ def number(value: Any, name: str, *, above: float | None = None, at_least: float
 
 
 def constant(value: Any, name: str, *, at_least: float) -> float:
-    """A finite number that only selects pairs, and so has no gradient to learn it by."""
+    """Checks a finite number that only selects pairs. It cannot be learned, as selection has no gradient."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number (selection has no gradient), got {what(value)}")
     result = number(value, name, at_least=at_least)
@@ -200,7 +251,7 @@ def constant(value: Any, name: str, *, at_least: float) -> float:
 
 
 def plain_number(value: Any, name: str, *, above: float | None = None, at_least: float | None = None) -> float:
-    """A finite number, not a tensor."""
+    """Checks a finite number that must not be a tensor; see `number`."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, got {what(value)}")
     result = number(value, name, above=above, at_least=at_least)
@@ -209,21 +260,31 @@ def plain_number(value: Any, name: str, *, above: float | None = None, at_least:
 
 
 def flag(value: Any, name: str) -> bool:
+    """Checks a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {what(value)}")
     return value
 
 
 def renamed(who: str, old: str, value: Any, new: str, current: Any) -> Any:
-    """An argument's value, where its old name still works: that of the old name, with a warning, if it was given."""
+    """The value of an argument that was renamed. Its old name still works, with a warning.
+
+    Args:
+        who: whose argument it is.
+        old: its old name.
+        value: what was given under the old name, or None.
+        new: its new name.
+        current: what was given under the new name.
+    """
     if value is None:
         return current
-    words = f"{who}: {old}= is now called {new}=, and its old name goes in the release after this one"
+    words = f"{who}: {old}= is now called {new}=, and the old name will be removed in the next release"
     warnings.warn(words, DeprecationWarning, stacklevel=3)
     return value
 
 
 def integer(value: Any, name: str, among: Iterable[int] | None = None, *, at_least: int = 0) -> int:
+    """Checks an int (or NumPy integer) of at least `at_least`, and one of `among` if that is given."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {what(value)}")
     value = int(value)
@@ -235,22 +296,22 @@ def integer(value: Any, name: str, among: Iterable[int] | None = None, *, at_lea
 
 
 def most(value: Any, name: str) -> int | None:
-    """An int of at least 1, or None."""
+    """Checks an int of at least 1, or None."""
     return None if value is None else integer(value, name, at_least=1)
 
 
 def width(x: Tensor, size: int) -> None:
-    """Embeddings (B, D) of as many columns as the weights have."""
+    """Raises ValueError for embeddings (B, D) of another width D than `size`."""
     if x.shape[1] != size:
         raise ValueError(f"embeddings must have embedding_size = {size} columns, got {what(x)}")
 
 
 def classes(value: Tensor, count: int) -> Tensor:
-    """Labels in [0, count). On a GPU they are looked at by the device, which raises where it finds another."""
+    """Checks that labels (N,) are in [0, count). On a GPU the device checks, and the host does not wait for it."""
     if value.shape[0] == 0:
         return value
     inside = ((value >= 0) & (value < count)).all()
-    fake = type(value).__name__ == "FakeTensor"  # which has no values to look at
+    fake = type(value).__name__ == "FakeTensor"  # it has no values
     if value.device.type == "cpu" and not fake and not torch.compiler.is_compiling():
         if not inside:
             raise ValueError(f"labels must be in [0, {count}), got {int(value.min())} to {int(value.max())}")
@@ -260,7 +321,13 @@ def classes(value: Tensor, count: int) -> Tensor:
 
 
 def after_init(cls: type, wanted: str, call: str) -> Callable[..., None]:
-    """The class's own `__init__`, after which its parent's must have been called, which sets the attribute `wanted`."""
+    """The `__init__` of a class, with a check that it has called its parent's.
+
+    Args:
+        cls: the class, which defines an `__init__`.
+        wanted: an attribute that the parent's `__init__` sets.
+        call: the arguments of that call, as the error shows them.
+    """
     init: Callable[..., None] = cls.__dict__["__init__"]
 
     @functools.wraps(init)

@@ -1,4 +1,4 @@
-"""What brings references a chunk at a time, and takes what was found for them: the contract of a source."""
+"""The contract of a source of references: it brings them in chunks, and takes back values and gradients of a chunk."""
 
 from __future__ import annotations
 
@@ -8,79 +8,104 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-NO_REFERENCE = torch.iinfo(torch.int64).max  # the place of no reference
+NO_REFERENCE = torch.iinfo(torch.int64).max  # stands where an index among all references would, for an empty set
 
 
 class Chunk(NamedTuple):
-    """Some of the references, and the anchors that meet them.
+    """Some of the references, and the anchors that they make pairs with.
 
-    Args:
-        y: (M, D), sorted by label; None: the anchors themselves, each but for itself.
-        labels: (M,) int64; `order`: (M,) int64, their places among all references: the lowest wins among equals.
-        own: the anchors that meet them, of the sorted ones.
-        both: they are anchors, too, whose references `own` are; what is found for them goes to `ReferenceSource.send`.
-        along: (V, M): of `two_sided`, the numbers of its anchors that go along with them.
-        end: () int64 or None: references from there on take no part.
-        wanted: a gradient of `y` is wanted, and goes to `ReferenceSource.send`.
+    Attributes:
+        y: (M, D), the references, sorted by label; None: they are all anchors, and no anchor is a pair with itself.
+        labels: (M,) int64, the labels of the references, sorted.
+        order: (M,) int64, the index of each reference among all references. Of equal extremes the lowest index counts.
+        anchors: which of the sorted anchors make pairs with the references.
+        two_sided: the references are anchors (of another process), too, and their references are `anchors`. Their
+            values and gradients go to `ReferenceSource.send`.
+        anchor_values: (V, M), with `two_sided` what the call needs to know of the references as anchors.
+        end: () int64: references from there on take no part; None: all take part.
+        needs_grad: the gradient of `y` is needed, and goes to `ReferenceSource.send`.
+        tag: a note of the source to itself, which says where the chunk is from.
     """
 
     y: Tensor | None
     labels: Tensor
     order: Tensor
-    own: slice = slice(None)
+    anchors: slice = slice(None)
     two_sided: bool = False
     anchor_values: Tensor | None = None
     end: Tensor | None = None
-    wanted: bool = False
-    tag: Any = None  # the source's own note of whose it is
+    needs_grad: bool = False
+    tag: Any = None
 
 
 class Received(NamedTuple):
-    """What was found elsewhere for this process's anchors `own`, or where it has references beside them, for these:
-    numbers (V, n), and their part of the gradient (n, D)."""
+    """What others computed for some of this process's rows: its anchors, or its references where it has any.
 
-    own: slice
+    Attributes:
+        rows: which of the sorted rows.
+        numbers: (V, n), their values, or the gradients of their offsets.
+        grad: (n, D), a part of the rows' gradient.
+    """
+
+    rows: slice
     numbers: Tensor | None
-    rows: Tensor | None
+    grad: Tensor | None
 
 
 class ReferenceSource(Protocol):
-    """Where the references come from. Anchors are sorted by label; `order` (N,) is their place among all anchors."""
+    """Where the references of a call come from.
+
+    Attributes:
+        labels: (N,) int64, of the anchors, sorted.
+        order: (N,) int64, the index of each anchor among all anchors.
+    """
 
     labels: Tensor
     order: Tensor
 
     def chunks(self, x: Tensor, y: Tensor | None, anchor_values: Tensor | None) -> Iterator[Chunk]:
-        """Every chunk once. y: this process's references, if there are any beside the anchors; along (V, N): numbers of
-        the anchors, for those that meet them elsewhere."""
+        """Every chunk once, in a fixed order.
 
-    def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
-        """Hands over what was found for a chunk, and returns what others found for this process's."""
+        Args:
+            x: (N, D), the sorted anchors.
+            y: (m, D), the sorted references of this process, if it has any beside its anchors.
+            anchor_values: (V, N), what other processes need to know of these anchors in a `two_sided` chunk.
+        """
+
+    def send(self, chunk: Chunk, numbers: Tensor | None, grad: Tensor | None) -> list[Received]:
+        """Sends what was computed for a chunk's references, and returns what others have computed for this process.
+
+        Args:
+            chunk: the chunk.
+            numbers: (V, M), values or gradients of offsets, for a `two_sided` chunk.
+            grad: (M, D), the gradient of the chunk's references.
+        """
 
     def flush(self) -> list[Received]:
-        """After the last chunk of a backward pass: what is still out."""
+        """What others computed and have not sent yet, after the last chunk of a backward pass."""
 
 
-def as_numbers(whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers (K, N) as rows of numbers of that dtype, bit by bit, for `send`; `as_integers` reads them."""
-    return whole.T.contiguous().view(dtype).T
+def as_numbers(integers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of integers (K, N) as rows of floating-point numbers, to send with others; `as_integers` reads them."""
+    return integers.T.contiguous().view(dtype).T
 
 
 def as_integers(numbers: Tensor) -> Tensor:
+    """The integers (K, N) whose bits `as_numbers` turned into numbers."""
     return numbers.T.contiguous().view(torch.int64).T
 
 
-def places_of(winner: Tensor, order: Tensor) -> Tensor:
-    """Where in `order` (M,) each of winner (K, N) stands; -1: nowhere. Contiguous, as schedules take it."""
+def places_of(wanted: Tensor, order: Tensor) -> Tensor:
+    """Where each of `wanted` (K, N) stands in `order` (M,); -1: it is not there. Contiguous, as backends need it."""
     if order.shape[0] == 0:
-        return torch.full_like(winner, -1)
+        return torch.full_like(wanted, -1)
     ordered, place = torch.sort(order)
-    winner = winner.contiguous()
-    at = torch.searchsorted(ordered, winner).clamp_max(order.shape[0] - 1)
-    return torch.where(ordered[at] == winner, place[at], -1)
+    wanted = wanted.contiguous()
+    nearest = torch.searchsorted(ordered, wanted).clamp_max(order.shape[0] - 1)
+    return torch.where(ordered[nearest] == wanted, place[nearest], -1)
 
 
 def only_once() -> None:
-    """For a backward that cannot be differentiated: create_graph=True must not take its gradient for a constant."""
+    """Raises in a backward pass that is to be differentiated itself (create_graph=True): the result would be wrong."""
     if torch.is_grad_enabled():
         raise RuntimeError("second derivatives need all references in one tensor, on one process")

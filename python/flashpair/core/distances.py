@@ -1,8 +1,8 @@
-"""The words for what pairs are compared by: those of losses' and miners' arguments, and the engine's."""
+"""The names of distances: those that losses and miners take as arguments, and those of the engine."""
 
 ENGINE_WORDS = {"cosine": "dot", "euclidean": "euclidean", "squared_euclidean": "squared_euclidean"}
 
 
 def argument_word(distance: str) -> str:
-    """The argument's word for the engine's word."""
+    """The argument's name of the distance that the engine calls `distance`."""
     return {engine: word for word, engine in ENGINE_WORDS.items()}[distance]

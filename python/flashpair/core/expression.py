@@ -1,5 +1,7 @@
-"""A transform written in PyTorch, as the list of steps that it is: what the C++ kernels run for a vector of pairs at a
-time, and what Triton's are generated from. Its derivatives are steps, too (forward differentiation).
+"""A user's transform as a list of steps, traced from its PyTorch code.
+
+The C++ kernels run the steps on vectors of pairs, and Triton kernels are generated from them. The derivatives are steps
+of the same list, made by forward differentiation.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ OPS = (
     "log1p", "sqrt", "softplus", "sigmoid", "absolute", "above", "choose",
     "expm1",
 )  # fmt: skip
-"""csrc/cpu/types.h's StepOp."""
-MOST_STEPS = 96
+"""The operations of a step, in the order of StepOp in csrc/cpu/types.h. ``"scaled"`` is s, ``"own"`` the offset."""
+MOST_STEPS = 96  # that an expression may have
 
 
 class Step(NamedTuple):
-    """op(a, b) of two earlier steps; "choose": a where c > 0, else b; "above": 1 where a > b, else 0."""
+    """One operation on the results of earlier steps, of which a, b and c are the numbers.
+
+    ``"choose"`` is a where c > 0, else b. ``"above"`` is 1 where a > b, else 0.
+    """
 
     op: str
     a: int = 0
@@ -29,7 +34,14 @@ class Step(NamedTuple):
 
 
 class Expression(NamedTuple):
-    """phi(s, own), s = scale * z, is step `value`, and its derivatives in s and in own are two others."""
+    """A transform phi(s, offset) of s = scale * z, and its derivatives.
+
+    Attributes:
+        steps: all steps, each after those that it uses.
+        value: the number of the step that is phi.
+        slope: the number of the step that is phi's derivative in s.
+        d_offset: the number of the step that is phi's derivative in the offset.
+    """
 
     steps: tuple[Step, ...]
     value: int
@@ -38,17 +50,18 @@ class Expression(NamedTuple):
 
 
 class _Unknown(Exception):
-    """Something in a function that has no steps."""
+    """A function uses something that cannot be written as steps."""
 
 
 class _Writer:
-    """Steps without repetitions, and with what is known beforehand worked out."""
+    """Appends steps. It writes equal steps once, and computes steps of constants beforehand."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.places: dict[Step, int] = {}
 
     def put(self, op: str, a: int = 0, b: int = 0, c: int = 0, constant: float = 0.0) -> int:
+        """The number of a step, which is appended if there is none like it yet."""
         step = Step(op, a, b, c, constant)
         if step not in self.places:
             self.places[step] = len(self.steps)
@@ -56,9 +69,11 @@ class _Writer:
         return self.places[step]
 
     def number(self, value: float) -> int:
+        """The number of the step that is a constant."""
         return self.put("constant", constant=float(value))
 
     def known(self, place: int) -> float | None:
+        """The value of a step that is a constant; None for other steps."""
         return self.steps[place].constant if self.steps[place].op == "constant" else None
 
     def add(self, a: int, b: int) -> int:
@@ -96,93 +111,96 @@ class _Writer:
 
 
 class _Dual(NamedTuple):
-    """A step with its derivatives in s and in own."""
+    """A step, and the steps of its derivatives in s (`by_scaled`) and in the offset (`by_offset`)."""
 
-    at: int
-    by_s: int
-    by_own: int
+    value: int
+    by_scaled: int
+    by_offset: int
 
 
 class _Truth(_Dual):
-    """A comparison's step: bool in PyTorch, where sums of two are "or", powers are integers, and so on."""
+    """The step of a comparison, 0 or 1. In PyTorch it is a bool, whose arithmetic differs (a sum of two is "or")."""
 
 
 class _Tracer:
-    """Turns the calls of a function's graph into steps."""
+    """Turns the calls in a function's graph into steps, by a method for each function of PyTorch in `KNOWN`."""
 
     def __init__(self) -> None:
         self.w = _Writer()
         self.zero, self.one = self.w.number(0.0), self.w.number(1.0)
 
     def dual(self, value: Any) -> _Dual:
+        """A number as a step without derivatives; a step as it is."""
         if isinstance(value, _Dual):
             return value
         if isinstance(value, (int, float)):
             return _Dual(self.w.number(value), self.zero, self.zero)
         raise _Unknown(f"a value of type {type(value).__name__}")
 
-    def chain(self, at: int, slope: int, x: _Dual) -> _Dual:
-        return _Dual(at, self.w.multiply(slope, x.by_s), self.w.multiply(slope, x.by_own))
+    def chain(self, value: int, slope: int, x: _Dual) -> _Dual:
+        return _Dual(value, self.w.multiply(slope, x.by_scaled), self.w.multiply(slope, x.by_offset))
 
-    def both(self, at: int, x: _Dual, y: _Dual, join: Callable[[int, int], int]) -> _Dual:
-        return _Dual(at, join(x.by_s, y.by_s), join(x.by_own, y.by_own))
+    def binary(self, value: int, x: _Dual, y: _Dual, join: Callable[[int, int], int]) -> _Dual:
+        return _Dual(value, join(x.by_scaled, y.by_scaled), join(x.by_offset, y.by_offset))
 
-    def constant(self, at: int) -> _Dual:
-        return _Dual(at, self.zero, self.zero)
+    def constant(self, value: int) -> _Dual:
+        return _Dual(value, self.zero, self.zero)
 
     def add(self, x: Any, y: Any, alpha: float = 1) -> _Dual:
         x, y = self.dual(x), self.multiply(y, alpha) if alpha != 1 else self.dual(y)
-        return self.both(self.w.add(x.at, y.at), x, y, self.w.add)
+        return self.binary(self.w.add(x.value, y.value), x, y, self.w.add)
 
     def subtract(self, x: Any, y: Any, alpha: float = 1) -> _Dual:
         x, y = self.dual(x), self.multiply(y, alpha) if alpha != 1 else self.dual(y)
-        return self.both(self.w.subtract(x.at, y.at), x, y, self.w.subtract)
+        return self.binary(self.w.subtract(x.value, y.value), x, y, self.w.subtract)
 
     def multiply(self, x: Any, y: Any) -> _Dual:
         x, y = self.dual(x), self.dual(y)
         w = self.w
-        return self.both(w.multiply(x.at, y.at), x, y, lambda dx, dy: w.add(w.multiply(dx, y.at), w.multiply(x.at, dy)))
+        return self.binary(
+            w.multiply(x.value, y.value), x, y, lambda dx, dy: w.add(w.multiply(dx, y.value), w.multiply(x.value, dy))
+        )
 
     def divide(self, x: Any, y: Any) -> _Dual:
         x, y = self.dual(x), self.dual(y)
-        w, at = self.w, self.w.divide(x.at, y.at)
-        return self.both(at, x, y, lambda dx, dy: w.divide(w.subtract(dx, w.multiply(at, dy)), y.at))
+        w, value = self.w, self.w.divide(x.value, y.value)
+        return self.binary(value, x, y, lambda dx, dy: w.divide(w.subtract(dx, w.multiply(value, dy)), y.value))
 
     def negate(self, x: _Dual) -> _Dual:
         return self.subtract(0.0, x)
 
     def exp(self, x: _Dual) -> _Dual:
-        at = self.w.put("exp", x.at)
-        return self.chain(at, at, x)
+        value = self.w.put("exp", x.value)
+        return self.chain(value, value, x)
 
     def log(self, x: _Dual) -> _Dual:
-        return self.chain(self.w.put("log", x.at), self.w.divide(self.one, x.at), x)
+        return self.chain(self.w.put("log", x.value), self.w.divide(self.one, x.value), x)
 
     def log1p(self, x: _Dual) -> _Dual:
-        return self.chain(self.w.put("log1p", x.at), self.w.divide(self.one, self.w.add(self.one, x.at)), x)
+        return self.chain(self.w.put("log1p", x.value), self.w.divide(self.one, self.w.add(self.one, x.value)), x)
 
     def sqrt(self, x: _Dual) -> _Dual:
-        at = self.w.put("sqrt", x.at)
-        return self.chain(at, self.w.divide(self.w.number(0.5), at), x)
+        value = self.w.put("sqrt", x.value)
+        return self.chain(value, self.w.divide(self.w.number(0.5), value), x)
 
     def sigmoid(self, x: _Dual) -> _Dual:
-        at = self.w.put("sigmoid", x.at)
-        return self.chain(at, self.w.multiply(at, self.w.subtract(self.one, at)), x)
+        value = self.w.put("sigmoid", x.value)
+        return self.chain(value, self.w.multiply(value, self.w.subtract(self.one, value)), x)
 
     def expm1(self, x: _Dual) -> _Dual:
-        at = self.w.put("expm1", x.at)
-        return self.chain(at, self.w.add(at, self.one), x)
+        value = self.w.put("expm1", x.value)
+        return self.chain(value, self.w.add(value, self.one), x)
 
     def tanh(self, x: _Dual) -> _Dual:
         w, low = self.w, self.expm1(self.multiply(-2.0, self.abs(x)))
-        size = w.divide(w.negate(low.at), w.add(low.at, w.number(2.0)))
-        at = w.choose(w.put("above", self.zero, x.at), w.negate(size), size)
-        return self.chain(at, w.subtract(self.one, w.multiply(at, at)), x)
+        size = w.divide(w.negate(low.value), w.add(low.value, w.number(2.0)))
+        value = w.choose(w.put("above", self.zero, x.value), w.negate(size), size)
+        return self.chain(value, w.subtract(self.one, w.multiply(value, value)), x)
 
     def softplus(self, x: _Dual, beta: float = 1, threshold: float = 20) -> _Dual:
-        """Past its threshold torch's is linear, which this is to 2e-9 at 20."""
+        """torch's softplus is linear past its threshold. The true softplus differs from that by 2e-9 at 20."""
         x = self.multiply(beta, x)
-        soft = self.chain(self.w.put("softplus", x.at), self.w.put("sigmoid", x.at), x)
+        soft = self.chain(self.w.put("softplus", x.value), self.w.put("sigmoid", x.value), x)
         if threshold < 20:
             raise _Unknown(f"softplus with threshold {threshold}")
         return self.divide(soft, beta)
@@ -190,54 +208,57 @@ class _Tracer:
     def relu(self, x: _Dual, inplace: bool = False) -> _Dual:
         if inplace:
             raise _Unknown("relu in place")
-        above = self.w.put("above", x.at, self.zero)
-        at = self.w.put("maximum", x.at, self.zero)
-        return _Dual(at, self.w.choose(above, x.by_s, self.zero), self.w.choose(above, x.by_own, self.zero))
+        above = self.w.put("above", x.value, self.zero)
+        value = self.w.put("maximum", x.value, self.zero)
+        return _Dual(value, self.w.choose(above, x.by_scaled, self.zero), self.w.choose(above, x.by_offset, self.zero))
 
     def abs(self, x: _Dual) -> _Dual:
         w = self.w
-        sign = w.subtract(w.put("above", x.at, self.zero), w.put("above", self.zero, x.at))
-        return self.chain(w.put("absolute", x.at), sign, x)
+        sign = w.subtract(w.put("above", x.value, self.zero), w.put("above", self.zero, x.value))
+        return self.chain(w.put("absolute", x.value), sign, x)
 
     def maximum(self, x: Any, y: Any) -> _Dual:
         x, y = self.dual(x), self.dual(y)
-        return self._larger("maximum", x, y, self.w.put("above", x.at, y.at), self.w.put("above", y.at, x.at))
+        return self._larger(
+            "maximum", x, y, self.w.put("above", x.value, y.value), self.w.put("above", y.value, x.value)
+        )
 
     def minimum(self, x: Any, y: Any) -> _Dual:
         x, y = self.dual(x), self.dual(y)
-        return self._larger("minimum", x, y, self.w.put("above", y.at, x.at), self.w.put("above", x.at, y.at))
+        return self._larger(
+            "minimum", x, y, self.w.put("above", y.value, x.value), self.w.put("above", x.value, y.value)
+        )
 
     def _larger(self, op: str, x: _Dual, y: _Dual, first: int, second: int) -> _Dual:
-        """Where both are equal, each has half of the derivative."""
+        """Where x and y are equal, each gets half of the derivative, as in PyTorch."""
         w = self.w
 
         def join(dx: int, dy: int) -> int:
             half = w.multiply(w.number(0.5), w.add(dx, dy))
             return w.choose(first, dx, w.choose(second, dy, half))
 
-        return self.both(w.put(op, x.at, y.at), x, y, join)
+        return self.binary(w.put(op, x.value, y.value), x, y, join)
 
     def clamp(self, x: _Dual, min: Any = None, max: Any = None) -> _Dual:
         for limit, op in ((min, "maximum"), (max, "minimum")):
             if limit is None:
                 continue
-            at = self.dual(limit)
-            if (at.by_s, at.by_own) != (self.zero, self.zero):
-                raise _Unknown("clamp to something that depends on the pair")
-            outside = (at.at, x.at) if op == "maximum" else (x.at, at.at)
-            cut = self.w.put("above", *outside)
-            by = [self.w.choose(cut, self.zero, d) for d in (x.by_s, x.by_own)]
-            x = _Dual(self.w.put(op, x.at, at.at), *by)
+            bound = self.dual(limit)
+            if (bound.by_scaled, bound.by_offset) != (self.zero, self.zero):
+                raise _Unknown("clamp with a limit that depends on the pair")
+            outside = self.w.put("above", *((bound.value, x.value) if op == "maximum" else (x.value, bound.value)))
+            derivatives = [self.w.choose(outside, self.zero, d) for d in (x.by_scaled, x.by_offset)]
+            x = _Dual(self.w.put(op, x.value, bound.value), *derivatives)
         return x
 
     def where(self, condition: Any, x: Any, y: Any) -> _Dual:
         condition, x, y = self.dual(condition), self.dual(x), self.dual(y)
         w = self.w
-        at = w.choose(condition.at, x.at, y.at)
-        return self.both(at, x, y, lambda dx, dy: w.choose(condition.at, dx, dy))
+        value = w.choose(condition.value, x.value, y.value)
+        return self.binary(value, x, y, lambda dx, dy: w.choose(condition.value, dx, dy))
 
     def gt(self, x: Any, y: Any) -> _Dual:
-        return _Truth(self.w.put("above", self.dual(x).at, self.dual(y).at), self.zero, self.zero)
+        return _Truth(self.w.put("above", self.dual(x).value, self.dual(y).value), self.zero, self.zero)
 
     def lt(self, x: Any, y: Any) -> _Dual:
         return self.gt(y, x)
@@ -249,7 +270,7 @@ class _Tracer:
         return _Truth(*self.subtract(1.0, self.gt(x, y)))
 
     def detach(self, x: _Dual) -> _Dual:
-        return self.constant(x.at)
+        return self.constant(x.value)
 
     def square(self, x: _Dual) -> _Dual:
         return self.multiply(x, x)
@@ -280,8 +301,11 @@ KNOWN = (
 
 
 def _check_truths(name: str, arguments: list[Any], options: dict[str, Any]) -> None:
-    """A truth value is `where`'s condition, or is added to, subtracted from or multiplied by a floating-point tensor,
-    where it is 0 or 1; what else PyTorch makes of bools and of numbers alone has no steps."""
+    """Raises where PyTorch would do with a truth value what steps on 0 and 1 do not.
+
+    Allowed is a truth value as the condition of `where`, and one that is added to, subtracted from or multiplied by a
+    floating-point tensor.
+    """
 
     def floating(value: Any) -> bool:
         return isinstance(value, _Dual) and not isinstance(value, _Truth)
@@ -302,26 +326,31 @@ def _check_truths(name: str, arguments: list[Any], options: dict[str, Any]) -> N
 
 
 def program(dense: Callable[..., Tensor], two_args: bool) -> Expression | str:
-    """The steps of dense(t), t = s + own, or, `two_args`, of dense(s, own); or what is in it that has none."""
+    """The expression of a transform, or the reason why it has none.
 
-    def one(t):  # type: ignore[no-untyped-def]  # fx looks at the names of its arguments
+    Args:
+        dense: the transform in PyTorch.
+        two_args: it is a function of s = scale * z and of the offset, not of their sum t.
+    """
+
+    def of_sum(t):  # type: ignore[no-untyped-def]  # fx needs arguments with names
         return dense(t)
 
-    def two(s, own):  # type: ignore[no-untyped-def]
-        return dense(s, own)
+    def of_both(s, offset):  # type: ignore[no-untyped-def]
+        return dense(s, offset)
 
     tracer = _Tracer()
     w = tracer.w
     s = _Dual(w.put("scaled"), tracer.one, tracer.zero)
-    own = _Dual(w.put("own"), tracer.zero, tracer.one)
-    inputs = iter((s, own) if two_args else (tracer.add(s, own),))
+    offset = _Dual(w.put("own"), tracer.zero, tracer.one)
+    inputs = iter((s, offset) if two_args else (tracer.add(s, offset),))
     duals: dict[fx.Node, _Dual] = {}
 
     def of(value: Any) -> Any:
         return duals[value] if isinstance(value, fx.Node) else value
 
     try:
-        for node in fx.symbolic_trace(two if two_args else one).graph.nodes:
+        for node in fx.symbolic_trace(of_both if two_args else of_sum).graph.nodes:
             if node.op == "placeholder":
                 duals[node] = next(inputs)
             elif node.op == "output":
@@ -338,16 +367,16 @@ def program(dense: Callable[..., Tensor], two_args: bool) -> Expression | str:
                 duals[node] = getattr(tracer, name)(*arguments, **options)
     except _Unknown as reason:
         return f"it uses {reason}, which is not one of {', '.join(KNOWN)}"
-    except Exception as reason:  # of fx, or of the function itself, which has been given something unusual
+    except Exception as reason:  # of fx, or of the function itself, which does not expect fx's proxies
         return f"it cannot be traced: {reason}"
-    if len(w.steps) > 8 * MOST_STEPS:  # before any of them is found not to be needed
+    if len(w.steps) > 8 * MOST_STEPS:  # bounds the work of `_ordered`, which drops steps that are not needed
         return f"it takes {len(w.steps)} steps, of at most {MOST_STEPS}"
     kept = _ordered(w.steps, last)
     return kept if len(kept.steps) <= MOST_STEPS else f"it takes {len(kept.steps)} steps, of at most {MOST_STEPS}"
 
 
 def _ordered(steps: list[Step], last: _Dual) -> Expression:
-    """Only the steps that are needed, those of the value first."""
+    """The steps that the value and its derivatives need, the value's first."""
     order: dict[int, int] = {}
 
     def visit(k: int) -> None:
@@ -368,4 +397,4 @@ def _ordered(steps: list[Step], last: _Dual) -> Expression:
         step._replace(a=order.get(step.a, 0), b=order.get(step.b, 0), c=order.get(step.c, 0))
         for step in (steps[k] for k in order)
     )
-    return Expression(moved, order[last.at], order[last.by_s], order[last.by_own])
+    return Expression(moved, order[last.value], order[last.by_scaled], order[last.by_offset])

@@ -1,4 +1,4 @@
-"""Packages that nothing needs but a part of flashpair: where one is missing, the error says which extra brings it."""
+"""Optional packages. If one is missing, the error names the extra that installs it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ DISTRIBUTIONS = {
 
 @contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Around the imports of optional packages.
+    """A context for imports of optional packages.
 
     Args:
-        name: of the extra in pyproject.toml that has them. what: what needs them, as the user knows it.
+        name: the extra in pyproject.toml that installs them.
+        what: the feature that needs them, in the user's words.
 
     Raises:
-        ImportError: one cannot be imported: which one, why, and what to install.
+        ImportError: a package cannot be imported. The message says which one, why, and what to install.
 
     Example:
         with extra("metrics", "clustering"):
@@ -44,7 +45,13 @@ def extra(name: str, what: str) -> Iterator[None]:
 
 
 def need(name: str, what: str, *modules: str) -> None:
-    """Raises the same for the first of `modules` that is not there, and imports none: some take long."""
+    """Raises the error of `extra` for the first of `modules` that is missing. It imports none, as that may take long.
+
+    Args:
+        name: see `extra`.
+        what: see `extra`.
+        modules: names of modules.
+    """
     for module in modules:
         with extra(name, what):
             if importlib.util.find_spec(module) is None:

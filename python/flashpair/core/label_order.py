@@ -1,4 +1,4 @@
-"""Sort once, and every mask is an interval: row i's positives are the sorted references [lo_i, hi_i)."""
+"""The label order: once references are sorted by label, the positives of row i are the interval [lo_i, hi_i)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from torch import Tensor
 
 
 class LabelOrder(NamedTuple):
-    """Anchors and references in label order, and each anchor's interval of positives. No host sync makes it.
+    """Anchors and references in label order, and each anchor's interval of positives.
 
-    Args:
-        order: (N,) int64, the caller's index of each sorted anchor; `ref_order` (M,): of each reference.
-        labels: (N,) int64, sorted; `ref_labels` (M,).
-        lo, hi: (N,) int64: positives of sorted row i are sorted references [lo_i, hi_i), itself among them if square.
+    It is computed on the device without a wait of the host.
+
+    Attributes:
+        order: (N,) int64, the caller's index of each sorted anchor.
+        ref_order: (M,) int64, the caller's index of each sorted reference.
+        labels: (N,) int64, of the anchors, sorted.
+        ref_labels: (M,) int64, of the references, sorted.
+        lo: (N,) int64. The positives of sorted row i are sorted references [lo_i, hi_i); if `square`, row i is one of
+            them.
+        hi: (N,) int64, see `lo`.
         end: () int64: references [end, M) take no part; None: all take part.
         square: the references are the anchors.
     """
@@ -30,9 +36,12 @@ class LabelOrder(NamedTuple):
 
 
 def make_label_order(labels: Tensor, ref_labels: Tensor | None = None, ref_order: Tensor | None = None) -> LabelOrder:
-    """The label_order of labels (N,) against `ref_labels` (M,), or against themselves. int64.
+    """The label order of anchors and references.
 
-    ref_order: given where `ref_labels` are sorted already, and these are their indices for the caller.
+    Args:
+        labels: (N,) int64, of the anchors.
+        ref_labels: (M,) int64, of the references; None: the anchors are the references.
+        ref_order: (M,) int64, the caller's index of each reference, if `ref_labels` are sorted already.
     """
     ordered, order = torch.sort(labels, stable=True)
     if ref_labels is None:
@@ -47,7 +56,12 @@ def make_label_order(labels: Tensor, ref_labels: Tensor | None = None, ref_order
 
 
 def one_to_one(labels: Tensor, count: Tensor) -> LabelOrder:
-    """Row k against reference k alone as positive, labels (K,) = 0, 1, ..., and only the first `count` take part."""
+    """The label order in which reference k is the only positive of row k.
+
+    Args:
+        labels: (K,) int64, 0, 1, ..., K - 1.
+        count: () int64; only the first `count` rows and references take part.
+    """
     k = torch.arange(labels.shape[0], device=labels.device)
     lo = torch.minimum(k, count)
     return LabelOrder(k, k, labels, labels, lo, torch.minimum(k + 1, count), count, False)

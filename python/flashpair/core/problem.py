@@ -1,14 +1,23 @@
-"""What every schedule is given and gives back: a problem, the terms to reduce, values, gradients.
+"""The contract between the engine and a backend: a problem, the terms to reduce, their values, their gradients.
 
-A schedule is a module with `forward(problem, terms, operands, keep) -> (values, kept)`, `backward(problem, terms,
-operands, values, kept, grads, need) -> Gradients`, and `kept_like`, the shapes and dtypes of the tensors it keeps, for
-tracing.
-One that can compute a whole loss at once has `run_small_batch(call) -> Results` (engine/small_batch.py).
+A backend that computes row reductions is a module with three functions:
 
-`values` holds the K terms' values (N,) and, behind them, two rows for each logsumexp, in the terms' order (`tops`): its
-largest term's z (of a transform: phi), and the log of its sum relative to that term. Backward takes a softmax as
-exp((z - top) * scale - rest): scale * z itself may be so large that the value has no digits left for the sum, and
-rounds differently wherever a compiler multiplies and adds at once. An empty set has top 0 and rest inf.
+- ``forward(problem, terms, operands, keep) -> (values, kept)``: the row values, and with `keep` the tensors that
+  backward needs;
+- ``backward(problem, terms, operands, values, kept, grads, need) -> Gradients``;
+- ``kept_like(x, y, terms, keep)``: the shapes and dtypes of the kept tensors, for tracing.
+
+A backend that computes a whole loss in one call has ``run_small_batch(call) -> Results`` (engine/small_batch.py).
+
+`values` is one tensor of rows (N,). The first K rows are the terms' values. Behind them stand two rows for each
+logsumexp, in the order of the terms (see `tops`):
+
+- the top: z of the largest term of the sum; where the term has a transform, phi of it;
+- the rest: the logarithm of the sum relative to its largest term.
+
+Backward computes a softmax weight as exp((z - top) * scale - rest), not as exp(scale * z - value). For a large
+scale * z the value has no digits left for the sum, and a compiler that fuses a multiplication with an addition rounds
+scale * z differently. An empty set has the top 0 and the rest inf.
 """
 
 from __future__ import annotations
@@ -24,22 +33,33 @@ from .reduction import BUILT_IN, OPS, SIDES
 LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
 POSITIVES, NEGATIVES = SIDES.index("positives"), SIDES.index("negatives")
 IDENTITY = BUILT_IN.index("identity")
-Like = tuple[tuple[int, ...], torch.dtype]
+Like = tuple[tuple[int, ...], torch.dtype]  # the shape and the dtype of a tensor
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What embeddings of that dtype are accumulated in, and row values come in."""
+    """The dtype in which embeddings of `dtype` are accumulated, which is also the dtype of row values."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Problem(NamedTuple):
-    """Sorted embeddings x (N, D), y (M, D) or None for x itself, intervals lo, hi (N,), and the caller's order (M,).
+    """Anchors and references in label order.
 
-    end: () int64 or None, references from there on take no part.
-    split: 0, or of a problem without y and end, two groups of anchors, rows [0, split) and [split, N), each sorted by
-        itself. Its pairs are those of one group with the other: a row's references are the other group, in which its
-        interval lies, in the rows' numbers. Where the first group is empty, split is N, as where the last one is.
-        `tiled` on the CPU takes it; others refuse.
+    A problem without `y` is square: the anchors are the references, and no row is a pair with itself.
+
+    A two-sided problem has a `split` other than 0, and neither `y` nor `end`. Rows [0, split) and rows [split, N) are
+    two groups of anchors, each sorted by label, and the references of a row are the rows of the other group. If one
+    group is empty, whichever it is, `split` is N. Only `tiled` on the CPU takes two-sided problems.
+
+    Attributes:
+        x: (N, D), the anchors, sorted by label.
+        y: (M, D), the references, sorted by label; None: x.
+        lo: (N,) int64. The positives of row i are references [lo_i, hi_i); in a two-sided problem these are row numbers
+            of x.
+        hi: (N,) int64, see `lo`.
+        end: () int64: references [end, M) take no part; None: all take part.
+        order: (M,) int64, the caller's index of each reference. Of equal extremes the one of the lowest index counts.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        split: see above; 0 for a problem that is not two-sided.
     """
 
     x: Tensor
@@ -53,20 +73,22 @@ class Problem(NamedTuple):
 
     @property
     def refs(self) -> Tensor:
+        """(M, D), the references."""
         return self.x if self.y is None else self.y
 
     @property
     def pairs(self) -> int:
-        """How many there are, counted from both ends in a square problem."""
+        """The number of pairs. Where anchors are references, a pair counts twice, once from each end."""
         n = self.x.shape[0]
         return 2 * self.split * (n - self.split) if self.split else n * self.refs.shape[0]
 
     def refuse_groups(self, who: str) -> None:
+        """Raises NotImplementedError for a two-sided problem. `who` begins the message."""
         if self.split:
-            raise NotImplementedError(f"{who} no problem of two groups, got split={self.split}")
+            raise NotImplementedError(f"{who} no two-sided problem, got split={self.split}")
 
     def row_and_ref_squares(self) -> tuple[Tensor | None, Tensor | None]:
-        """Squared norms (N,), (M,) for Euclidean distances, None for dot products."""
+        """The squared norms of the anchors (N,) and of the references (M,); None for dot products, which need none."""
         if self.distance == "dot":
             return None, None
         x = self.x.to(accumulator(self.x.dtype))
@@ -78,7 +100,20 @@ class Problem(NamedTuple):
 
 
 class Term(NamedTuple):
-    """The constants of one reduction of a `Call` (call.py)."""
+    """The constants of one reduction of a `Call` (call.py).
+
+    Attributes:
+        op: its number in `OPS`.
+        side: its number in `SIDES`.
+        transform: its number in `TRANSFORMS`.
+        detach: no gradient is needed.
+        lower_of: the number of the term whose value bounds the window below; -1: no term does.
+        upper_of: the same above.
+        lower_shift: is added to the value of term `lower_of`.
+        upper_shift: is added to the value of term `upper_of`.
+        shift: the offset where it is a number, else 0.
+        slots: where the term's offset, ref_offset, lower and upper stand in `Operands.vectors`; -1: it has none there.
+    """
 
     op: int
     side: int
@@ -88,24 +123,27 @@ class Term(NamedTuple):
     upper_of: int
     lower_shift: float
     upper_shift: float
-    shift: float  # its offset where that is a number
-    slots: tuple[int, ...]  # where its offset, ref_offset, lower and upper stand among the vectors, or -1
+    shift: float
+    slots: tuple[int, ...]
 
     @property
     def window(self) -> bool:
+        """The term has a mining window."""
         return max(self.lower_of, self.upper_of, *self.slots[2:]) >= 0
 
     @property
     def transformed(self) -> bool:
-        """A logsumexp of a transform."""
+        """The term is a logsumexp of a transform."""
         return self.op == LOGSUMEXP and self.transform != IDENTITY
 
     @property
     def weighted(self) -> bool:
+        """The gradient has a weight for every pair of the term."""
         return self.op in (LOGSUMEXP, SUM) and not self.detach
 
     @property
     def indexed(self) -> bool:
+        """The gradient goes to one reference of each row, which attains the extreme."""
         return self.op in (MIN, MAX) and not self.detach
 
 
@@ -113,18 +151,25 @@ Terms = tuple[Term, ...]
 
 
 class Operands(NamedTuple):
-    """The terms' operands: scale (K,) if any is a tensor, else scales; vectors (N,) or (M,), see `Term.slots`."""
+    """The scales and the vectors of K terms.
+
+    Attributes:
+        scale: (K,), the scales, if at least one of them is a tensor; else None.
+        scales: K numbers, the scales where `scale` is None.
+        vectors: tensors (N,), or (M,) for a ref_offset; `Term.slots` says which is which.
+    """
 
     scale: Tensor | None
     scales: Sequence[float]
     vectors: Sequence[Tensor]
 
     def vector(self, slot: int) -> Tensor | None:
+        """The vector in a place that `Term.slots` names; None for -1."""
         return None if slot < 0 else self.vectors[slot]
 
 
 class Gradients(NamedTuple):
-    """Of x (N, D), y (M, D), scale (K,), offset (K, N) and ref_offset (K, M); None where not wanted."""
+    """Gradients of x (N, D), y (M, D), scale (K,), offset (K, N) and ref_offset (K, M); None where not needed."""
 
     x: Tensor | None
     y: Tensor | None
@@ -134,15 +179,18 @@ class Gradients(NamedTuple):
 
 
 def stages(terms: Terms) -> list[list[int]]:
-    """The terms in the order in which their windows' bounds become known."""
+    """The terms' numbers by stage: a term whose window is bound to other terms' values runs in a later stage than they.
+
+    A backend goes through all pairs once for each stage.
+    """
     depth: list[int] = []
     for t in terms:
-        depth.append(1 + max((depth[of] for of in (t.lower_of, t.upper_of) if of >= 0), default=-1))
+        depth.append(1 + max((depth[bound] for bound in (t.lower_of, t.upper_of) if bound >= 0), default=-1))
     return [[k for k in range(len(terms)) if depth[k] == stage] for stage in range(max(depth, default=-1) + 1)]
 
 
 def tops(terms: Sequence[Term]) -> tuple[int, ...]:
-    """Which row of `values` is each logsumexp's top, the next one being its rest; -1 for other terms."""
+    """For each term the row of `values` that holds its top; the next row holds its rest. -1: it is no logsumexp."""
     rows, following = [], len(terms)
     for t in terms:
         rows.append(following if t.op == LOGSUMEXP else -1)
@@ -150,38 +198,45 @@ def tops(terms: Sequence[Term]) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def merge_logsumexp(one: Tensor, other: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, top and rest of two sets' union from their own (3, N); scale: of the term, 1 of a transform."""
-    (_, top, rest), (_, other_top, other_rest) = one, other
+def merge_logsumexp(first: Tensor, second: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The logsumexp of the union of two sets: its value (N,), top (N,) and rest (N,).
+
+    Args:
+        first: (3, N), value, top and rest of the first set.
+        second: (3, N), those of the second set.
+        scale: the term's scale, a number or a tensor (); 1 for a transform.
+    """
+    (_, top, rest), (_, second_top, second_rest) = first, second
     empty = rest == torch.inf
-    ahead = (other_top - top) * scale  # of exponents
-    swap = (other_rest != torch.inf) & (empty | (ahead > 0))
-    high = torch.where(swap, other_top, top)
-    behind = torch.where(swap, -ahead, ahead)
-    own, added = torch.where(swap, other_rest, rest), torch.where(swap, rest, other_rest)
-    alone = added == torch.inf
-    total = torch.where(alone, own, torch.logaddexp(own, torch.where(alone, -torch.inf, added + behind)))
-    value = torch.where(total == torch.inf, -torch.inf, high * scale + total)
-    return value, high, total
+    lead = (second_top - top) * scale  # how far the second set's largest exponent is above the first set's
+    swap = (second_rest != torch.inf) & (empty | (lead > 0))
+    high_top = torch.where(swap, second_top, top)
+    low_lead = torch.where(swap, -lead, lead)  # at most 0 where both have terms
+    high_rest, low_rest = torch.where(swap, second_rest, rest), torch.where(swap, rest, second_rest)
+    alone = low_rest == torch.inf
+    merged = torch.logaddexp(high_rest, torch.where(alone, -torch.inf, low_rest + low_lead))
+    merged_rest = torch.where(alone, high_rest, merged)
+    value = torch.where(merged_rest == torch.inf, -torch.inf, high_top * scale + merged_rest)
+    return value, high_top, merged_rest
 
 
 def num_rows(terms: Sequence[Term]) -> int:
-    """Of `values`."""
+    """The number of rows of `values`: one for each term, and two more for each logsumexp."""
     return len(terms) + 2 * sum(t.op == LOGSUMEXP for t in terms)
 
 
 NUMBERS = {dtype: k for k, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float16))}
 AVERAGINGS = ("mean", "sum", "none", "mean_valid", "nonzero", "mean_pairs")
 Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None not wanted."""
+"""The loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64, or None."""
 
 
 class SmallBatchCode(NamedTuple):
-    """The integers of a whole loss, in the order of csrc/small_batch/spec.h."""
+    """The integers that describe a whole loss, in the order of csrc/small_batch/spec.h."""
 
-    block_rows: int  # of the anchors that a block of `onchip` holds; 0 elsewhere
-    formula: int  # in row_formula.FORMULAS
-    averaging: int  # in AVERAGINGS
+    block_rows: int  # how many anchors a thread block of `onchip` holds; 0 on the CPU
+    formula: int  # its number in row_formula.FORMULAS
+    averaging: int  # its number in AVERAGINGS
     normalize: int
     euclidean: int
     one_pair: int
@@ -189,9 +244,21 @@ class SmallBatchCode(NamedTuple):
 
 
 class SmallBatch(NamedTuple):
-    """A whole loss to compute: x (N, D) and y (M, D) of one dtype or None for x itself, with labels, as they came;
-    upstream (N,): dL/d(row's loss), None where the loss is one number; the constants of its plan, as
-    engine/small_batch.py makes it."""
+    """A whole loss to compute, in the caller's order.
+
+    Attributes:
+        x: (N, D), the anchors.
+        labels: (N,) int64.
+        y: (M, D), the references, in the dtype of `x`; None: x.
+        ref_labels: (M,) int64, with `y`.
+        upstream: (N,), the gradient of each row's loss; None where the loss is one number.
+        code: what the loss is, made by `Plan` of engine/small_batch.py.
+        numbers: the two scales, the two shifts and epsilon.
+        want_loss: the loss is a result.
+        want_share: the share of valid rows is a result.
+        want_dx: dL/dx is a result.
+        want_dy: dL/dy is a result.
+    """
 
     x: Tensor
     labels: Tensor
@@ -199,7 +266,7 @@ class SmallBatch(NamedTuple):
     ref_labels: Tensor | None
     upstream: Tensor | None
     code: SmallBatchCode
-    numbers: tuple[float, ...]  # the two scales, the two shifts, epsilon
+    numbers: tuple[float, ...]
     want_loss: bool
     want_share: bool
     want_dx: bool
@@ -207,19 +274,19 @@ class SmallBatch(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int, bool]:
-        """N, M, D, the dtype's number in csrc/small_batch/spec.h, and whether the problem is square."""
+        """N, M, D, the number of the dtype in `NUMBERS`, and whether the anchors are the references."""
         (n, d), m = self.x.shape, (self.x if self.y is None else self.y).shape[0]
         return n, m, d, NUMBERS[self.x.dtype], self.y is None
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, labels, and references with theirs (x's own in a square problem), contiguous."""
+        """x (N, D), labels (N,), references (M, D) and their labels (M,), contiguous; without `y`, x and its labels."""
         x, labels = solid(self.x), solid(self.labels)
         if self.y is None or self.ref_labels is None:
             return x, labels, x, labels
         return x, labels, solid(self.y), solid(self.ref_labels)
 
-    def room(self, dtype: torch.dtype) -> Results:
-        """Memory for what is wanted."""
+    def empty_results(self, dtype: torch.dtype) -> Results:
+        """Memory of that dtype for the results that are asked for."""
         x, y = self.x, self.x if self.y is None else self.y
         rows = x.shape[:1] if self.code.averaging == AVERAGINGS.index("none") else ()
         return (
@@ -231,30 +298,34 @@ class SmallBatch(NamedTuple):
 
 
 def plain(x: Tensor) -> bool:
-    """Whether `x` may be handed to a kernel by its address: an ordinary tensor, and nobody is tracing."""
+    """Whether a kernel may read `x` by its address: it is an ordinary tensor, and nobody is tracing."""
     ordinary = type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda")
     return ordinary and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def solid(t: Tensor) -> Tensor:
-    """`t` as its memory reads: contiguous, and without torch's negative bit, a sign that is kept beside the memory."""
+    """`t`, contiguous and without torch's negative bit (a sign that torch keeps beside the memory)."""
     return t.contiguous().resolve_neg()
 
 
 def address(t: Tensor | None, kind: str = "cpu") -> int:
-    """Of its first entry, 0 for None; the caller holds the memory.
+    """The address of a tensor's first entry, 0 for None. The caller keeps the tensor alive.
 
     Raises:
-        RuntimeError: a tensor that is not on a device of that `kind`, not `solid`, or without memory (a FakeTensor): a
-            kernel would read what is none of its own.
+        RuntimeError: a tensor on another kind of device, one that is not `solid`, or one without memory (a FakeTensor).
+            A kernel would read memory that is not the tensor's.
     """
     if t is None:
         return 0
     if t.device.type != kind:
         raise RuntimeError(f"a kernel for {kind} tensors must not read a tensor on {t.device}, {tuple(t.shape)}")
     if t.is_neg() or not t.is_contiguous():
-        raise RuntimeError(f"a kernel reads memory as it lies, not a tensor {tuple(t.shape)} of strides {t.stride()}")
+        sign = " and a negative bit" if t.is_neg() else ""
+        raise RuntimeError(
+            "a kernel needs a contiguous tensor without a negative bit, got shape "
+            f"{tuple(t.shape)} with strides {t.stride()}{sign}"
+        )
     pointer = t.data_ptr() if type(t).__name__ != "FakeTensor" else 0
     if not pointer and t.numel():
-        raise RuntimeError(f"a kernel reads memory, and a {type(t).__name__} {tuple(t.shape)} has none")
+        raise RuntimeError(f"a kernel needs a tensor with memory, got a {type(t).__name__} {tuple(t.shape)}")
     return pointer

@@ -1,4 +1,4 @@
-"""The vocabulary of the engine: what one row reduction is."""
+"""`Reduction`: one number for each anchor, reduced from its pairs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .checks import like, what
 OPS = ("logsumexp", "sum", "min", "max", "count")
 SIDES = ("positives", "negatives", "all")
 BUILT_IN = ("identity", "softplus", "hinge", "squared_hinge", "triangle", "lifted")
-HINGES = ("hinge", "squared_hinge")  # which have no use for pairs on one side of a corner
-TRANSFORMS = list(BUILT_IN)  # register_transform adds to it
+HINGES = ("hinge", "squared_hinge")  # zero for all pairs on one side of a corner
+TRANSFORMS = list(BUILT_IN)  # register_transform appends to it
 DISTANCES = ("dot", "euclidean", "squared_euclidean")
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """One side of a mining window: the row value of another reduction, earlier in the same call, plus `shift`.
+    """One end of a mining window: the row value of an earlier reduction of the same call, plus `shift`.
 
     Args:
         of: the `Reduction` whose row value bounds the window; it must not have an offset.
-        shift: a number that is added to it.
+        shift: a number that is added to the row value.
 
     Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
@@ -69,12 +69,12 @@ class Reduction:
         offset: None, a number, or a tensor () or (N,); differentiable.
         ref_offset: a tensor (M,), for ``"lifted"`` only; differentiable.
         lower: the window's strict lower end: None, a number, a tensor () or (N,), or a `Bound`, by which one call runs
-            in stages (Multi-Similarity: positives, all negatives, positives). Constant to autograd.
+            in stages (Multi-Similarity: positives, all negatives, positives). It gets no gradient.
         upper: its strict upper end, likewise.
         detach: True if no gradient of this reduction is needed (mining statistics); it makes min and max cheaper.
 
     Raises:
-        ValueError: an unknown word, or a combination without a meaning.
+        ValueError: an unknown word, or arguments that do not go together.
 
     Examples:
         >>> x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-0.8, 0.6]])
@@ -101,9 +101,9 @@ class Reduction:
         if self.transform != "identity" and self.op != "sum" and (self.op != "logsumexp" or self.transform == "lifted"):
             takers = "op 'sum'" if self.transform == "lifted" else "op 'sum' or 'logsumexp'"
             raise ValueError(f"transform {self.transform!r} goes with {takers}, got op {self.op!r}")
-        if self.mapped and not (self.lower is self.upper is None):
+        if self.transforms_terms and not (self.lower is self.upper is None):
             raise ValueError(f"logsumexp of transform {self.transform!r} takes no window")
-        if self.mapped and (isinstance(self.offset, Tensor) or isinstance(self.scale, Tensor)):
+        if self.transforms_terms and (isinstance(self.offset, Tensor) or isinstance(self.scale, Tensor)):
             raise ValueError(f"logsumexp of transform {self.transform!r} takes numbers as scale and offset")
         if isinstance(self.scale, Tensor) and self.scale.dim():
             raise ValueError(f"scale must be a number or a tensor of shape (), got shape {tuple(self.scale.shape)}")
@@ -116,40 +116,51 @@ class Reduction:
             raise ValueError("transform 'lifted' needs offset, a tensor of shape (N,)")
 
     @property
-    def mapped(self) -> bool:
-        """A logsumexp of phi(t), t not being what is added up itself."""
+    def transforms_terms(self) -> bool:
+        """The reduction is the logsumexp of a transform of t, not of t itself."""
         return self.op == "logsumexp" and self.transform != "identity"
 
     @property
     def offset_outside(self) -> bool:
-        """The offset is a summand of the row's value, as it is of a plain logsumexp."""
+        """The offset is added to the row's value, after the reduction. A logsumexp of t allows that."""
         return self.op == "logsumexp" and self.transform == "identity"
 
 
 def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
-    """For each reduction the places of those that bound its window below and above, -1 for none.
+    """For each reduction the numbers of those that bound its window below and above; -1: none does.
 
     Raises:
-        ValueError: a bound on a reduction that does not stand before it, or that has an offset of its own.
+        ValueError: a window is bound to a reduction that is not an earlier one of the call, or that has an offset.
     """
     bounds = []
     for k, r in enumerate(reductions):
         pair = []
         for name, bound in (("lower", r.lower), ("upper", r.upper)):
-            of = place_of(bound.of, reductions[:k]) if isinstance(bound, Bound) else -1
-            if of is None:
+            place = place_of(bound.of, reductions[:k]) if isinstance(bound, Bound) else -1
+            if place is None:
                 raise ValueError(f"{name} of reductions[{k}] must be bound to an earlier reduction of the same call")
             if isinstance(bound, Bound) and bound.of.offset is not None:
                 raise ValueError(
                     f"{name} of reductions[{k}] is bound to a reduction with an offset; use the Bound's shift instead"
                 )
-            pair.append(of)
+            pair.append(place)
         bounds.append((pair[0], pair[1]))
     return bounds
 
 
 def check_call(reductions: tuple[Any, ...], x: Tensor, n: int, m: int) -> None:
-    """TypeError, ValueError: what `Pairs.reduce` does not take, of n rows and m references on the device of `x`."""
+    """Checks the arguments of `PairReducer.reduce`.
+
+    Args:
+        reductions: what the caller gave.
+        x: a tensor on the device of the pairs.
+        n: the number of anchors.
+        m: the number of references.
+
+    Raises:
+        TypeError: an argument is not a Reduction, or has a value of a wrong type.
+        ValueError: there is no reduction, or a vector has another length or device.
+    """
     if not reductions:
         raise ValueError("reductions must be at least one Reduction, got none")
     for k, r in enumerate(reductions):
@@ -166,7 +177,8 @@ def check_call(reductions: tuple[Any, ...], x: Tensor, n: int, m: int) -> None:
 
 
 def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:
-    """Where `r` itself stands. (No table by `id`, which not every torch.compile can trace.)"""
+    """The index of the object `r` in `among`; None: it is not there."""
+    # Not a dictionary by `id`, which some versions of torch.compile cannot trace.
     for k, other in enumerate(among):
         if other is r:
             return k
@@ -176,8 +188,8 @@ def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:
 def histogram(side: str, nodes: int, first: float, step: float) -> tuple[Reduction, ...]:
     """A soft histogram of z over a row's pairs, one `Reduction` for each node (Ustinova and Lempitsky, 2016).
 
-    Node r stands at first + r step; a pair between two nodes counts for both, linearly. Reductions side by side in one
-    call are one look-up for each pair on the CPU.
+    Node r stands at first + r step. A pair between two nodes counts for both, linearly. If the reductions stand side by
+    side in one call, the CPU looks up each pair once for all of them.
 
     Args:
         side: ``"positives"``, ``"negatives"`` or ``"all"``.

@@ -1,4 +1,4 @@
-"""What is kept with a tensor as long as it lives: found again by the tensor itself, and gone with it."""
+"""Values that belong to a tensor object: they are found by the tensor itself, and freed with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class TensorCache(Generic[T]):
-    """A value for some tensors, by identity. It keeps no tensor alive."""
+    """A dictionary whose keys are tensor objects (not their contents). It keeps no tensor alive."""
 
     def __init__(self) -> None:
         self._values = WeakTensorKeyDictionary()
@@ -20,7 +20,7 @@ class TensorCache(Generic[T]):
         self._values[tensor] = value
 
     def get(self, tensor: Tensor | None) -> T | None:
-        """The value, or None for a tensor that has none."""
+        """The value of `tensor`; None if it has none."""
         if tensor is None or not self._values:
             return None
         value: T | None = self._values.get(tensor)

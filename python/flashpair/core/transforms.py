@@ -1,4 +1,4 @@
-"""Transforms phi of `Reduction` beside the built-in ones: a user's own, and this package's with numbers in them."""
+"""Transforms phi that are not built in: those of users, and this package's own that contain hyper-parameters."""
 
 from __future__ import annotations
 
@@ -19,56 +19,59 @@ class CustomTransform:
 
     Args:
         dense: a function of t = scale * z + offset, or of scale * z and the offset.
-        value, slope: the user's jit functions, or None.
+        value: the user's Triton function that computes phi, or None.
+        slope: the user's Triton function that computes phi', or None.
     """
 
     def __init__(self, dense: Callable[..., Tensor], value: Any = None, slope: Any = None) -> None:
         self.dense, self.value, self.slope = dense, value, slope
         self.two_args = _takes_two(dense)
-        self.program = expression.program(dense, self.two_args)  # its steps, or why it has none
-        self.compiled: dict[str, Any] = {}  # what each backend has made of it, by the backend's name
+        self.program = expression.program(dense, self.two_args)  # its steps, or the reason why it has none
+        self.compiled: dict[str, Any] = {}  # its compiled form, by the name of the backend
 
-    def of_pairs(self, s: Tensor, own: Tensor | float) -> Tensor:
+    def of_pairs(self, s: Tensor, offset: Tensor | float) -> Tensor:
+        """phi (N, M) of s = scale * z (N, M) and of an offset, a number or a tensor () or (N, 1)."""
         if self.two_args:
-            return checked(self.dense(s, own), s)
-        t = s + own
+            return checked(self.dense(s, offset), s)
+        t = s + offset
         return checked(self.dense(t), t)
 
 
 def checked(result: Any, t: Tensor) -> Tensor:
-    """What a transform has made of t."""
+    """`result`, which a transform has returned for a tensor t. It must have the shape, dtype and device of t."""
     if not isinstance(result, Tensor) or (result.shape, result.dtype, result.device) != (t.shape, t.dtype, t.device):
         raise TypeError(f"a transform must return a tensor like t, {what(t)}, got {what(result)}")
     return result
 
 
 def _check_elementwise(name: str, dense: Callable[..., Tensor], two_args: bool) -> None:
-    """Raises for a function that was not traced and is not elementwise, not deterministic, or changes its argument.
+    """Raises for a function that is not elementwise, not deterministic, or changes its argument in place.
 
-    It is tried on a few numbers; what it cannot do with these it may do with others.
+    The function is tried on six numbers. If it fails on these, nothing is checked, since it may work on others.
     """
     t = torch.tensor([[-2.5, 0.3, 1.7], [0.9, -0.6, -1.1]], dtype=torch.float64, device="cpu")
-    own = (torch.full_like(t, 0.4),) if two_args else ()
+    offset = (torch.full_like(t, 0.4),) if two_args else ()
     try:
         with torch.no_grad():
-            given = t.clone()
-            whole = dense(given, *own)
-            each = [dense(e.reshape(1), *(o[:1, 0] for o in own)) for e in t.clone().flatten()]
+            argument = t.clone()
+            together = dense(argument, *offset)
+            each = [dense(e.reshape(1), *(o[:1, 0] for o in offset)) for e in t.clone().flatten()]
     except Exception:
         return
-    if not torch.equal(given, t):
+    if not torch.equal(argument, t):
         raise ValueError(f"transform {name!r} must not change its argument in place")
-    checked(whole, t)
-    if not torch.allclose(whole, torch.cat(each).reshape(t.shape), rtol=1e-6, atol=1e-9, equal_nan=True):
+    checked(together, t)
+    if not torch.allclose(together, torch.cat(each).reshape(t.shape), rtol=1e-6, atol=1e-9, equal_nan=True):
         raise ValueError(
             f"transform {name!r} must be elementwise: on six numbers at once it returns other values than on each alone"
         )
 
 
 def _takes_two(dense: Callable[..., Tensor]) -> bool:
+    """Whether a function needs two arguments, not one."""
     try:
         parameters = inspect.signature(dense).parameters.values()
-    except (TypeError, ValueError):  # of functions that are not Python's, such as torch.exp
+    except (TypeError, ValueError):  # functions written in C, such as torch.exp, have no signature
         return False
     needed = sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters)
     if needed > 2 or not any(p.kind <= p.VAR_POSITIONAL for p in parameters):
@@ -82,6 +85,7 @@ _custom: dict[str, CustomTransform] = {}
 
 
 def custom(name: str) -> CustomTransform:
+    """The transform registered under a name."""
     return _custom[name]
 
 
@@ -132,7 +136,10 @@ def register_transform(name: str, dense: Callable[..., Tensor], *, value: Any = 
 
 
 def _register(name: str, transform: CustomTransform) -> None:
-    """The newest of a name; a graph that has gone forward with an older one goes back with it."""
+    """Makes `transform` the one of that name.
+
+    An older one of that name keeps its number under another name, since a graph that used it may still run backward.
+    """
     if name in _custom:
         before = f"{name} {len(TRANSFORMS)}"
         TRANSFORMS[TRANSFORMS.index(name)], _custom[before] = before, _custom[name]
@@ -141,21 +148,21 @@ def _register(name: str, transform: CustomTransform) -> None:
 
 
 def specialised(name: str, dense: Callable[..., Tensor]) -> str:
-    """A transform of this package's with numbers in it, registered when it first comes up under a name of its own."""
+    """Registers a transform of this package at its first use, and returns its name, which contains its numbers."""
     if name not in _custom:
         _register(name, CustomTransform(dense))
     return name
 
 
 def unsupported_reasons(name: str, impl: str, device: str) -> str:
-    """Why `impl` cannot run a transform; empty if it can."""
+    """Why the implementation `impl` cannot run a transform on a type of device; empty if it can."""
     if name in BUILT_IN or impl == "reference":
         return ""
-    own, compiled = _custom[name], impl in ("tiled", "screened") and device == "cpu"
-    if own.value is not None and not compiled:
+    transform, on_cpu = _custom[name], impl in ("tiled", "screened") and device == "cpu"
+    if transform.value is not None and not on_cpu:
         return ""
-    return f"transform {name!r} has no fused form: {own.program}" if isinstance(own.program, str) else ""
+    return f"transform {name!r} has no fused form: {transform.program}" if isinstance(transform.program, str) else ""
 
 
-# What torch.compiler.assume_constant_result sets, as in dispatch.py: what a name means is looked at when it is traced.
+# As torch.compiler.assume_constant_result does (see dispatch.py): tracing looks up the transform of a name once.
 unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]

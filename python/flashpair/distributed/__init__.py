@@ -1,4 +1,4 @@
-"""Losses over the batch of many processes, with exact gradients, on torch.distributed."""
+"""Losses over the batch of many processes, with exact gradients, by torch.distributed."""
 
 from .class_shards import ShardedClasses, shard_classes
 from .global_loss import GlobalCriterion, gather

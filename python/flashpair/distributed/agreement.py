@@ -1,4 +1,4 @@
-"""What processes tell each other before a loss: rows, arguments, and whether their criteria are the same."""
+"""The checks before a loss of many processes: they exchange sizes and arguments, and compare their criteria."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from torch import Tensor, nn
 from .collectives import Ranks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-CHUNK = 2**20  # values of a parameter that are summed up at a time
+CHUNK = 2**20  # how many values of a parameter `_bits` reads at a time
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Facts(NamedTuple):
-    """What every process tells: one integer each."""
+    """The integers that every process sends."""
 
     rows: int
-    refs: int  # -1: none are given
+    refs: int  # -1: the call has no references
     width: int
     dtype: int
     ref_dtype: int
     x_learns: int
     y_learns: int
     parameters_learn: int
-    again: int  # in a backward pass, as a checkpoint computes again
+    again: int  # the call is in a backward pass, where a checkpoint recomputes it
     digest: int
 
     @property
     def refused(self) -> bool:
+        """The process has refused its arguments."""
         return self.rows < 0
 
 
@@ -48,17 +49,29 @@ REFUSED = [-1] * (len(Facts._fields) + 1)
 def validate_call(
     ranks: Ranks, x: Tensor, y: Tensor | None, needs: list[bool], learned: bool, described: Described
 ) -> tuple[list[int], list[int], list[bool]]:
-    """Everybody's numbers of rows and of references, and whether anybody wants gradients of x, y, parameters.
+    """Compares the calls of all processes.
+
+    Args:
+        ranks: the processes.
+        x: (n, D), this process's embeddings.
+        y: (m, D), this process's references, or None.
+        needs: whether this process needs gradients of x and of y.
+        learned: whether it needs gradients of the criterion's parameters.
+        described: the criterion.
+
+    Returns:
+        The numbers of rows of all processes, their numbers of references, and whether any process needs gradients of x,
+        of y, and of parameters.
 
     Raises:
-        ValueError: on every process, where these cannot be one batch, or the criteria are not one.
+        ValueError: on every process, if the calls are not of one batch, or if the criteria differ.
     """
     dtypes = [-1 if t is None else DTYPES.index(t.dtype) for t in (x, y)]
     refs = -1 if y is None else y.shape[0]
     again = int(torch._C._current_graph_task_id() != -1)
-    mine = [x.shape[0], refs, x.shape[1], *dtypes, *map(int, needs), int(learned), again, described.digest]
-    told = ranks.all_gather_ints(mine, x.device, described.checksum(x.device))
-    every = [Facts(*row[:-1]) for row in told]
+    facts = [x.shape[0], refs, x.shape[1], *dtypes, *map(int, needs), int(learned), again, described.digest]
+    gathered = ranks.all_gather_ints(facts, x.device, described.checksum(x.device))
+    every = [Facts(*row[:-1]) for row in gathered]
     if refused := [str(rank) for rank, row in enumerate(every) if row.refused]:
         raise ValueError(f"the arguments on process {', '.join(refused)} are invalid; the error there says why")
     if len({row.again for row in every}) > 1:
@@ -74,7 +87,7 @@ def validate_call(
     _alike("embeddings", "width", [row.width for row in every], str)
     _alike("embeddings", "dtype", [row.dtype for row in every], lambda k: str(DTYPES[k]))
     _alike("ref_emb", "dtype", [row.ref_dtype for row in every], lambda k: str(DTYPES[k]))
-    if len({row[-1] for row in told}) > 1:
+    if len({row[-1] for row in gathered}) > 1:
         names = described.unequal(ranks, x.device)
         raise ValueError(f"the criterion must have the same values on every process, and {names} differs")
     some = [any(of(row) for row in every) for of in (_x_learns, _y_learns, _parameters_learn)]
@@ -94,16 +107,23 @@ def _parameters_learn(row: Facts) -> int:
 
 
 def _alike(name: str, what: str, every: list[int], shown: Callable[[int], str]) -> None:
+    """Raises ValueError if a number is not the same on every process. `shown` gives its words for the error."""
     if len(set(every)) > 1:
         raise ValueError(f"{name} must have the same {what} on every process, got {', '.join(map(shown, every))}")
 
 
 class Described:
-    """A criterion and how it is shared, in words, and the tensors whose values every process has to have.
+    """A description of a criterion, which must be the same on every process.
 
     Args:
-        of: what wraps the criterion: its class, and words of it. apart: names of tensors of which each process has a
-            part, whose values, and numbers of rows, are its own.
+        criterion: the criterion.
+        of: lines ``name: value`` about the module that wraps it.
+        apart: names of tensors of which each process has its own part; their values and numbers of rows may differ.
+
+    Attributes:
+        words: lines ``name: value``, for every hyper-parameter and the dtype and shape of every tensor.
+        tensors: the tensors whose values must be the same.
+        digest: a hash of `words`.
     """
 
     def __init__(self, criterion: nn.Module, of: Sequence[str], apart: Sequence[str] = ()) -> None:
@@ -130,15 +150,15 @@ class Described:
                 self._module(f"{prefix}{name}.", child, apart)
 
     def checksum(self, device: torch.device) -> Tensor:
-        """() int64 of all values' bits: the same sum in any order, so that it hangs on no number of threads."""
+        """A checksum () int64 of all values' bits. It does not depend on the number of threads."""
         sums = [_bits(t).to(device) for t in self.tensors.values()]
         total = torch.zeros((), dtype=torch.int64, device=device)
-        for k, one in enumerate(sums):
-            total = total + one * (2 * k + 1)
+        for k, tensor_sum in enumerate(sums):
+            total = total + tensor_sum * (2 * k + 1)
         return total
 
     def difference(self, ranks: Ranks, device: torch.device) -> str:
-        """What differs, with each process's word of it. All must call it."""
+        """The names that differ, with each process's value. Every process must call it."""
         every = ranks.all_gather_text("\n".join(self.words), device)
         lines = [dict(line.split(": ", 1) for line in text.split("\n")) for text in every]
         names = list(dict.fromkeys(name for words in lines for name in words))
@@ -148,13 +168,14 @@ class Described:
         return "; ".join(f"{name} is {', '.join(words.get(name, 'not there') for words in lines)}" for name in shown)
 
     def unequal(self, ranks: Ranks, device: torch.device) -> str:
+        """The names of tensors whose values differ. Every process must call it."""
         sums = torch.stack([_bits(t).to(device) for t in self.tensors.values()])
         every = ranks.all_gather_ints(sums.tolist(), device)
         return ", ".join(n for k, n in enumerate(self.tensors) if len({row[k] for row in every}) > 1)
 
 
 def _shown(value: Any) -> str:
-    """A word for a hyper-parameter that is the same in every process that has the same one."""
+    """A hyper-parameter in words: equal values give equal words on every process."""
     if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
         return repr(value).replace("\n", " ")
     if isinstance(value, Enum):
@@ -186,7 +207,7 @@ def _shown(value: Any) -> str:
 
 @torch.no_grad()
 def _bits(t: Tensor) -> Tensor:
-    """() int64: a sum over all values' bits, each times an odd number of its place."""
+    """The sum () int64 over all values' bits, each times an odd number that depends on its place."""
     total = torch.zeros((), dtype=torch.int64, device=t.device)
     flat = (torch.view_as_real(t.detach()) if t.is_complex() else t.detach()).reshape(-1)
     if flat.dtype == torch.bool:

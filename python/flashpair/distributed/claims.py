@@ -1,4 +1,4 @@
-"""What a criterion declares about itself, and what its rows may ask of the whole batch: exact, or refused."""
+"""Whether a criterion can be computed by many processes, which its declarations say, and its rows on one of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from ..losses.class_loss import ClassCriterion
 from .collectives import AllReduceSum, Ranks, all_logsumexp
 
 ANCHORS = ("samples", "proxies")
-WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # of one process's batch, where processes share rows
+WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # methods that see the batch of one process only
 
 
 def own(criterion: Criterion, name: str) -> bool:
-    """Whether its class has another `name` than `Criterion` and `ClassCriterion`."""
+    """Whether a criterion's class overrides the method `name` of `Criterion` and `ClassCriterion`."""
     method = getattr(type(criterion), name)
     return method is not getattr(Criterion, name, None) and method is not getattr(ClassCriterion, name, None)
 
 
 def said_with(criterion: Criterion, word: str, name: str) -> bool:
-    """Whether the class that has `name`, or one below it, says `word`: what a parent said was of its own `name`."""
+    """Whether the class that defines the method `name`, or a subclass of it, sets the attribute `word`.
+
+    What a parent class declares is about the parent's own method.
+    """
     for kind in type(criterion).__mro__:
         if word in vars(kind):
             return True
@@ -35,7 +38,7 @@ def said_with(criterion: Criterion, word: str, name: str) -> bool:
 
 
 def check_claims(criterion: Criterion) -> None:
-    """TypeError for a class whose loss of the whole batch cannot be made from `row_losses`."""
+    """Raises TypeError for a class whose loss cannot be computed from `row_losses` on each process."""
     name = type(criterion).__name__
     if own(criterion, "regularizer"):
         raise TypeError(f"{name} overrides regularizer, which sees one process only: override penalty_of instead")
@@ -63,7 +66,7 @@ def check_claims(criterion: Criterion) -> None:
 
 
 def check_parts(criterion: ClassCriterion) -> None:
-    """TypeError, ValueError: a class whose rows, or whose penalty, cannot be made from parts of the classes."""
+    """Raises TypeError or ValueError for a class whose rows or penalty cannot be computed from parts of the classes."""
     check_claims(criterion)
     name = type(criterion).__name__
     if why := criterion.refuses_parts():
@@ -79,9 +82,9 @@ def check_parts(criterion: ClassCriterion) -> None:
 
 
 class Totals(TorchFunctionMode):
-    """Knows which tensors are of all processes: results of `batch_sum`, and what is computed of these alone.
+    """Tracks which tensors are sums over all processes: results of `batch_sum`, and what is computed from them alone.
 
-    Counts that a loss divides by are summed over the processes, which of a total would be once too often.
+    A count that a loss divides by is summed over the processes. If it is such a sum already, it would be summed twice.
     """
 
     def __init__(self) -> None:
@@ -162,7 +165,7 @@ class SampleRows(PairReducer):
         return self.pairs.arrange_refs(values)
 
     def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
-        """As `PairAccess.positives`, of as many places on every process."""
+        """As `PairAccess.positives`, with the same number of places on every process."""
         return self.pairs.positives(self.most_positives(most), block)
 
     def positive_blocks(self, most: int) -> list[range]:
@@ -170,7 +173,7 @@ class SampleRows(PairReducer):
         return self.pairs.positive_blocks(most)
 
     def most_positives(self, most: int | None = None) -> int:
-        """The largest number that a row of any process has, at least 1; `most` if it is given."""
+        """The largest number of positives that a row of any process has, at least 1; `most` if it is given."""
         if most is not None:
             return most
         count = torch.cat([self.pairs.num_positives(), self.pairs.labels.new_ones(1)])
@@ -184,19 +187,24 @@ class SampleRows(PairReducer):
         return all_logsumexp(self.ranks, self.pairs.batch_logsumexp(values)[None])[0]
 
     def dense(self) -> SampleRows:
-        """The same over the dense matrix."""
+        """The same pairs over the dense matrix."""
         return SampleRows(self.pairs.dense(), self.ranks) if hasattr(self.pairs, "dense") else self
 
 
 def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:
-    """`row_losses` of pairs that are one process's share.
+    """`row_losses` of a criterion, for the rows of this process.
+
+    Args:
+        criterion: a loss of this package, or a user's own, whose denominators are checked.
+        pairs: this process's pairs.
+        ranks: the processes.
 
     Raises:
-        ValueError: on every process, where what some process divides by is not a count of its own rows.
+        ValueError: on every process, if any process divides by something else than a count of its own rows.
     """
     if type(criterion).row_losses.__module__.startswith("flashpair."):
-        found: RowLosses = criterion.row_losses(pairs)
-        return found
+        losses: RowLosses = criterion.row_losses(pairs)
+        return losses
     totals = Totals()
     total = pairs.batch_sum
     pairs.batch_sum = lambda values: totals.add(total(values))
@@ -206,9 +214,7 @@ def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:
     finally:
         del pairs.batch_sum
     wrong = criterion.reduction != "none" and not rows.shares and not _own_counts(criterion.reduction, rows, totals)
-    refused = [
-        str(rank) for rank, (mine,) in enumerate(ranks.all_gather_ints([int(wrong)], rows.losses.device)) if mine
-    ]
+    refused = [str(rank) for rank, (bad,) in enumerate(ranks.all_gather_ints([int(wrong)], rows.losses.device)) if bad]
     if refused:
         raise ValueError(
             f"the denominator, and the numbers of terms, of {type(criterion).__name__}.row_losses must count this "
@@ -219,6 +225,7 @@ def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:
 
 
 def _own_counts(reduction: str, rows: RowLosses, totals: Totals) -> bool:
+    """Whether the numbers that the loss divides by count rows of this process."""
     if reduction == "mean_pairs" or (reduction == "nonzero" and rows.terms):
         return not any(t.number in totals or t.nonzero in totals for t in rows.terms)
     if reduction != "mean":

@@ -1,4 +1,4 @@
-"""Losses against class weights of which each process holds a part."""
+"""Losses against class weights that are split over processes."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ class ShardedClasses(GlobalCriterion):
         if criterion.anchors == "proxies":
             return super()._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
         every: Tensor = AllGatherRows.apply(ranks, x, sizes)
-        mine = torch.cat(ranks.gather(labels, sizes)) - self.first  # of other processes' classes: outside of all here
+        local = torch.cat(ranks.gather(labels, sizes)) - self.first  # out of range for classes of other processes
         rows = criterion.rows_of_parts(
-            every, mine, lambda t: AllReduceSum.apply(ranks, t), lambda t: all_logsumexp(ranks, t)
+            every, local, lambda t: AllReduceSum.apply(ranks, t), lambda t: all_logsumexp(ranks, t)
         )
         pairs = None
         if rows is None:
-            pairs = class_pairs(every, mine, criterion.weight, criterion.normalize, criterion.impl)
+            pairs = class_pairs(every, local, criterion.weight, criterion.normalize, criterion.impl)
             part = MergedPairs(pairs, ranks, self.first, criterion.num_classes)
             rows = criterion.checked_row_losses(part)
         first = sum(sizes[: ranks.rank])
@@ -135,7 +135,7 @@ class ShardedClasses(GlobalCriterion):
 
         losses, valid = own_rows(rows.losses), own_rows(rows.valid)
         terms = tuple(Terms(*(own_rows(values) for values in term)) for term in rows.terms)  # type: ignore[arg-type]
-        by = rows.denominator * int(ranks.rank == 0)  # of all rows on every process, and summed over the processes
+        by = rows.denominator * int(ranks.rank == 0)  # every process counts all rows, and the counts are summed
         assert losses is not None and valid is not None
         return RowLosses(losses, valid, by, terms, rows.shares), None
 
@@ -143,23 +143,23 @@ class ShardedClasses(GlobalCriterion):
         return shared.of_proxies(self.criterion, self.criterion.weight, how, x, labels, sizes)
 
     def _number(self, ranks: Ranks, penalty: Penalty) -> Tensor:
-        """A mean over all classes, of which each process has its own's part."""
+        """The number () that the penalty is a mean over; for a mean over classes each process has it already."""
         if self.criterion.penalizes == "classes":
             return penalty.number.detach()
         return super()._number(ranks, penalty)
 
 
 class MergedPairs(PairReducer):
-    """Pairs of all rows with this process's classes, whose row values are those of all classes.
+    """Pairs of all rows with this process's classes. Their row values are merged over the classes of all processes.
 
     Args:
         pairs: all rows against this process's classes [first, ...).
         ranks: the processes.
         first: the first of this process's classes.
-        num_classes: of all processes.
+        num_classes: the number of classes of all processes.
     """
 
-    limit = "sees one process's classes only: not available where classes are split over processes"
+    limit = "is not available where classes are split over processes"
 
     def __init__(self, pairs: PairAccess, ranks: Ranks, first: int, num_classes: int) -> None:
         self.pairs, self.ranks, self.num_classes = pairs, ranks, num_classes

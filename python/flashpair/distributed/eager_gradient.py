@@ -1,4 +1,4 @@
-"""Gradients that are computed in forward, where all processes communicate, so that backward only multiplies."""
+"""Gradients that are computed in the forward pass, where all processes communicate. Backward only multiplies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from .collectives import Ranks
 
 
 class EagerGradient(torch.autograd.Function):
-    """The sum of the processes' shares, with this process's gradients computed in forward, where all communicate."""
+    """The sum of the processes' shares of a loss. Forward also computes this process's gradients.
+
+    `share` is a function of the inputs, this process's share (). `needs` says whether any process needs gradients of
+    the first input, of the second one, and of all others.
+    """
 
     @staticmethod
     def forward(
@@ -22,27 +26,30 @@ class EagerGradient(torch.autograd.Function):
     ) -> Tensor:
         leaves = [None if t is None else t.detach() for t in inputs]
         wanted = {k: t for k, t in enumerate(leaves) if t is not None and needs[min(k, 2)]}
-        for t in wanted.values():  # here, too, where only others want it: they wait for this process's part
+        for t in wanted.values():  # even if only other processes need it: they wait for this process's part
             t.requires_grad_()
         with torch.set_grad_enabled(bool(wanted)), kept():
-            mine = share(*leaves)
-        ctx.found = {}
+            own_share = share(*leaves)
+        ctx.gradients = {}
         if wanted:
-            found = torch.autograd.grad(mine, list(wanted.values()), allow_unused=True)
-            ctx.found = dict(zip(wanted, found, strict=True))
-        return ranks.sum(mine.detach())
+            gradients = torch.autograd.grad(own_share, list(wanted.values()), allow_unused=True)
+            ctx.gradients = dict(zip(wanted, gradients, strict=True))
+        return ranks.sum(own_share.detach())
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         only_once()
-        found = [ctx.found.get(k) if need else None for k, need in enumerate(ctx.needs_input_grad[3:])]
-        return None, None, None, *(None if part is None else part * g for part in found)
+        gradients = [ctx.gradients.get(k) if need else None for k, need in enumerate(ctx.needs_input_grad[3:])]
+        return None, None, None, *(None if gradient is None else gradient * g for gradient in gradients)
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """What is computed inside keeps its tensors, also within torch.utils.checkpoint, which would compute, and so
-    communicate, again for them: here in forward, or in backward on those processes alone that have any."""
+    """A context in which autograd keeps its tensors, even within torch.utils.checkpoint.
+
+    A checkpoint would compute the tensors again, and so communicate again: here in forward, or in backward on only
+    those processes that have gradients.
+    """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is not None and top(True) is None:
         yield
@@ -52,7 +59,7 @@ def kept() -> Iterator[None]:
 
 
 def _keep(t: Tensor) -> tuple[Tensor, int]:
-    return t.detach(), t._version  # detached: what keeps its own output would never be freed
+    return t.detach(), t._version  # detached, since a node that keeps its own output would never be freed
 
 
 def _unchanged(kept: tuple[Tensor, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A criterion over the batch of all processes, each of which computes its own anchors' rows."""
+"""A criterion over the batch of all processes. Each process computes the rows of its own anchors."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class GlobalCriterion(nn.Module):
         ranks = Ranks(self.group)
         try:
             x, labels, y, ref_labels = self._checked(embeddings, labels, ref_emb, ref_labels)
-        except Exception:  # or the others would wait for this process until their time is up
+        except Exception:  # tell the others, which would wait for this process until their timeout
             ranks.all_gather_ints(REFUSED, embeddings.device if isinstance(embeddings, Tensor) else ranks.device)
             raise
         with no_autocast(x.device.type):
@@ -162,7 +162,7 @@ class GlobalCriterion(nn.Module):
     def _checked(
         self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The arguments of a call, or an error of this process alone, before it has told the others anything."""
+        """Checks the arguments of a call on this process, before it communicates."""
         batch = self.criterion.check(embeddings, labels, ref_emb, ref_labels)
         if self.labels == "local":
             batch = self.criterion.check(batch[0], self._apart(batch[1]), batch[2], self._apart(batch[3]))
@@ -173,7 +173,7 @@ class GlobalCriterion(nn.Module):
         return batch
 
     def _apart(self, labels: Tensor | None) -> Tensor | None:
-        """Local labels as global ones, no two processes' the same."""
+        """Local labels (n,) as global labels, which differ from those of every other process."""
         if labels is None:
             return None
         ranks = Ranks(self.group)
@@ -192,11 +192,11 @@ class GlobalCriterion(nn.Module):
         def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, PairReducer | None, Tensor | None]:
             x = ScaleGrad.apply(x, by) if x.requires_grad else x
             y = ScaleGrad.apply(y, by) if y is not None and y.requires_grad else y
-            given = {
+            parameters = {
                 place: AllReduceGrad.apply(ranks, v) if v.requires_grad and self._shared(place) else v
                 for place, v in zip(learned, values, strict=True)
             }
-            with substituted(given):
+            with substituted(parameters):
                 own_rows, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
                 chosen = pairs.chosen_here() if isinstance(pairs, shared.SharedPairs) else None
                 penalty = self.criterion.penalty_of(x, labels, y, ref_labels, chosen)
@@ -245,14 +245,14 @@ class GlobalCriterion(nn.Module):
         return rows_of(criterion, pairs, ranks), pairs
 
     def _proxies(self, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]) -> shared.SharedPairs:
-        """This process's share of the proxies, which all have, as anchors against all processes' embeddings."""
+        """This process's share of the proxies, as anchors against the embeddings of all processes."""
         ranks, weight = how[0], self.criterion.weight
         assert isinstance(weight, Tensor)
         first, last = slice_of(weight.shape[0], ranks.world, ranks.rank)
         return shared.of_proxies(self.criterion, weight[first:last], how, x, labels, sizes)
 
     def _described(self) -> Described:
-        """What has to be the same on every process."""
+        """A description of the criterion, which must be the same on every process."""
         words = (
             f"call: {type(self).__name__}",
             f"schedule: {self.schedule}",
@@ -262,28 +262,35 @@ class GlobalCriterion(nn.Module):
         return Described(self.criterion, words)
 
     def _shared(self, place: ParameterSlot) -> bool:
-        """Whether what learns there is the same on every process."""
+        """Whether a learned tensor is the same on every process."""
         return True
 
     def _number(self, ranks: Ranks, penalty: Penalty) -> Tensor:
-        """Over how many all processes' penalty is a mean."""
+        """The number () of things that the penalty of all processes is a mean over."""
         return ranks.sum(penalty.number.detach())
 
 
 def slice_of(count: int, world: int, rank: int) -> tuple[int, int]:
-    """Which of `count` things are a process's: [first, last)."""
+    """The part [first, last) of `count` things that belongs to the process `rank` of `world`."""
     return count * rank // world, count * (rank + 1) // world
 
 
 def share_of(rows: RowLosses, reduction: str, extra: Tensor | None, ranks: Ranks) -> Tensor:
-    """This process's share of the one number that its rows and the others' give; the shares add up to it."""
+    """This process's share of the loss (). The shares of all processes add up to the loss.
+
+    Args:
+        rows: the losses of this process's rows.
+        reduction: the criterion's reduction.
+        extra: () a penalty, the same on every process, or None.
+        ranks: the processes.
+    """
     rows, extra = with_extra(rows, reduction, extra)
     share = average(rows, reduction, lambda count: ranks.sum(count.detach()))
     return share if extra is None else share + extra.to(share.dtype) / ranks.world
 
 
 class ParameterSlot:
-    """Where a criterion keeps a tensor that learns."""
+    """The module and the attribute in which a criterion keeps a learned tensor."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
@@ -294,7 +301,7 @@ class ParameterSlot:
 
 
 def learned_of(criterion: nn.Module) -> list[ParameterSlot]:
-    """Parameters, and plain tensors with a graph, of a criterion and what is in it."""
+    """The learned tensors of a criterion and its submodules: parameters, and attributes that require a gradient."""
     slots = []
     for module in criterion.modules():
         names = [*module._parameters, *(k for k, v in vars(module).items() if isinstance(v, Tensor))]
@@ -308,14 +315,17 @@ def learned_of(criterion: nn.Module) -> list[ParameterSlot]:
 
 @contextlib.contextmanager
 def substituted(values: dict[ParameterSlot, Tensor]) -> Iterator[None]:
-    """Puts other tensors in these places for a while: an instance's own attributes come before its parameters."""
+    """A context in which other tensors stand in these places.
+
+    They become attributes of the instances, which Python finds before it looks for parameters.
+    """
     before = {place: place.module.__dict__.get(place.name) for place in values}
     try:
         for place, value in values.items():
             place.module.__dict__[place.name] = value
         yield
     finally:
-        for place, own in before.items():
+        for place, attribute in before.items():
             del place.module.__dict__[place.name]
-            if own is not None:
-                place.module.__dict__[place.name] = own
+            if attribute is not None:
+                place.module.__dict__[place.name] = attribute

@@ -1,4 +1,4 @@
-"""`Pairs` of a batch that processes share: each has its own anchors' rows, against the references of all."""
+"""Pairs of a batch that processes share: each process has the rows of its own anchors, against all references."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ from .schedules import SOURCES, RankSource
 
 
 class SharedPairs(ChunkedPairs):
-    """This process's anchors (n, D) against all references; `row_losses` of a criterion gives its rows' losses.
+    """This process's anchors (n, D) against the references of all processes.
 
-    What it asks of all rows (`batch_sum`) is of all processes, so that every process must ask for it.
+    `row_losses` of a criterion computes the losses of this process's rows from them. Sums over the batch (`batch_sum`)
+    are over all processes, so every process must call them.
 
     Args:
-        sizes: how many anchors each process has.
-        nonfinite: NaN where anybody's embeddings are not finite.
+        x: (n, D), this process's anchors, sorted by label.
+        order: (n,) int64, the caller's index of each anchor.
+        ref_source: the references of all processes.
+        square: the anchors are the references.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        route: the backend that runs, and its dtype.
+        y: (m, D), this process's references, sorted; None if they are the anchors.
+        sizes: the number of anchors of each process.
+        nonfinite: () 0, or NaN if an embedding of any process is not finite.
     """
 
     ref_source: RankSource
@@ -36,7 +44,7 @@ class SharedPairs(ChunkedPairs):
     ) -> None:  # fmt: skip
         super().__init__(x, order, ref_source, square, distance, route, y, nonfinite)
         self.sizes = sizes
-        self.chosen: ClassPairs | None = None  # what `class_pairs` gave last, for a penalty on what takes part
+        self.chosen: ClassPairs | None = None  # the last result of `class_pairs`, for a penalty on the chosen samples
 
     @property
     def ranks(self) -> Ranks:
@@ -56,11 +64,11 @@ class SharedPairs(ChunkedPairs):
         return int(self.ranks.max(count.max()))
 
     def positive_blocks(self, most: int) -> list[range]:
-        """More at a time: each block fetches all references of the other processes, as any pass does."""
+        """Larger blocks than elsewhere, because each block gets all references of the other processes again."""
         return cut(range(most), 2 * PLACES)
 
     def pair_sum_blocks(self, most: int) -> list[range]:
-        """Every ordered pair is found from both of its ends, so that nothing has to go to the other's process."""
+        """The steps that visit every ordered pair. So both samples of a pair get its value on their own process."""
         return cut(range(1, most + 1), STEPS)
 
     def pair_sums(self, step: int) -> tuple[SharedPairs, Tensor, Tensor, Tensor]:
@@ -76,58 +84,63 @@ class SharedPairs(ChunkedPairs):
         return sums, (x * other).sum(1), partner, step < same
 
     def class_pairs(self) -> ClassPairs:
-        """Of all processes' samples; of these, this process's anchors, and for positives the number of their class
-        among those that have a pair. The choice knows all processes' pairs."""
+        """One anchor and one positive of each class, from all processes' samples.
+
+        The result holds the pairs whose anchor is on this process. Its `positives` are numbers of pairs among the pairs
+        of all processes, which its `source` holds.
+        """
         if self.square:
             every = pick_class_pairs(torch.cat(list(self.ref_source.ref_labels)), None, padded=False)
         else:
-            own = self.restore(self.labels)
-            anchors = torch.cat(self.ranks.gather(own, self.sizes))
-            every = pick_class_pairs(anchors, torch.cat(list(self.ref_source.ref_labels)), padded=False)
-        at = places_of(every.anchors[None], self.ref_source.order)[0]
-        (number,) = torch.nonzero(at >= 0, as_tuple=True)
+            anchor_labels = torch.cat(self.ranks.gather(self.restore(self.labels), self.sizes))
+            every = pick_class_pairs(anchor_labels, torch.cat(list(self.ref_source.ref_labels)), padded=False)
+        row = places_of(every.anchors[None], self.ref_source.order)[0]
+        (number,) = torch.nonzero(row >= 0, as_tuple=True)
         place = torch.arange(number.shape[0], device=number.device)
-        self.chosen = ClassPairs(at[number], number, place, number.new_full((), number.shape[0]), every)
+        self.chosen = ClassPairs(row[number], number, place, number.new_full((), number.shape[0]), every)
         return self.chosen
 
     def chosen_here(self) -> ClassPairs | None:
-        """Of the last choice: which of this process's own anchors, and which of its own references, in the caller's
-        order, take part; None: nothing was chosen."""
+        """The samples of this process in the last result of `class_pairs`, in the caller's order; None: there is none.
+
+        `anchors` are its chosen anchors, and `positives` its chosen references. The two do not belong together.
+        """
         if self.chosen is None:
             return None
         every, number = self.chosen.source, self.chosen.positives
         ref_source, rank = self.ref_source, self.ranks.rank
         anchors = every.anchors[number] - sum(self.sizes[:rank])
         first, last = ref_source.first[rank], ref_source.first[rank] + ref_source.sizes[rank]
-        mine = (every.positives >= first) & (every.positives < last)
-        return ClassPairs(anchors, every.positives[mine] - first, anchors[:0], anchors.new_full((), NO_REFERENCE))
+        here = (every.positives >= first) & (every.positives < last)
+        return ClassPairs(anchors, every.positives[here] - first, anchors[:0], anchors.new_full((), NO_REFERENCE))
 
     def take_pairs(self, chosen: ClassPairs) -> SharedPairs:
-        """Anchors and positives stay where they are.
+        """The chosen pairs. Anchors and positives stay on their processes.
 
         Raises:
-            ValueError: a choice that `class_pairs` of these pairs did not give.
+            ValueError: `chosen` is no result of `class_pairs` of these pairs.
         """
         if not isinstance(chosen.source, ClassPairs):
-            raise ValueError("take_pairs of a batch that processes share takes what its class_pairs gave")
+            raise ValueError("chosen must be a result of class_pairs where processes share the batch")
         ref_source, every, number = self.ref_source, chosen.source, chosen.positives
         owner = torch.bucketize(every.positives, torch.tensor(ref_source.first[1:], device=number.device), right=True)
         of_rank = [torch.nonzero(owner == r, as_tuple=True)[0] for r in range(self.ranks.world)]
-        at = places_of(every.positives[of_rank[self.ranks.rank]][None], ref_source.sorted_of(self.ranks.rank)[1])[0]
+        row = places_of(every.positives[of_rank[self.ranks.rank]][None], ref_source.sorted_of(self.ranks.rank)[1])[0]
         y = self.shared_refs()
         assert y is not None
         taken = type(ref_source)(self.ranks, number, number, of_rank, False)
         x = self.x.to(self.dtype).index_select(0, chosen.anchors)
         sizes = [int(t) for t in torch.bincount(self._owners(every.anchors), minlength=self.ranks.world)]
-        y = y.index_select(0, at)
+        y = y.index_select(0, row)
         return SharedPairs(x, chosen.place, taken, False, self.distance, self.route, y, sizes, self.nonfinite)
 
     def _owners(self, anchors: Tensor) -> Tensor:
+        """The process of each of some anchors (K,), which go by their index among all anchors."""
         ends = torch.tensor(self.sizes, device=anchors.device).cumsum(0)
         return torch.bucketize(anchors, ends, right=True)
 
     def matched_similarities(self) -> Tensor:
-        """Of `take_pairs`: each anchor has one positive, wherever it is."""
+        """The similarity of each row with its one positive, (N,), for pairs that `take_pairs` returned."""
         (row,) = self.reduce(Reduction("sum", "positives"))
         return row
 
@@ -138,7 +151,18 @@ class SharedPairs(ChunkedPairs):
 def of_batch(
     ranks: Ranks, schedule: str, impl: str, distance: str, normalize: bool, x: Tensor, labels: Tensor, sizes: list[int]
 ) -> SharedPairs:
-    """Of this process's embeddings (n, D) with labels (n,), all processes' having `sizes` rows."""
+    """The pairs of a batch whose anchors are its references.
+
+    Args:
+        ranks: the processes.
+        schedule: see `gather`.
+        impl: as `Criterion` takes it.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        normalize: L2-normalise the rows first.
+        x: (n, D), this process's embeddings.
+        labels: (n,) int64.
+        sizes: n of every process.
+    """
     route = route_chunks(impl, x)
     every = ranks.gather(labels, sizes)
     ordered, order = torch.sort(labels, stable=True)
@@ -153,7 +177,21 @@ def of_references(
     ranks: Ranks, schedule: str, impl: str, distance: str, normalize: bool, x: Tensor, labels: Tensor, y: Tensor,
     ref_labels: Tensor, sizes: list[int], ref_sizes: list[int],
 ) -> SharedPairs:  # fmt: skip
-    """The same against all processes' references, of which this one has y (m, D) with ref_labels (m,)."""
+    """The pairs of a batch with references of its own.
+
+    Args:
+        ranks: the processes.
+        schedule: see `gather`.
+        impl: as `Criterion` takes it.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        normalize: L2-normalise the rows first.
+        x: (n, D), this process's embeddings.
+        labels: (n,) int64.
+        y: (m, D), this process's references.
+        ref_labels: (m,) int64.
+        sizes: n of every process.
+        ref_sizes: m of every process.
+    """
     route = route_chunks(impl, x)
     every = ranks.gather(ref_labels, ref_sizes)
     ordered, order = torch.sort(labels, stable=True)
@@ -169,7 +207,16 @@ def of_references(
 def of_proxies(
     criterion: Criterion, weight: Tensor, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]
 ) -> SharedPairs:
-    """Some of a criterion's proxies, this process's (c, D), as anchors against all processes' embeddings."""
+    """The pairs of proxies, as anchors, with the embeddings of all processes.
+
+    Args:
+        criterion: the criterion that has the proxies.
+        weight: (c, D), this process's proxies.
+        how: the processes, the schedule and the implementation.
+        x: (n, D), this process's embeddings.
+        labels: (n,) int64.
+        sizes: n of every process.
+    """
     ranks = how[0]
     counts = [count for (count,) in ranks.all_gather_ints([weight.shape[0]], x.device)]
     first = sum(counts[: ranks.rank])

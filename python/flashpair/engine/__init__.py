@@ -1,1 +1,1 @@
-"""Pairs of anchors and references: sorted once, reduced by the backend that `dispatch` chose, differentiated."""
+"""Pairs of anchors and references: sorted once, then reduced by the backend that `dispatch` chose."""

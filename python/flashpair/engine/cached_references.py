@@ -1,4 +1,4 @@
-"""References that stay the same from call to call: sorted, normalised and rounded to int8 once."""
+"""`References`, which stay the same from call to call: they are sorted, normalised and rounded to int8 once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..core import checks
 from ..core.tensor_cache import TensorCache
 from .sorted_rows import sorted_rows
 
-_owners: TensorCache[weakref.ref[References]] = TensorCache()  # of embeddings that References hold
+_owners: TensorCache[weakref.ref[References]] = TensorCache()  # by the embeddings that they hold
 
 
 class Ordered(NamedTuple):
-    """References by label: the caller's index of each (M,), labels (M,), rows (M, D)."""
+    """References sorted by label: the caller's index of each (M,), their labels (M,), and their embeddings (M, D)."""
 
     order: Tensor
     labels: Tensor
@@ -25,7 +25,7 @@ class Ordered(NamedTuple):
 
 
 def _tracked(t: Tensor) -> Tensor:
-    """`t` without its graph; a copy of a tensor of inference mode, whose changes nobody counts."""
+    """`t` without its graph. A tensor of inference mode is copied, because torch does not count changes of it."""
     with torch.inference_mode(False):
         return t.clone() if t.is_inference() else t.detach()
 
@@ -36,10 +36,10 @@ class References(checks.Labelled):
     They stand where `ref_emb` does and bring their own labels: ``criterion(x, labels, ref_emb=References(y,
     y_labels))``.
 
-    The first call keeps a sorted copy, one for each dtype and for normalised and plain rows, and for `screened` on the
-    CPU an int8 copy (a quarter of float32; half without VNNI). Changes in place by torch are noticed, and the copies
-    made anew. Changes through ``.data`` or NumPy are not noticed, nor are changes of tensors made in inference mode,
-    which are copied. References get no gradient.
+    The first call makes a sorted copy, one for each dtype and one each for normalised and plain rows. For `screened` on
+    the CPU it also makes an int8 copy (a quarter of float32; half without VNNI). After a change in place by torch the
+    copies are made anew. Changes through ``.data`` or NumPy are not noticed. Tensors that
+    were made in inference mode are copied at once, so later changes of them have no effect. References get no gradient.
 
     Args:
         embeddings: (M, D), float16 to float64.
@@ -80,11 +80,17 @@ class References(checks.Labelled):
         return self._labels
 
     def ordered(self, dtype: torch.dtype, normalize: bool, impl: str) -> Ordered:
-        """In the order of their labels, in that dtype, of unit norm if `normalize`."""
+        """The references in label order, from a copy that is kept.
+
+        Args:
+            dtype: the dtype of the rows.
+            normalize: L2-normalise the rows.
+            impl: the backend that will read them.
+        """
         self._refresh()
         key = (dtype, normalize, impl == "fused")
         if key not in self._kept:
-            with torch.inference_mode(False), torch.no_grad():  # training may follow
+            with torch.inference_mode(False), torch.no_grad():  # so that training can use them
                 labels, order = torch.sort(self._labels, stable=True)
                 rows = sorted_rows(self.embeddings.to(dtype), order, normalize=normalize, impl=impl)
             keep_rounded(rows)
@@ -103,7 +109,7 @@ class References(checks.Labelled):
 
 
 def owner(y: Tensor | None, labels: Tensor | None) -> References | None:
-    """The References whose embeddings and labels these are, if they are any's."""
+    """The `References` that hold exactly these tensors, y (M, D) and labels (M,); None: none does."""
     if y is None or torch.compiler.is_compiling():
         return None
     held_by = _owners.get(y)

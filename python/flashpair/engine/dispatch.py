@@ -1,7 +1,7 @@
-"""Which implementation runs: by name, or the one that `auto` takes for the device and the size.
+"""Chooses the implementation that runs: the one that the caller names, or for `auto` the best for device and size.
 
-A batch gets its `Route` once (`route_pairs`, `route_chunks`, `route_small_batch`); of a call of some reductions,
-`route_call` says whether another implementation computes it.
+A batch gets its `Route` once (`route_pairs`, `route_chunks`, `route_small_batch`). For a call of some reductions of the
+batch, `route_call` may choose another implementation.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from ..core.problem import accumulator
 from ..core.reduction import BUILT_IN, TRANSFORMS
 
 IMPLEMENTATIONS = ("reference", "tiled", "screened", "fused", "onchip")
-WIDEST_FUSED = 256  # columns of D that a row block's gradient is accumulated over in registers
-# Up to where `auto` takes onchip: N, M, and multiply-adds of a product. Launches cost more than arithmetic there.
+WIDEST_FUSED = 256  # the largest D for which `fused` accumulates a row block's gradient in registers
+# `auto` takes onchip up to this N and M, and up to this many multiply-adds. There, launches cost more than arithmetic.
 ONCHIP_SIDE, ONCHIP_WORK = 2048, 2**28
-# Up to where `tiled` on the CPU takes a loss whole: its pairs, and N, M. Beyond, its steps cost nothing beside them.
+# `tiled` on the CPU computes a loss in one call up to this many pairs, and this N and M. Beyond, that saves nothing.
 WHOLE_PAIRS, WHOLE_SIDE = 1024**2, 8192
-TAKES_CHUNKS = ("tiled", "fused")  # backends whose calls keep nothing that hangs on all references
+TAKES_CHUNKS = ("tiled", "fused")  # implementations that keep nothing for backward that depends on all references
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU, so that its kernels take CPU tensors."""
+    """Whether Triton interprets its kernels, which then take CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 @functools.lru_cache(maxsize=1)
 def _triton() -> str:
-    """Empty, or why Triton cannot be used."""
+    """Why Triton cannot be used; empty if it can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -46,12 +46,12 @@ def _triton() -> str:
 
 
 def _onchip(device: str) -> str:
-    """Empty, or why the CUDA kernel cannot be used on devices of that type. onchip.limits looks at each device."""
+    """Why the CUDA kernel cannot be used on a type of device; empty if it can. `onchip.limits` checks each device."""
     module = extension.onchip()
     if isinstance(module, str):
         return f"onchip needs flashpair built with CUDA: {module}"
     if device == "cuda" and module.emulated:
-        return "the module that FLASHPAIR_ONCHIP names is a build for the host"
+        return "FLASHPAIR_ONCHIP names a module that was built for the CPU"
     return ""
 
 
@@ -61,6 +61,7 @@ def unsupported_reasons(impl: str, device: torch.device) -> list[str]:
 
 
 def _unsupported_reasons(impl: str, device: str) -> tuple[str, ...]:
+    """As `unsupported_reasons`, by the type of the device."""
     if impl == "reference":
         return ()
     if impl in ("tiled", "screened") and device == "cpu":
@@ -80,23 +81,25 @@ def _unsupported_reasons(impl: str, device: str) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-# What torch.compiler.assume_constant_result sets, without importing torch._dynamo: what is built does not change.
+# As torch.compiler.assume_constant_result does, but without importing torch._dynamo: the reasons do not change.
 _unsupported_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_name(impl: str) -> None:
+    """Raises ValueError for an unknown implementation."""
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
 
 
 class Route(NamedTuple):
-    """What runs a batch.
+    """The choice of a backend for a batch.
 
     Attributes:
         backend: one of `IMPLEMENTATIONS`.
-        named: the caller asked for it by name, so that no other may run in its place.
-        dtype: what embeddings are computed in: their 16 bits where the backend takes these, else float32 or float64.
-        reasons: why the implementation that `auto` prefers cannot run; empty where it does.
+        named: the caller named it, so that no other may run in its place.
+        dtype: the dtype that embeddings are given to the backend in: their own 16-bit dtype if the backend takes it,
+            else float32 or float64.
+        reasons: why the implementation that `auto` prefers cannot run; empty if it can.
     """
 
     backend: str
@@ -106,20 +109,21 @@ class Route(NamedTuple):
 
 
 def _require(impl: str, reasons: Sequence[str]) -> None:
-    """RuntimeError: an implementation asked for by name that cannot run, with every reason."""
+    """Raises RuntimeError, with all reasons, if the implementation that the caller named cannot run."""
     if reasons:
         raise RuntimeError(f"impl={impl!r} cannot run: {'; '.join(reasons)}")
 
 
 def route_pairs(impl: str, x: Tensor, y: Tensor | None) -> Route:
-    """The route of embeddings x (N, D) and y (M, D) or None.
+    """The route of embeddings x (N, D) and references y (M, D) or None.
 
-    An explicit name never falls back. `auto` goes by device and size and measures nothing: it takes on the CPU `tiled`,
-    on a GPU `fused` up to D = 256 and `tiled` from there on, and the reference where these cannot run. (Of small
-    batches on a GPU, a criterion asks `onchip` first.)
+    A named implementation never falls back. `auto` decides by device and size, without measurements: `tiled` on the
+    CPU; on a GPU `fused` up to D = 256 and `tiled` above; and the reference where these cannot run. (For small batches
+    on a GPU, a criterion tries `onchip` first.)
 
     Raises:
-        ValueError: an unknown name. RuntimeError: a known one that cannot run here, with every reason.
+        ValueError: `impl` is no implementation.
+        RuntimeError: the named implementation cannot run here; the error gives all reasons.
     """
     check_name(impl)
     if impl == "onchip":
@@ -134,7 +138,10 @@ def route_pairs(impl: str, x: Tensor, y: Tensor | None) -> Route:
 
 
 def compute_dtype(backend: str, x: Tensor, y: Tensor | None) -> torch.dtype:
-    """Embeddings stay in their 16 bits where the GPU multiplies such numbers and adds in float32."""
+    """The dtype of `Route` for x (N, D) and y (M, D) or None.
+
+    16-bit embeddings stay as they are on a GPU, which multiplies them and accumulates in float32.
+    """
     dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
     if backend == "reference" or x.dtype not in (torch.bfloat16, torch.float16) or dtype != x.dtype:
         return accumulator(dtype)
@@ -146,7 +153,7 @@ def route_chunks(impl: str, x: Tensor) -> Route:
     """The route of anchors x (N, D) whose references come in chunks.
 
     Raises:
-        RuntimeError: an implementation that does not take chunks, or none that can run here.
+        RuntimeError: the named implementation does not take chunks, or none that does can run here.
     """
     route = route_pairs(impl, x, None)
     if route.backend not in TAKES_CHUNKS:
@@ -156,16 +163,22 @@ def route_chunks(impl: str, x: Tensor) -> Route:
 
 
 def route_call(route: Route, call: Call, x: Tensor, refs: int) -> Route:
-    """The route of a call of x (N, D) and `refs` references: another backend where the batch's own cannot compute it,
-    or where another one is faster, unless the caller has named his.
+    """The route of a call, if the caller named no implementation: another one may be faster for it, or the only one
+    that can compute it.
+
+    Args:
+        route: the route of the batch.
+        call: the constants of the call.
+        x: (N, D), the anchors.
+        refs: the number of references.
 
     Raises:
-        RuntimeError: a named implementation that cannot compute this call, with every reason.
+        RuntimeError: the named implementation cannot compute this call; the error gives all reasons.
     """
     device, d = x.device.type, x.shape[1]
     if any(t.transform >= len(BUILT_IN) for t in call.terms):
         names = [TRANSFORMS[t.transform] for t in call.terms if t.transform >= len(BUILT_IN)]
-        reasons = tuple(why for name in names if (why := transforms.unsupported_reasons(name, route.backend, device)))
+        reasons = tuple(r for name in names if (r := transforms.unsupported_reasons(name, route.backend, device)))
         if reasons and route.named:
             _require(route.backend, reasons)
         if reasons:
@@ -179,20 +192,27 @@ def route_call(route: Route, call: Call, x: Tensor, refs: int) -> Route:
 
 
 def route_chunked_call(route: Route, call: Call, x: Tensor) -> Route:
-    """The route of a call whose references come in chunks: `screened` in place of `tiled` where it can; each chunk is
-    screened if that is worth it."""
+    """The route of a call of anchors x (N, D) whose references come in chunks.
+
+    On the CPU it is `screened` in place of `tiled` if the call can be screened. Then each chunk is screened if it is
+    large enough.
+    """
     if route.backend != "tiled" or x.device.type != "cpu" or screened.unsupported_reasons(call.terms, x.shape[1]):
         return route
     return route._replace(backend="screened")
 
 
 def route_small_batch(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) -> Route | None:
-    """The route of a whole loss of x (N, D) and y (M, D) or None; None: none of them takes it.
+    """The route of a whole loss in one call; None: no implementation computes it in one call.
 
-    one_pair: the loss takes one pair of each class, so that its rows and columns are as many as classes.
+    Args:
+        impl: as `Criterion` takes it.
+        x: (N, D), the anchors.
+        y: (M, D), the references, or None.
+        one_pair: the loss takes one pair of each class, so that it has as many rows and columns as classes.
 
     Raises:
-        RuntimeError: ``impl="onchip"`` that cannot run here, with every reason.
+        RuntimeError: ``impl="onchip"`` cannot run here; the error gives all reasons.
     """
     (n, d), m, device = x.shape, (x if y is None else y).shape[0], x.device.type
     backend = "tiled" if device == "cpu" else "onchip"
@@ -208,5 +228,5 @@ def route_small_batch(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) ->
     if _unsupported_reasons(backend, device):
         return None
     dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
-    narrow = backend == "onchip" and dtype == x.dtype  # which takes 16 bits as they are
+    narrow = backend == "onchip" and dtype == x.dtype  # onchip takes 16-bit embeddings as they are
     return Route(backend, impl != "auto", dtype if narrow else accumulator(dtype))

@@ -18,7 +18,7 @@ from ..core.similarity import alike, copies, dense_pairs, upcast
 from .cached_references import References
 from .dispatch import unsupported_reasons
 
-BLOCK_BYTES = 2**28  # what a block of rows may need beside its result
+BLOCK_BYTES = 2**28  # the memory that a block of rows may take beside its result
 
 
 class Nearest(NamedTuple):
@@ -81,7 +81,11 @@ def nearest(
 def prepared(
     embeddings: Any, k: Any, ref_emb: Any, distance: str, normalize: bool, impl: str
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Rows and references as `blocks` takes them, after every check, and whether it is to screen."""
+    """Checks the arguments of `nearest`.
+
+    Returns:
+        The rows (N, D) and the references (M, D) or None, float32 or float64, and whether to screen.
+    """
     x = checks.embeddings(embeddings)
     given = ref_emb.embeddings if isinstance(ref_emb, checks.Labelled) else ref_emb
     y = None if given is None else checks.references(given, x)
@@ -105,11 +109,22 @@ def prepared(
 
 
 def blocks(x: Tensor, y: Tensor | None, k: int, distance: str, *, screened: bool) -> Iterator[tuple[int, Nearest]]:
-    """The same, checked, of a block of rows at a time: the first row, and what is nearest to it and those after it."""
+    """`nearest` for arguments of `prepared`, a block of rows at a time.
+
+    Args:
+        x: (N, D), the rows.
+        y: (M, D), the references; None: the rows, none of which is its own neighbour.
+        k: how many references each row gets.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        screened: use int8 products on the CPU.
+
+    Yields:
+        The number of the block's first row, and the block's `Nearest`.
+    """
     refs = x if y is None else y
     finite = x.isfinite().all() and refs.isfinite().all()
-    # A screened row keeps pairs of up to 16 bytes (nearest.h: room_); a sorted one its similarities, twice, and their
-    # order.
+    # A screened row keeps candidates of up to 16 bytes (room_ of nearest.h). A sorted row keeps its similarities twice,
+    # and their order.
     row_bytes = 16 * (k + max(k, 16)) if screened else 4 * refs.shape[0] * refs.itemsize
     size = max(1, BLOCK_BYTES // max(1, row_bytes))
     twins = None if screened or distance != "dot" or not refs.numel() else copies(refs)
@@ -119,7 +134,7 @@ def blocks(x: Tensor, y: Tensor | None, k: int, distance: str, *, screened: bool
             values = rows.new_full((rows.shape[0], k), torch.nan)
             yield first, Nearest(values, torch.full_like(values, -1, dtype=torch.int64))
         elif screened and y is None and size < x.shape[0]:
-            # One more than asked, of all: a row is then left out itself, by its index, wherever it stands.
+            # One reference more than asked, from all rows: then the row itself is removed by its index.
             yield first, _without_self(_screened(rows, refs, k + 1, distance), first)
         elif screened:
             yield first, _screened(rows, y, k, distance)
@@ -130,7 +145,16 @@ def blocks(x: Tensor, y: Tensor | None, k: int, distance: str, *, screened: bool
 def _sorted(
     rows: Tensor, refs: Tensor, first: Tensor | None, k: int, distance: str, self_at: int | None
 ) -> Nearest:  # fmt: skip
-    """first: `copies` of refs."""
+    """The k nearest of refs (M, D) to rows (n, D), by a sort of the dense similarities.
+
+    Args:
+        rows: (n, D).
+        refs: (M, D).
+        first: the result of `copies` for `refs`.
+        k: how many references each row gets.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        self_at: the reference that is the first row itself; None: the rows are no references.
+    """
     z = alike(dense_pairs(rows, refs, distance), first)
     if self_at is not None:
         z.diagonal(self_at).fill_(-torch.inf if distance == "dot" else torch.inf)
@@ -139,6 +163,7 @@ def _sorted(
 
 
 def _without_self(neighbours: Nearest, first: int) -> Nearest:
+    """Removes each row from its own k + 1 neighbours, or else the last one. first: the number of the first row."""
     values, indices = neighbours
     itself = indices == torch.arange(first, first + indices.shape[0], device=indices.device)[:, None]
     itself[:, -1] |= ~itself.any(dim=1)
@@ -147,6 +172,7 @@ def _without_self(neighbours: Nearest, first: int) -> Nearest:
 
 
 def _screened(x: Tensor, y: Tensor | None, k: int, distance: str) -> Nearest:
+    """The k nearest of y (M, D), or of x itself, to the rows x (N, D), by csrc/cpu/screen/nearest.h."""
     n, m = x.shape[0], (x if y is None else y).shape[0]
     none = torch.zeros(n, dtype=torch.int64, device=x.device)  # no labels, so no positives
     order = torch.arange(m, device=x.device)

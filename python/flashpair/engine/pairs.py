@@ -1,8 +1,8 @@
-"""The engine: pairs of anchors and references, whose row reductions are fused and never stored.
+"""The engine: pairs of anchors and references, whose row reductions run without the matrix of similarities.
 
-    criterion -> Pairs.reduce -> compile_call -> one registered op -> the implementation of its `Route`
+    criterion -> Pairs.reduce -> compile_call -> one registered operator -> the backend of the call's `Route`
 
-A `Pairs` sorts once by label; its rows stand in the order of its `labels` until `restore` puts them back.
+`Pairs` sorts embeddings by label once. Row values stand in that order until `restore` puts them into the caller's.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .sorted_rows import sorted_rows
 
 
 class FusedPairs(PairAccess):
-    """What `Pairs` and `ChunkedPairs` share: sorted anchors, whose reductions a backend computes.
+    """The parts that `Pairs` and `ChunkedPairs` share: sorted anchors, whose reductions a backend computes.
 
     Args:
-        x: (N, D), sorted anchors.
-        label_order: the order by label and where each row's positives are.
+        x: (N, D), the anchors, sorted by label.
+        label_order: the order by label, and where each row's positives are.
         distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
-        route: what runs.
-        nonfinite: NaN or 0, added to row values, to show embeddings that are not finite; None: the backend shows them.
+        route: the backend that runs, and its dtype.
+        nonfinite: () 0 or NaN, which is added to row values; None: the backend shows embeddings that are not finite.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class FusedPairs(PairAccess):
 
     @property
     def impl(self) -> str:
-        """The implementation that runs."""
+        """The name of the backend that runs."""
         return self.route.backend
 
     @property
@@ -89,15 +89,15 @@ class FusedPairs(PairAccess):
         return tuple(values)
 
     def _route_of(self, call: Call) -> Route:
-        """What runs a call."""
+        """The route of a call, which may run on another backend than the batch."""
         return self.route
 
     def _rows(self, call: Call, operands: Operands) -> tuple[Tensor, ...]:
-        """The values (N,) of a compiled call."""
+        """The values of a compiled call, K tensors (N,)."""
         raise NotImplementedError
 
     def _dense(self) -> PairReducer:
-        """The same pairs over the dense matrix, for a call that no backend computes."""
+        """The same pairs over the dense matrix, for a call that only the reference computes."""
         self._refuse("dense")
 
 
@@ -105,20 +105,20 @@ class Pairs(FusedPairs):
     """N anchors against M references, sorted by label, whose row reductions are fused; `make_pairs` returns it.
 
     `row_losses` of a `Criterion` receives it. Row values stand in the order of `labels`; `restore` puts them into the
-    caller's. `ReferencePairs` is the same over the dense matrix.
+    caller's order. `ReferencePairs` has the same methods over the dense matrix.
 
     Args:
-        x: (N, D), sorted anchors.
-        y: (M, D), sorted references; None if they are the anchors.
-        label_order: the order by label and where each row's positives are.
+        x: (N, D), the anchors, sorted by label.
+        y: (M, D), the references, sorted by label; None if they are the anchors.
+        label_order: the order by label, and where each row's positives are.
         distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
-        route: what runs.
-        nonfinite: NaN or 0, added to row values, to show embeddings that are not finite; None: the backend shows them.
+        route: the backend that runs, and its dtype.
+        nonfinite: () 0 or NaN, which is added to row values; None: the backend shows embeddings that are not finite.
 
     Attributes:
-        x: (N, D), sorted anchors, float32 or float64, or 16 bits where the implementation takes them.
-        y: (M, D), sorted references; None if they are the anchors.
-        impl: the implementation that runs.
+        x: (N, D), the sorted anchors, float32 or float64, or 16 bits if the backend takes these.
+        y: (M, D), the sorted references; None if they are the anchors.
+        impl: the name of the backend that runs.
         labels: (N,) int64, in the order of the rows.
         ref_labels: (M,) int64, in the order of the references.
     """
@@ -135,10 +135,17 @@ class Pairs(FusedPairs):
         cls, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, normalize: bool,
         route: Route, ordered: Ordered | None = None,
     ) -> Pairs:  # fmt: skip
-        """The pairs of rows that are not sorted yet.
+        """The pairs of embeddings that are not sorted yet.
 
         Args:
-            ordered: the references, where they are sorted already.
+            x: (N, D), the anchors.
+            labels: (N,) int64.
+            y: (M, D), the references, or None.
+            ref_labels: (M,) int64, with `y`.
+            distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+            normalize: L2-normalise the rows first.
+            route: the backend that runs, and its dtype.
+            ordered: references that are sorted (and normalised) already; then `y` and `ref_labels` are None.
         """
         if ordered is not None:
             label_order, y = make_label_order(labels, ordered.labels, ordered.order), ordered.rows
@@ -174,7 +181,7 @@ class Pairs(FusedPairs):
     def _rows(self, call: Call, operands: Operands) -> tuple[Tensor, ...]:
         p = self.label_order
         padded: list[Tensor | None] = [*operands.vectors]
-        if len(padded) == 2:  # so many more arguments than parameters make torch.compile leave out `ctx`
+        if len(padded) == 2:  # for exactly two vectors torch.compile leaves out `ctx`
             padded.append(None)
         rows: tuple[Tensor, ...] = RowReduce.apply(
             call, p.lo, p.hi, p.end, p.ref_order, self.x, self.y, operands.scale, *padded
@@ -202,10 +209,10 @@ class Pairs(FusedPairs):
 
     def positive_places(self, places: range) -> Tensor:
         p = self.label_order
-        at = p.lo[:, None] + torch.arange(places.start, places.stop, device=p.lo.device)
-        if self.square:
-            at = at + (at >= torch.arange(self.count, device=at.device)[:, None])
-        return at.clamp(max=max(self.refs.shape[0] - 1, 0))
+        refs = p.lo[:, None] + torch.arange(places.start, places.stop, device=p.lo.device)
+        if self.square:  # skip the row itself
+            refs = refs + (refs >= torch.arange(self.count, device=refs.device)[:, None])
+        return refs.clamp(max=max(self.refs.shape[0] - 1, 0))
 
     def similarities_at(self, refs: Tensor) -> Tensor:
         return positive_pairs(self.x.to(self.dtype), self.refs.to(self.dtype), refs, self.distance)
@@ -216,10 +223,10 @@ class Pairs(FusedPairs):
     def take_pairs(self, chosen: ClassPairs) -> Pairs:
         x, y = self.x.index_select(0, chosen.anchors), self.refs.index_select(0, chosen.positives)
         order = one_to_one(chosen.place, chosen.taken)
-        return Pairs(x, y, order, self.distance, self.route, nonfinite=self.nonfinite)  # of the samples left out, too
+        return Pairs(x, y, order, self.distance, self.route, nonfinite=self.nonfinite)  # of all samples
 
     def matched_similarities(self) -> Tensor:
-        """z_kk (N,), for dot products."""
+        """The dot product of row k and reference k, (N,), for pairs that `take_pairs` returned."""
         return (self.x.to(self.dtype) * self.refs.to(self.dtype)).sum(1)
 
     def pair_sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
@@ -232,7 +239,14 @@ class Pairs(FusedPairs):
 
 
 def dense_pairs_of(z: Tensor, labels: Tensor, ref_labels: Tensor, nonfinite: Tensor) -> ReferencePairs:
-    """Pairs whose similarities z (N, M) the caller has computed, of anchors and references that are not the same."""
+    """Pairs of anchors and references, whose similarities the caller has computed.
+
+    Args:
+        z: (N, M), the similarities.
+        labels: (N,) int64, of the anchors.
+        ref_labels: (M,) int64, of the references, which are not the anchors.
+        nonfinite: () 0, or NaN if an embedding is not finite.
+    """
     return ReferencePairs(z, labels, ref_labels, square=False, nonfinite=nonfinite)
 
 
@@ -246,7 +260,7 @@ def make_pairs(
     normalize: bool = False,
     impl: str = "auto",
 ) -> Pairs | ReferencePairs:
-    """The pairs of embeddings with one another, or with references: what losses reduce.
+    """The pairs of embeddings with one another, or with references, which losses reduce.
 
     Args:
         embeddings: (N, D), float16 to float64.
@@ -280,13 +294,23 @@ def make_pairs(
 def checked_pairs(
     x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, distance: str, normalize: bool, impl: str
 ) -> Pairs | ReferencePairs:
-    """`make_pairs` of arguments that `checks.batch` has returned."""
+    """`make_pairs` for arguments that are checked already.
+
+    Args:
+        x: (N, D), from `checks.batch`.
+        labels: (N,) int64.
+        y: (M, D), or None.
+        ref_labels: (M,) int64, or None.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+        normalize: L2-normalise the rows first.
+        impl: as `Criterion` takes it.
+    """
     route = route_pairs(impl, x, y)
     if route.backend == "reference":
         x, y = upcast(x, y)
         return ReferencePairs.from_embeddings(x, labels, y, ref_labels, distance, normalize)
-    if (kept := owner(y, ref_labels)) is not None:
-        ordered = kept.ordered(route.dtype, normalize, route.backend)
+    if (references := owner(y, ref_labels)) is not None:
+        ordered = references.ordered(route.dtype, normalize, route.backend)
         return Pairs.from_embeddings(x.to(route.dtype), labels, None, None, distance, normalize, route, ordered)
     x, y = x.to(route.dtype), None if y is None else y.to(route.dtype)
     return Pairs.from_embeddings(x, labels, y, ref_labels, distance, normalize, route)

@@ -1,4 +1,4 @@
-"""The public row-reduction primitive, in the caller's order."""
+"""`row_reduce`, the public function for row reductions, with values in the caller's order."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def row_reduce(
 ) -> tuple[Tensor, ...]:
     """Row reductions of all pairs of embeddings, or of embeddings and references; the N x M matrix is never stored.
 
-    It is differentiable in the embeddings, the references, and each reduction's scale and offsets (twice, by the dense
-    matrix). Reductions of one call share their passes; `Reduction` says what they can be. A loss of your own is some
-    reductions and ordinary PyTorch on (N,) tensors; written as a `Criterion` it sorts only once.
+    It is differentiable in the embeddings, the references, and each reduction's scale and offsets; second derivatives
+    use the dense matrix. Reductions of one call share their passes; `Reduction` says what they can be. A loss of your
+    own is some reductions and ordinary PyTorch on (N,) tensors; written as a `Criterion` it sorts only once.
 
     Args:
         embeddings: (N, D), float16 to float64; nothing is normalised here.
@@ -71,7 +71,14 @@ def row_reduce(
 
 
 def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
-    """A number, or a real tensor () or (size,) on the device of `x`; a `Bound`'s shift is a number."""
+    """Checks an argument of a `Reduction`.
+
+    Args:
+        name: what it is called.
+        value: a number, a real tensor () or (size,) on the device of `x`, a `Bound` whose shift is a number, or None.
+        size: the length of a vector; None: only () is right.
+        x: (N, D), the embeddings.
+    """
     if isinstance(value, Bound):
         if not isinstance(value.of, Reduction):
             raise TypeError(f"{name} must be bound to a Reduction, got {checks.what(value.of)}")
@@ -96,13 +103,13 @@ def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
 
 
 def _arranged(reductions: tuple[Reduction, ...], pairs: PairReducer) -> tuple[Reduction, ...]:
-    """The same reductions with their vectors in the order of `pairs`, and bounds on each other kept."""
+    """The same reductions, with vectors in the order of `pairs`, and with bounds on the new reductions."""
     arranged_reductions: list[Reduction] = []
 
     def arranged(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
         if isinstance(value, Bound):
-            at = place_of(value.of, reductions[: len(arranged_reductions)])
-            return Bound(value.of if at is None else arranged_reductions[at], value.shift)
+            k = place_of(value.of, reductions[: len(arranged_reductions)])
+            return Bound(value.of if k is None else arranged_reductions[k], value.shift)
         return by(value) if isinstance(value, Tensor) and value.dim() else value
 
     for r in reductions:

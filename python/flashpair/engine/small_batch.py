@@ -1,11 +1,13 @@
-"""Whole losses: loss and gradient by one call of a backend that knows the formula, for batches whose steps cost more
-than their pairs.
+"""The loss and the gradient of a small batch by one call of a backend.
 
     criterion -> plan -> one autograd.Function -> `onchip` (one CUDA launch) or `tiled` on the CPU (one C++ call)
 
-It takes criteria that declare their `RowFormula`. Forward leaves the gradient of the one number that the loss is, and
-backward scales it; with ``reduction="none"`` backward is a second call. Keeps for backward: that gradient, in float32
-or float64. Double backward goes through the dense reference.
+In a small batch the steps of a loss (sorting, launches, autograd) cost more than its pairs. A backend that knows the
+formula of the loss needs one step. It takes criteria that declare their `RowFormula`.
+
+Forward computes the loss and its gradient, and backward scales the gradient. With ``reduction="none"`` the gradient has
+to wait for the upstream gradients of the rows, so backward is a second call. Keeps for backward: the gradient, in
+float32 or float64. Second derivatives use the dense reference.
 """
 
 from __future__ import annotations
@@ -28,8 +30,13 @@ NONE = AVERAGINGS.index("none")
 
 
 class Plan(NamedTuple):
-    """The constants of a call, as the registered op takes them: `SmallBatchCode`, scales, shifts and epsilon, and who
-    computes it."""
+    """The constants of a call, as the registered operator takes them.
+
+    Attributes:
+        code: the integers.
+        numbers: the two scales, the two shifts and epsilon.
+        backend: the backend that computes it.
+    """
 
     code: SmallBatchCode
     numbers: tuple[float, ...]
@@ -40,10 +47,20 @@ def plan(
     impl: str, formula: RowFormula | None, x: Tensor, y: Tensor | None, *, reduction: str, normalize: bool,
     distance: str, penalty: bool,
 ) -> Plan | None:  # fmt: skip
-    """What is told of a criterion's call to the backend that computes the loss whole; None: none of them does.
+    """The plan of a criterion's call; None: no backend computes it in one call.
+
+    Args:
+        impl: as `Criterion` takes it.
+        formula: the criterion's row formula, or None.
+        x: (N, D), the embeddings.
+        y: (M, D), the references, or None.
+        reduction: the criterion's reduction.
+        normalize: whether the criterion normalises embeddings.
+        distance: the criterion's distance.
+        penalty: whether the criterion adds a penalty on norms.
 
     Raises:
-        RuntimeError: ``impl="onchip"`` that cannot compute it, with every reason.
+        RuntimeError: ``impl="onchip"`` cannot compute it; the error gives all reasons.
     """
     route = route_small_batch(impl, x, y, formula is not None and formula.one_pair)
     if route is None:
@@ -60,7 +77,7 @@ def _plan(
     backend: str, formula: RowFormula | None, x: Tensor, y: Tensor | None, reduction: str, normalize: bool,
     distance: str, penalty: bool,
 ) -> Plan | tuple[str, ...]:  # fmt: skip
-    """The plan, or every reason why the backend cannot compute the loss."""
+    """The plan, or all reasons why the backend cannot compute the loss."""
     if formula is None:
         names = ", ".join(FORMULAS)
         return (f"{backend} computes the losses {names}, and this criterion does not declare such a row formula",)
@@ -80,13 +97,13 @@ def _compile_plan(
     backend: str, formula: RowFormula, shape: tuple[int, int, int], dtype: torch.dtype, want_dy: bool, device: int,
     reduction: str, normalize: bool, distance: str, penalty: bool,
 ) -> Plan | tuple[str, ...]:  # fmt: skip
-    """shape: N, D, M."""
+    """The plan of a call of that shape (N, D, M), or all reasons why the backend cannot compute it."""
     n, d, m = shape
     block_rows: int | str
     if backend == "onchip":
         block_rows = onchip.block_rows(n, m, d, accumulator(dtype).itemsize, want_dy, onchip.limits(device))
     else:
-        block_rows = 0  # csrc/cpu/small_batch.h takes them all
+        block_rows = 0  # csrc/cpu/small_batch.h has no blocks
     reasons: tuple[str, ...] = (block_rows,) if isinstance(block_rows, str) else ()
     if penalty and reduction in ("none", "nonzero"):
         reasons += (f"{backend} adds a penalty on norms only to a scalar loss, and reduction is {reduction!r}",)
@@ -138,8 +155,11 @@ def _call(x: Tensor, *arguments: Any) -> Results:
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, and with `want_share` the share of valid rows. dense(x, y): the same loss, by the reference; grad:
-    whether gradients are on, which `ctx` does not say."""
+    """The loss, and with `want_share` the share of valid rows.
+
+    ``dense(x, y)`` computes the same loss by the reference. `grad` says whether gradients are enabled, which `ctx` does
+    not know.
+    """
 
     @staticmethod
     def forward(
@@ -147,7 +167,7 @@ class _Loss(torch.autograd.Function):
         ref_labels: Tensor | None, x: Tensor, y: Tensor | None,
     ) -> Any:  # fmt: skip
         need_x, need_y = (grad and need for need in ctx.needs_input_grad[6:])
-        now = plan.code.averaging != NONE  # else the gradient has to wait for the rows' upstream
+        now = plan.code.averaging != NONE  # else the gradient has to wait for the upstream gradients of the rows
         loss, share, dx, dy = _call(
             x, labels, y, ref_labels, None, *plan, True, want_share, need_x and now, need_y and now
         )
@@ -168,13 +188,13 @@ class _Loss(torch.autograd.Function):
         need_x, need_y = ctx.needs_input_grad[6:]
         if ctx.dense is not None and torch.is_grad_enabled():  # to be differentiated again
             with torch.enable_grad(), no_autocast(x.device.type):
-                x, y = x.view_as(x), None if y is None else y.view_as(y)  # which may owe something to each other
+                x, y = x.view_as(x), None if y is None else y.view_as(y)  # one may be a function of the other
                 wanted = [t for t, need in ((x, need_x), (y, need_y)) if need and t is not None]
                 gradients = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
             return *(None,) * 6, gradients.pop(0) if need_x else None, gradients[0] if need_y else None
         if ctx.plan.code.averaging == NONE:
             _, _, dx, dy = _call(x, labels, y, ref_labels, solid(g), *ctx.plan, False, False, need_x, need_y)
-        else:  # in float32 before it is rounded, so that loss scaling works
+        else:  # scaled in float32 and rounded afterwards, so that loss scaling works
             dx, dy = dx * g if need_x else None, dy * g if need_y else None
         if dx is not None and dx.dtype != x.dtype:
             dx = dx.to(x.dtype)
@@ -187,8 +207,18 @@ def loss(
     plan: Plan, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, penalty: Tensor | None,
     dense: Callable[..., Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """The loss that `plan` has let through. penalty (): added to every valid row's loss."""
-    narrow = plan.backend == "onchip"  # which takes 16 bits as they are
+    """The loss () or (N,) of a call that has a plan.
+
+    Args:
+        plan: from `plan`.
+        x: (N, D), the embeddings.
+        labels: (N,) int64.
+        y: (M, D), the references, or None.
+        ref_labels: (M,) int64, or None.
+        penalty: () that is added to the loss of every valid row, or None.
+        dense: a function of x and y that computes the same loss by the reference, for second derivatives.
+    """
+    narrow = plan.backend == "onchip"  # onchip takes 16-bit embeddings as they are
     if (y is not None and y.dtype != x.dtype) or not (narrow or x.dtype.itemsize >= 4):
         wide = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
         x, y = x.to(wide), None if y is None else y.to(wide)

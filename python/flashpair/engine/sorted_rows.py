@@ -1,4 +1,4 @@
-"""Embeddings in label order, normalised if the criterion asks for it: one pass over them in each direction."""
+"""Embeddings in label order, and normalised if a criterion asks for it, by one pass over them in each direction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..backends import extension
 from ..core.problem import accumulator, address, plain, solid
 from ..core.similarity import l2_normalize
 
-INLINE_NUMBERS = 2**18  # of embeddings that are gathered sooner than threads wake
+INLINE_NUMBERS = 2**18  # with fewer numbers than these, to wake threads takes longer than the work
 
 
 def _threads(x: Tensor) -> int:
@@ -19,6 +19,8 @@ def _threads(x: Tensor) -> int:
 
 
 class _SortedRows(torch.autograd.Function):
+    """`sorted_rows` by the C++ kernels."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, normalize: bool) -> Tensor:
         module = extension.require()
@@ -54,7 +56,7 @@ class _SortedRows(torch.autograd.Function):
 
 
 class _KernelRows(torch.autograd.Function):
-    """The same by Triton's kernels, in the dtype of `x`."""
+    """`sorted_rows` by Triton kernels, in the dtype of `x`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, normalize: bool) -> Tensor:
@@ -77,12 +79,20 @@ class _KernelRows(torch.autograd.Function):
 
 
 def _composed(x: Tensor, order: Tensor, normalize: bool) -> Tensor:
+    """`sorted_rows` in PyTorch."""
     y = l2_normalize(x.to(accumulator(x.dtype))).to(x.dtype) if normalize else x
     return y.index_select(0, order)
 
 
 def sorted_rows(x: Tensor, order: Tensor, *, normalize: bool, impl: str) -> Tensor:
-    """Rows x[order] (N, D) of x (N, D), of unit norm if `normalize` (see `l2_normalize`)."""
+    """The rows x[order] (N, D).
+
+    Args:
+        x: (N, D), the embeddings.
+        order: (N,) int64.
+        normalize: L2-normalise the rows (see `l2_normalize`).
+        impl: the backend that will read them.
+    """
     if not plain(x.detach()):
         return _composed(x, order, normalize)
     if impl in ("tiled", "screened") and x.device.type == "cpu":

@@ -14,7 +14,7 @@ from ..core.similarity import softplus
 from .base import Criterion, RowLosses, Terms
 from .positive_blocks import sum_of_blocks
 
-SLACK = 16  # roundings of terms of up to 1 + 4 tan^2 in size
+SLACK = 16  # a hinge at most this many roundings (of terms up to 1 + 4 tan^2) above 0 counts as 0
 
 
 class AngularLoss(Criterion):
@@ -108,7 +108,7 @@ class AngularLoss(Criterion):
         (loss,) = sums.reduce(Reduction("sum", "negatives", "hinge", scale=4 * t2, offset=offset))
         if self.reduction != "nonzero":
             return loss, torch.zeros_like(loss)
-        # Of three equal rows the hinge is 0 but for rounding, by which none is above it.
+        # The hinge of three equal rows is 0 up to rounding, and must not count as above 0.
         slack = SLACK * torch.finfo(z.dtype).eps * (1 + 4 * t2)
         (above,) = sums.reduce(Reduction("count", "negatives", lower=((slack - offset) / (4 * t2)).detach()))
         return loss, above

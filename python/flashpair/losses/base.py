@@ -114,20 +114,28 @@ class Criterion(nn.Module):
         return self.normalize, None
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> PairAccess:
-        """The pairs of a call, of arguments that `check` has returned."""
+        """The pairs of a call, whose arguments are those that `check` returns.
+
+        Args:
+            x: (N, D), the embeddings.
+            labels: (N,) int64.
+            y: (M, D), the references, or None.
+            ref_labels: (M,) int64, or None.
+            impl: the implementation to use.
+        """
         self._check_distance(self.distance)
         x, y, normalize = self.prepared(x, y)
         return checked_pairs(x, labels, y, ref_labels, self.distance, normalize, impl)
 
     def prepared(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
-        """Embeddings and references after `preparation`, and whether they are still to be normalised."""
+        """Embeddings x (N, D) and references y (M, D) after `preparation`, and whether to normalise them afterwards."""
         normalize, prepare = self.preparation
         if prepare is None:
             return x, y, normalize
         x, y = upcast(x, y)
         name = type(self).__name__
-        own = checked_prepared(prepare(x), x, name)
-        return own, None if y is None else checked_prepared(prepare(y), y, name), normalize
+        prepared_x = checked_prepared(prepare(x), x, name)
+        return prepared_x, None if y is None else checked_prepared(prepare(y), y, name), normalize
 
     def row_losses(self, pairs: PairAccess) -> RowLosses:
         """The loss of each row; every subclass defines it.
@@ -143,11 +151,14 @@ class Criterion(nn.Module):
             f"{type(self).__name__} has no row_losses(self, pairs); define one that returns RowLosses"
         )
 
-    init_sets, init_takes = "impl", "normalize=..., reduction=..., impl=..."  # for the error where it was not called
+    # For the error if a subclass does not call this `__init__`: an attribute that it sets, and its arguments.
+    init_sets, init_takes = "impl", "normalize=..., reduction=..., impl=..."
 
     def __init_subclass__(cls) -> None:
-        """A subclass with rows of its own does not say its parent's formula; its distance is a word of the engine's;
-        its `__init__` calls its parent's."""
+        """Checks a subclass: its `distance` is known, and its `__init__` calls its parent's.
+
+        A subclass that defines `row_losses` does not inherit its parent's `row_formula`.
+        """
         super().__init_subclass__()
         if "__init__" in cls.__dict__:
             cls.__init__ = checks.after_init(cls, cls.init_sets, cls.init_takes)  # type: ignore[method-assign]
@@ -165,7 +176,7 @@ class Criterion(nn.Module):
             )
 
     def row_formula(self) -> RowFormula | None:
-        """The same loss as a formula that whole-loss kernels know; None (the default): it is not one of them."""
+        """The formula of the loss, if kernels can compute the whole loss from it; None (the default): they cannot."""
         return None
 
     penalizes_references = False
@@ -189,13 +200,13 @@ class Criterion(nn.Module):
         return None
 
     def checked_row_losses(self, pairs: PairReducer) -> RowLosses:
-        """`row_losses`, or the error that says what is wrong with them."""
+        """`row_losses`, whose result is checked."""
         return checked_rows(
             self.row_losses(cast(PairAccess, pairs)), type(self).__name__, pairs.count, pairs.labels.device
         )
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
-        """The number that is added to every valid row's loss: the mean of `penalty_of`, or None."""
+        """The mean () of `penalty_of`, which is added to the loss of every valid row, or None."""
         penalty = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
         return None if penalty is None else penalty.total / penalty.number.clamp_min(1)
 
@@ -205,9 +216,9 @@ class Criterion(nn.Module):
     ) -> Tensor:  # fmt: skip
         """The loss of a batch.
 
-        With references each anchor's pairs are with the references, none of which is taken for the anchor itself;
-        without them, with the rest of the batch. It is computed in float32, or in float64 for float64 inputs, under
-        autocast, too.
+        With references, an anchor's pairs are with all references, even with one that equals the anchor. Without them,
+        its pairs are with the rest of the batch. The loss is computed in float32, or in float64 for float64 inputs,
+        also under autocast.
 
         Args:
             embeddings: (N, D), float16 to float64.
@@ -278,11 +289,11 @@ class Criterion(nn.Module):
 
     def _streamed(self, embeddings: Tensor, labels: Tensor, refs: StreamedReferences, ref_labels: Any) -> Tensor:
         if ref_labels is not None:
-            raise ValueError("ref_labels must be None with StreamedReferences as ref_emb, which have labels")
+            raise ValueError("ref_labels must be None if ref_emb is a StreamedReferences, which has labels of its own")
         self.check_references()
         refuse_own(self, AT_ONCE, "StreamedReferences")
         if self.penalizes_references:
-            raise ValueError(f"{type(self).__name__} has a penalty on references, which must be one tensor then")
+            raise ValueError(f"ref_emb must be one tensor, because {type(self).__name__} has a penalty on references")
         x, labels, _, _ = self.check(embeddings, labels, None, None)
         with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
@@ -290,7 +301,7 @@ class Criterion(nn.Module):
             return loss + pairs.ref_source.nonfinite
 
     def of_chunks(self, x: Tensor, labels: Tensor, pairs: PairAccess) -> Tensor:
-        """The loss of embeddings whose references come in chunks."""
+        """The loss of embeddings x (N, D) with labels (N,) whose references come in chunks."""
         rows = self.checked_row_losses(pairs)
         loss = reduce_losses(rows, self.reduction, pairs, self._extra(x, labels, None, None))
         return loss + self.not_finite(x, None).to(loss.dtype)
@@ -305,25 +316,25 @@ class Criterion(nn.Module):
         return loss + self.not_finite(x, y).to(loss.dtype)
 
     def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """0, or NaN if an embedding or reference is not finite, even where no row has a loss to show it."""
+        """0, or NaN if an embedding or reference is not finite. It is added to the loss, as rows may not show it."""
         return nan_unless_finite(x, y)
 
     def rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
     ) -> tuple[RowLosses, PairAccess | None]:
-        """The row losses of a call, of arguments that `check` has returned, and their pairs, which know their order.
+        """The row losses of a call, and the pairs, which know the order of rows.
 
-        Without pairs (None) the rows are in the caller's order.
+        If the pairs are None, rows are in the caller's order. Arguments are those of `pairs_of`.
         """
         pairs = self.pairs_of(x, labels, y, ref_labels, impl)
         return self.row_losses(pairs), pairs
 
     def _dense(self, labels: Tensor, ref_labels: Tensor | None, x: Tensor, y: Tensor | None) -> Tensor:
-        """The loss without its regularizer, by the reference: for second derivatives."""
+        """The loss without its regularizer, by the reference, for second derivatives."""
         return self._by_rows(x, labels, y, ref_labels, None, "reference")
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Name and value of what the constructor took, for `repr`."""
+        """The names and values of hyper-parameters, for `repr`."""
         return {name: getattr(self, name) for name in self.shown}
 
     shown: tuple[str, ...] = ()
@@ -334,7 +345,14 @@ class Criterion(nn.Module):
 
 
 def reduce_losses(rows: RowLosses, reduction: str, pairs: PairReducer | None, extra: Tensor | None = None) -> Tensor:
-    """The loss of rows, with `extra` () added to each valid one; without `pairs` the rows are in the caller's order."""
+    """The loss of a batch, from its rows.
+
+    Args:
+        rows: the row losses (N,).
+        reduction: the criterion's reduction.
+        pairs: the pairs, which know the order of rows; None: rows are in the caller's order.
+        extra: () that is added to the loss of each valid row, or None.
+    """
     rows, extra = with_extra(rows, reduction, extra)
     if reduction == "none":
         return rows.losses if pairs is None else pairs.restore(rows.losses)
@@ -343,40 +361,41 @@ def reduce_losses(rows: RowLosses, reduction: str, pairs: PairReducer | None, ex
 
 
 def with_extra(rows: RowLosses, reduction: str, extra: Tensor | None) -> tuple[RowLosses, Tensor | None]:
-    """The rows with `extra` () added to each valid one, and the part of `extra` that is left to add to their average.
+    """Adds `extra` () to the loss of each valid row.
 
-    That is all of it where the average is over terms, which have no rows to add it to.
+    An average over terms has no rows to add it to. Then the rows stay as they are, and `extra` is returned, which the
+    caller adds to the average.
     """
     if extra is None or (rows.terms and reduction in ("nonzero", "mean_pairs")):
         return rows, extra
-    extra = extra.to(rows.losses.dtype).expand_as(rows.losses)  # of a tensor () where makes the default dtype
+    extra = extra.to(rows.losses.dtype).expand_as(rows.losses)  # torch.where of a tensor () would change the dtype
     losses = rows.losses + extra.masked_fill(~rows.valid, 0.0)
     return RowLosses(losses, rows.valid, rows.denominator, rows.terms, rows.shares), None
 
 
 def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """The one number that every reduction but "none" gives.
+    """The loss () of some rows.
 
     Args:
         rows: the row losses.
-        reduction: any word but "none".
-        total: where processes share the batch and `rows` are one's own: the sum over all processes of a count (). The
-            result is then this process's share of the number.
+        reduction: any reduction but "none".
+        total: a function that sums a count () over all processes, if `rows` are only this process's rows. The result
+            is then this process's share of the loss.
     """
     losses = rows.losses
 
-    def every(count: Tensor) -> Tensor:
+    def summed(count: Tensor) -> Tensor:
         return (count if total is None else total(count)).clamp_min(1)
 
     if rows.shares:
         return losses.sum()
     if reduction == "mean_pairs":
-        return _sum_of(t.losses.sum() / every(t.number.sum()) for t in rows.terms)
+        return _sum_of(t.losses.sum() / summed(t.number.sum()) for t in rows.terms)
     if reduction == "nonzero" and rows.terms:
-        return _sum_of(t.losses.sum() / every(t.nonzero.sum()) for t in rows.terms if t.nonzero is not None)
+        return _sum_of(t.losses.sum() / summed(t.nonzero.sum()) for t in rows.terms if t.nonzero is not None)
     if reduction == "nonzero":
-        positive = ~(losses <= 0)  # NaN among them
-        return torch.where(positive, losses, 0.0).sum() / every(positive.sum())
+        positive = ~(losses <= 0)  # true for NaN
+        return torch.where(positive, losses, 0.0).sum() / summed(positive.sum())
     if reduction == "sum":
         return losses.sum()
     if reduction not in ("mean", "mean_valid"):
@@ -385,7 +404,7 @@ def average(rows: RowLosses, reduction: str, total: Callable[[Tensor], Tensor] |
     if total is not None and not isinstance(by, Tensor):
         by = torch.full((), by, dtype=torch.int64, device=losses.device)
     if isinstance(by, Tensor):
-        return losses.sum() / every(by)
+        return losses.sum() / summed(by)
     return losses.mean() if by == losses.shape[0] > 0 else losses.sum() / max(by, 1)
 
 

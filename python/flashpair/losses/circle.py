@@ -17,7 +17,7 @@ from .histogram import of_batch
 
 
 def _paced(turn: float) -> str:
-    """max(0, t) (t - turn) whose factor max(0, t), the pair's pace, is constant to autograd."""
+    """The transform max(0, t) (t - turn). Its factor max(0, t), the pair's weight, gets no gradient."""
     return specialised(f"circle {turn!r}", lambda t: t.relu().detach() * (t - turn))
 
 

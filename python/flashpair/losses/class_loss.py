@@ -1,4 +1,4 @@
-"""What losses against class weights share: B embeddings against C classes, whose B x C logits are never stored."""
+"""The base of losses against class weights. The logits of all embeddings and classes are never stored."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ class ClassCriterion(Criterion):
         return nan_unless_finite(x, self.weight)
 
     def refuses_parts(self) -> str | None:
-        """Why the classes cannot be split over processes (`flashpair.distributed.shard_classes`); None: they can."""
+        """The reason why classes cannot be split over processes (`flashpair.distributed.shard_classes`), or None."""
         return None
 
     def rows_of_parts(
         self, x: Tensor, labels: Tensor, total: Callable[[Tensor], Tensor], logsumexp: Callable[[Tensor], Tensor]
     ) -> RowLosses | None:
-        """The row losses of all samples where classes are split over processes; for a class that overrides `rows`.
+        """The row losses of all samples where classes are split over processes. A class that overrides `rows` needs it.
 
         Args:
             x: (N, D), the samples of all processes.

@@ -20,7 +20,7 @@ from .class_loss import ClassCriterion
 
 
 def _cross_entropy(pairs: PairAccess, scale: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's cosine with its own class, and the logsumexp of scale times the others'."""
+    """Each row's cosine with its own class (N,), and the logsumexp of scale times its other cosines (N,)."""
     own, neg = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "negatives", scale=scale))
     return own, neg
 
@@ -213,7 +213,7 @@ class ArcFaceLoss(ClassCriterion):
 
 
 def sine(cosine: Tensor) -> Tensor:
-    """sqrt(1 - cosine^2) with gradient 0 at its ends."""
+    """sqrt(1 - cosine^2), with gradient 0 at cosines of -1 and 1."""
     rest = 1 - cosine * cosine
     inside = rest > 0
     return torch.where(inside, torch.where(inside, rest, 1.0).sqrt(), 0.0)
@@ -294,7 +294,7 @@ class SphereFaceLoss(ClassCriterion):
 
 
 def _chebyshev(cosine: Tensor, order: int) -> Tensor:
-    """cos(order theta) as a polynomial of cos theta, by the recurrence: smooth at the ends, where acos is not."""
+    """cos(order theta) as a polynomial of cos theta. It is smooth at -1 and 1, where acos is not."""
     before, now = torch.ones_like(cosine), cosine
     for _ in range(order - 1):
         before, now = now, 2 * cosine * now - before

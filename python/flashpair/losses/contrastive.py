@@ -18,7 +18,7 @@ from ..core.reduction import Reduction
 from ..core.similarity import l2_normalize, upcast
 from .base import Criterion, Penalty, RowLosses, Terms
 
-COSINE_SLACK = 16  # roundings
+COSINE_SLACK = 16  # a cosine this many roundings from its margin counts as at the margin
 
 
 def hinges(
@@ -113,7 +113,7 @@ class ContrastiveLoss(Criterion):
         if self.reduction == "nonzero" and self.pos_margin is not None:
             pos_limit, neg_limit = _plain(self.pos_margin), _plain(self.neg_margin)
             if sign > 0:
-                # Whether a row and its copy have a cosine of 1 or of a rounding less says nothing of them.
+                # The cosine of a row and its copy is 1 or a rounding less; which of the two must not matter.
                 slack = COSINE_SLACK * torch.finfo(pairs.dtype).eps if self.normalize else 0.0
                 limits = (
                     Reduction("count", "positives", upper=pos_limit - slack),
@@ -198,14 +198,14 @@ class SNRContrastiveLoss(Criterion):
         x = l2_normalize(x) if self.normalize else x
         centred = x - x.mean(1, keepdim=True)
         noise = x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * x.detach().abs().amax(1, keepdim=True)
-        constant = centred.detach().abs().amax(1, keepdim=True) <= noise  # but for rounding
+        constant = centred.detach().abs().amax(1, keepdim=True) <= noise  # the entries differ by rounding only
         return centred.masked_fill(constant, 0.0)
 
     def row_losses(self, pairs: PairAccess) -> RowLosses:
-        noise = pairs.squared_norms()  # (N,) |x_i - mean|^2, in whose units the margins are
+        noise = pairs.squared_norms()  # (N,) |x_i - mean|^2; the margins are multiples of it
         varies = noise > 0
-        # What is over its margin by no more than rounding has no loss: a batch's and its processes' squared norms round
-        # apart. So do equal rows' means.
+        # A pair that exceeds its margin by rounding only has no loss. Rounding of squared norms differs between one
+        # process and many, and rounding of means differs between equal rows.
         slack = 8 * torch.finfo(noise.dtype).eps
         least, most = noise * (self.pos_margin * (1 + slack)), noise * (self.neg_margin * (1 - slack))
         positives = Reduction("sum", "positives", "hinge", offset=-least)
@@ -216,7 +216,7 @@ class SNRContrastiveLoss(Criterion):
                 Reduction("count", "positives", lower=torch.maximum(least, noise * (8 * slack) ** 2).detach()),
                 Reduction("count", "negatives", upper=most.detach()),
             )
-        some = torch.where(varies, noise, 1.0)  # divided by, for its reciprocal's slope overflows where it does not
+        some = torch.where(varies, noise, 1.0)  # a divisor whose reciprocal has a finite gradient
         terms = tuple(
             Terms(
                 torch.where(varies, t.losses / some, 0.0),

@@ -113,7 +113,7 @@ class FastAPLoss(Criterion):
         self.distance = "dot" if normalize else "squared_euclidean"
 
     def row_losses(self, pairs: PairAccess) -> RowLosses:
-        # of unit vectors D^2 is 2 - 2 s, which is had for less
+        # for unit vectors D^2 = 2 - 2 s, and s is cheaper
         nodes, first, step = self.num_bins + 1, *((1.0, -2.0) if self.distance == "dot" else (0.0, 4.0))
         step /= self.num_bins
         rows = pairs.reduce(*histogram("positives", nodes, first, step), *histogram("negatives", nodes, first, step))

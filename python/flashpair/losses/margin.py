@@ -84,10 +84,14 @@ class MarginLoss(Criterion):
             dtype = start.dtype if isinstance(beta, Tensor) else torch.get_default_dtype()
             self.beta = nn.Parameter(start.detach().to(dtype).expand(wanted).clone())
         else:
-            self.register_buffer("beta", start.detach().double().expand(wanted).clone())  # float32 has no 1.2
+            self.register_buffer(
+                "beta", start.detach().double().expand(wanted).clone()
+            )  # float64, since float32 would round 1.2
 
     def hyperparameters(self) -> dict[str, object]:
-        shared = {"beta": self.beta.item()} if self.num_classes is None else {}  # not those of every class
+        shared = (
+            {"beta": self.beta.item()} if self.num_classes is None else {}
+        )  # betas of all classes would be too long
         return {**super().hyperparameters(), **shared}
 
     def check(
@@ -115,7 +119,7 @@ class MarginLoss(Criterion):
         penalty = self.nu * beta * times_row
         count = num_pos * times_pos + num_neg * times_neg
         nonzero = above[0] * times_pos + above[1] * times_neg if above else None
-        if self.nu and nonzero is not None:  # an average over nothing is 0
+        if self.nu and nonzero is not None:  # without pairs above 0 the loss is 0, with no penalty
             penalty = torch.where(pairs.batch_sum(nonzero) > 0, penalty, 0.0)
         losses = pos * times_pos + neg * times_neg + penalty
         return RowLosses(losses, count > 0, losses.shape[0], (Terms(losses, count, nonzero),))

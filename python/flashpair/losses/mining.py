@@ -1,4 +1,4 @@
-"""Multi-Similarity's mining, once for the losses that use it (Wang et al., 2019, eq. 11-12)."""
+"""The mining of Multi-Similarity (Wang et al., 2019, eq. 11-12), for all losses that use it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from ..core.reduction import Bound, Reduction
 def logsumexps(
     pairs: PairAccess, alpha: float | Tensor, beta: float | Tensor, epsilon: float | None
 ) -> tuple[Tensor, Tensor]:
-    """logsumexp of -alpha z over each row's positives and of beta z over its negatives, (N,) each, mined.
+    """The logsumexp of -alpha z over each row's mined positives, and of beta z over its mined negatives, (N,) each.
 
-    A negative is kept if z > (lowest positive) - epsilon, a positive if z < (highest negative) + epsilon; epsilon None
-    keeps all. Of a mined row both sets are empty (-inf) or neither is: one comparison a row makes sure of it.
+    A negative is mined if z > (lowest positive) - epsilon, a positive if z < (highest negative) + epsilon. A row has
+    mined pairs of both kinds, or of none; then both results are -inf.
+
+    Args:
+        pairs: the pairs.
+        alpha: a number or a tensor ().
+        beta: a number or a tensor ().
+        epsilon: the width of the mining windows; None: all pairs are mined.
     """
     if epsilon is None:
         pos, neg = pairs.reduce(
@@ -27,14 +33,14 @@ def logsumexps(
         return pos, neg
     constant = not (isinstance(alpha, Tensor) or isinstance(beta, Tensor) or torch.compiler.is_compiling())
     _, neg, _, pos = pairs.reduce(*(_mined_constant if constant else _mined)(alpha, beta, epsilon))
-    # Without a mined negative there is no mined positive; in exact arithmetic nor the other way round.
+    # A row without a mined negative has no mined positive. The reverse holds only without rounding, so it is enforced.
     return pos, neg.masked_fill(pos == -torch.inf, -torch.inf)
 
 
 def _mined(alpha: float | Tensor, beta: float | Tensor, epsilon: float) -> tuple[Reduction, ...]:
     lowest = Reduction("min", "positives", detach=True)
     kept = Bound(lowest, -epsilon)
-    # A highest negative outside the window leaves nothing to mine, so that the window serves the maximum too.
+    # If the highest negative is outside of the window, there is nothing to mine: the maximum can have the window, too.
     highest = Reduction("max", "negatives", lower=kept, detach=True)
     negatives = Reduction("logsumexp", "negatives", scale=beta, lower=kept)
     return lowest, negatives, highest, Reduction("logsumexp", "positives", scale=-alpha, upper=Bound(highest, epsilon))
@@ -46,9 +52,15 @@ _mined_constant = functools.lru_cache(maxsize=64)(_mined)
 def mined_sums(
     pairs: PairAccess, positives: dict[str, Any], negatives: dict[str, Any], epsilon: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over each row's mined positives and negatives, and how many these are, (N,) each.
+    """The sums over each row's mined positives and negatives, and the numbers of these, (N,) each.
 
-    positives, negatives: what `Reduction` is told of the two sums. Of a mined row both sets are empty or neither is.
+    A row has mined pairs of both kinds, or of none; see `logsumexps`.
+
+    Args:
+        pairs: the pairs.
+        positives: the other arguments of the positives' `Reduction`.
+        negatives: the other arguments of the negatives' `Reduction`.
+        epsilon: the width of the mining windows; None: all pairs are mined.
     """
     if epsilon is None:
         pos, neg = pairs.reduce(Reduction("sum", "positives", **positives), Reduction("sum", "negatives", **negatives))
@@ -65,5 +77,5 @@ def mined_sums(
         Reduction("sum", "positives", upper=below, **positives),
         Reduction("count", "positives", upper=below),
     )
-    mined = ~(torch.minimum(some_pos, some_neg) <= 0)  # NaN among them
+    mined = ~(torch.minimum(some_pos, some_neg) <= 0)  # true for NaN
     return tuple(torch.where(mined, row, 0.0) for row in (pos, neg, some_pos, some_neg))  # type: ignore[return-value]

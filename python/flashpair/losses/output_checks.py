@@ -1,4 +1,4 @@
-"""Checks of what the methods of a criterion return, with errors for the author of a criterion."""
+"""The results that methods of a criterion return, and checks of them with errors for the criterion's author."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..core import checks
 
-# What makes a loss of one batch at once, and what it is made of: not called where references come in pieces.
+# Methods that compute a loss from all references at once. They are not called where references come in chunks.
 AT_ONCE = ("_loss", "_by_rows", "rows", "pairs_of", "prepared")
 WIDE = (torch.float32, torch.float64)
 
 
 class Terms(NamedTuple):
-    """Terms that a loss averages one by one instead of by rows: its pairs of one kind, or its triplets.
+    """Terms that a loss averages one by one instead of by rows: its pairs of one side, or its triplets.
 
     A loss that has them returns them in `RowLosses`, so that "nonzero" and "mean_pairs" can average over terms.
 
@@ -37,7 +37,7 @@ class Terms(NamedTuple):
 
 
 class RowLosses(NamedTuple):
-    """The losses of the rows, and what averages divide by: what `row_losses` of a `Criterion` returns.
+    """The losses of the rows, and what averages divide by. `row_losses` of a `Criterion` returns it.
 
     Attributes:
         losses: (N,), float32 or float64; 0 where a row has no loss.
@@ -61,17 +61,18 @@ class RowLosses(NamedTuple):
 
 
 class Penalty(NamedTuple):
-    """A mean of something of the embeddings: () its sum, and () over how many."""
+    """A penalty that is a mean: its sum (), and the number () that it is divided by."""
 
     total: Tensor
     number: Tensor
 
 
 def checked_rows(rows: Any, name: str, count: int, device: torch.device) -> RowLosses:
-    """What `row_losses` of a class has returned of `count` rows.
+    """Checks what `row_losses` of the class `name` returned for `count` rows.
 
     Raises:
-        TypeError, ValueError: what is no RowLosses, or has another shape, dtype or device than it must have.
+        TypeError: it is no RowLosses, or a tensor has a wrong type or dtype.
+        ValueError: a tensor has another shape or device than it must have.
     """
     if not isinstance(rows, RowLosses):
         raise TypeError(
@@ -125,7 +126,7 @@ def _on(value: Tensor, device: torch.device, name: str) -> None:
 
 
 def checked_call(returned: Any, name: str) -> tuple[Any, Any]:
-    """What `rows` of a class has returned."""
+    """Checks what `rows` of the class `name` returned."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(
             f"rows of {name} must return a tuple of RowLosses and the pairs (or None), got {checks.what(returned)}"
@@ -134,7 +135,7 @@ def checked_call(returned: Any, name: str) -> tuple[Any, Any]:
 
 
 def checked_extra(extra: Any, name: str, x: Tensor) -> Tensor | None:
-    """What `regularizer` of a class has returned."""
+    """Checks what `regularizer` of the class `name` returned, for embeddings x (N, D)."""
     if extra is not None and (not isinstance(extra, Tensor) or extra.dim() or not extra.dtype.is_floating_point):
         raise TypeError(
             f"regularizer of {name} must return None or a floating-point tensor of shape (), got {checks.what(extra)}"
@@ -145,7 +146,7 @@ def checked_extra(extra: Any, name: str, x: Tensor) -> Tensor | None:
 
 
 def checked_penalty(penalty: Any, name: str) -> Penalty | None:
-    """What `penalty_of` of a class has returned."""
+    """Checks what `penalty_of` of the class `name` returned."""
     if penalty is not None and not (isinstance(penalty, Penalty) and all(isinstance(t, Tensor) for t in penalty)):
         raise TypeError(
             f"penalty_of of {name} must return None or Penalty(total, number) of two tensors of shape (), got "
@@ -155,7 +156,7 @@ def checked_penalty(penalty: Any, name: str) -> Penalty | None:
 
 
 def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
-    """What the function in `preparation` of a class has made of embeddings or references."""
+    """Checks what the function in `preparation` of the class `name` returned for rows (n, D)."""
     right = isinstance(rows, Tensor) and rows.dim() == 2 and rows.shape[0] == given.shape[0]
     if not right or not rows.dtype.is_floating_point:
         raise TypeError(
@@ -166,8 +167,13 @@ def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
 
 
 def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:
-    """TypeError: a criterion whose class, or which itself, has one of these methods of a user's own, which is not what
-    is called there."""
+    """Raises TypeError if a user's class (or the criterion itself) overrides one of these methods.
+
+    Args:
+        criterion: the criterion.
+        methods: names of methods.
+        where: what does not call them.
+    """
     for method in methods:
         given = vars(criterion).get(method, getattr(type(criterion), method))
         if not getattr(given, "__module__", "").startswith("flashpair."):

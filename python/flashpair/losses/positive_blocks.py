@@ -1,4 +1,4 @@
-"""Losses of each positive pair: a block of places in the list of positives at a time, so that memory stays linear."""
+"""Sums over blocks of positives, so that losses of single positive pairs need memory linear in N."""
 
 from __future__ import annotations
 
@@ -17,24 +17,32 @@ Run = Callable[[Block], tuple[Tensor, ...]]
 
 
 def sum_of_blocks(run: Run[Block], blocks: Sequence[Block], kept: int, device: torch.device) -> list[Tensor]:
-    """What run(block) returns, added up over the blocks. Of up to `kept` blocks all is kept for backward; of more,
-    nothing is, and backward runs each again, on the same device."""
-    again = len(blocks) > kept and torch.is_grad_enabled()
+    """The sums over all blocks of the tensors that run(block) returns.
+
+    Args:
+        run: a function of a block, which returns tensors of the same shapes for each.
+        blocks: the blocks.
+        kept: with more blocks than this, backward recomputes each block, and nothing is kept for it.
+        device: the device of the tensors.
+    """
+    recompute = len(blocks) > kept and torch.is_grad_enabled()
     sums: list[Tensor] = []
     for block in blocks:
-        if not again:
-            found = run(block)
+        if not recompute:
+            parts = run(block)
         elif torch.compiler.is_compiling():
-            found = checkpoint(run, block, use_reentrant=False)
+            parts = checkpoint(run, block, use_reentrant=False)
         else:
-            found = _forgotten(run, block, device)
-        sums = [total + part for total, part in zip(sums, found, strict=True)] if sums else list(found)
+            parts = _recomputed(run, block, device)
+        sums = [total + part for total, part in zip(sums, parts, strict=True)] if sums else list(parts)
     return sums
 
 
-def _forgotten(run: Run[Block], block: Block, device: torch.device) -> tuple[Tensor, ...]:
-    """run(block), which backward runs again at the first tensor that it asks for: torch.utils.checkpoint, without the
-    150 MB and the seconds that its first call takes to import the compiler."""
+def _recomputed(run: Run[Block], block: Block, device: torch.device) -> tuple[Tensor, ...]:
+    """run(block), which keeps no tensors: backward runs it again when it asks for the first one.
+
+    torch.utils.checkpoint would do the same, but its first call imports the compiler: seconds, and 150 MB.
+    """
     count, recomputed = 0, dict[int, Tensor]()
 
     def forget(_: Tensor) -> int:

@@ -69,7 +69,7 @@ class ProxyNCALoss(ClassCriterion):
         self.include_positive = checks.flag(include_positive, "include_positive")
 
     def row_losses(self, pairs: PairAccess) -> RowLosses:
-        # D^2 = |x|^2 + 1 - 2 s, of which the first two cancel
+        # D^2 = |x|^2 + 1 - 2 s. In the loss |x|^2 + 1 cancels, so s is enough.
         scale = 2 * self.softmax_scale
         own, neg = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "negatives", scale=scale))
         if self.include_positive:

@@ -1,5 +1,6 @@
-"""Every criterion in every form that takes another way through the engine: what `check` and the tests go through. A new
-loss adds its rows here.
+"""All criteria, in every form that uses the engine in another way. `check` and the tests go through them.
+
+A new loss adds its rows here.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ CLASSES = 200
 
 
 class OfClasses(Criterion):
-    """A criterion of class weights for embeddings of whatever width comes, with the same weights for the same width.
+    """A loss against class weights that takes embeddings of any width. Equal widths have equal weights.
 
     Args:
-        kind: the criterion's class; `options`: its own arguments beyond the number of classes and the width.
+        kind: the criterion's class.
+        options: its arguments beside the number of classes and the width.
         common: normalize, reduction and impl.
     """
 

@@ -105,7 +105,7 @@ class SoftTripleLoss(ClassCriterion):
             raise ValueError(f"impl of SoftTripleLoss must be one of auto, tiled, reference, got {impl!r}")
 
     def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> PairAccess:
-        """Every centre (C K) is a reference, over the dense matrix."""
+        """Pairs of embeddings and all C K centres, over the dense matrix."""
         x, weight = self._sides(x)
         classes = torch.arange(self.num_classes, device=x.device).repeat_interleave(self.centers_per_class)
         z = x @ unit(weight).flatten(0, 1).T
@@ -126,7 +126,7 @@ class SoftTripleLoss(ClassCriterion):
 
     def refuses_parts(self) -> str | None:
         if isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
-            return "SoftTripleLoss shares its classes out with numbers as la and gamma, got a tensor"
+            return "la and gamma of SoftTripleLoss must be numbers where classes are split over processes, got a tensor"
         return None
 
     def rows_of_parts(
@@ -136,8 +136,11 @@ class SoftTripleLoss(ClassCriterion):
         return self.row_losses_of(total(own), logsumexp(others))
 
     def own_and_others(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """S of each row's own class, 0 where that is none of these, and the logsumexp of la S over the others (B,)."""
-        bounded = self.normalize and 1 / self.gamma <= MOST_EXPONENT  # |s| is 1 at most
+        """S of each row's own class (B,), and the logsumexp of la S over the other classes (B,).
+
+        x: (B, D). labels: (B,) int64. A row whose class is not among these classes has an own S of 0.
+        """
+        bounded = self.normalize and 1 / self.gamma <= MOST_EXPONENT  # |s| is at most 1
         own, neg = _Chunked.apply(*self._sides(x), labels, self.la, self.gamma, bounded)
         return own, neg
 
@@ -158,45 +161,55 @@ class SoftTripleLoss(ClassCriterion):
         if not self.tau or k == 1:
             return None
         w = unit(self.weight)
-        one, other = torch.triu_indices(k, k, 1, device=w.device)
-        distance = (2 + 1e-5 - 2 * torch.bmm(w, w.transpose(1, 2))[:, one, other]).sqrt()
+        first, second = torch.triu_indices(k, k, 1, device=w.device)
+        distance = (2 + 1e-5 - 2 * torch.bmm(w, w.transpose(1, 2))[:, first, second]).sqrt()
         mean = self.tau * distance.sum() / (self.num_classes * k * (k - 1))
         return Penalty(mean, torch.ones_like(mean))
 
 
-def unit(weight: Tensor) -> Tensor:  # (C, K, D)
+def unit(weight: Tensor) -> Tensor:
+    """The centres (C, K, D), each divided by its norm."""
     return l2_normalize(weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
 
 
 def of_similarities(s: Tensor, labels: Tensor, la: float | Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
-    """S of each row's own class, and the logsumexp of la S over the others, (B,) each, of similarities (B, C, K)."""
+    """S of each row's own class (B,), and the logsumexp of la S over the other classes (B,).
+
+    Args:
+        s: (B, C, K), the similarities with all centres.
+        labels: (B,) int64.
+        la: a number or a tensor ().
+        gamma: a number or a tensor ().
+    """
     relaxed = (torch.softmax(s / gamma, 2) * s).sum(2)
     others = labels[:, None] != torch.arange(s.shape[1], device=s.device)
     return relaxed.gather(1, labels[:, None])[:, 0], masked_logsumexp(la * relaxed, others)
 
 
 class _Chunked(torch.autograd.Function):
-    """`of_similarities` of x (B, D) and centres (C, K, D), by chunks of classes, which backward computes again. Keeps
-    (B,) numbers; second derivatives take the dense form."""
+    """`of_similarities` of x (B, D) and centres (C, K, D), by chunks of classes.
+
+    It keeps numbers (B,) for backward, which computes each chunk again. Second derivatives use the dense form.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, la: float, gamma: float, bounded: bool
     ) -> tuple[Tensor, Tensor]:
-        # The logsumexp in two numbers, its largest term and the rest: their sum has no digits left for a tie at 1e8.
+        # The logsumexp is kept as its largest term and the rest. Their sum would lose the rest: log 2 of a tie at 1e8.
         own, top, total = x.new_zeros(x.shape[0]), x.new_full(x.shape[:1], -torch.inf), x.new_zeros(x.shape[0])
         for chunk in _chunks(x, weight, labels, gamma, bounded):
-            mine = chunk.mean.gather(1, chunk.column)
+            at_label = chunk.mean.gather(1, chunk.column)
             # not in place: torch.compile of torch 2.11 would lose its gradient
-            own = own + torch.where(chunk.inside, mine, 0.0)[:, 0]
-            logits = (la * chunk.mean).scatter(1, chunk.column, torch.where(chunk.inside, -torch.inf, la * mine))
+            own = own + torch.where(chunk.inside, at_label, 0.0)[:, 0]
+            logits = (la * chunk.mean).scatter(1, chunk.column, torch.where(chunk.inside, -torch.inf, la * at_label))
             high = torch.maximum(top, logits.amax(1))
             base = high.masked_fill(~high.isfinite(), 0.0)
             total = total * (top - base).exp() + (logits - base[:, None]).exp().sum(1)
             top = high
         top, rest = top.masked_fill(~top.isfinite(), 0.0), total.log()
         ctx.la, ctx.gamma, ctx.bounded = la, gamma, bounded
-        # of an only class nothing is left over: no gradient
+        # with a single class there are no other classes, and so no gradient
         ctx.save_for_backward(x, weight, labels, top, rest.masked_fill(total == 0, 0.0))
         return own, top + rest
 
@@ -209,7 +222,7 @@ class _Chunked(torch.autograd.Function):
     def gradient(ctx: Any, g_own: Tensor, g_neg: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels, top, rest = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
+            x, weight = x.view_as(x), weight.view_as(weight)  # one may be a function of the other
             s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
             values = of_similarities(s, labels, ctx.la, ctx.gamma)
             return *torch.autograd.grad(values, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
@@ -229,9 +242,20 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """Some classes: unit centres (K c, D), k before c so that softmaxes over K are of whole vectors; similarities
-    t = s / gamma (B, K, c), less a class's highest unless they are bounded, their exponentials e with their `total`,
-    their mean `inner` (B, c), the mean S (B, c) of s; and where (B, 1) a row's own class stands, if it is `inside`."""
+    """A chunk of c classes.
+
+    Attributes:
+        first: the number of the first class.
+        unit: (K c, D), the unit centres; k comes before c, so that a softmax over K works on whole vectors.
+        inverse: (K c, 1), the reciprocals of the centres' norms.
+        t: (B, K, c), s / gamma, less the largest of its class unless `bounded`.
+        e: (B, K, c), the exponentials of t.
+        total: (B, c), the sums of e over K.
+        inner: (B, c), the softmax means of t.
+        mean: (B, c), the softmax means S of s.
+        inside: (B, 1) bool, whether the row's own class is in the chunk.
+        column: (B, 1) int64, where the row's own class stands in the chunk; any place if it is not `inside`.
+    """
 
     first: int
     unit: Tensor
@@ -246,7 +270,8 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(x: Tensor, weight: Tensor, labels: Tensor, gamma: float, bounded: bool) -> Iterator[_Chunk]:
-    x = x / gamma  # not each of the similarities
+    """The classes in chunks. bounded: exponentials of s / gamma cannot overflow."""
+    x = x / gamma  # divides B D numbers, not B K c similarities
     size = max(1, CHUNK_BYTES // (x.element_size() * weight.shape[1] * max(x.shape[0], 1)))
     for first in range(0, weight.shape[0], size):
         part = weight[first : first + size].transpose(0, 1)

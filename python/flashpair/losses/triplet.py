@@ -17,7 +17,7 @@ from ..core.similarity import softplus
 from .base import Criterion, RowLosses, Terms
 from .positive_blocks import sum_of_blocks
 
-KEPT_BLOCKS = 2  # of the list of positives; of more, backward computes each again
+KEPT_BLOCKS = 2  # with more blocks of positives than these, backward recomputes each block
 TRIPLETS = ("all", "hard", "semihard", "semihard_all")
 
 

@@ -16,7 +16,7 @@ from .base import Criterion, RowLosses
 
 
 def _slack(scale: float, margin: float) -> str:
-    """softplus(offset - scale cos(theta - margin)), cos(theta) = s; where |s| = 1 the sine has gradient 0."""
+    """The transform softplus(offset - scale cos(theta - margin)) of s = cos(theta); at |s| = 1 sin has gradient 0."""
     a, b = scale * math.cos(margin), scale * math.sin(margin)
 
     def dense(s: Tensor, offset: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class TupletMarginLoss(Criterion):
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.margin = checks.plain_number(margin, "margin")
         self.scale = checks.plain_number(scale, "scale", above=0)
-        self._phi()  # known before anything is compiled
+        self._phi()  # registers the transform before anything is compiled
 
     def _phi(self) -> str:
         return _slack(self.scale, math.radians(self.margin))

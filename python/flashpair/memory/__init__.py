@@ -1,1 +1,1 @@
-"""Large effective batches on one device: a memory of earlier batches, and gradient caching."""
+"""Large effective batches on one device: a queue of earlier batches, and gradient caching."""

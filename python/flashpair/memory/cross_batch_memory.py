@@ -102,7 +102,7 @@ class CrossBatchMemory(nn.Module):
         Args:
             dtype: of the queue from now on; None: as before.
         """
-        self._before: Queue | None = None  # what the last batch met
+        self._before: Queue | None = None  # the queue as the last batch saw it, for a recomputation
         before = getattr(self, "queue", None)
         self.queue = Queue(self.memory_size, self.embedding_size, dtype or self.dtype)
         if before is not None:
@@ -110,7 +110,7 @@ class CrossBatchMemory(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the memory."""
+        """The dtype of the queue."""
         return self.queue.empty.rows.dtype
 
     def __len__(self) -> int:
@@ -129,7 +129,9 @@ class CrossBatchMemory(nn.Module):
         Returns:
             What `Criterion.forward` returns.
         """
-        if torch.compiler.is_compiling():  # how full the queue is changes from call to call, and is no constant
+        if (
+            torch.compiler.is_compiling()
+        ):  # the length of the queue changes from call to call, so a graph cannot hold it
             loss: Tensor = torch.compiler.disable(self._loss)(embeddings, labels, enqueue)
             return loss
         return self._loss(embeddings, labels, enqueue)
@@ -168,7 +170,10 @@ class CrossBatchMemory(nn.Module):
         return loss
 
     def _seen_by(self, rows: Tensor, labels: Tensor) -> Queue:
-        """What the last call saw, which torch.utils.checkpoint computes again."""
+        """The queue that the last call saw, for torch.utils.checkpoint, which recomputes that call.
+
+        rows: (N, D), the sorted embeddings of this call; labels: (N,), sorted. They must be those of the last call.
+        """
         pending, before = self.queue.pending, self._before
         if before is None or not (
             torch.equal(pending.labels, labels) and torch.equal(pending.rows, rows.detach().to(pending.rows.dtype))
@@ -190,16 +195,16 @@ class CrossBatchMemory(nn.Module):
 
     @property
     def memory(self) -> Tensor:
-        """(memory_size, D): the entries, the oldest first, then zeros."""
+        """The entries (memory_size, D), the oldest first, then zeros."""
         return self._padded(self.queue.in_order()[0])
 
     @property
     def labels(self) -> Tensor:
-        """(memory_size,) int64: theirs, then zeros."""
+        """The labels of the entries (memory_size,) int64, then zeros."""
         return self._padded(self.queue.in_order()[1])
 
     def _padded(self, t: Tensor) -> Tensor:
-        """Of one shape always, as distributed checkpoints need it."""
+        """`t` (m, ...) with zeros up to memory_size: distributed checkpoints need tensors of one shape."""
         return torch.cat([t, t.new_zeros(self.memory_size - t.shape[0], *t.shape[1:])])
 
     def get_extra_state(self) -> dict[str, int]:
@@ -229,7 +234,7 @@ class CrossBatchMemory(nn.Module):
         if not 0 <= pending <= held <= min(count, rows.shape[0]):
             error_msgs.append(f"{prefix}_extra_state must be of {rows.shape[0]} rows or fewer, got {self._counts!r}")
             return
-        rows, labels = rows[:held], labels[:held]  # of older states all
+        rows, labels = rows[:held], labels[:held]  # older states have no zeros behind
         fits = rows.dim() == 2 and rows.shape[1] == self.embedding_size and rows.shape[0] <= self.memory_size
         if not fits or labels.shape != rows.shape[:1]:
             error_msgs.append(

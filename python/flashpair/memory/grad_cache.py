@@ -2,11 +2,11 @@
 
 1. embed      every micro-batch, without a graph: (N, D) embeddings are kept, activations are not
 2. loss       once, of all embeddings: its gradient by the embeddings, (N, D), and by the criterion's parameters
-3. replay     each micro-batch again, now with its graph, and source it back from its slice of that gradient
+3. replay     each micro-batch again, now with its graph, and backward from its slice of that gradient
 
-The replay has to see what the first pass saw, so random states, buffers and autocast are as they were then, and what
-it returns is compared: for that a step waits for a GPU once, at its end. Apart from that nothing
-does, and all of a distributed criterion's communication is in its one call (2).
+A replay has to see what the first pass saw, so random states, buffers and autocast are as they were then. Its result is
+compared with that of the first pass; for this a step waits for a GPU once, at its end. A distributed criterion
+communicates only in its one call (2).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class GradCache:
 
         for tower in towers:
             tower.embed(devices)
-        torch.clear_autocast_cache()  # older torches keep weights that were cast without a graph for the replay, too
+        torch.clear_autocast_cache()  # older torch would use weights in the replay that were cast without a graph
         if ref_inputs is not None:
             references = {"ref_emb": towers[1].embeddings, "ref_labels": ref_labels}
         loss = self.criterion(towers[0].embeddings, labels, **references)
@@ -168,7 +168,15 @@ class GradCache:
 
 
 class _Tower:
-    """An encoder with the micro-batches of one call, and what has become of them."""
+    """An encoder, the micro-batches of one call, and their embeddings.
+
+    Args:
+        encoder: the encoder.
+        inputs: tensors (N, ...) in any nesting.
+        labels: (N,).
+        size: rows of a micro-batch.
+        prefix: ``""`` or ``"ref_"``, the beginning of the arguments' names.
+    """
 
     embeddings: Tensor  # (N, D), a leaf
     start: ForwardState
@@ -191,10 +199,10 @@ class _Tower:
         self.counts = [part.shape[0] for part in leaves[0].split(size)]
 
     def micro_batches(self) -> Iterator[Any]:
-        """Each pass has containers and tensors of its own, which an encoder may change."""
+        """The micro-batches, in new containers and tensors for each pass, because an encoder may change them."""
         for part in self.parts:
-            own = {id(leaf): torch.clone(t) for leaf, t in zip(self.leaves, part, strict=True)}
-            yield pytree.tree_unflatten([own[id(leaf)] for leaf in self.leaves], self.nesting)
+            copies = {id(leaf): torch.clone(t) for leaf, t in zip(self.leaves, part, strict=True)}
+            yield pytree.tree_unflatten([copies[id(leaf)] for leaf in self.leaves], self.nesting)
 
     def embed(self, devices: list[torch.device]) -> None:
         self.start = ForwardState([self.encoder], devices)
@@ -202,7 +210,7 @@ class _Tower:
         with torch.no_grad():
             for micro_batch, count in zip(self.micro_batches(), self.counts, strict=True):
                 part = self._embedded(micro_batch, count)
-                if first == 0:  # one chunk: small ones that are kept would leave holes where activations were
+                if first == 0:  # one allocation: small ones would fragment the memory that activations free
                     self.embeddings = part.new_empty(sum(self.counts), part.shape[1])
                 whole = self.embeddings
                 if part.shape[1] != whole.shape[1] or part.dtype != whole.dtype:
@@ -221,7 +229,12 @@ class _Tower:
         return out
 
     def replay(self, devices: list[torch.device], waiting: list[list[nn.Module]]) -> None:
-        """Each micro-batch again, forward and backward; in each, the modules of `waiting` do not reduce gradients."""
+        """Runs each micro-batch again, forward and backward.
+
+        Args:
+            devices: the devices of the step.
+            waiting: for each micro-batch the modules that must not reduce gradients in it.
+        """
         assert self.embeddings.grad is not None
         gradients = self.embeddings.grad.split(self.counts)
         self.start.restore()
@@ -238,7 +251,7 @@ class _Tower:
                 after.restore()  # a backward pass that draws (checkpointing may) is no part of the first pass
 
     def check_replay(self) -> None:
-        """Read once a step: a GPU is not waited for in between."""
+        """Raises if a replay differed from its first pass. The host waits for a GPU here only."""
         if self.apart and torch.stack(self.apart).any():
             raise RuntimeError(
                 f"{self.name} must return the same in the replay as in the first pass, and did not: it uses a random "
@@ -248,10 +261,10 @@ class _Tower:
 
 
 def _apart(again: Tensor, first: Tensor) -> Tensor:
-    """() bool: whether a row differs by more than other orders of summation or another kernel make it.
+    """Whether a row differs by more than rounding, () bool. Both tensors are (n, D).
 
-    Half of a dtype's digits are an encoder's rounding; of float32 on a GPU, which multiplies in tf32, those of tf32,
-    and under autocast those of its dtype. Another dropout mask changes rows by a share like its rate.
+    Another kernel or another order of summation changes up to half of the digits: those of the dtype, of tf32 for
+    float32 on a GPU, and of autocast's dtype under autocast. Another dropout mask changes far more.
     """
     kind = again.device.type
     digits = torch.finfo(again.dtype).eps
@@ -268,7 +281,7 @@ def _apart(again: Tensor, first: Tensor) -> Tensor:
 
 
 def _leaves(inputs: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec]:
-    """The tensors of some inputs, which all have N rows."""
+    """The tensors (N, ...) in a nesting of containers, and the nesting. name: what the inputs are called."""
     leaves, nesting = pytree.tree_flatten_with_path(inputs)
     takes = f"{name} must be a tensor (N, ...), or tensors of one N in a nesting of tuples, lists and dicts"
     if not leaves:
@@ -286,7 +299,7 @@ def _leaves(inputs: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec]:
 
 
 def _devices(towers: list[_Tower], criterion: object) -> list[torch.device]:
-    """Where anything of a step may be computed."""
+    """All devices of a step's tensors."""
     tensors = [leaf for tower in towers for leaf in tower.leaves]
     for module in (*(tower.encoder for tower in towers), criterion):
         if isinstance(module, nn.Module):
@@ -295,7 +308,7 @@ def _devices(towers: list[_Tower], criterion: object) -> list[torch.device]:
 
 
 def _backward(of: Tensor, gradient: Tensor | None, devices: list[torch.device]) -> None:
-    """Backward as it runs after a ``with torch.autocast`` block."""
+    """Backward without autocast, as it runs after a ``with torch.autocast`` block."""
     with ExitStack() as stack:
         for kind in {device.type for device in devices}:
             stack.enter_context(no_autocast(kind))
@@ -303,7 +316,7 @@ def _backward(of: Tensor, gradient: Tensor | None, devices: list[torch.device]) 
 
 
 def _waiting(towers: list[_Tower], sync: bool) -> Iterator[list[list[nn.Module]]]:
-    """For each tower, for each micro-batch: the modules that do not reduce gradients yet, or not at all.
+    """For each tower and each micro-batch, the modules that must not reduce gradients in it.
 
     A module that towers share waits for its last micro-batch in the last of them.
     """
@@ -321,6 +334,7 @@ def _reduces(module: nn.Module) -> bool:
 
 @contextmanager
 def _unreduced(modules: list[nn.Module]) -> Iterator[None]:
+    """A context in which these modules do not reduce gradients."""
     with ExitStack() as stack:
         for module in modules:
             if isinstance(module, DistributedDataParallel):

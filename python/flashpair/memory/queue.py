@@ -1,8 +1,8 @@
 """A queue of labelled rows, kept in runs that are each sorted by label.
 
-Appending a batch touches one or two runs, however long the queue is. No run is written into: one that changes is made
-anew, so that whoever holds the old one (a graph whose backward is yet to come) keeps what it saw. The host knows which
-entries stand where. It waits for a GPU once a batch, to learn whether all rows are finite.
+A batch touches one or two runs, however long the queue is. No run is changed in place: a new one takes its place, so a
+graph whose backward is yet to come keeps the run that it saw. The host knows which entries stand in which run. It waits
+for a GPU once for each batch, to learn whether all rows are finite.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from ..backends.cpu.screened import keep_rounded
 
-RUN_ROWS = 8192  # rows: of 128 float32 numbers 4 MB, which one step makes anew
+RUN_ROWS = 8192  # rows of a run; with 128 float32 numbers each, a step writes 4 MB
 
 
 class SortedRun(NamedTuple):
-    """Entries of a queue, sorted by label, and of equal ones the older first.
+    """Entries of a queue, sorted by label; entries of one label are sorted by age, the oldest first.
 
-    Args:
-        rows: (m, D); labels: (m,) int64; sequence_ids: (m,) int64: how many entries the queue had had before each.
+    Attributes:
+        rows: (m, D), the embeddings.
+        labels: (m,) int64, sorted.
+        sequence_ids: (m,) int64, how many entries had come to the queue before each.
     """
 
     rows: Tensor
@@ -33,37 +35,51 @@ class SortedRun(NamedTuple):
     def __len__(self) -> int:
         return self.labels.shape[0]
 
-    def take(self, at: Tensor) -> SortedRun:
-        return SortedRun(*(t.index_select(0, at) for t in self))
+    def take(self, places: Tensor) -> SortedRun:
+        """The entries at some places (k,)."""
+        return SortedRun(*(t.index_select(0, places) for t in self))
 
 
 def positions(mask: Tensor, count: int) -> Tensor:
-    """Where mask (m,) is true, as the host knows it to be `count` times."""
+    """Where mask (m,) is true, (count,) int64. The host knows `count`, and so need not wait for a GPU."""
     m = mask.shape[0]
     place = torch.where(mask, mask.cumsum(0) - 1, count)  # the others go to one place past the last
     rank = torch.arange(m, device=mask.device)
     return rank.new_zeros(count + 1).index_copy(0, place, rank)[:count]
 
 
-def merge_runs(old: SortedRun, at: Tensor, new: SortedRun) -> SortedRun:
-    """The entries `at` (k,), ascending, of `old`, and all of `new`, each of which is younger."""
-    labels, k, n = old.labels.index_select(0, at), at.shape[0], len(new)
+def merge_runs(old: SortedRun, kept: Tensor, new: SortedRun) -> SortedRun:
+    """A run of some old entries and of all new ones.
+
+    Args:
+        old: a run.
+        kept: (k,) int64, ascending, the places of the old entries that stay.
+        new: a run whose entries are all younger.
+    """
+    labels, k, n = old.labels.index_select(0, kept), kept.shape[0], len(new)
     if not k or not n:
-        return new if n else old.take(at)
-    mine = torch.arange(k, device=at.device) + torch.searchsorted(new.labels, labels)
-    theirs = torch.arange(n, device=at.device) + torch.searchsorted(labels, new.labels, right=True)
-    source = at.new_zeros(k + n).index_copy(0, mine, at)
-    return SortedRun(*(a.index_select(0, source).index_copy_(0, theirs, b) for a, b in zip(old, new, strict=True)))
+        return new if n else old.take(kept)
+    old_places = torch.arange(k, device=kept.device) + torch.searchsorted(new.labels, labels)
+    new_places = torch.arange(n, device=kept.device) + torch.searchsorted(labels, new.labels, right=True)
+    source = kept.new_zeros(k + n).index_copy(0, old_places, kept)
+    return SortedRun(*(a.index_select(0, source).index_copy_(0, new_places, b) for a, b in zip(old, new, strict=True)))
 
 
 class Queue:
-    """The newest `size` of the rows (D,) that have come, in the order in which they came.
+    """The newest `size` rows (D,) of all that have come, in the order in which they came.
+
+    Args:
+        size: the largest number of rows.
+        width: D.
+        dtype: the dtype of the rows.
 
     Attributes:
-        count: how many have come in all; `length`: how many are held.
-        runs: the entries of all batches but the last, by their place in the queue.
-        pending: the last batch. It joins the runs when the next batch comes, so that each run that it touches is made
-            anew once, for the entries that come and for those that go.
+        count: how many rows have come in all.
+        length: how many rows the queue holds.
+        runs: the entries of all batches but the last. Entry number i (its sequence id) belongs to run
+            (i % size) // run_rows.
+        pending: the last batch. It joins the runs when the next batch comes, so that a run is written once for the
+            entries that come and for those that go.
     """
 
     def __init__(self, size: int, width: int, dtype: torch.dtype) -> None:
@@ -74,18 +90,18 @@ class Queue:
         self.runs = [self.empty] * -(-size // self.run_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is kept with rows, which has no copy and no file."""
+        """The state without int8 forms that are kept with rows, which cannot be copied or stored."""
         plain = {k: SortedRun(*(t.detach() for t in s)) for k, s in (("empty", self.empty), ("pending", self.pending))}
         return {**vars(self), **plain, "runs": [SortedRun(*(t.detach() for t in s)) for s in self.runs]}
 
     def fork(self) -> Queue:
-        """A queue of the same entries, which changes by itself: runs are never written into."""
+        """A queue of the same entries. A change of one does not change the other, as no run is changed in place."""
         other = Queue.__new__(Queue)
         vars(other).update(vars(self), runs=list(self.runs))
         return other
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Moves or casts what is kept. What another dtype cannot hold goes."""
+        """Moves or casts all entries by a function of a tensor. Rows that are not finite in a new dtype are dropped."""
         before = self.empty.rows.dtype
         self.empty, self.pending, *self.runs = (
             SortedRun(*map(change, s)) for s in (self.empty, self.pending, *self.runs)
@@ -96,11 +112,11 @@ class Queue:
                 self.restore(*self.in_order(), self.count, len(self.pending))
 
     def held(self) -> tuple[SortedRun, ...]:
-        """All that is in the queue."""
+        """All runs that have entries, and the pending batch."""
         return tuple(s for s in (*self.runs, self.pending) if len(s))
 
     def evict(self, n: int) -> None:
-        """Makes room for `n` more: the oldest go, as far as there would be more than `size`."""
+        """Makes room for `n` more rows: the oldest go if there would be more than `size`. Pending rows join runs."""
         first_pending, oldest = self.count - len(self.pending), self.count - self.length
         first = max(oldest, self.count + n - self.size)
         going, coming = (
@@ -120,17 +136,23 @@ class Queue:
         self.pending, self.length = self.empty, self.count - first
 
     def append(self, rows: Tensor, labels: Tensor, order: Tensor) -> None:
-        """Rows (n, D), sorted by label, and their order (n,) among each other, for which `evict` has made room."""
+        """Appends a batch, for which `evict` has made room.
+
+        Args:
+            rows: (n, D), sorted by label.
+            labels: (n,) int64, sorted.
+            order: (n,) int64, the caller's index of each row.
+        """
         rows = rows.to(self.empty.rows.dtype)
         finite = rows.isfinite().all(1)
         if not finite.all():  # one would make every loss NaN for as long as it stays
-            at = finite.nonzero()[:, 0]
-            rows, labels, order = rows[at], labels[at], order[at].argsort().argsort()
+            places = finite.nonzero()[:, 0]
+            rows, labels, order = rows[places], labels[places], order[places].argsort().argsort()
         self.pending = SortedRun(rows, labels, order + self.count)
         self.count, self.length = self.count + rows.shape[0], self.length + rows.shape[0]
 
     def _rows_of_runs(self, first: int, last: int) -> Counter[int]:
-        """How many of the entries [first, last) stand in each run."""
+        """How many of the entries [first, last) belong to each run."""
         counts: Counter[int] = Counter()
         while first < last:
             place = first % self.size
@@ -145,14 +167,20 @@ class Queue:
         m = self.length
         rows, labels = self.empty.rows.new_empty(m, self.width), self.empty.labels.new_empty(m)
         for s in self.held():
-            at = s.sequence_ids - (self.count - m)
-            rows.index_copy_(0, at, s.rows)
-            labels.index_copy_(0, at, s.labels)
+            places = s.sequence_ids - (self.count - m)
+            rows.index_copy_(0, places, s.rows)
+            labels.index_copy_(0, places, s.labels)
         return rows, labels
 
     def restore(self, rows: Tensor, labels: Tensor, count: int, pending: int) -> None:
-        """What `in_order` gave, of a queue that had had `count` entries, the last `pending` of them not in runs. Rows
-        that are not finite stay out, as those that come do."""
+        """Fills the queue with entries. Rows that are not finite stay out, as in `append`.
+
+        Args:
+            rows: (m, D), the oldest first, as `in_order` returns them.
+            labels: (m,) int64.
+            count: how many rows have come in all.
+            pending: how many of the last rows are the pending batch.
+        """
         finite = rows.isfinite().all(1)
         if not finite.all():
             pending = int(finite[len(finite) - pending :].sum())
@@ -164,13 +192,13 @@ class Queue:
         self.count, self.length = count, m
         counts = self._rows_of_runs(count - m, count - pending)
         for k in range(len(self.runs)):
-            at = positions(run_of[:first_pending] == k, counts[k])
-            self.runs[k] = self._sorted(everything, at) if counts[k] else self.empty
+            places = positions(run_of[:first_pending] == k, counts[k])
+            self.runs[k] = self._sorted(everything, places) if counts[k] else self.empty
             keep_rounded(self.runs[k].rows)
         self.pending = (
             self._sorted(everything, torch.arange(first_pending, m, device=labels.device)) if pending else self.empty
         )
 
-    def _sorted(self, s: SortedRun, at: Tensor) -> SortedRun:
-        """Those at places `at`, ascending, by label."""
-        return s.take(at[torch.sort(s.labels.index_select(0, at), stable=True).indices])
+    def _sorted(self, s: SortedRun, places: Tensor) -> SortedRun:
+        """The entries at some places (k,), which are in ascending order, sorted by label."""
+        return s.take(places[torch.sort(s.labels.index_select(0, places), stable=True).indices])

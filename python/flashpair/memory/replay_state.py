@@ -1,4 +1,4 @@
-"""What a forward pass changes besides its result: random generators, buffers, and what DDP knows of them."""
+"""The state that a forward pass changes: random generators, buffers, and whether DDP will broadcast buffers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Generators:
         numpy = sys.modules.get("numpy")
         self.numpy = None if numpy is None else (numpy.random.set_state, numpy.random.get_state())
         held = {id(value): value for module in modules for value in vars(module).values()}
-        self.held = [found for value in held.values() if (found := _generator(value)) is not None]
+        self.held = [setter for value in held.values() if (setter := _generator(value)) is not None]
         self.states = [
-            (device, torch.get_device_module(device).get_rng_state(*_which(device)))
+            (device, torch.get_device_module(device).get_rng_state(*_device_argument(device)))
             for device in devices
             if device.type not in ("cpu", "meta")
         ]
@@ -34,14 +34,14 @@ class Generators:
         for put, state in (*self.held, *([] if self.numpy is None else [self.numpy])):
             put(state)
         for device, state in self.states:
-            torch.get_device_module(device).set_rng_state(state, *_which(device))
+            torch.get_device_module(device).set_rng_state(state, *_device_argument(device))
 
 
 def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
-    """How a random generator is set, and its state; None for anything else."""
+    """The setter and the state of a random generator; None for anything else."""
     if isinstance(value, torch.Generator):
         return value.set_state, value.get_state()
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # which has no state
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):  # that one has no state
         return value.setstate, value.getstate()
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.RandomState):
@@ -52,12 +52,13 @@ def _generator(value: Any) -> tuple[Callable[[Any], object], Any] | None:
     return None
 
 
-def _which(device: torch.device) -> tuple[torch.device, ...]:
+def _device_argument(device: torch.device) -> tuple[torch.device, ...]:
+    """The arguments of get_rng_state for a device; mps takes none."""
     return () if device.type == "mps" else (device,)
 
 
 class _Saved(NamedTuple):
-    """A buffer, the tensor that it was and the values that this had."""
+    """A buffer: its place, the tensor there, and a copy of the tensor's values."""
 
     module: nn.Module
     name: str
@@ -66,7 +67,7 @@ class _Saved(NamedTuple):
 
 
 class ForwardState:
-    """Generators and buffers, the tensors and their values, and whether DDP broadcasts these in its next forward."""
+    """The states of generators, the buffers and their values, and whether DDP will broadcast buffers."""
 
     def __init__(self, encoders: Iterable[nn.Module], devices: list[torch.device]) -> None:
         modules = dict.fromkeys(module for encoder in encoders for module in encoder.modules())
@@ -82,9 +83,12 @@ class ForwardState:
         self.empty = [(module, k) for module in modules for k, b in module._buffers.items() if b is None]
 
     def restore(self) -> None:
-        """Everything: the next forward pass is the one that came after this state."""
+        """Restores everything, so that the next forward pass is the one that came after this state."""
         self.restore_values()
-        for module, names in self.names.items():  # what a forward pass has made, the next one makes again
+        for (
+            module,
+            names,
+        ) in self.names.items():  # buffers that a forward pass made, and that the next one will make again
             for name in module._buffers.keys() - names:
                 delattr(module, name)
         for module, name in self.empty:
@@ -94,9 +98,9 @@ class ForwardState:
 
     @torch.no_grad()
     def restore_values(self) -> None:
-        """All but what DDP knows, which its own last pass has left right."""
+        """Restores generators and buffers. What DDP knows stays as its last pass left it."""
         self.generators.restore()
         for module, name, tensor, values in self.buffers:
             if getattr(module, name) is not tensor:
                 setattr(module, name, tensor)
-            tensor.data.copy_(values)  # counts no version, nor does BatchNorm: older graphs may hold its statistics
+            tensor.data.copy_(values)  # not a counted change in place, as older graphs may hold the buffer

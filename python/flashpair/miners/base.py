@@ -1,4 +1,4 @@
-"""What every miner shares: checks, and the pairs a block of anchors at a time, so that no N x M matrix exists."""
+"""The base of miners. It checks arguments, and computes pairs for a block of anchors at a time, never all at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core import checks
 from ..core.similarity import alike, copies, dense_pairs, l2_normalize, nan_unless_finite, upcast
 from ..engine.cached_references import References
 
-BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made of them up to eight times that
+BLOCK_BYTES = 2**23  # the similarities of a block; what is computed from them takes up to eight times as much
 
 
 class MinedPairs(NamedTuple):
@@ -50,7 +50,7 @@ class Triplets(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Anchors ``first`` to ``first + B`` against all M references: what `mine` of a `Miner` gets.
+    """Anchors ``first`` to ``first + B`` against all M references, the argument of `mine` of a `Miner`.
 
     Attributes:
         first: the index of the first anchor.
@@ -72,22 +72,23 @@ Mined = TypeVar("Mined", MinedPairs, Triplets)
 
 
 def chunk(m: int, itemsize: int) -> int:
-    """How many rows of M numbers take BLOCK_BYTES; at least one."""
+    """How many rows of m numbers take BLOCK_BYTES; at least one. itemsize: the bytes of a number."""
     return max(1, BLOCK_BYTES // max(1, m * itemsize))
 
 
 class _Indices:
     """An int64 vector that grows at its end, in pages.
 
-    A list of every block's small results would not do: they lie where the block's large temporaries have been, and an
-    allocator that cannot put the next ones there asks for more, block after block.
+    A list of each block's small results would fragment memory: they would stand where the large temporaries of the
+    block have been, so the allocator would need new memory for those of the next block.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.pages = [torch.empty(0, dtype=torch.int64, device=device)]
-        self.used, self.count = 0, 0  # of the last page, of all
+        self.used, self.count = 0, 0  # entries of the last page, and of all pages
 
     def extend(self, more: Tensor) -> None:
+        """Appends int64 indices (n,)."""
         last = self.pages[-1]
         fits = min(more.shape[0], last.shape[0] - self.used)
         last[self.used : self.used + fits] = more[:fits]
@@ -99,15 +100,16 @@ class _Indices:
             self.used = rest
 
     def whole(self) -> Tensor:
+        """All indices as one tensor."""
         return torch.cat([*self.pages[:-1], self.pages[-1][: self.used]])
 
 
 class Miner(Generic[Mined]):
     """Base of the miners, which return indices of pairs or triplets; a subclass selects those of a block in `mine`.
 
-    All decisions on a block are taken from the same numbers. Their last bits can differ between block sizes, and from a
-    loss's own, so a pair that is at its threshold to the last bit can fall on either side. Equal references are equally
-    near.
+    All decisions on a block are taken from the same similarities. Their last bits can depend on the block size, and can
+    differ from those of a loss, so a pair exactly at its threshold can fall on either side. Equal references are
+    equally near.
 
     Args:
         normalize: L2-normalise embeddings and references first; a zero row stays zero.
@@ -139,7 +141,7 @@ class Miner(Generic[Mined]):
         self.normalize = checks.flag(normalize, "normalize")
 
     def __init_subclass__(cls) -> None:
-        """A subclass says what it mines, and its `__init__` calls its parent's."""
+        """Checks a subclass: `mined` is its type of result, and its `__init__` calls its parent's."""
         super().__init_subclass__()
         if "mine" in cls.__dict__ and getattr(cls, "mined", None) not in (MinedPairs, Triplets):
             raise TypeError(f"{cls.__name__}.mined must be MinedPairs or Triplets, which mine yields")
@@ -150,16 +152,16 @@ class Miner(Generic[Mined]):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
         ref_labels: Tensor | None = None,
     ) -> Mined:  # fmt: skip
-        """Everything that is mined, ordered by anchor, then by reference (triplets: by positive, then by negative).
+        """All mined pairs or triplets, ordered by anchor, then by reference (triplets: by positive, then by negative).
 
-        Memory is twice the result plus some eight times BLOCK_BYTES (or a row of M, if that is more), whatever N is. On
-        a GPU the host waits for it. No gradient flows.
+        Memory is twice the result plus about eight times BLOCK_BYTES (or a row of M, if that is more), whatever N is.
+        On a GPU the host waits for the result. There is no gradient.
 
         Args:
             embeddings: (N, D), float16 to float64; similarities are float32, or float64 if either side is.
             labels: (N,), integers.
-            ref_emb: (M, D), a tensor or `References`, none of which is taken for an anchor itself; None: the rest of
-                the embeddings.
+            ref_emb: (M, D), a tensor or `References`; all of them make pairs with each anchor. None: the rest of the
+                embeddings.
             ref_labels: (M,), integers, with a tensor as `ref_emb`.
 
         Returns:
@@ -205,13 +207,11 @@ class Miner(Generic[Mined]):
         results = self.mine(block)
         if not isinstance(results, Iterable) or isinstance(results, tuple):
             name = type(self).__name__
-            raise TypeError(
-                f"mine of {name} must yield {self.mined.__name__} by and by, as a generator, got {checks.what(results)}"
-            )
+            raise TypeError(f"mine of {name} must be a generator of {self.mined.__name__}, got {checks.what(results)}")
         return iter(results)
 
     def _checked(self, mined: Any) -> Mined:
-        """What a `mine`, a user's own too, has yielded, or the error that says what is wrong with it."""
+        """Checks what `mine` yielded, which may be a user's own."""
         name, kind = type(self).__name__, self.mined
         if not isinstance(mined, kind):
             raise TypeError(f"mine of {name} must yield {kind.__name__}, got {checks.what(mined)}")
@@ -240,7 +240,12 @@ class Miner(Generic[Mined]):
     def rows(
         self, embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, first: int = 0, count: int | None = None
     ) -> Iterator[Block]:
-        """Blocks of the anchors `first` to ``first + count`` (None: to the end)."""
+        """The blocks of some anchors, after all checks. Arguments are those of a call, and these two.
+
+        Args:
+            first: the first anchor.
+            count: how many anchors; None: all from `first` on.
+        """
         x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
         x, y = upcast(x.detach(), None if y is None else y.detach())
         if self.normalize:
@@ -259,17 +264,17 @@ class Miner(Generic[Mined]):
             return
         size = chunk(refs.shape[0], refs.itemsize)
         twins = copies(refs) if self.distance == "dot" else None
-        for at in range(first, last, size):
-            end = min(at + size, last)
-            z = alike(dense_pairs(x[at:end], refs, self.distance), twins)
-            positives = labels[at:end, None] == ref_labels[None, :]
+        for begin in range(first, last, size):
+            end = min(begin + size, last)
+            z = alike(dense_pairs(x[begin:end], refs, self.distance), twins)
+            positives = labels[begin:end, None] == ref_labels[None, :]
             negatives = ~positives
             if y is None:
-                positives.diagonal(at).fill_(False)
-            yield Block(at, z, positives, negatives, x.shape[1])
+                positives.diagonal(begin).fill_(False)
+            yield Block(begin, z, positives, negatives, x.shape[1])
 
     def hyperparameters(self) -> dict[str, object]:
-        """Name and value of what the constructor took, for `repr`."""
+        """The names and values of arguments, for `repr`."""
         return {name: getattr(self, name) for name in (*self.shown, "normalize")}
 
     def __repr__(self) -> str:

@@ -96,28 +96,28 @@ class DistanceWeightedMiner(Miner[Triplets]):
         last = x.shape[0] if rows is None else min(first + rows, x.shape[0])
         probabilities = upcast(x.detach(), y)[0].new_zeros(max(0, last - first), (x if y is None else y).shape[0])
         for block in blocks:
-            at = block.first - first
-            probabilities[at : at + block.z.shape[0]] = self._probabilities(block)
+            begin = block.first - first
+            probabilities[begin : begin + block.z.shape[0]] = self._probabilities(block)
         return probabilities
 
     def mine(self, block: Block) -> Iterator[Triplets]:
         positives = block.positives & block.negatives.any(1, keepdim=True)
         a, p = positives.nonzero(as_tuple=True)
-        # In float64, so that a running sum of M shares stays one, and steps up at every negative of weight above 0.
-        reached = self._probabilities(block).cumsum(1, dtype=torch.float64)
-        drawn = torch.rand(a.shape, generator=self.generator, dtype=torch.float64, device=a.device)
+        # In float64, a cumulative sum of M probabilities increases at every negative with a probability above 0.
+        cumulative = self._probabilities(block).cumsum(1, dtype=torch.float64)
+        uniform = torch.rand(a.shape, generator=self.generator, dtype=torch.float64, device=a.device)
         count = positives.sum(1)
         place = torch.arange(a.shape[0], device=a.device) - (count.cumsum(0) - count)[a]
-        at = drawn.new_zeros(count.shape[0], int(count.max()))
-        at[a, place] = drawn * reached[a, -1]
-        yield Triplets(a + block.first, p, torch.searchsorted(reached, at, right=True)[a, place])
+        thresholds = uniform.new_zeros(count.shape[0], int(count.max()))
+        thresholds[a, place] = uniform * cumulative[a, -1]
+        yield Triplets(a + block.first, p, torch.searchsorted(cumulative, thresholds, right=True)[a, place])
 
     def _probabilities(self, block: Block) -> Tensor:  # -> (B, M)
-        """In logarithms: 1 / q spans more than the range of float32 from D = 100 or so on."""
+        """P(n | a), computed in logarithms: from about D = 100 on, 1 / q exceeds the range of float32."""
         d, dim = block.z.clamp(self.cutoff, 2.0), block.width
         log_weights = (2 - dim) * d.log() - torch.special.xlog1py((dim - 3) / 2, d * d / -4)
-        drawn = block.negatives & (block.z < self.nonzero_loss_cutoff) & log_weights.isfinite()
-        log_weights = torch.where(drawn, log_weights, -torch.inf)
+        candidates = block.negatives & (block.z < self.nonzero_loss_cutoff) & log_weights.isfinite()
+        log_weights = torch.where(candidates, log_weights, -torch.inf)
         weights = (log_weights - log_weights.amax(1, keepdim=True)).exp()
-        weights = torch.where(drawn.any(1, keepdim=True), weights, block.negatives.to(weights.dtype))
+        weights = torch.where(candidates.any(1, keepdim=True), weights, block.negatives.to(weights.dtype))
         return weights / weights.sum(1, keepdim=True).clamp_min(1.0)

@@ -67,17 +67,16 @@ def hard_classes(
         start = int(torch.randint(classes, (1,), generator=generator, device=place))
     elif checks.integer(start, "start") >= classes:
         raise ValueError(f"start must be below {classes}, the number of classes, got {start}")
-    order = torch.randperm(classes, generator=generator, device=place).to(
-        f.device
-    )  # the first of equals is then any of them
+    # In a random order, argmax breaks ties at random.
+    order = torch.randperm(classes, generator=generator, device=place).to(f.device)
     f, positive = f[order], positive[order]
-    own = (f * positive).sum(1)
+    own_similarity = (f * positive).sum(1)
     chosen = torch.empty(count, dtype=torch.int64, device=f.device)
     chosen[0] = (order == start).int().argmax()
     violation = f.new_full((classes,), 0.0 if aggregate == "sum" else -torch.inf)
     for k in range(1, count):
         last = chosen[k - 1 : k]
-        more = (positive @ f[last].T)[:, 0] - own[last]
+        more = (positive @ f[last].T)[:, 0] - own_similarity[last]
         violation = violation + more if aggregate == "sum" else torch.maximum(violation, more)
         violation[chosen[:k]] = -torch.inf
         chosen[k] = violation.argmax()

@@ -57,7 +57,7 @@ class MultiSimilarityMiner(Miner[MinedPairs]):
         z = block.z
         lowest = torch.where(block.positives, z, torch.inf).amin(1, keepdim=True)
         negatives = block.negatives & (z > lowest - self.epsilon)
-        # A highest negative that is not kept leaves nothing to mine: one comparison decides of both kinds.
+        # If the highest negative is not mined, nothing is: the maximum over mined negatives serves both sides.
         highest = torch.where(negatives, z, -torch.inf).amax(1, keepdim=True)
         positives = block.positives & (z < highest + self.epsilon)
         negatives &= positives.any(1, keepdim=True)

@@ -1,1 +1,1 @@
-"""C++ kernels on the CPU: `tiled` goes through all pairs, `screened` first proves most of them irrelevant in int8."""
+"""C++ kernels on the CPU: `tiled` computes all pairs; `screened` first excludes most pairs by int8 products."""

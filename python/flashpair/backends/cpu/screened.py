@@ -1,10 +1,12 @@
-"""`screened` on the CPU: int8 products prove nearly all pairs dead; the survivors alone are computed
-(docs/screened-mining.md).
+"""`screened` on the CPU: int8 products prove that most pairs are irrelevant, and only the other pairs are computed.
 
-Computes: what `tiled` does, of calls all of whose reductions off the positives' band have no use for most pairs (mining
-windows, hinges, extremes). csrc/cpu/screen/int8.h has the bound and its products, screen.h what each anchor wants.
-Never materialises: similarities, beside the survivors'.
-Keeps for backward: what `tiled` keeps, with the live pairs of every tile that has few; the others go on as in `tiled`.
+docs/screened-mining.md explains the method.
+
+Computes: what `tiled` does, for calls in which every reduction that is not over positives needs few pairs only (mining
+windows, hinges, extremes). csrc/cpu/screen/int8.h has the bound, and screen.h has what each anchor needs.
+Never materialises: similarities, except those of candidates (pairs that the screen did not exclude).
+Keeps for backward: what `tiled` keeps, and the live pairs (those inside the windows) of each tile that has few of them.
+Tiles with many are computed as in `tiled`.
 Deterministic: same inputs, same bits, with any number of threads.
 """
 
@@ -27,10 +29,10 @@ from .. import extension
 from . import tiled
 
 backward = tiled.backward
-# From where on `auto` screens: fewer pairs, or coordinates of a pair, and the products are not what costs.
+# `auto` screens from this number of pairs and this D on. Below, products are not the largest cost.
 WORTH_PAIRS, WORTH_DEPTH = 1024**2, 32
-_rounded: TensorCache[dict[Any, Any]] = TensorCache()  # the int8 forms of references that keep them
-MOST_DEPTH = 2**17  # coordinates whose products fit 32 bits
+_rounded: TensorCache[dict[Any, Any]] = TensorCache()  # int8 forms of references, by the references
+MOST_DEPTH = 2**17  # the largest D for which the sum of int8 products fits 32 bits
 
 
 @dataclass
@@ -84,7 +86,7 @@ def screening() -> Iterator[Screening]:
 
 
 def worthwhile(x: Tensor, refs: int) -> bool:
-    """Whether `auto`, which has chosen `tiled`, is to screen pairs of x (N, D) and `refs` references where it can."""
+    """Whether `auto` is to screen pairs of x (N, D) and `refs` references, if it can, in place of `tiled`."""
     n, d = x.shape
     if x.device.type != "cpu" or n * refs < WORTH_PAIRS or not WORTH_DEPTH <= d <= MOST_DEPTH:
         return False
@@ -92,15 +94,16 @@ def worthwhile(x: Tensor, refs: int) -> bool:
 
 
 def _quick_products() -> bool:
+    """Whether the processor has vector instructions for int8 products."""
     return extension.instruction_set() != "baseline"
 
 
-# What torch.compiler.assume_constant_result sets, as in dispatch.py: the processor does not change.
+# As torch.compiler.assume_constant_result does (see dispatch.py): the processor does not change.
 _quick_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported_reasons(terms: Terms, d: int) -> tuple[str, ...]:
-    """Why pairs of a call of these terms, of D coordinates, cannot be screened; empty if they can."""
+    """Why a call of these terms cannot be screened; empty if it can. d: the width D of embeddings."""
     return (_unsupported_reasons if torch.compiler.is_compiling() else _cached_reasons)(terms, d)
 
 
@@ -118,7 +121,7 @@ def _unsupported_reasons(terms: Terms, d: int) -> tuple[str, ...]:
         if not t.window and not hinged and t.op not in (MIN, MAX):
             reasons.append(f"screened needs a mining window or a hinge, and reductions[{k}] ({OPS[t.op]}) has none")
         if any(of >= 0 and terms[of].side != POSITIVES for of in (t.lower_of, t.upper_of)):
-            # which pair attains an extreme may hang on the last bit, and lists and whole blocks add in their own order
+            # The last bit may decide which pair is an extreme, and lists and whole tiles add up in different orders.
             reasons.append(f"screened takes no window bound to reductions of the same pairs, as reductions[{k}] has")
     of_sums = {k for k, t in off_band if t.op in (LOGSUMEXP, SUM)}
     if sum(any(k in of_sums for k in stage) for stage in stages(terms)) > 1:
@@ -130,21 +133,22 @@ _cached_reasons = functools.lru_cache(maxsize=256)(_unsupported_reasons)
 
 
 def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
+    """See core/problem.py."""
     return tiled.kept_like(x, y, terms, keep, screen=True)
 
 
 def keep_rounded(rows: Tensor) -> None:
-    """From now on int8 forms of `rows`, which must not change, are kept with them."""
+    """From now on, int8 forms of rows (M, D) are kept with them. The rows must not change."""
     _rounded[rows] = {}
 
 
 def rounded(rows: Tensor | None) -> dict[Any, Any] | None:
-    """Where int8 forms of `rows` are kept (`keep_rounded`); None for others."""
+    """The int8 forms that are kept with rows (M, D); None if `keep_rounded` did not get them."""
     return _rounded.get(rows)
 
 
 def _int8_references(p: Problem) -> Any:
-    """The references in int8, where they are `References`, which keep them; else None."""
+    """The int8 form of the references if it is kept with them (see `keep_rounded`), else None."""
     kept = rounded(p.y)
     if kept is None or p.y is None:
         return None
@@ -158,6 +162,7 @@ def _int8_references(p: Problem) -> Any:
 
 
 def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, tiled.Kept]:
+    """See core/problem.py. It also counts for `screening`."""
     values, kept, tally = tiled.run(p, terms, operands, keep, extension.instruction_set(), _int8_references(p))
     for seen in _watching.get():
         for name, count in zip(("tiles", "whole", "pairs", "candidates", "live"), tally, strict=True):

@@ -1,10 +1,10 @@
-"""`tiled` on the CPU: products of a tile that stays in cache, one fused C++ epilogue over it, in parallel.
+"""`tiled` on the CPU: threads compute tiles of similarities that stay in cache, and reduce each tile at once.
 
-Computes: the row reductions of an N x M problem, or of two groups of anchors with each other, and their gradients;
-csrc/cpu/tile/pass.h is the loop over tiles.
-Never materialises: more than one tile of similarities and one of weights a thread.
-Keeps for backward: the row values; of a tile in which a mining window leaves few pairs, those pairs, so that backward
-need not visit it (`live_capacity` bounds them to a fixed number a row).
+Computes: the row reductions of a problem, which may be two-sided, and their gradients. csrc/cpu/tile/pass.h has the
+loop over tiles.
+Never materialises: more than one tile of similarities and one tile of weights for each thread.
+Keeps for backward: the row values. If a mining window leaves few pairs of a tile, these live pairs are kept, too, and
+backward need not visit the tile. `live_capacity` bounds them to a fixed number for each row.
 Deterministic: same inputs, same bits, with any number of threads.
 """
 
@@ -35,13 +35,20 @@ from ...core.transforms import custom
 from .. import extension
 
 LIVE_PAIRS_PER_ROW = 32
-SCREENED_PAIRS_PER_ROW = 512  # 16 (csrc/cpu/tile/pass.h) times as many; 4 KB of float32 a row, touched as far as used
-MOST_LISTED = 2**20  # pairs that are listed at a time of a matrix that has all
-INLINE_WORK = 2**25  # multiply-adds of a product under which waking threads costs more than it saves
+SCREENED_PAIRS_PER_ROW = 512  # 16 times as many (csrc/cpu/tile/pass.h): 4 KB a row in float32, of which few are used
+MOST_LISTED = 2**20  # how many pairs `all_similarities` computes at a time
+INLINE_WORK = 2**25  # with fewer multiply-adds, to wake threads takes longer than it saves
 
 
 class Grid(NamedTuple):
-    """Tiles of `size` rows and columns; `lanes` copies of the rows' state over ranges of columns (tile/tiles.h)."""
+    """How the matrix of pairs is cut into tiles (csrc/cpu/tile/tiles.h).
+
+    Attributes:
+        size: rows and columns of a tile.
+        lanes: ranges of columns, each of which has a state of the rows of its own.
+        slots: the number of tiles.
+        live_capacity: how many live pairs of a tile can be kept.
+    """
 
     size: int
     lanes: int
@@ -50,8 +57,15 @@ class Grid(NamedTuple):
 
 
 def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW, split: int = 0) -> Grid:
-    """How N x M pairs are cut, or those of two groups (Problem's split): into tiles that stay in a core's second-level
-    cache."""
+    """The grid of N x M pairs, in tiles that stay in the second-level cache of a core.
+
+    Args:
+        n: N.
+        m: M.
+        square: the anchors are the references.
+        live_per_row: how many live pairs of a row can be kept.
+        split: see `Problem`.
+    """
     pairs = 2 * split * (n - split) if split else n * m
     size = 512 if pairs > 16384**2 else 256 if pairs > 1024**2 else 128
     rows, cols = -(-(split or n) // size), -(-(m - split) // size)
@@ -62,18 +76,19 @@ def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW, s
 
 
 def _arguments(terms: Terms, operands: Operands) -> list[tuple[tuple[Any, ...], Any]]:
-    """Each reduction as the C++ pass takes it; the caller holds the vectors' memory."""
-    values = operands.scales if operands.scale is None else operands.scale.tolist()
+    """The terms as the C++ pass takes them. The caller keeps the vectors alive."""
+    scales = operands.scales if operands.scale is None else operands.scale.tolist()
     arguments = []
-    for t, value in zip(terms, values, strict=True):
+    for t, scale in zip(terms, scales, strict=True):
         offset, ref_offset, lower, upper = (address(operands.vector(slot)) for slot in t.slots)
-        of = t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:9]
-        arguments.append((of, _program(TRANSFORMS[t.transform])))
+        bounds = t.lower_of, t.upper_of, t.lower_shift, t.upper_shift
+        term = t.op, t.side, t.transform, scale, offset, ref_offset, lower, upper, *bounds, t.shift
+        arguments.append((term, _program(TRANSFORMS[t.transform])))
     return arguments
 
 
 def _program(name: str) -> Any:
-    """The steps of a user's transform as the C++ kernels take them, made once; None for a built-in transform."""
+    """The steps of a user's transform as the C++ kernels take them; None for a built-in transform."""
     if name in BUILT_IN:
         return None
     transform = custom(name)
@@ -86,20 +101,28 @@ def _program(name: str) -> Any:
 
 
 class Kept(NamedTuple):
-    """What forward leaves for backward beside the values; tensors of no elements where there is nothing."""
+    """The tensors that forward keeps for backward beside the values; each may be empty.
 
-    extreme: Tensor  # (K, N) int64: sorted reference of each min and max, -1 without
-    live_count: Tensor  # (slots,) int32: pairs listed of each tile; -1: too many, or none were to be listed
-    live_entry: Tensor  # (slots, capacity) int32
-    live_z: Tensor  # (slots, capacity)
+    Attributes:
+        extreme: (K, N) int64, the sorted reference that attained each min and max, -1 if there is none.
+        live_count: (slots,) int32, the number of live pairs of each tile; -1: they were too many, or were not listed.
+        live_entry: (slots, capacity) int32, where each live pair stands in its tile.
+        live_z: (slots, capacity), the similarity of each live pair.
+    """
+
+    extreme: Tensor
+    live_count: Tensor
+    live_entry: Tensor
+    live_z: Tensor
 
     def trimmed(self, most: int) -> Kept:
-        """With lists as long as the longest of up to `most` pairs a tile; tiles of more are visited whole again."""
+        """The same in less memory: tiles with more than `most` live pairs are computed as a whole in backward."""
         count = self.live_count.masked_fill(self.live_count > most, -1)
         longest = max(0, int(count.max())) if count.numel() else 0
         return Kept(self.extreme, count, self.live_entry[:, :longest].clone(), self.live_z[:, :longest].clone())
 
     def lists(self) -> tuple[int, int, int, int]:
+        """The addresses of the live pairs, and their capacity, as the C++ pass takes them."""
         if not self.live_count.numel():
             return 0, 0, 0, 0
         return (
@@ -111,12 +134,12 @@ class Kept(NamedTuple):
 
 
 def _weighted(terms: Terms) -> list[int]:
-    """The reductions that give weights to pairs off the positives' band."""
+    """The terms that give a weight to every pair and are not over positives."""
     return [k for k, t in enumerate(terms) if t.weighted and t.side != POSITIVES]
 
 
 def _listed(terms: Terms) -> int:
-    """The reduction whose live pairs are listed of tiles computed whole: alone in `_weighted`, and windowed."""
+    """The term whose live pairs are listed without a screen: the only one of `_weighted`, if it has a window; or -1."""
     weighted = _weighted(terms)
     return weighted[0] if len(weighted) == 1 and terms[weighted[0]].window else -1
 
@@ -124,7 +147,7 @@ def _listed(terms: Terms) -> int:
 def _kept_sizes(
     n: int, m: int, square: bool, split: int, terms: Terms, keep: bool, screen: bool
 ) -> list[tuple[int, ...]]:
-    """The shapes of `Kept`. Live pairs are listed where `_listed` names a reduction, and of every screened tile."""
+    """The shapes of `Kept`. Live pairs are listed if `_listed` names a term, or if tiles are screened."""
     g = grid(n, m, square, SCREENED_PAIRS_PER_ROW if screen else LIVE_PAIRS_PER_ROW, split)
     listing = keep and (bool(_weighted(terms)) if screen else _listed(terms) >= 0)
     slots, capacity = (g.slots, g.live_capacity) if listing else (0, 0)
@@ -135,15 +158,22 @@ def _kept_sizes(
 def kept_like(
     x: Tensor, y: Tensor | None, terms: Terms, keep: bool, *, screen: bool = False, split: int = 0
 ) -> list[Like]:
+    """See core/problem.py. screen: the call is screened; split: see `Problem`."""
     sizes = _kept_sizes(x.shape[0], (x if y is None else y).shape[0], y is None, split, terms, keep, screen)
     return list(zip(sizes, (torch.int64, torch.int32, torch.int32, x.dtype), strict=True))
 
 
 def cpu_pass(p: Problem, squares: tuple[Tensor | None, Tensor | None], lanes: int | None = None) -> Any:
-    """The C++ pass over these tensors, whose memory the caller holds."""
+    """The C++ pass over a problem. The caller keeps all tensors alive.
+
+    Args:
+        p: the problem.
+        squares: the squared norms of the anchors (N,) and of the references (M,), or None.
+        lanes: see `Grid`; None: as `grid` says.
+    """
     (n, d), refs = p.x.shape, p.refs
     if p.split and (p.y is not None or p.end is not None or not 0 < p.split <= n):
-        raise ValueError(f"two groups take no y and no end, and split from 1 to N = {n}, got split={p.split}")
+        raise ValueError(f"a two-sided problem takes no y and no end, and split from 1 to N = {n}, got split={p.split}")
     m, g = refs.shape[0], grid(n, refs.shape[0], p.y is None, split=p.split)
     module = extension.require()
     return (module.PassDouble if p.x.dtype == torch.float64 else module.PassFloat)(
@@ -154,7 +184,15 @@ def cpu_pass(p: Problem, squares: tuple[Tensor | None, Tensor | None], lanes: in
 
 
 def pair_similarities(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, distance: str) -> Tensor:
-    """z of x's row rows[...] with y's cols[...], int64 of one shape: the bits that a pass has for these pairs."""
+    """The similarities of given pairs, with the bits that `forward` has for them.
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+        rows: int64, the row of x of each pair, in any shape.
+        cols: int64, the row of y of each pair, in the same shape.
+        distance: ``"dot"``, ``"euclidean"`` or ``"squared_euclidean"``.
+    """
     x, y, rows, cols = (t.contiguous() for t in (x, y, rows, cols))
     none = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)  # no labels, so no positives
     p = Problem(x, y, none, none, None, cols, distance)
@@ -166,7 +204,7 @@ def pair_similarities(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor, distance
 
 
 def all_similarities(x: Tensor, y: Tensor, distance: str) -> Tensor:
-    """z (N, M) of all pairs, the bits that a pass has for them: for what is done once more over the dense matrix."""
+    """The similarities (N, M) of x (N, D) and y (M, D), with the bits that `forward` has for them."""
     (n, _), m = x.shape, y.shape[0]
     at_once = max(1, MOST_LISTED // max(m, 1))
     z = x.new_empty(n, m)
@@ -178,11 +216,12 @@ def all_similarities(x: Tensor, y: Tensor, distance: str) -> Tensor:
 
 
 def threads(pairs: int, d: int) -> int:
+    """How many threads to use for `pairs` products of width D."""
     return 1 if pairs * d < INLINE_WORK else torch.get_num_threads()
 
 
 def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, Kept]:
-    """Values (K, N), sorted, without logsumexp's offset; `keep`: for backward too."""
+    """See core/problem.py."""
     values, kept, _ = run(p, terms, operands, keep, "")
     return values, kept
 
@@ -190,9 +229,15 @@ def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[T
 def run(
     p: Problem, terms: Terms, operands: Operands, keep: bool, screen: str, refs: Any = None
 ) -> tuple[Tensor, Kept, tuple[int, ...]]:
-    """`forward`, and the counts of csrc/cpu/screen/screened_tiles.h's Tally.
+    """`forward`, which also returns the counts of the Tally in csrc/cpu/screen/screened_tiles.h.
 
-    screen: the instruction set of its products, or none; refs: the references' Int8Rows where they are at hand.
+    Args:
+        p: the problem.
+        terms: the K terms.
+        operands: their operands.
+        keep: a backward pass may follow.
+        screen: the instruction set of int8 products; empty: do not screen.
+        refs: the int8 form of the references, if there is one.
     """
     if screen:
         p.refuse_groups("screened takes")
@@ -219,7 +264,7 @@ def backward(
     p: Problem, terms: Terms, operands: Operands, values: Tensor, kept: Sequence[Tensor],
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
-    """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
+    """See core/problem.py. need: whether gradients of x, y, scale, offset and ref_offset are needed."""
     n, m, k = p.x.shape[0], p.refs.shape[0], len(terms)
     dx = torch.zeros_like(p.x) if need[0] else None
     dy = torch.zeros_like(p.y) if need[1] and p.y is not None else None
@@ -241,9 +286,10 @@ def backward(
 
 
 def run_small_batch(call: SmallBatch) -> Results:
+    """A whole loss by csrc/cpu/small_batch.h."""
     x, labels, refs, ref_labels = call.operands()
     n, m, d, _, square = call.shape
-    results = call.room(x.dtype)
+    results = call.empty_results(x.dtype)
     extension.require().small_batch_loss(
         extension.instruction_set(), call.shape, call.code, call.numbers,
         *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), threads(n * m, d),

@@ -1,1 +1,1 @@
-"""CUDA C++ on a GPU: `onchip` computes a small batch's loss and gradient in one launch (csrc/cuda)."""
+"""CUDA C++ on a GPU: `onchip` computes the loss and the gradient of a small batch in one launch (csrc/cuda)."""

@@ -1,7 +1,7 @@
-"""`onchip`: the loss and the gradient of an everyday batch in one launch of CUDA C++ (csrc/cuda/onchip.cu).
+"""`onchip`: the loss and the gradient of a small batch in one launch of CUDA C++ (csrc/cuda/onchip.cu).
 
-It computes whole losses (small_batch.py), not row reductions. Allocates, beside its results, one workspace,
-O((N + M) D). No host sync; the tensors' device and its current stream.
+It computes whole losses (engine/small_batch.py), not row reductions. Beside its results it allocates one workspace of
+O((N + M) D). It runs on the tensors' device, on the current stream there, and the host does not wait.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ import torch
 from ...core.problem import Results, SmallBatch, accumulator, address
 from .. import extension
 
-BLOCK_ROWS = (1, 2, 4, 8, 16)  # that a block may own: csrc/cuda/onchip.cu has a kernel for each
-SCRATCH, ROW_NUMBERS = 4 * 8, 8  # of a block, and of each of its rows, beside embeddings and similarities: onchip.cu
+BLOCK_ROWS = (1, 2, 4, 8, 16)  # how many rows a block may own; csrc/cuda/onchip.cu has a kernel for each
+# Numbers in shared memory beside embeddings and similarities: of a block, and of each of its rows (onchip.cu).
+SCRATCH, ROW_NUMBERS = 4 * 8, 8
 
 
 class Limits(NamedTuple):
-    """A device's multiprocessors, bytes of shared memory a block may have, and whether it has cooperative launches."""
+    """The limits of a device.
+
+    Attributes:
+        processors: the number of multiprocessors.
+        shared: the bytes of shared memory that a block may have.
+        cooperative: whether the device has cooperative launches.
+    """
 
     processors: int
     shared: int
@@ -40,7 +47,7 @@ def _limits(index: int) -> Limits | str:
 
 
 def limits(index: int) -> Limits | str:
-    """Those of the CUDA device of that index, or why the kernel cannot run there."""
+    """The limits of the CUDA device of that index, or the reason why the kernel cannot run there."""
     return _limits(index)
 
 
@@ -48,9 +55,18 @@ limits._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def block_rows(n: int, m: int, d: int, itemsize: int, want_dy: bool, of: Limits | str) -> int | str:
-    """How many rows a block owns: as few as the multiprocessors allow, one block each; or why none will do.
+    """How many rows a block owns, or the reason why no number works.
 
-    A block's shared memory holds its rows, of width D, and their stripe of similarities with all others.
+    It is the smallest number with which each multiprocessor has at most one block. A block's shared memory holds its
+    rows and their similarities with all other rows.
+
+    Args:
+        n: N.
+        m: M.
+        d: D.
+        itemsize: the bytes of a number.
+        want_dy: blocks own references, too, for their gradient.
+        of: the limits of the device.
     """
     if isinstance(of, str):
         return of
@@ -89,12 +105,14 @@ def largest_batch(d: int, of: Limits) -> int:
 def _launch(
     device: int, shape: tuple[int, ...], code: tuple[int, ...], numbers: tuple[float, ...], want_dy: bool
 ) -> Any:
+    """The prepared launch for a shape and the constants of a call."""
     module = extension.onchip()
     assert not isinstance(module, str)
     return module.Launch(device, shape, code, numbers, want_dy)
 
 
 def run_small_batch(call: SmallBatch) -> Results:
+    """A whole loss by one launch."""
     device, dtype = call.x.device, accumulator(call.x.dtype)
     index = device.index or 0
     if device.type == "cuda" and torch.cuda.current_device() != index:
@@ -102,9 +120,9 @@ def run_small_batch(call: SmallBatch) -> Results:
             return run_small_batch(call)
     x, labels, refs, ref_labels = call.operands()
     launch = _launch(index, call.shape, call.code, call.numbers, call.want_dy)
-    results = call.room(dtype)
+    results = call.empty_results(dtype)
     workspace = torch.empty(launch.workspace, dtype=torch.uint8, device=device)
     stream = torch._C._cuda_getCurrentRawStream(index) if device.type == "cuda" else 0
-    given = (x, refs, labels, ref_labels, call.upstream, *results, workspace)
-    launch(*(address(t, device.type) for t in given), stream)
+    tensors = (x, refs, labels, ref_labels, call.upstream, *results, workspace)
+    launch(*(address(t, device.type) for t in tensors), stream)
     return results
