@@ -143,13 +143,13 @@ def choose(family: str, dtype: torch.dtype, d: int) -> Config:
     return config._replace(depth=min(config.depth, power_of_two(d)), slab=min(config.slab, power_of_two(d)))
 
 
-def of_distances(config: Config) -> Config:
+def for_distances(config: Config) -> Config:
     """The same for Euclidean distances, some of which are taken twice: warps that share 64 rows would need a stack."""
     few = config.rows == 64 and config.forward[0] == 8
     config = config._replace(registers=(0, 0))
     return config._replace(forward=(4, 1), backward=(4, 1)) if few else config
 
 
-def screen(family: str, d: int) -> Screen:
+def choose_screen(family: str, d: int) -> Screen:
     config = SCREENS[family]
     return config._replace(depth=min(config.depth, power_of_two(d)))

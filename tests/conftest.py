@@ -75,7 +75,7 @@ def chip(monkeypatch):
 
 
 # What takes longest, in this order; the rest follows, so that no worker of pytest-xdist is left with a long one alone.
-LONGEST = ("test_aot", "team", "test_fused", "test_sifted", "test_packaging", "test_criteria", "test_whole")
+LONGEST = ("test_aot", "team", "test_fused", "test_screened_tiles", "test_packaging", "test_criteria", "test_whole")
 LONGEST += (
     "test_gpu_proof",
     "test_memory",

@@ -1,6 +1,6 @@
-"""The Triton kernels through the interpreter: every edge of every tiled axis, windows, splits, dead tiles, slabs.
+"""The Triton kernels through the interpreter: every edge of every tiled axis, windows, splits, live tiles, slabs.
 
-`fused` and `blocked` (the GPU's `tiled`) are held to the float64 reference; on a machine with a GPU test_gpu.py
+`fused` and the GPU's `tiled` are held to the float64 reference; on a machine with a GPU test_gpu.py
 runs the compiled kernels instead.
 """
 
@@ -36,7 +36,8 @@ pytestmark = pytest.mark.skipif(
 if interpreted():
     from flashpair.backends.triton.kernels import configs
 
-    from flashpair.backends.triton import fused, launcher, tiled
+    from flashpair.backends.triton import launch, launcher, shared_top, tiled
+    from flashpair.core.problem import Operands, Problem
     from flashpair.engine import row_reduce_op
 
     TILES = {
@@ -63,15 +64,15 @@ def tiles(request, monkeypatch):
 
 @pytest.fixture
 def schedule(request, monkeypatch):
-    """`fused`, or `blocked` in its place with blocks of two tiles."""
-    if request.param == "blocked":
+    """`fused`, or `tiled` in its place with blocks of two tiles."""
+    if request.param == "tiled":
         monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: tiled)
         monkeypatch.setattr(tiled, "BLOCK", 64)
     return request.param
 
 
 every_tile = pytest.mark.parametrize("tiles", TILES, indirect=True)
-both = pytest.mark.parametrize("schedule", ["fused", "blocked"], indirect=True)
+both = pytest.mark.parametrize("schedule", ["fused", "tiled"], indirect=True)
 
 
 def _compare(make, x, labels, y=None, ref_labels=None):
@@ -125,7 +126,7 @@ def test_edges_of_the_width(d, tiles):
 def test_every_criterion(name, schedule, tiles):
     if name == "SoftTripleLoss":
         pytest.skip("has no kernel of its own")
-    if schedule == "blocked" and name not in BLOCKED:
+    if schedule == "tiled" and name not in OF_TILED:
         pytest.skip("its launches are those of others")
     x, labels = batch(24, 7, 4, torch.float64)
     _compare(CRITERIA[name], x, labels)
@@ -135,13 +136,13 @@ def test_every_criterion(name, schedule, tiles):
 
 
 # For time: the formulas, a squared hinge, a transform of its own, triplets.
-BLOCKED = {*FORMULAS, "LiftedStructureLoss", "ContrastiveLoss(power=2)", "TupletMarginLoss", "TripletMarginLoss"}
+OF_TILED = {*FORMULAS, "LiftedStructureLoss", "ContrastiveLoss(power=2)", "TupletMarginLoss", "TripletMarginLoss"}
 
 
 @both
 @pytest.mark.parametrize("per_class", [1, 20, 70])
 def test_classes_from_single_samples_to_one_class(per_class, schedule, tiles):
-    """The band of positives grows from nothing to all pairs."""
+    """The masked tiles grow from none to all."""
     x, labels = batch(70, 7, per_class, torch.float64)
     y, ref_labels = batch(50, 7, per_class, torch.float64, seed=1)
     for name in ("MultiSimilarityLoss", "GeneralizedLiftedStructureLoss"):
@@ -198,10 +199,8 @@ def test_gradcheck(op, transform, references, tiles):
 @pytest.mark.parametrize("count", [2, 9])
 @pytest.mark.parametrize("per_class", [4, 90])
 def test_columns_split_among_programs(count, per_class, monkeypatch, tiles):
-    """More splits than the band, or the columns, have tiles, too."""
-    monkeypatch.setattr(launcher, "splits", lambda *arguments: count)
-    monkeypatch.setattr(fused, "splits", lambda *arguments: count)
-    monkeypatch.setattr("flashpair.backends.triton.gradients.splits", lambda *arguments: count)
+    """More splits than the columns, or those with positives, have tiles, too."""
+    monkeypatch.setattr(launch, "choose_splits", lambda *arguments: count)
     x, labels = batch(70, 7, per_class, torch.float64)
     y, ref_labels = batch(85, 7, per_class, torch.float64, seed=1)
     _compare(CRITERIA["LiftedStructureLoss"], x, labels)
@@ -210,13 +209,13 @@ def test_columns_split_among_programs(count, per_class, monkeypatch, tiles):
 
 
 def test_splits_fill_the_processors_and_leave_tiles_whole(monkeypatch):
-    monkeypatch.setattr(launcher, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
     cpu = torch.device("cpu")
-    assert launcher.splits(1024, 2048, cpu) == 1
-    assert launcher.splits(8, 1024, cpu) > 10
-    assert launcher.splits(8, 8, cpu) <= 2
-    assert launcher.splits(8, 1024, cpu, most=3) <= 3
-    assert launcher.splits(0, 0, cpu) == 1
+    assert launch.choose_splits(1024, 2048, cpu) == 1
+    assert launch.choose_splits(8, 1024, cpu) > 10
+    assert launch.choose_splits(8, 8, cpu) <= 2
+    assert launch.choose_splits(8, 1024, cpu, most=3) <= 3
+    assert launch.choose_splits(0, 0, cpu) == 1
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.4, 0.02])
@@ -224,14 +223,14 @@ def test_splits_fill_the_processors_and_leave_tiles_whole(monkeypatch):
 def test_mining_that_leaves_many_and_few_tiles(noise, references, monkeypatch, tiles):
     """Backward visits just the tiles that a window lets a pair through of, and the gradient is the same."""
     listed = []
-    list_live = launcher.Work.list_live
+    list_tiles = launcher.Launcher.list_tiles
 
-    def spy(self, live, side):
-        found = list_live(self, live, side)
-        listed.append((found[1].sum().item(), self.blocks(side.x.shape[0]) * self.tiles(side.y.shape[0])))
+    def spy(self, live, role):
+        found = list_tiles(self, live, role)
+        listed.append((found.counts.sum().item(), found.index.numel()))
         return found
 
-    monkeypatch.setattr(launcher.Work, "list_live", spy)
+    monkeypatch.setattr(launcher.Launcher, "list_tiles", spy)
     centres = torch.randn(64, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(256) // 4
     x = centres[labels] + noise * torch.randn(256, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -245,7 +244,7 @@ def test_mining_that_leaves_many_and_few_tiles(noise, references, monkeypatch, t
 @pytest.mark.parametrize("spread", [0.0, math.inf])
 def test_one_exponential_for_both_ends_and_one_for_each(spread, monkeypatch, tiles):
     """Which of the two kernels runs is decided on the device by how far the rows' logsumexps lie apart."""
-    monkeypatch.setattr(launcher, "SPREAD", dict.fromkeys(launcher.SPREAD, spread))
+    monkeypatch.setattr(shared_top, "SPREAD", dict.fromkeys(shared_top.SPREAD, spread))
     x, labels = batch(90, 7, 4, torch.float64)
     for name in ("MultiSimilarityLoss", "GeneralizedLiftedStructureLoss(distance='euclidean')"):
         _compare(CRITERIA[name], x, labels)
@@ -253,14 +252,14 @@ def test_one_exponential_for_both_ends_and_one_for_each(spread, monkeypatch, til
 
 def test_logsumexps_too_far_apart_for_one_exponential(monkeypatch, tiles):
     x, labels = batch(90, 7, 4, torch.float64)
-    monkeypatch.setattr(launcher, "SPREAD", dict.fromkeys(launcher.SPREAD, 100.0))
+    monkeypatch.setattr(shared_top, "SPREAD", dict.fromkeys(shared_top.SPREAD, 100.0))
     x[::2] *= 8  # products of order 1 and of order 100
     results = []
     for impl in ("fused", "reference"):
         a = x.clone().requires_grad_()
         (rows,) = row_reduce(a, labels, Reduction("logsumexp", "negatives"), impl=impl)
         results.append([rows.detach(), *gradients((rows,), [a])])
-    assert results[1][0].max() - results[1][0].min() > launcher.SPREAD[torch.float64]
+    assert results[1][0].max() - results[1][0].min() > shared_top.SPREAD[torch.float64]
     for found, truth in zip(*results, strict=True):
         assert_same(found, truth)
 
@@ -312,18 +311,18 @@ def test_three_tf32_products_are_float32_and_three_bfloat16_ones_are_not():
 
 
 def test_float32_is_multiplied_as_torch_is_told_to():
-    assert launcher.precision(torch.float32) == "split"
-    assert launcher.precision(torch.float64) == launcher.precision(torch.bfloat16) == "ieee"
+    assert launch.precision(torch.float32) == "split"
+    assert launch.precision(torch.float64) == launch.precision(torch.bfloat16) == "ieee"
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert launcher.precision(torch.float32) == "tf32"
+        assert launch.precision(torch.float32) == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert launcher.precision(torch.float32) == "split"
+    assert launch.precision(torch.float32) == "split"
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert launcher.precision(torch.float32) == "tf32"
+        assert launch.precision(torch.float32) == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
 
@@ -398,14 +397,14 @@ def test_rows_past_two_to_the_thirty_one_entries(tiles):
     y[-4:] = torch.tensor([[0.5], [2.0], [1.0], [-1.0]], dtype=torch.float16)
     x = torch.ones(1, d, dtype=torch.float16)
     lo, hi = torch.tensor([m - 4]), torch.tensor([m])
-    p = launcher.Problem(x, y, lo, hi, None, torch.arange(m), "dot")
+    p = Problem(x, y, lo, hi, None, torch.arange(m), "dot")
     r = Reduction("max", "positives", detach=True)
     spec = row_reduce_op.encode((r,), (), "dot", "fused")
     terms = row_reduce_op.decode(spec.code, spec.shifts, spec.slots)
-    work = launcher.Work(p, terms, launcher.Operands(None, spec.scales, []))
-    state = work.state(0, 1, False, torch.empty(1, 1))
-    work.reduce((0,), [state], work.anchors(), launcher.Block(0, 1, 0, m), 1)
-    assert state.peak.item() == 2 * d
+    one = launcher.Launcher(p, terms, Operands(None, spec.scales, []))
+    state = one.forward_operands(0, 1, False, torch.empty(1, 1))
+    one.reduce((0,), [state], one.anchors(), launcher.PairBlock(0, 1, 0, m), 1)
+    assert state.row_max.item() == 2 * d
 
 
 def test_fullgraph_compile_and_the_registered_ops(tiles):
