@@ -228,7 +228,7 @@ def reduce_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def reduce_rows(
-    rows, cols, perm, d, products, listed, row0, row1, col0, col1, n, live_stride, list_stride,
+    rows, cols, d, products, listed, perm, row0, row1, col0, col1, n, live_stride, list_stride,
     scale_a: tl.float64, scale_b: tl.float64, reductions, form, POSITIVES_ONLY: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     """States of two reductions of rows [row0, row1) against columns [col0, min(col1, num_valid)).

@@ -183,7 +183,7 @@ class Launcher:
         tiles = (listed or {}).get(cols, ListedTiles())
         launch.run(
             reduce.reduce_rows, (self.row_blocks(block.row1 - block.row0), splits), self.device,
-            role.rows._replace(num_valid=None), role.cols, self.p.order, self.d, block.products, tiles,
+            role.rows._replace(num_valid=None), role.cols, self.d, block.products, tiles, self.p.order,
             block.row0, block.row1, block.col0, block.col1, self.n, 0 if live is None else live.shape[-1],
             0 if tiles.index is None else tiles.index.shape[1], *self.scales(group),
             pair(states, ForwardOperands()), self.form(cols, False),
