@@ -66,14 +66,14 @@ def add_close_pairs(w, close_dx, x, y, block, taking_part, columns, d, first, la
         offset = block.index.to(tl.int64)[:, None] * d + column[None, :]
         mask = taking_part[:, None] & within[None, :]
         acc = tl.load(close_dx + offset, mask=mask, other=0.0)
-        own = tl.load(x + offset, mask=mask, other=0.0).to(acc.dtype)
+        x_rows = tl.load(x + offset, mask=mask, other=0.0).to(acc.dtype)
         for j in tl.range(0, w.shape[1], num_stages=1):
             # Column j of the tile, if any row of the program is close to it.
             if tl.sum(tl.where(place == j, some, 0), 0) > 0:
                 weight = tl.sum(tl.where(place[None, :] == j, w, 0.0), 1)
                 at = tl.sum(tl.where(place == j, columns.index, 0), 0).to(tl.int64)
-                other = tl.load(y + at * d + column, mask=within, other=0.0).to(acc.dtype)
-                acc += weight[:, None] * (other[None, :] - own)
+                y_row = tl.load(y + at * d + column, mask=within, other=0.0).to(acc.dtype)
+                acc += weight[:, None] * (y_row[None, :] - x_rows)
         tl.store(close_dx + offset, acc, mask=mask)
 
 
@@ -236,8 +236,8 @@ def backward_rows(
             # Anew, by way of a 0 that the compiler cannot see: kept over the loops, rows took registers that spilled.
             index = row0 + (row_block + tl.minimum(num_clean, 0)) * form.BLOCK_ROWS + tl.arange(0, form.BLOCK_ROWS)
             inside = index < row1
-            own = load_rows(rows.x, index, inside, d, start, form.BLOCK_D, form.EVEN_SLAB, True)
-            acc += norm_grad[:, None] * own.to(acc.dtype)
+            x_rows = load_rows(rows.x, index, inside, d, start, form.BLOCK_D, form.EVEN_SLAB, True)
+            acc += norm_grad[:, None] * x_rows.to(acc.dtype)
             tl.debug_barrier()  # what other threads have left of close pairs
             acc += load_rows(close_dx, index, inside, d, start, form.BLOCK_D, form.EVEN_SLAB, True)
         at = (split.to(tl.int64) * row1 + index)[:, None] * d + column[None, :]

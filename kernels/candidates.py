@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from .pair_grads import RowSums, along_rows, grads_from_anchors, load_anchors, no_sums
-from .reduce import accumulate, init_state, load_row_vectors, store_state
 from .similarity import product_grad
+from .state import accumulate, init_state, load_row_vectors, store_state
 from .tile import NOTHING, SIZES, load_scalar, load_vector
 
 LAST: tl.constexpr = tl.constexpr(2**63 - 1)
@@ -156,7 +156,7 @@ def add_candidate_grads(
         column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = column < d
         acc = tl.zeros((PAIRS, BLOCK_D), ACC)
-        own = tl.load(x + row * d + column, mask=inside & EUCLIDEAN, other=0.0).to(ACC)
+        x_row = tl.load(x + row * d + column, mask=inside & EUCLIDEAN, other=0.0).to(ACC)
         for k in range(begin, end, PAIRS):
             at = k + tl.arange(0, PAIRS)
             here = at < end
@@ -167,7 +167,7 @@ def add_candidate_grads(
             w = tl.load(weights + at, mask=here, other=0.0)
             mask = here[:, None] & inside[None, :]
             tile = tl.load(y + other[:, None] * d + column[None, :], mask=mask, other=0.0)
-            acc += w[:, None] * (tile.to(ACC) - own[None, :])
+            acc += w[:, None] * (tile.to(ACC) - x_row[None, :])
         sums = tl.sum(acc, 0)
         sums += tl.load(dx + row * d + column, mask=inside, other=0.0)
         tl.store(dx + row * d + column, sums, mask=inside)

@@ -69,7 +69,7 @@ class ForwardOperands(NamedTuple):
     ref_offset: Any = None  # (M,)
     lower: Any = None  # (N,) pairs count where lower < z < upper
     upper: Any = None  # (N,)
-    row_max: Any = None  # (splits, N) the state, see reduce.py; None for sum and count
+    row_max: Any = None  # (splits, N) the state, see state.py; None for sum and count
     row_sum: Any = None  # (splits, N) None for min and max
     rank: Any = None  # (splits, N) int32, of a min or max whose index is wanted
     live: Any = None  # (row blocks, column tiles) int8: 1 where the window lets a pair of the tile through

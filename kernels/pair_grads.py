@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .reduce import total_offset
+from .state import total_offset
 from .tile import INF, LOG2E, LOGSUMEXP, TRANSFORMED, inside_window, load_vector
 from .transforms import logistic
 

@@ -26,9 +26,9 @@ def log1p(u):
 def expm1(t):
     """e^t - 1 to the last bit of small t."""
     u = tl.exp(t)
-    near = (u != 1.0) & (u > 0.0) & (u < float("inf"))
-    exact = (u - 1.0) * (t / tl.where(near, tl.log(tl.where(near, u, 2.0)), 1.0))
-    return tl.where(near, exact, tl.where(u == 1.0, t, u - 1.0))
+    usable = (u != 1.0) & (u > 0.0) & (u < float("inf"))
+    exact = (u - 1.0) * (t / tl.where(usable, tl.log(tl.where(usable, u, 2.0)), 1.0))
+    return tl.where(usable, exact, tl.where(u == 1.0, t, u - 1.0))
 
 
 @triton.jit
@@ -104,5 +104,5 @@ table = {
     "lifted": (
         squared_hinge,
         squared_hinge_slope,
-    ),  # of scale * z and what reduce.py's `total_offset` makes of two offsets
+    ),  # of scale * z and what state.py's `total_offset` makes of two offsets
 }

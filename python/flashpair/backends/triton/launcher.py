@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.problem import COUNT, MAX, MIN, POSITIVES, SUM, Operands, Problem, Terms, accumulator, tops
 from . import launch
-from .kernels import backward, configs, live_tiles, reduce, tile
+from .kernels import backward, configs, live_tiles, reduce, state, tile
 from .kernels.operands import BackwardOperands, Cols, Form, ForwardOperands, ListedTiles, Matrix, Rows
 from .launch import aligned
 from .shared_top import SharedTops
@@ -19,7 +19,7 @@ from .term_groups import is_generated, transform_functions
 
 MERGE_ROWS = 256
 LIST_STEP = 256
-NO_RANK = reduce.NO_RANK.value
+NO_RANK = state.NO_RANK.value
 NO_PRODUCTS = Matrix()
 Listed = dict[int, ListedTiles]  # `Launcher.list_tiles`', by the columns of a tile
 

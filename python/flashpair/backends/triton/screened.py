@@ -114,7 +114,7 @@ def backward(
     dx, dy = g.each_side(row_grads)
     to_refs = dx if g.launcher.square else dy
     for chosen, candidates in found if g.wants_anchors or g.wants_references else ():
-        weights, ref_shares = tiles.weigh(chosen, candidates, g)
+        weights, ref_shares = tiles.backward(chosen, candidates, g)
         if dx is not None:
             tiles.add_grads(candidates, weights, dx)
         if to_refs is None and g.ref_offset is None:

@@ -203,7 +203,7 @@ class ScreenedTiles:
             pair(states, ForwardOperands()), ROWS=ROWS, PAIRS=ENTRIES, ACC=launcher.acc, warps=4, stages=1,
         )  # fmt: skip
 
-    def weigh(
+    def backward(
         self, group: Sequence[int], found: Candidates, into: GradientCollector
     ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
         """dL/d(x.y) of each candidate through one or two terms, and of each term, where it has a gradient of the
