@@ -11,7 +11,7 @@ Deterministic: every row, and in the mirrored list every column, is one program'
 import triton
 import triton.language as tl
 
-from .pair_grads import RowSums, along_rows, grads_from_anchors, load_anchors, no_sums
+from .pair_grads import RowSums, grads_from_anchors, load_anchors, no_sums, per_row
 from .similarity import product_grad
 from .state import accumulate, init_state, load_row_vectors, store_state
 from .tile import NOTHING, SIZES, load_scalar, load_vector
@@ -90,7 +90,7 @@ def reduce_candidates(
 def candidate_grads(z, here, reduction, scale, anchors, col, ref_shares, place, sums, ACC: tl.constexpr):
     """dL/dz of candidates from their anchors, and the anchors' sums; to ref_shares what is the columns' offsets'."""
     ref_offset = load_vector(reduction.ref_offset, col, here, 0.0, ACC)
-    grad, to_offset = grads_from_anchors(z, here, reduction, scale, along_rows(anchors), ref_offset)
+    grad, to_offset = grads_from_anchors(z, here, reduction, scale, per_row(anchors), ref_offset)
     d_scale, d_offset, d_ref_offset = sums
     if reduction.d_scale is not None:
         d_scale += tl.sum(grad * z, 1)

@@ -60,7 +60,7 @@ def no_sums(ROWS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def along_rows(a):
+def per_row(a):
     """Anchors (R, 1)."""
     return Anchors(
         a.lower[:, None], a.upper[:, None], a.offset[:, None], a.top[:, None], a.rest2[:, None], a.grad[:, None]
@@ -68,7 +68,7 @@ def along_rows(a):
 
 
 @triton.jit
-def along_columns(a):
+def per_column(a):
     """Anchors (1, C)."""
     return Anchors(
         a.lower[None, :], a.upper[None, :], a.offset[None, :], a.top[None, :], a.rest2[None, :], a.grad[None, :]
@@ -142,7 +142,7 @@ def tile_grads(
         if ANCHOR:
             col_ref_offset = load_vector(reduction.ref_offset, columns.index, columns.valid, 0.0, ACC)
             grad, to_offset = grads_from_anchors(
-                z, keep, reduction, scale, along_rows(anchors), col_ref_offset[None, :]
+                z, keep, reduction, scale, per_row(anchors), col_ref_offset[None, :]
             )  # fmt: skip
             if reduction.d_scale is not None:
                 d_scale += tl.sum(grad * z, 1)
@@ -151,7 +151,7 @@ def tile_grads(
         if REFERENCE:
             others = load_anchors(reduction, columns.index, columns.valid, ACC)
             from_col, to_offset = grads_from_anchors(
-                z, keep, reduction, scale, along_columns(others), ref_offset[:, None]
+                z, keep, reduction, scale, per_column(others), ref_offset[:, None]
             )  # fmt: skip
             if reduction.d_ref_offset is not None:
                 d_ref_offset += tl.sum(from_col - to_offset, 1)
