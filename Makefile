@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 
 # The pages of docs/ as a site in build/site. The package is imported, because some of its functions are made, not written.
 docs: $(VENV)/.installed $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # What ahead-of-time compilation shows, under the Triton of torch 2.11 beside the environment's own.
 aot36: $(VENV)/.installed build/triton36

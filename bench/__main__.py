@@ -8,21 +8,22 @@ import sys
 from pathlib import Path
 
 STUDIES = {
-    "step": "studies.step", "family": "studies.family", "live": "studies.live", "training": "studies.training",
-    "large_batch": "studies.large_batch", "memory_bank": "studies.memory_bank", "stream": "studies.stream",
-    "ranks": "studies.ranks", "metrics": "studies.metrics", "class_mining": "studies.class_mining",
-    "host": "studies.host", "weights": "studies.weights", "pictures": "studies.pictures",
+    "step": "studies.step", "family": "studies.family", "live_pairs": "studies.live_pairs",
+    "training": "studies.training", "large_batch": "studies.large_batch", "memory_bank": "studies.memory_bank",
+    "stream": "studies.stream", "ranks": "studies.ranks", "metrics": "studies.metrics",
+    "class_mining": "studies.class_mining", "launch_overhead": "studies.launch_overhead",
+    "weights": "studies.weights", "pictures": "studies.pictures",
     "demo": "demo.train", "gpu_cost": "gpu_cost",
 }  # fmt: skip
 
 
 def usage() -> str:
-    """Every study, and what its file says of it."""
+    """The list of studies, each with the first line of its file."""
     lines = ["usage: python -m bench STUDY [options]", ""]
     for name, module in STUDIES.items():
         file = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
         said = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
-        lines.append(f"  {name:13}{said.split(': `')[0].rstrip('.')}")
+        lines.append(f"  {name:16}{said.split(': `')[0].rstrip('.')}")
     lines += ["", "python -m bench STUDY --help tells a study's options; python -m bench.gpu_proof OUT is for a GPU."]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Machine code of NVIDIA chips, read: instructions, loops, and which pipe of a multiprocessor runs what."""
+"""Reads machine code of NVIDIA chips: instructions, loops, and the pipe that runs each instruction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
-# By the first word of an opcode. What is in none of them and does not begin with U is of the ALU.
+# By the first word of an opcode. All other opcodes that do not begin with U run on the ALU.
 PIPES = {
     "tensor": "HGMMA HMMA IGMMA IMMA QGMMA DMMA BMMA",
     "ex2": "MUFU I2F F2I F2F FRND POPC FLO BREV",
@@ -38,7 +38,7 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    first: int  # of its instructions, by place
+    first: int  # index of its first instruction
     last: int
 
     def within(self, other: Loop) -> bool:
@@ -56,7 +56,7 @@ def _tool(name: str) -> Path:
 
 
 def dump(cubin: bytes, *options: str) -> str:
-    """What the cuobjdump that comes with Triton says of a cubin."""
+    """The output of Triton's cuobjdump for a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -76,8 +76,11 @@ def read(text: str) -> list[Instruction]:
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
-    """One for each branch back, the longest of those that begin at one place. A branch without a condition that ends
-    elsewhere than in one loop is none: what is out of line (threads that wait for each other) comes back by it."""
+    """One loop for each backward branch; of those that begin at one place, the longest.
+
+    An unconditional backward branch that crosses a loop is not a loop: it returns from code out of line (threads that
+    wait for each other).
+    """
     place = {one.address: k for k, one in enumerate(code)}
     found: dict[bool, dict[int, int]] = {True: {}, False: {}}
     for k, one in enumerate(code):
@@ -90,10 +93,10 @@ def loops(code: list[Instruction]) -> list[Loop]:
 
 
 def hot(code: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
-    """The loop over clean tiles, which nearly all of a large batch's time goes to, and what of it is a loop along D.
+    """The loop over unmasked tiles, nearly all of the time of a large batch, and the part of it that loops along D.
 
-    Of the loops with products it is the shortest outermost one: the one over the band has masks beside the same work.
-    What stands in it is counted whether or not a branch leads around it; what the compiler leaves out of line is not.
+    It is the shortest outermost loop with products: the loop over masked tiles has masks beside the same work. All code
+    inside the loop is counted, also where a branch may skip it; code that the compiler moved out of line is not.
     """
     with_products = [s for s in loops(code) if any(i.pipe == "tensor" for i in code[s.first : s.last + 1])]
     outer = [loop for loop in with_products if not any(loop.within(other) for other in with_products)]

@@ -67,7 +67,7 @@ def chip(monkeypatch):
 
     def forget():
         onchip._limits.cache_clear()
-        small_batch._plan.cache_clear()
+        small_batch._compiled_plan.cache_clear()
 
     yield make
     monkeypatch.undo()
@@ -75,14 +75,15 @@ def chip(monkeypatch):
 
 
 # What takes longest, in this order; the rest follows, so that no worker of pytest-xdist is left with a long one alone.
-LONGEST = ("test_aot", "team", "test_fused", "test_screened_tiles", "test_packaging", "test_criteria", "test_whole")
+LONGEST = ("test_aot", "team", "test_fused", "test_screened_tiles", "test_packaging", "test_losses", "test_small_batch")
 LONGEST += (
     "test_gpu_proof",
-    "test_memory",
+    "test_peak_memory",
     "test_races",
     "test_onchip",
     "test_examples",
     "test_cross_batch_memory",
+    "test_losses_compiled",
     "test_cli",
 )
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from flashpair.tools import plot_style
 from flashpair.tools.plot_style import BLUE, DASHED, FILL, GREEN, GREY, INK, ORANGE, SKY, SMALL, THICK
 
-FLOOR = 1e-17
+LEAST = 1e-17
 METRICS = {"precision_at_1": "P@1", "r_precision": "R-Precision", "map_at_r": "MAP@R"}
 
 
@@ -51,12 +51,12 @@ def differences(ax: Axes, document: dict[str, Any]) -> None:
     looks = ((BLUE, "-"), (GREY, DASHED), (GREEN, "-."), (ORANGE, "-"))
     for (name, (found, expected)), (colour, style) in zip(lines.items(), looks, strict=True):
         a, b = np.array(found), np.array(expected)
-        apart = np.abs(a - b) / np.maximum(np.abs(b), FLOOR)
-        ax.semilogy(np.maximum.accumulate(np.maximum(apart, FLOOR)), color=colour, ls=style, lw=THICK, label=name)
+        apart = np.abs(a - b) / np.maximum(np.abs(b), LEAST)
+        ax.semilogy(np.maximum.accumulate(np.maximum(apart, LEAST)), color=colour, ls=style, lw=THICK, label=name)
     eps = np.finfo(np.float32).eps
     ax.axhline(eps, color=INK, lw=0.9, ls=":", label="one rounding of float32")
     ax.set(title="Largest difference from the reference so far", xlabel="training step")
-    ax.set(ylabel="relative difference (log scale)", ylim=(FLOOR / 2, 1))
+    ax.set(ylabel="relative difference (log scale)", ylim=(LEAST / 2, 1))
     ax.legend(fontsize=SMALL, loc=(0.28, 0.22))
 
 

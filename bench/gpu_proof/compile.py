@@ -119,8 +119,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
 
     from flashpair.backends.triton import launch, tiled
     from flashpair.core import problem
-    from flashpair.engine import dispatch, pairs, row_reduce_op, sorted_rows
-    from flashpair.losses import base
+    from flashpair.engine import dispatch, pairs, row_reduce_op, small_batch, sorted_rows
 
     capability = tuple(machine["capability"])
     family = configs.CAPABILITIES.get(capability, configs.SMALL)
@@ -130,8 +129,8 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
             options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, **more}
             seen(Wanted(kernel, tuple(map(_stand_in, args)), options))
 
-    def kernel_rows(x: Tensor, order: Tensor, *, unit: bool, impl: str) -> Tensor:
-        return sorted_rows._KernelRows.apply(problem.solid(x), order, unit)
+    def kernel_rows(x: Tensor, order: Tensor, *, normalize: bool, impl: str) -> Tensor:
+        return sorted_rows._KernelRows.apply(problem.solid(x), order, normalize)
 
     changes = [
         (configs, "family", lambda device: family),
@@ -144,8 +143,8 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
             lambda impl, device: row_reduce_op.triton_backend(impl),
         ),
         (pairs, "sorted_rows", kernel_rows),
-        (pairs, "native", lambda impl, x, y: impl != "reference" and x.dtype.itemsize == 2),
-        (base, "choose_small_batch", lambda *args: ""),
+        (dispatch, "compute_dtype", lambda backend, x, y: x.dtype),
+        (small_batch, "route_small_batch", lambda *args: None),
         (tiled, "_product", lambda a, b, out: out),
         (tiled, "_mirror", lambda s: None),
     ]

@@ -1,6 +1,6 @@
 """Stage: the time of a training step, eager and as a CUDA graph, beside others; its memory; the time of each kernel.
 
-Two floors stand beside it: the bare products of the same shapes, by torch.mm (floor.py), which memory may bound,
+Two floors stand beside it: the bare products of the same shapes, by torch.mm (gemm_bound.py), which memory may bound,
 and 6 N M D flop at the rate that a large product reaches here.
 """
 
@@ -16,11 +16,11 @@ import torch
 
 from flashpair.engine.dispatch import WIDEST_FUSED
 
+from ..harness.baselines import NotThere
 from ..harness.cases import Batch, make_batch
-from ..harness.floor import make_floor
-from ..harness.peers import NotThere
-from ..harness.probe import is_memory
+from ..harness.gemm_bound import make_gemm_bound
 from ..harness.variants import REGISTRY, TrainingStep, make_step
+from ..harness.worker import is_memory
 from .accelerator import Step, accelerator, stand_in
 from .cases import Kernels, Patience, bench_case, schedule, table_name
 from .child import Skip, Stage, fatal, reason
@@ -48,7 +48,7 @@ class Table:
         """A variant's step; raises Skip or NotThere with the reason."""
         made = bench_case(case, self.gpu.device)
         if variant == "floor":
-            return make_floor(made, batch)
+            return make_gemm_bound(made, batch)
         if variant == "reference" and made.n**2 * DENSE_BYTES > made.options.memory_limit:
             raise Skip(f"{DENSE_BYTES} bytes a pair are over the memory")
         if variant == "compiled":

@@ -1,1 +1,1 @@
-"""How anything is timed: cases, peers, probes in processes of their own, checks before times, reports, plots."""
+"""How anything is timed: cases, baselines, a worker process for each variant, checks before times, reports, plots."""

@@ -13,7 +13,8 @@ from . import machine
 from .options import GB, VARIANTS, Options
 
 ALIASES = {"pml": "pytorch-metric-learning"}
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"  # one JSON for each published table
+RUNS = RESULTS.parents[1] / "build" / "bench"  # where all other runs go
 PICTURES = RESULTS.parents[1] / "docs" / "pictures"
 SHARE_OF_MEMORY = 0.85
 
@@ -43,7 +44,7 @@ def add_common(p: argparse.ArgumentParser, default: Options) -> None:
     )
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--seed", type=int, default=default.seed)
-    p.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="for the JSON and the PNG")
+    p.add_argument("--out", type=Path, default=RUNS, metavar="FOLDER", help="for the JSON and the PNG (build/bench)")
 
 
 def add_batches(p: argparse.ArgumentParser, default: Options) -> None:
@@ -53,14 +54,18 @@ def add_batches(p: argparse.ArgumentParser, default: Options) -> None:
     p.add_argument("--variants", type=names, default=default.variants, help=f"{', '.join(VARIANTS)}, module:function")
 
 
+def add_table(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--table", type=Path, metavar="FILE.json", help="only print this file's Markdown table")
+
+
 def options_of(p: argparse.ArgumentParser, given: dict[str, Any]) -> Options:
-    """Of what was parsed, with torch set to their threads; exits where they are refused."""
+    """The Options of parsed arguments; sets torch's threads. Exits with an error if the Options are invalid."""
     limit = given["memory_limit"]
     try:
         whole = machine.gpu_bytes() if given.get("device") == "cuda" else machine.memory_bytes()
         options = Options.of({**given, "memory_limit": int(SHARE_OF_MEMORY * whole if limit is None else limit * GB)})
     except ValueError as error:
         p.error(str(error))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # as in the probes: no worker beside what is timed
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # as in the workers: no process beside what is timed
     torch.set_num_threads(options.threads)
     return options

@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     @property
     def whole_step(self) -> Case:
-        """What is checked, whatever is timed."""
+        """The case of a whole step, which is what is checked, whatever phase is timed."""
         return self._replace(options=replace(self.options, phase="step"))
 
     @property
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """Of the batch."""
+        """The number of classes in the batch."""
         some = max(2, min(self.n, self.m) // self.options.per_class)
         return min(some, self.options.num_classes) if self.centres else some
 
@@ -45,26 +45,26 @@ class Case(NamedTuple):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What flashpair multiplies in, and the floor is taken in."""
+        """The dtype of flashpair's products, and of the bare products."""
         if self.options.device == "cuda":
             return self.options.torch_dtype
         return torch.float64 if self.options.dtype == "float64" else torch.float32
 
     @property
     def pairs_shape(self) -> tuple[int, int]:
-        """Rows and columns of the similarities that the loss needs: of an N-pair loss one pair a class."""
+        """Rows and columns of the similarities that the loss needs. An N-pair loss needs one pair a class."""
         if self.centres:
             return self.n, self.centres
         return (self.classes, self.classes) if FAMILY[self.options.loss].one_pair else (self.n, self.m)
 
     @property
     def both_learn(self) -> bool:
-        """Rows and columns want a gradient."""
+        """Whether rows and columns both need a gradient."""
         return self.square or self.centres > 0
 
 
 class Batch(NamedTuple):
-    """Embeddings x (N, D), a leaf that wants a gradient, with labels (N,); references y (M, D) or None."""
+    """Embeddings x (N, D), a leaf with requires_grad, with labels (N,); references y (M, D) or None."""
 
     x: Tensor
     labels: Tensor
@@ -77,13 +77,13 @@ class Batch(NamedTuple):
 
 
 def make_batch(case: Case) -> Batch:
-    """Scaled by D^(-1/4), so that dot products are of order 1 where a loss does not normalise."""
+    """The data of a case, scaled by D^(-1/4), so that dot products are of order 1 in losses that do not normalise."""
     options, k, d = case.options, case.classes, case.d
     generator = torch.Generator().manual_seed(options.seed)
     basis = torch.randn(options.intrinsic, d, generator=generator) / options.intrinsic**0.5
     centres = torch.randn(k, options.intrinsic, generator=generator) @ basis
 
-    apart = options.num_classes // k if case.centres else 1  # labels reach over all classes that have weights
+    apart = options.num_classes // k if case.centres else 1  # labels are spread over all classes that have weights
 
     def rows(count: int) -> tuple[Tensor, Tensor]:
         drawn = (torch.arange(count) % k)[torch.randperm(count, generator=generator)]

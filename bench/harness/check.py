@@ -1,12 +1,13 @@
-"""Right before fast: loss and gradient of each variant against float64, as near as its precision can come.
+"""Compares loss and gradient of each variant with float64 before it is timed.
 
-The bound is measured, not chosen: FACTOR times (the error of the eager reference at the same precision,
-against itself in float64, plus one rounding). A gradient is compared row by row, relative to the row or to
-the typical row. Rounding can move a pair over a mining threshold, or over a node of a soft histogram, which
-changes its two rows outright: a few rows over the bound are forgiven, or twice as many as eager has, and
-counted, and may move the loss by no more than their share. Which pairs, and so how many, is chance; eager is
-therefore run with several orders of D, whose sums round differently, and has as many as in the worst of them. Rows that
-are forgiven because eager has such may be off by FACTOR times eager's worst row, no more.
+The bound is measured, not chosen: FACTOR times (the error of the eager reference at the same precision, against itself
+in float64, plus one rounding). A gradient is compared row by row, relative to the row or to the typical row.
+
+Rounding can move a pair over a mining threshold, or over a node of a soft histogram, which changes its two rows
+completely. So a few rows over the bound are forgiven, or twice as many as eager has. They are counted, and may move the
+loss by no more than their share. How many rows eager has is chance, so eager runs with several orders of D, whose sums
+round differently, and the worst order counts. A row that is forgiven because eager has such rows may be off by at most
+FACTOR times eager's worst row.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .cases import Batch, Case, make_batch
 from .variants import Step, TrainingStep, criterion, make_step, training_step
 
 FACTOR = 8.0
-WORST_BOUND = 0.1  # whatever eager does
-MOST_FLOP = 5e12  # of a truth in float64; a larger size is checked on a part of itself
+WORST_BOUND = 0.1  # even if eager is worse
+MOST_FLOP = 5e12  # for a truth in float64; a larger case is checked on a part of itself
 DENSE_SIDE = 4096
 DOUBLE = 1e-9  # relative, of two results in float64
 WEIGHT_COPIES = 40  # of class weights, in float64
@@ -39,10 +40,10 @@ ORDERS = 4  # of D, that eager is run with
 
 
 class Truth(NamedTuple):
-    """Loss and gradient in float64 of `case`, whose numbers are `batch`; `how` they were found; the bound.
+    """Loss and gradient of `case` in float64, on the numbers of `batch`; `how` they were computed; the bound.
 
-    `forgiven`: the share of rows that may be over it, as twice eager's are, and by no more than `worst`. `weights`: the
-    gradient of class weights (C, D), if any.
+    `forgiven`: the share of rows that may exceed the bound, twice eager's share; `worst`: the limit for these rows.
+    `weights`: the gradient of class weights (C, D), if any.
     """
 
     case: Case
@@ -93,7 +94,7 @@ class Found(NamedTuple):
     weights: Tensor | None
 
     def errors(self, gradient: Tensor, weights: Tensor | None) -> Tensor:
-        """Of the embeddings' rows, then of the weights', against the truth."""
+        """The errors of the embeddings' rows, then of the weights' rows."""
         errors = row_errors(self.gradient, gradient)
         if self.weights is None or weights is None:
             return errors
@@ -119,7 +120,7 @@ def _double(case: Case, batch: Batch, impl: str) -> Found:
 
 
 def _agree(one: Found, other: Found) -> bool:
-    """Two float64 results of the same sums in another order."""
+    """Whether two float64 results of the same sums in different orders agree."""
     close = _loss_error(one.loss, other.loss) < DOUBLE
     return close and bool((one.errors(other.gradient, other.weights) < DOUBLE).all())
 
@@ -139,9 +140,9 @@ def _loss_error(loss: float, truth: float) -> float:
 
 
 def _errors_in_other_orders(case: Case, batch: Batch, truth: Found) -> Iterator[Tensor]:
-    """Of eager at its precision, with the columns of all embeddings in other orders: the same numbers but for rounding.
+    """Eager's errors with the columns of all embeddings in other orders, which changes nothing but rounding.
 
-    Class weights, which are made in theirs, have the one order.
+    Losses with class weights are run in one order only, because the weights are made in it.
     """
     generator = torch.Generator().manual_seed(case.options.seed)
     for _ in range(0 if case.centres else ORDERS - 1):
@@ -182,7 +183,7 @@ def find_truth(case: Case, batch: Batch) -> Truth:
 
 
 def only_rounds(verdict: Verdict, case: Case, variant: str) -> bool:
-    """Whether what is off is float32 alone: it is little, and in float64 a small case is right."""
+    """Whether a difference is only float32 rounding: it is small, and a small case in float64 is right."""
     if not (verdict.gradient_error < ROUNDED and verdict.loss_error < ROUNDED):
         return False
     exact = Case(replace(case.options, dtype="float64"), min(case.n, SMALL), case.d)
@@ -196,7 +197,7 @@ def judge(step: Step, truth: Truth) -> Verdict:
     found = _run(step, truth.batch)
     errors = found.errors(truth.gradient, truth.weights)
     n, bound = errors.shape[0], truth.bound
-    over = int((~(errors <= bound)).sum())  # NaN is over
+    over = int((~(errors <= bound)).sum())  # a NaN exceeds the bound
     loss_error = _loss_error(found.loss, truth.loss)
     typical, worst = errors.quantile(0.99).item(), errors.max().item()
     rows_right = over <= max(FORGIVEN_ROWS, FORGIVEN_SHARE * n)

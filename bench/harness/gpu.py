@@ -1,4 +1,4 @@
-"""May this variant run at this size on the GPU? Tried once in this process: what does not fit is an exception there."""
+"""Tries a variant once on the GPU, in this process: there, running out of memory is only an exception."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 import torch
 
 from .cases import Case, make_batch
-from .guard import Probed, over_memory
-from .options import FLOORS
-from .probe import is_memory, reason
+from .options import GEMM_BOUNDS
+from .sandbox import Attempt, over_memory
 from .units import duration
 from .variants import NotThere, make_step
+from .worker import is_memory, reason
 
 
-def probe(case: Case, variant: str) -> Probed:
+def attempt(case: Case, variant: str) -> Attempt:
     """The first step compiles; the second is timed, and its peak is the allocator's own count."""
     torch.cuda.set_per_process_memory_fraction(
         min(1.0, (torch.cuda.memory_allocated() + case.options.memory_limit) / torch.cuda.mem_get_info()[1])
@@ -32,15 +32,15 @@ def probe(case: Case, variant: str) -> Probed:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         gradient = 0 if batch.x.grad is None else batch.x.grad.nbytes
-        extra = None if variant in FLOORS else max(0, torch.cuda.max_memory_allocated() - before - gradient)
+        extra = None if variant in GEMM_BOUNDS else max(0, torch.cuda.max_memory_allocated() - before - gradient)
         if seconds > case.options.time_limit:
-            return Probed("over_time", f"over {duration(case.options.time_limit)}")
+            return Attempt("over_time", f"over {duration(case.options.time_limit)}")
         inputs = sum(t.nbytes for t in batch if t is not None)
-        return Probed("ok", seconds=seconds, extra=extra, method="torch.cuda", gradient=gradient, inputs=inputs)
+        return Attempt("ok", seconds=seconds, extra=extra, method="torch.cuda", gradient=gradient, inputs=inputs)
     except NotThere as error:
-        return Probed("not_there", str(error))
+        return Attempt("not_there", str(error))
     except Exception as error:
-        return over_memory(case.options.memory_limit) if is_memory(error) else Probed("failed", reason(error))
+        return over_memory(case.options.memory_limit) if is_memory(error) else Attempt("failed", reason(error))
     finally:
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a number was measured on."""
+"""The machine that a number was measured on."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def describe() -> dict[str, Any]:
 
 
 def words(machine: dict[str, Any], threads: int, on_gpu: bool = False) -> str:
-    """One line for under a table or a plot."""
+    """The machine in one line, for a caption."""
     memory = machine["memory_bytes"] / 1e9
     if on_gpu:
         return (

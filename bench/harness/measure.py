@@ -16,7 +16,7 @@ from .variants import Step
 
 SAMPLE_SECONDS = 0.005  # shorter steps are repeated within a sample, up to MOST times
 MOST = 50
-APART = 5  # steps of a sample of host or device time: few enough for a GPU's queue of launches
+APART = 5  # steps of a sample of launch or device time: few enough for a GPU's queue of launches
 CYCLES_A_SECOND = 2e9  # of a GPU, about
 LONGEST_SLEEP = 0.5  # seconds
 
@@ -46,19 +46,19 @@ def quartiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def _finish() -> None:
-    """What was launched on a GPU is done."""
+    """Waits until the GPU has finished."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 class Waits(Exception):
-    """A step whose host and device times cannot be told apart."""
+    """A step whose launch and device times cannot be told apart."""
 
 
 def _apart(step: Step, count: int, before: float) -> tuple[float, float]:
-    """Seconds of a step that launching it takes the host, and that running what was launched takes the GPU.
+    """Seconds that the CPU takes to launch a step, and that the GPU takes to run what was launched.
 
-    The GPU sleeps first, so that the host is done before the GPU begins.
+    The GPU sleeps first, so that the CPU is done before the GPU begins.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _finish()
@@ -67,17 +67,17 @@ def _apart(step: Step, count: int, before: float) -> tuple[float, float]:
     began = time.perf_counter()
     for _ in range(count):
         step()
-    host = time.perf_counter() - began
+    launched = time.perf_counter() - began
     waited = start.query()
     end.record()
     end.synchronize()
     if waited:
         raise Waits("it waits for the GPU before it is launched as a whole")
-    return host / count, start.elapsed_time(end) / 1e3 / count
+    return launched / count, start.elapsed_time(end) / 1e3 / count
 
 
 def _sample(step: Step, count: int, phase: str = "step", before: float = 0.0) -> float:
-    if phase in ("host", "device"):
+    if phase in ("launch_overhead", "device"):
         return _apart(step, count, before)[phase == "device"]
     _finish()
     start = time.perf_counter()
@@ -89,7 +89,7 @@ def _sample(step: Step, count: int, phase: str = "step", before: float = 0.0) ->
 
 @contextlib.contextmanager
 def _quick_collection() -> Iterator[None]:
-    """What lives now is not looked at by collections within, which it would make many times longer than a step."""
+    """Excludes existing objects from garbage collections inside, which would otherwise take longer than a step."""
     gc.collect()
     gc.freeze()
     try:
@@ -104,8 +104,8 @@ def interleave(
 ) -> dict[str, Times | Exception]:
     """Rounds over `steps`, each starting one variant later.
 
-    A variant that has used up the time limit sits out the rest, but not before one timed round; one that
-    fails is dropped, and its error is its result.
+    A variant that has used up the time limit gets no further round, but at least one timed round. A variant that fails
+    is dropped, and its error is its result.
     """
     counts: dict[str, int] = {}
     found: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,8 +1,8 @@
 """What a step adds to a process's memory, and limits on it.
 
-The kernel keeps the high-water mark of resident memory (VmHWM) and resets it on request, so that the peak
-of one step is exact, whoever allocates. Elsewhere a thread samples. Pages of program files that a step is
-the first to touch are taken off: they are code, not data.
+Linux keeps the high-water mark of resident memory (VmHWM) and resets it on request, so the peak of one step is exact,
+whoever allocates. On other systems a thread samples. Pages of program files that a step touches first are subtracted:
+they are code, not data.
 """
 
 from __future__ import annotations

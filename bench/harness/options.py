@@ -1,4 +1,4 @@
-"""What a run is asked to do: one frozen dataclass, carried everywhere, child processes and JSON included."""
+"""The options of a run: one frozen dataclass, also passed to child processes and written to the JSON."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ TITLES = {
 DATA = ("random", "trained")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEVICES = ("cpu", "cuda")
-PHASES = ("step", "forward", "host", "device")
-VARIANTS = ("flashpair", "reference", "compiled", "pytorch-metric-learning", "floor", "flex-attention", "inf-cl")
+PHASES = ("step", "forward", "launch_overhead", "device")
+VARIANTS = ("flashpair", "reference", "compiled", "pytorch-metric-learning", "gemm_bound", "flex-attention", "inf-cl")
 VARIANTS += ("flashpair-onchip", "flashpair-fused", "flashpair-tiled", "flashpair-screened", "compiled-max-autotune")
 DEFAULT = VARIANTS[:5]
-FLOORS = FLOOR, FLOOR_TWO = "floor", "floor (two products)"
+GEMM_BOUNDS = GEMM_BOUND, GEMM_BOUND_TWO = "gemm_bound", "gemm_bound (two products)"
+LABELS = {GEMM_BOUND: "GEMM bound", GEMM_BOUND_TWO: "GEMM bound (two products)"}  # in tables and pictures
 GB = 10**9
+
+
+def label(variant: str) -> str:
+    return LABELS.get(variant, variant)
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,13 @@ class Options:
         per_class: samples of a class.
         data: ``"random"``, or ``"trained"``: tight classes, so that mining leaves few pairs.
         noise: of trained data: standard deviation of a coordinate within a class, where that of centres is 1.
-        intrinsic: dimensions that the centres of trained data spread over: the more, the fewer pairs live.
+        intrinsic: dimensions that the centres of trained data spread over. More dimensions leave fewer live pairs.
         device: ``"cpu"``, or ``"cuda"`` for the current GPU. dtype: of the embeddings.
-        phase: ``"step"``, forward and backward; ``"forward"``, with all that a backward needs; on a GPU also the step's
-            time ``"host"`` (launching it, while the GPU is busy) and ``"device"`` (running what was launched before).
+        phase: ``"step"``, forward and backward; ``"forward"``, with all that a backward needs. On a GPU also
+            ``"launch_overhead"``, the time to launch a step while the GPU is busy, and ``"device"``, the time to run
+            what was launched.
         ref: None, or M references without gradient instead of the batch itself.
-        variants: names of VARIANTS, or ``module:function`` of one's own (see variants.py).
+        variants: names of VARIANTS, or your own ``module:function`` (see variants.py).
         repeats: timed rounds; warmup: rounds before them.
         num_classes: C, of losses against class weights.
         time_limit: seconds that one step may take, and after which a variant gets no further round.
@@ -84,8 +90,8 @@ class Options:
             raise ValueError("memory-limit and time-limit must be above 0")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: torch finds no GPU here")
-        if self.device == "cpu" and self.phase in ("host", "device"):
-            raise ValueError(f"phase {self.phase}: on the CPU host and device are one")
+        if self.device == "cpu" and self.phase in ("launch_overhead", "device"):
+            raise ValueError(f"phase {self.phase}: needs a GPU, on the CPU a step launches nothing")
         if self.ref is not None and (self.ref < 4 or self.loss == "lifted"):
             raise ValueError("ref must be at least 4, and lifted is defined within a batch, without references")
         unknown = [v for v in self.variants if v not in VARIANTS and ":" not in v]
@@ -114,7 +120,7 @@ class Options:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Options:
-        """From what JSON made of it: lists become tuples again, names that are not known are dropped."""
+        """From JSON: lists become tuples again, and unknown names are dropped."""
         known = {f.name for f in fields(cls)}
         mine: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**{k: v for k, v in mine.items() if k in known})

@@ -1,6 +1,6 @@
 """Time and peak memory over N as two log-log panels for each D, labelled at the ends of the curves.
 
-Of a sweep (live.py), time over the share of live pairs, a panel for each N and D.
+A sweep (live_pairs.py) is drawn as time over the share of live pairs, with a panel for each N and D.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flashpair.tools import plot_style
 from flashpair.tools.plot_style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, TEXT, Look
 
 from . import machine
-from .options import FLOOR, FLOOR_TWO, FLOORS, Options
+from .options import GEMM_BOUND, GEMM_BOUND_TWO, GEMM_BOUNDS, Options, label
 from .report import Document, is_sweep, percent, print_table, variants_of, write
 from .units import duration, size
 
@@ -27,8 +27,8 @@ LOOKS = {
     "reference": Look(GREY, "s"),
     "compiled": Look(ORANGE, "^"),
     "pytorch-metric-learning": Look(PURPLE, "D"),
-    FLOOR: Look(INK, ""),
-    FLOOR_TWO: Look(INK, ""),
+    GEMM_BOUND: Look(INK, ""),
+    GEMM_BOUND_TWO: Look(INK, ""),
 }
 OTHERS = (Look(GREEN, "v"), Look(SKY, "P"), Look(INK, "X"))
 LABEL_LINE = 0.075  # of a panel's height, for each line of a label
@@ -37,7 +37,7 @@ PANEL = 2.75  # inches of height, with its title and the names of its axes
 
 
 class Abscissa(NamedTuple):
-    """What runs along the bottom: a case's key, its name, and where the ticks are."""
+    """The horizontal axis: the key of a case, its name, the ticks and the limits."""
 
     key: str
     name: str
@@ -45,8 +45,8 @@ class Abscissa(NamedTuple):
     ends: tuple[float, float]
 
 
-class Death(NamedTuple):
-    """The first size at which a variant went over a limit, which one, and in words."""
+class OverLimit(NamedTuple):
+    """The first size at which a variant exceeded a limit, the status, and words for it."""
 
     n: float
     status: str
@@ -57,22 +57,22 @@ class Curve(NamedTuple):
     name: str
     look: Look
     points: list[tuple[float, float]]
-    death: Death | None
+    over_limit: OverLimit | None
 
     def end(self, what: str, options: Options) -> tuple[float, float]:
-        """The last point, or where the variant died: on the limit it ran into, or further along its slope."""
+        """The last point; if the variant exceeded a limit, a point on that limit, or further along the slope."""
         n, value = self.points[-1]
-        if self.death is None:
+        if self.over_limit is None:
             return n, value
-        if (what, self.death.status) == ("memory", "over_memory"):
-            return self.death.n, float(options.memory_limit)
-        if (what, self.death.status) == ("time", "over_time"):
-            return self.death.n, options.time_limit
+        if (what, self.over_limit.status) == ("memory", "over_memory"):
+            return self.over_limit.n, float(options.memory_limit)
+        if (what, self.over_limit.status) == ("time", "over_time"):
+            return self.over_limit.n, options.time_limit
         slope = 2.0
         if len(self.points) > 1:
             n0, value0 = self.points[-2]
             slope = math.log(value / value0) / math.log(n / n0)
-        return self.death.n, value * (self.death.n / n) ** slope
+        return self.over_limit.n, value * (self.over_limit.n / n) ** slope
 
 
 def _value(record: dict[str, Any], what: str) -> float | None:
@@ -82,19 +82,19 @@ def _value(record: dict[str, Any], what: str) -> float | None:
 
 
 def curves(document: Document, cases: list[dict[str, Any]], what: str, key: str) -> list[Curve]:
-    """Of some cases of the document, over what they have as `key`."""
+    """The curves of some cases of the document over their `key`."""
     found, others = [], iter(OTHERS * 9)
     for name in variants_of(document):
         look = LOOKS.get(name) or next(others)
         records = [(c[key], c["variants"][name]) for c in cases if name in c["variants"]]
         points = [(float(n), value) for n, r in records if (value := _value(r, what))]
-        deaths = [Death(n, r["status"], r["words"]) for n, r in records if r["status"].startswith("over_")]
-        found.append(Curve(name, look, points, deaths[0] if deaths else None))
+        exceeded = [OverLimit(n, r["status"], r["words"]) for n, r in records if r["status"].startswith("over_")]
+        found.append(Curve(name, look, points, exceeded[0] if exceeded else None))
     return found
 
 
 def _spread(heights: list[float], lines: list[int]) -> list[float]:
-    """Middles of labels of so many lines moved apart, in their order, and back under the top of the panel."""
+    """Moves the middles of labels apart so that they do not overlap, keeping their order and the top of the panel."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = list(heights)
     for below, k in pairwise(order):
@@ -136,21 +136,22 @@ def _axes(axes: Axes, what: str, along: Abscissa, values: list[float]) -> None:
 
 
 def line_of(name: str, look: Look) -> dict[str, Any]:
-    """How a variant's line is drawn: flashpair's stands out, the floors have no markers."""
-    if name in FLOORS:
-        return {"color": look.colour, "lw": 1.3, "ls": plot_style.DASHED if name == FLOOR else (0, (1, 1.5))}
+    """How a variant's line is drawn: flashpair's stands out, the GEMM bounds have no markers."""
+    if name in GEMM_BOUNDS:
+        return {"color": look.colour, "lw": 1.3, "ls": plot_style.DASHED if name == GEMM_BOUND else (0, (1, 1.5))}
     if name == "flashpair":
         return {"color": look.colour, "marker": look.marker, "lw": plot_style.THICK, "ms": 5.5, "zorder": 4}
     return {"color": look.colour, "marker": look.marker, "zorder": 3}
 
 
 def _words(curve: Curve) -> str:
-    words = curve.name if curve.death is None else f"{curve.name}: {curve.death.words}"
-    return words.replace(": ", ":\n", 1) if curve.death is not None and len(words) > 24 else words
+    name = label(curve.name)
+    words = name if curve.over_limit is None else f"{name}: {curve.over_limit.words}"
+    return words.replace(": ", ":\n", 1) if curve.over_limit is not None and len(words) > 24 else words
 
 
 def _label(axes: Axes, curve: Curve, end: tuple[float, float], height: float) -> None:
-    """In ink, because light colours are no text; the stroke to the curve's end has its colour."""
+    """The text is dark, because light colours are hard to read; the stroke to the curve's end has its colour."""
     line = {"arrowstyle": "-", "color": curve.look.colour, "lw": 1.2, "shrinkA": 1, "shrinkB": 5}
     axes.annotate(
         _words(curve),
@@ -172,7 +173,7 @@ def _panel(axes: Axes, found: list[Curve], what: str, options: Options, along: A
     for curve, end in zip(drawn, ends, strict=True):
         colour = curve.look.colour
         axes.plot(*zip(*curve.points, strict=True), **line_of(curve.name, curve.look))
-        if curve.death is not None:
+        if curve.over_limit is not None:
             axes.plot(*zip(curve.points[-1], end, strict=True), color=colour, lw=1.1, ls=":")
             axes.plot(*end, color=colour, marker="x", ms=8, mew=2.2, zorder=5, clip_on=False)
     to_panel = axes.transData + axes.transAxes.inverted()
@@ -183,12 +184,12 @@ def _panel(axes: Axes, found: list[Curve], what: str, options: Options, along: A
 
 
 def _footnote(document: Document, options: Options) -> str:
-    """The machine, and who is not in the picture at all."""
+    """The machine, and the variants that are not in the picture."""
     absent = []
     for name in variants_of(document):
         records = [c["variants"][name] for c in document["cases"] if name in c["variants"]]
         if not any(r["status"] == "ok" for r in records):
-            absent.append(f"{name}: {records[0]['words']}")
+            absent.append(f"{label(name)}: {records[0]['words']}")
     if any(r["status"].startswith("over_") for c in document["cases"] for r in c["variants"].values()):
         absent.append("A cross: over a limit at that size; drawn at that limit, or where the slope before it leads.")
     lines = [machine.words(document["machine"], options.threads, options.device == "cuda"), *absent]
@@ -229,7 +230,7 @@ def draw(document: Document, path: Path) -> Path:
 
 
 def publish(document: Document, folder: Path) -> None:
-    """What a finished run leaves: its JSON and PNG in `folder`, its table and both paths in the terminal."""
+    """Writes JSON and PNG of a finished run into `folder`; prints its table and both paths."""
     path = write(document, folder)
     print_table(document)
     print(path)

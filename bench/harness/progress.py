@@ -1,4 +1,4 @@
-"""How far it is: a bar on a terminal, plain lines elsewhere; on stderr, so that stdout has only results."""
+"""Progress: a bar on a terminal, plain lines elsewhere. It goes to stderr, so that stdout has only results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Progress:
             self.bar.update(self.task, total=total)
 
     def doing(self, what: str) -> None:
-        """What happens now; seen on the bar only."""
+        """Shows on the bar what happens now."""
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, description=what)
 
@@ -47,7 +47,7 @@ class Progress:
             self.bar.advance(self.task, amount)
 
     def say(self, what: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         if self.bar is not None:
             self.console.print(what, markup=False)
         else:

@@ -12,17 +12,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import machine
-from .options import FLOORS, Options
+from .options import GEMM_BOUNDS, Options, label
 from .units import duration, size, span
 
 Document = dict[str, Any]
-GROWN = 1024  # under this N, what is constant hides how things grow
-BUSY = 0.2  # cores that others may use before times are doubtful
-NARROWEST = 124  # columns under which rich would cut numbers off
+GROWN = 1024  # below this N, constant costs hide the growth
+BUSY = 0.2  # cores that other processes may use before times are doubtful
+NARROWEST = 124  # with fewer columns rich would cut numbers off
 
 
 def stamp(document: Document) -> str:
-    """When it ran, as file names have it."""
+    """The time of a run, in the form of file names."""
     return document["machine"]["date"][:19].replace(":", "").replace("-", "").replace("T", "-")
 
 
@@ -49,8 +49,8 @@ def read(path: Path) -> Document:
 
 
 def is_sweep(document: Document) -> bool:
-    """Whether its cases differ in the share of live pairs (live.py), not in size alone."""
-    return document.get("kind") == "live"
+    """Whether its cases differ in the share of live pairs (live_pairs.py), not in size alone."""
+    return document.get("kind") == "live_pairs"
 
 
 def variants_of(document: Document) -> list[str]:
@@ -65,7 +65,7 @@ def percent(fraction: float) -> str:
 
 
 def growth(document: Document, variant: str, d: int) -> dict[str, float]:
-    """Exponents of N between the two largest sizes that ran: time and peak memory grow as N to these."""
+    """Exponents by which time and peak memory grow with N, between the two largest sizes that ran."""
     ran = [
         (c["n"], c["variants"][variant])
         for c in document["cases"]
@@ -81,7 +81,7 @@ def growth(document: Document, variant: str, d: int) -> dict[str, float]:
 
 
 def _live(case: dict[str, Any]) -> str:
-    """The share of negatives that mining keeps, of a loss that mines."""
+    """The share of negatives that mining keeps; empty for a loss without mining."""
     share = case["live_share_of_negatives"]
     return "" if share is None else percent(share)
 
@@ -93,22 +93,22 @@ def print_table(document: Document, console: Console | None = None) -> None:
     table = Table(title=options.title, title_justify="left", pad_edge=False)
     table.add_column("N", justify="right", no_wrap=True)
     table.add_column("D", justify="right", no_wrap=True)
-    table.add_column("live", justify="right", no_wrap=True)
+    table.add_column("live pairs", justify="right", no_wrap=True)
     table.add_column("variant")
-    for name in ("median", "quartiles", "of floor", "memory", "/ (N+M) D", "error"):
+    for name in ("median", "quartiles", "of GEMM bound", "memory", "/ (N+M) D", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for case in document["cases"]:
         for row, (variant, r) in enumerate(case["variants"].items()):
-            label = [f"{case['n']:,}", str(case["d"]), _live(case)] if row == 0 else ["", "", ""]
+            place = [f"{case['n']:,}", str(case["d"]), _live(case)] if row == 0 else ["", "", ""]
             style = "bold" if variant == "flashpair" else None
             if r["status"] != "ok":
                 since = f" since N = {r['since_n']:,}" if r.get("since_n") else ""
-                table.add_row(*label, f"{escape(variant)}: [yellow]{escape(r['words'] + since)}[/]")
+                table.add_row(*place, f"{escape(label(variant))}: [yellow]{escape(r['words'] + since)}[/]")
                 continue
             t, m = r["seconds"], r.get("memory")
             table.add_row(
-                *label, escape(variant), duration(t["median"]), span(t["q1"], t["q3"]),
-                percent(r["fraction_of_floor"]) if "fraction_of_floor" in r else "",
+                *place, escape(label(variant)), duration(t["median"]), span(t["q1"], t["q3"]),
+                percent(r["fraction_of_gemm_bound"]) if "fraction_of_gemm_bound" in r else "",
                 size(m["peak_extra"]) if m else "", f"{m['over_linear']:.3g}x" if m else "",
                 f"{r['check']['gradient_error']:.0e}" if "check" in r else "", style=style,
             )  # fmt: skip
@@ -132,8 +132,8 @@ def _cell(record: dict[str, Any] | None, share: bool) -> str:
     if record["status"] != "ok":
         return {"not_there": "not there", "wrong": "wrong"}.get(record["status"], record["words"])
     parts = [duration(record["seconds"]["median"])]
-    if share and "fraction_of_floor" in record:
-        parts[0] += f" ({percent(record['fraction_of_floor'])})"
+    if share and "fraction_of_gemm_bound" in record:
+        parts[0] += f" ({percent(record['fraction_of_gemm_bound'])})"
     if "memory" in record:
         parts.append(size(record["memory"]["peak_extra"]))
     return ", ".join(parts)
@@ -142,18 +142,18 @@ def _cell(record: dict[str, Any] | None, share: bool) -> str:
 def markdown(document: Document) -> str:
     """One row a size (or share of live pairs), one column a variant: median time, peak memory."""
     options = Options.of(document["options"])
-    names = [v for v in variants_of(document) if v not in FLOORS]
+    names = [v for v in variants_of(document) if v not in GEMM_BOUNDS]
     names += [v for v in variants_of(document) if v not in names]
     many = len(options.dims) > 1
-    head = ["N", *(["D"] if many else []), *(["live"] if is_sweep(document) else []), *names]
+    head = ["N", *(["D"] if many else []), *(["live pairs"] if is_sweep(document) else []), *map(label, names)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
     for case in document["cases"]:
         cells = [_cell(case["variants"].get(v), v == "flashpair") for v in names]
-        label = [f"{case['n']:,}", *([str(case["d"])] if many else [])]
-        label += [_live(case)] if is_sweep(document) else []
-        lines.append("| " + " | ".join([*label, *cells]) + " |")
+        place = [f"{case['n']:,}", *([str(case["d"])] if many else [])]
+        place += [_live(case)] if is_sweep(document) else []
+        lines.append("| " + " | ".join([*place, *cells]) + " |")
     width = "" if many else f", D = {options.dims[0]}"
-    what = "Median time (share of the floor's speed), peak memory beyond inputs and gradient."
+    what = "Median time (share of the GEMM bound's speed), peak memory beyond inputs and gradient."
     note = f"{options.title}{width}. {what}"
     return "\n".join(
         [*lines, "", f"{note} {machine.words(document['machine'], options.threads, options.device == 'cuda')}."]

@@ -1,4 +1,4 @@
-"""One run: for each size probe, check, measure; what dies is written down and the run goes on."""
+"""One run: for each size try, check, measure. A variant that fails is recorded, and the run goes on."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from ..studies.family_cases import FAMILY
-from . import gpu, guard, machine
+from . import gpu, machine, sandbox
 from .cases import Batch, Case, live_share, make_batch
 from .check import Truth, Verdict, find_truth, judge, only_rounds
-from .floor import describe, floor_products, is_small
+from .gemm_bound import bound_products, describe, is_small
 from .measure import Times, interleave
-from .options import FLOOR, FLOOR_TWO, FLOORS, Options
-from .probe import is_memory, reason
+from .options import GEMM_BOUND, GEMM_BOUND_TWO, GEMM_BOUNDS, Options
 from .progress import Progress
 from .report import BUSY
 from .units import duration, size
 from .variants import Step, make_step
+from .worker import is_memory, reason
 
 Record = dict[str, Any]
-PEERS = ("pytorch-metric-learning",)
-LASTING = ("over_memory", "over_time", "not_there")  # what does not get better at a larger size
+BASELINES = ("pytorch-metric-learning",)
+LASTING = ("over_memory", "over_time", "not_there")  # a larger size would end the same way
 
 
 def _at(case: Case) -> str:
@@ -33,26 +33,26 @@ def _at(case: Case) -> str:
 
 def _names(options: Options) -> list[str]:
     names = list(options.variants)
-    if FLOOR in names and options.ref is not None and options.backward:
-        names.append(FLOOR_TWO)
+    if GEMM_BOUND in names and options.ref is not None and options.backward:
+        names.append(GEMM_BOUND_TWO)
     return names
 
 
-def _probe(case: Case, variant: str, earlier: Record | None, progress: Progress) -> Record:
+def _attempt(case: Case, variant: str, earlier: Record | None, progress: Progress) -> Record:
     if earlier is not None and earlier["status"] in LASTING:
         since = earlier.get("since_n", earlier["n"])
         return {"n": case.n, "status": earlier["status"], "words": earlier["words"], "since_n": since}
-    if variant in FLOORS and is_small(case):
+    if variant in GEMM_BOUNDS and is_small(case):
         return {"n": case.n, "status": "ok", "words": ""}
     if case.options.device == "cuda":
         progress.doing(f"{_at(case)}: {variant}, once")
-        found = gpu.probe(case, variant)
+        found = gpu.attempt(case, variant)
     else:
         progress.doing(f"{_at(case)}: {variant} in a process of its own")
-        found = guard.probe(case, variant)
+        found = sandbox.attempt(case, variant)
     record: Record = {"n": case.n, "status": found.status, "words": found.words}
     if found.ok:
-        record["probe_seconds"] = found.seconds
+        record["worker_seconds"] = found.seconds
         if found.extra is not None:
             linear = (case.n + (case.centres or case.m)) * case.d * case.options.torch_dtype.itemsize
             record["memory"] = {
@@ -78,17 +78,17 @@ def _steps(case: Case, batch: Batch, records: dict[str, Record]) -> dict[str, St
 
 
 def _difference(verdict: Verdict, case: Case, variant: str) -> Record:
-    """What to write down of a result that is not right: a peer is timed where it is known why."""
-    if variant in PEERS and FAMILY[case.options.loss].differs:
+    """The record of a result that is not right. A baseline is still timed if the reason is known."""
+    if variant in BASELINES and FAMILY[case.options.loss].differs:
         return {"differs": FAMILY[case.options.loss].differs}
-    if variant in PEERS and only_rounds(verdict, case, variant):
+    if variant in BASELINES and only_rounds(verdict, case, variant):
         return {"differs": f"{case.options.dtype} rounds more than in eager code, in float64 it is the same"}
     return {"status": "wrong", "words": verdict.words}
 
 
 def _check(steps: dict[str, Step], records: dict[str, Record], case: Case, batch: Batch, progress: Progress) -> None:
-    """Drops from `steps` what is wrong, and what cannot be checked."""
-    checked = [v for v in steps if v not in FLOORS]
+    """Removes from `steps` the variants that are wrong or cannot be checked."""
+    checked = [v for v in steps if v not in GEMM_BOUNDS]
     if not checked:
         return
     progress.doing(f"{_at(case)}: the truth in float64")
@@ -122,13 +122,13 @@ def _time(steps: dict[str, Step], records: dict[str, Record], case: Case, progre
             records[variant]["seconds"] = times.record()
         else:
             _fail(records[variant], times)
-    if "seconds" in records.get(FLOOR, {}):
-        floor = records[FLOOR]["seconds"]["median"]
+    if "seconds" in records.get(GEMM_BOUND, {}):
+        bound = records[GEMM_BOUND]["seconds"]["median"]
         for record in records.values():
             if "seconds" in record:
-                record["fraction_of_floor"] = floor / record["seconds"]["median"]
-                record["tflops_of_floor"] = (
-                    describe(case, floor_products(case, FLOOR))["flop"] / record["seconds"]["median"] / 1e12
+                record["fraction_of_gemm_bound"] = bound / record["seconds"]["median"]
+                record["tflops_of_gemm_bound"] = (
+                    describe(case, bound_products(case, GEMM_BOUND))["flop"] / record["seconds"]["median"] / 1e12
                 )
 
 
@@ -144,9 +144,9 @@ def run_case(case: Case, earlier: dict[str, Record], progress: Progress) -> Reco
     names = _names(case.options)
     records: dict[str, Record] = {}
     for variant in names:
-        records[variant] = _probe(case, variant, earlier.get(variant), progress)
+        records[variant] = _attempt(case, variant, earlier.get(variant), progress)
         progress.advance()
-    torch.compiler.reset()  # past a few shapes the compiler would fall back to eager without a word
+    torch.compiler.reset()  # after a few shapes the compiler would silently fall back to eager
     batch = make_batch(case)
     steps = _steps(case, batch, records)
     _check(steps, records, case, batch, progress)
@@ -159,7 +159,7 @@ def run_case(case: Case, earlier: dict[str, Record], progress: Progress) -> Reco
         progress.say(f"{_at(case)}: {_told(variant, record)}")
     return {
         "n": case.n, "m": case.m, "d": case.d, "classes": case.classes,
-        "floor": {v: describe(case, floor_products(case, v)) for v in FLOORS if v in names},
+        "gemm_bound": {v: describe(case, bound_products(case, v)) for v in GEMM_BOUNDS if v in names},
         "live_share_of_negatives": live_share(batch) if case.options.loss == "ms" else None,
         "cores_used_by_others": busy,
         "variants": records,
@@ -167,13 +167,13 @@ def run_case(case: Case, earlier: dict[str, Record], progress: Progress) -> Reco
 
 
 def new_document(options: Options) -> Record:
-    """What becomes the JSON, before its first case."""
+    """The JSON document before its first case."""
     return {
         "what": "flashpair bench: one training step (forward and backward)",
         "units": "seconds; bytes; peak_extra: beyond inputs and gradient; process_peak: of the process "
         "that took one step, all included; over_linear: peak_extra in copies "
-        "of the (N + M) D embeddings; fraction_of_floor: the floor's median / this median; tflops_of_floor: 10^12 "
-        "of the floor's flop a second",
+        "of the (N + M) D embeddings; fraction_of_gemm_bound: the bare products' median / this median; "
+        "tflops_of_gemm_bound: 10^12 of the bare products' flop a second",
         "machine": machine.describe(),
         "options": asdict(options),
         "cases": [],

@@ -1,4 +1,4 @@
-"""Numbers as people read them. 1 GB is 10^9 bytes."""
+"""Formats times and sizes. 1 GB is 10^9 bytes."""
 
 from __future__ import annotations
 

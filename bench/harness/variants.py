@@ -1,6 +1,6 @@
-"""Who runs: a variant is a function of the case that returns a criterion, called as flashpair's are.
+"""The variants. A variant is a function of the case that returns a criterion, called as flashpair's are.
 
-One's own is named `module:function` on the command line, and checked, limited and timed like the rest.
+Your own variant is named `module:function` on the command line. It is checked, limited and timed like the others.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..studies.family_cases import FAMILY
+from .baselines import NotThere, make_baseline
 from .cases import Batch, Case
-from .floor import floor_products, make_floor
-from .options import FLOORS
-from .peers import NotThere, make_peer
+from .gemm_bound import bound_products, make_gemm_bound
+from .options import GEMM_BOUNDS
 
 Step = Callable[[], Any]
 
@@ -40,7 +40,7 @@ def _compiled(case: Case, mode: str = "default") -> Callable[..., Tensor]:
 
 
 def _flex(case: Case) -> Callable[..., Tensor]:
-    """FlexAttention's log-sum-exps, where they are all that a loss needs. Its block masks are made once, untimed."""
+    """FlexAttention's log-sum-exps, for a loss that needs nothing else. Its block masks are made once, untimed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     o = case.options
@@ -99,7 +99,7 @@ REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
     "flashpair": _fused,
     "reference": _reference,
     "compiled": _compiled,
-    "pytorch-metric-learning": make_peer,
+    "pytorch-metric-learning": make_baseline,
     "flex-attention": _flex,
     "inf-cl": _inf_cl,
     "flashpair-onchip": partial(criterion, impl="onchip"),
@@ -111,8 +111,9 @@ REGISTRY: dict[str, Callable[[Case], Callable[..., Tensor]]] = {
 
 
 class TrainingStep:
-    """Forward and, if wanted, backward; the gradient is left in ``batch.x.grad``, fresh each time, and of a loss
-    against class weights also in its weights.
+    """Forward and, if `backward`, backward.
+
+    It leaves a new gradient in ``batch.x.grad``, and in the class weights if there are any.
     """
 
     def __init__(self, call: Callable[..., Tensor], batch: Batch, backward: bool = True) -> None:
@@ -133,7 +134,7 @@ class TrainingStep:
         return loss.detach()
 
     def weight_gradient(self) -> Tensor | None:
-        """As flashpair has it, one row a class or centre (C, D); None where there are no weights."""
+        """The gradient of class weights in flashpair's layout (C, D), a row a class or centre; None without weights."""
         if self.weight is None or self.weight.grad is None:
             return None
         return getattr(self.call, "as_ours", lambda g: g.flatten(0, -2))(self.weight.grad)
@@ -148,8 +149,8 @@ training_step = TrainingStep
 
 def make_step(variant: str, case: Case, batch: Batch) -> Step:
     """Raises NotThere."""
-    if variant in FLOORS:
-        return make_floor(case, batch, floor_products(case, variant))
+    if variant in GEMM_BOUNDS:
+        return make_gemm_bound(case, batch, bound_products(case, variant))
     if variant in REGISTRY:
         return training_step(REGISTRY[variant](case), batch, case.options.backward)
     module, _, name = variant.partition(":")

@@ -1,8 +1,9 @@
 """What hard negative class mining is worth: `python -m bench class_mining` trains with random and with mined classes.
 
-Classes are made so that one knows the answer. In one world they come in groups, as breeds do: telling groups apart is
-easy, and two classes of a group differ in little; a random batch has few of one group. In the other no two are nearer
-than others. Recall@1 is of as many unseen classes of the same kind; nothing is timed: mining costs what embedding does.
+The classes are synthetic, so the answer is known. In one world they come in groups, as breeds do: groups differ much,
+and two classes of a group differ little. A random batch has few classes of one group. In the other world all classes
+are equally far apart. Recall@1 is measured on as many unseen classes of the same kind. Nothing is timed: the cost of
+mining is that of embedding the candidates.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 import flashpair
@@ -23,12 +22,12 @@ from flashpair.metrics import confidence_interval, retrieval
 from flashpair.samplers import ClassSampler, HardClassSampler, NPairsSampler
 
 from ..harness import machine, report
+from ..harness.arguments import RUNS, add_table
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("random", "max", "sum")
 WORLDS = {"groups of ten": (100, 10), "no groups": (1000, 1)}
 INPUTS, EMBEDDING = 64, 32
-WITHIN, FINE, NUISANCE = 0.15, 0.5, 0.5  # standard deviations: of a class, of classes in a group, of what says nothing
+WITHIN, FINE, NUISANCE = 0.15, 0.5, 0.5  # standard deviations: in a class, of classes in a group, of noise features
 
 
 class Samples(NamedTuple):
@@ -39,7 +38,7 @@ class Samples(NamedTuple):
 
 
 def world(groups: int, classes: int, each: int, seed: int) -> tuple[Samples, Samples]:
-    """What is trained on, and as much of other classes: `groups` of so many `classes`, of `each` samples."""
+    """Samples to train on, and as many of other classes to test: `groups` of `classes` with `each` samples."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -78,13 +77,28 @@ def recall(kind: str, seen: Samples, unseen: Samples, steps: int, batch: int, se
         return retrieval(network(unseen.inputs), unseen.labels, recall_at=(1,)).recall[1]
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """Recall@1 by world and aggregate, the mean of the seeds, and what mining gains with its 95 % interval."""
+    lines = ["| Recall@1, % | " + " | ".join(KINDS) + " | max less random |", "|---|" + "---:|" * (len(KINDS) + 1)]
+    for name, of in document["recall"].items():
+        gain = [100 * (a - b) for a, b in zip(of["max"], of["random"], strict=True)]
+        cells = (f"{100 * statistics.fmean(of[kind]):.1f}" for kind in KINDS)
+        lines.append(f"| {name} | {' | '.join(cells)} | {confidence_interval(gain)} |")
+    steps, seeds = document["steps"], document["seeds"]
+    return "\n".join([*lines, "", f"{steps} steps of {document['batch']} classes; the mean of {seeds} seeds."])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench class_mining", description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32, help="classes in a batch")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "class-mining.json")
+    parser.add_argument("--out", type=Path, default=RUNS / "class-mining.json")
+    add_table(parser)
     given = parser.parse_args(arguments)
+    if given.table:
+        print(markdown(report.read(given.table)))
+        return 0
     torch.set_num_threads(1)
     found: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in KINDS} for name in WORLDS}
     for seed in track(range(given.seeds), "seeds"):
@@ -98,10 +112,5 @@ def main(arguments: list[str] | None = None) -> int:
         **{name: getattr(given, name) for name in ("steps", "batch", "seeds")},
     }  # fmt: skip
     report.save(document, given.out)
-    table = Table("Recall@1, %", *KINDS, "max less random", box=None)
-    for name, of in found.items():
-        gain = [100 * (a - b) for a, b in zip(of["max"], of["random"], strict=True)]
-        cells = (f"{100 * statistics.fmean(of[kind]):.1f}" for kind in KINDS)
-        table.add_row(name, *cells, str(confidence_interval(gain)))
-    Console().print(table)
+    print(markdown(document))
     return 0

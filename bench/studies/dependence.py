@@ -1,20 +1,21 @@
-"""What the weight of a negative pair depends on (Wang et al., CVPR 2019, Table 1), found by trying.
+"""What the weight of a negative pair depends on (Wang et al., CVPR 2019, Table 1), found by experiment.
 
 The weight w = |dL/dS_ij| of one negative pair is a function of its own similarity s, of the positives' p and of the
-other negatives' n. The paper names three things that it may depend on; what they mean here:
+other negatives' n. The paper names three dependences. Here they mean:
 
     S  the similarity itself: w changes when all similarities move by the same amount, so that s - p and s - n stay
     P  its similarity relative to positives: w changes when positives move, while s and n stay
     N  its similarity relative to other negatives: w changes when these move, while s and p stay
 
-Moves are finite, not derivatives, because many weights are steps: a triplet's negative counts the positives that it
-comes near, a contrastive pair weighs 0 or 1, mining lets a pair in or not. One change in all trials is a tick; no tick
-means that no trial changed the weight by more than float64 rounds. Similarities stay in [-1, 1], as cosines do.
+Moves are finite, not derivatives, because many weights are step functions: a triplet's negative counts the positives
+that it comes near, a contrastive pair has weight 0 or 1, mining keeps a pair or not. One change in any trial is a tick.
+No tick means that no trial changed the weight by more than float64 rounding. Similarities stay in [-1, 1], as cosines
+do.
 
-Whole matrices are moved, not one anchor's row: the histogram loss compares with the positives of the whole batch. Its
-bins stand still, so all moves of S are multiples of SHIFT, which must be one of the width of a bin; a shift by a part
-of a bin changes its weights (test_weight_dependence.py). A criterion's reduction must not count terms above 0,
-because the weights of such an average depend on all pairs: "sum" or "mean", not "nonzero".
+Whole matrices are moved, not one anchor's row, because the histogram loss compares with the positives of the whole
+batch. Its bins are fixed, so all moves of S are multiples of SHIFT, which must be a multiple of a bin's width; a shift
+by a part of a bin changes its weights (test_weight_dependence.py). The criterion's reduction must be "sum" or "mean",
+not "nonzero": an average over terms above 0 depends on all pairs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PAIR = (0, PER_CLASS + 1)  # an N-pair loss has the first two of each class, as 
 TRIALS, MOVES = 18, 6
 SHIFT = 0.2
 INNER = 0.6  # similarities of a start, so that shifts by up to 2 SHIFT stay within [-1, 1]
-RELATIVE, ABSOLUTE = 1e-7, 1e-12  # of the weight, and of the largest weight: over what rounding does
+RELATIVE, ABSOLUTE = 1e-7, 1e-12  # of the weight, and of the largest weight: more than rounding
 
 
 class Dependence(NamedTuple):
@@ -54,17 +55,17 @@ def labels() -> Tensor:
 
 
 def similarity_to(distance: str, s: Tensor) -> Tensor:
-    """The criterion's z of a similarity in [-1, 1]. Distances fall with it in equal steps: what is relative stays."""
+    """The criterion's z of a similarity in [-1, 1]. Distances fall linearly with it, so differences are kept."""
     return {"dot": s, "euclidean": 1 - s, "squared_euclidean": 2 - 2 * s}[distance]
 
 
 def weights(
     criterion: Criterion, s: Tensor, labels: Tensor, to: Callable[[str, Tensor], Tensor] = similarity_to
 ) -> Tensor:
-    """|dL/dz| (N, N) of similarities (N, N) that come from no embeddings; squared norms are taken to be 1."""
+    """|dL/dz| (N, N) of given similarities (N, N), without embeddings; squared norms are taken to be 1."""
     z = to(criterion.distance, s.detach().clone()).requires_grad_()
     pairs = ReferencePairs(z, labels, labels, square=True)
-    pairs.x = torch.ones(labels.shape[0], 1, dtype=z.dtype)
+    pairs.embeddings = torch.ones(labels.shape[0], 1, dtype=z.dtype)
     loss = reduce_losses(criterion.row_losses(pairs), criterion.reduction, pairs).sum()
     return torch.autograd.grad(loss, z)[0].abs()
 
@@ -72,14 +73,14 @@ def weights(
 def random_similarities(
     generator: torch.Generator, low: float = -1.0, high: float = 1.0, count: int = CLASSES * PER_CLASS
 ) -> Tensor:
-    """Symmetric (N, N), within a random part of [low, high]: also near each other, or all of them low."""
+    """Symmetric similarities (N, N) within a random part of [low, high], so that they may be close, or all low."""
     ends = torch.rand(2, generator=generator, dtype=torch.float64).sort().values * (high - low) + low
     s = torch.rand(count, count, generator=generator, dtype=torch.float64) * (ends[1] - ends[0]) + ends[0]
     return torch.triu(s, 1) + torch.triu(s, 1).T + torch.eye(count, dtype=torch.float64)
 
 
 def moved(generator: torch.Generator, s: Tensor, which: str, pair: tuple[int, int]) -> Iterator[Tensor]:
-    """The similarities after each of some moves that leave alone what the definition of `which` keeps."""
+    """The similarities after some moves; the moves keep what the definition of `which` keeps."""
     i, j = pair
     same = labels()[:, None] == labels()
     mine = torch.zeros_like(same)
@@ -112,7 +113,7 @@ def depends(criterion: Criterion, which: str, seed: int = 0) -> bool:
 
 
 def dependence(criterion: Criterion) -> Dependence:
-    """All three, of a criterion of pairs."""
+    """All three dependences of a criterion of pairs."""
     return Dependence(*(depends(criterion, which) for which in "SPN"))
 
 

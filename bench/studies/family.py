@@ -1,8 +1,8 @@
 """One table of every loss of the library, one training step each: `python -m bench family`.
 
-One case of suite.py for each row of family_cases.py: flashpair, its dense reference, pytorch-metric-learning's loss of
-the same kind and the floor, each tried in a process of its own, checked against float64, then timed by turns.
-`--million` is of the losses against class weights: 512 embeddings, a million classes, and the whole process's memory.
+It runs one case of suite.py for each row of family_cases.py: flashpair, its dense reference, pytorch-metric-learning's
+loss of the same kind, and the GEMM bound. Each is tried in a process of its own, checked against float64, then timed by
+turns. `--million` runs the losses against class weights: 512 embeddings, a million classes, the whole process's memory.
 `--table FILE.json` only prints the table.
 """
 
@@ -12,20 +12,19 @@ import argparse
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..harness import report, suite
-from ..harness.arguments import add_common, names, options_of
+from ..harness.arguments import add_common, add_table, names, options_of
 from ..harness.cases import Case
-from ..harness.options import DATA, DTYPES, FLOOR, Options
+from ..harness.options import DATA, DTYPES, GEMM_BOUND, Options
 from ..harness.progress import Progress
 from ..harness.report import Document
 from . import family_report
 from .family_cases import FAMILY
 
 OURS = ("flashpair", "reference")
-PEER = "pytorch-metric-learning"
+BASELINE = "pytorch-metric-learning"
 QUICK = {"n": 512, "repeats": 3, "time_limit": 5.0}
 MILLION = {"n": 512, "num_classes": 1_000_000, "repeats": 3, "memory_limit": 6.0}
 GROUPS = {
@@ -36,9 +35,11 @@ GROUPS = {
 
 
 def case_of(options: Options, loss: str) -> Case:
-    """Nobody is asked for a loss that he is known not to have."""
-    peers = (PEER,) if FAMILY[loss].peer else ()
-    return Case(replace(options, loss=loss, variants=(*OURS, *peers, FLOOR)), options.sizes[0], options.dims[0])
+    """A baseline takes part only where it has the loss."""
+    baselines = (BASELINE,) if FAMILY[loss].baseline else ()
+    return Case(
+        replace(options, loss=loss, variants=(*OURS, *baselines, GEMM_BOUND)), options.sizes[0], options.dims[0]
+    )
 
 
 def run(
@@ -47,7 +48,7 @@ def run(
     progress: Progress,
     save: Callable[[Document], object] = lambda document: None,
 ) -> Document:
-    """As suite.run, of the first size and width, with a case for each of `losses`; `save` gets it after each."""
+    """As suite.run, for the first size and width, with a case for each loss; `save` gets the document after each."""
     document = suite.new_document(replace(options, loss="all"))
     kind = "classes" if all(FAMILY[loss].centres for loss in losses) else "family"
     document.update(kind=kind, losses=list(losses), num_classes=options.num_classes)
@@ -93,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add_common(p, default)
     p.add_argument("--quick", action="store_true", help=f"other defaults: {_said(QUICK)}")
     p.add_argument("--million", action="store_true", help=f"losses with weights, other defaults: {_said(MILLION)}")
-    p.add_argument("--table", type=Path, metavar="FILE.json", help="only print this file's Markdown table")
+    add_table(p)
     return p
 
 
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.set_defaults(**(MILLION if asked.million else {}) | (QUICK if asked.quick else {}))
     given = vars(p.parse_args(arguments))
     options = options_of(
-        p, {**given, "sizes": (given["n"],), "dims": (given["dim"],), "variants": (*OURS, PEER, FLOOR)}
+        p, {**given, "sizes": (given["n"],), "dims": (given["dim"],), "variants": (*OURS, BASELINE, GEMM_BOUND)}
     )
     one = tuple(loss for loss in GROUPS["classes"] if FAMILY[loss].centres == 1)
     losses = given["losses"] or (one if asked.million else GROUPS["all"])

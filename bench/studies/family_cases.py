@@ -1,7 +1,7 @@
-"""Every loss of the library once, in the one place: how it is made, and what it is compared with.
+"""Every loss of the library: how it is made, and its baseline.
 
-The peer is pytorch-metric-learning's loss with the arguments, the reducer and the miner that give the same number.
-Where it has none that does, `differs` says why the number is another one, and the peer is timed as it is.
+The baseline is pytorch-metric-learning's loss with the arguments, the reducer and the miner that give the same number.
+If no loss gives the same number, `differs` says why, and the baseline is timed as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 import flashpair as fp
 
-Peer = Callable[..., Any]
+Baseline = Callable[..., Any]
 
 
 class FamilyCase(NamedTuple):
@@ -21,16 +21,17 @@ class FamilyCase(NamedTuple):
 
     Args:
         make: the class; `options`: its arguments.
-        peer: None, or of pytorch-metric-learning's package (and of class losses C, D) its loss, or loss and miner.
-        differs: why the peer's number is not this loss's.
-        centres: of a loss against class weights, how many rows a class has; 0 for losses of pairs.
-        one_pair: of a class, so that there are as many rows and columns as classes.
-        bytes_a_pair: that the dense reference needs in float64.
+        baseline: None, or a function of pytorch-metric-learning's package (and of C, D for class losses) that returns
+            its loss, or loss and miner.
+        differs: why the baseline's number is not this loss's.
+        centres: rows of weights for each class; 0 for losses of pairs.
+        one_pair: whether the loss takes one pair a class, so that there are as many rows and columns as classes.
+        bytes_a_pair: the dense reference's memory for a pair, in float64.
     """
 
     make: Callable[..., torch.nn.Module]
     options: dict[str, Any] = {}  # noqa: RUF012
-    peer: Peer | None = None
+    baseline: Baseline | None = None
     differs: str = ""
     centres: int = 0
     one_pair: bool = False
@@ -38,7 +39,7 @@ class FamilyCase(NamedTuple):
 
     @property
     def shown(self) -> str:
-        """As one writes it, without what class losses are sized by."""
+        """The constructor call, without the sizes of class losses."""
         given = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         return f"{self.make.__name__}({given})"
 
@@ -63,7 +64,7 @@ def _cosine(p: Any) -> dict[str, Any]:
 
 
 def _angular(p: Any) -> Any:
-    """Its negatives are taken as they come, so that they must come normalised."""
+    """The library does not normalise negatives here, so they must come normalised."""
     loss = p.losses.AngularLoss(alpha=40)
     return lambda x, *rest: loss(torch.nn.functional.normalize(x), *rest)
 
@@ -86,7 +87,7 @@ FAMILY: dict[str, FamilyCase] = {
     ),
     "n_pairs_soft": FamilyCase(fp.NPairsLoss, {"variant": "softlabel"}),
     "lifted": FamilyCase(fp.LiftedStructureLoss, {}, lambda p: p.losses.LiftedStructureLoss(1, 0, **_raw_l2(p))),
-    "generalized_lifted": FamilyCase(  # the peer's margins are subtracted on either side: 1 - s and s - 0
+    "generalized_lifted": FamilyCase(  # the baseline's margins are subtracted on either side: 1 - s and s - 0
         fp.GeneralizedLiftedStructureLoss, {}, lambda p: p.losses.GeneralizedLiftedStructureLoss(0, 1, **_cosine(p))
     ),
     "lifted_star": FamilyCase(fp.LiftedStructureStarLoss),

@@ -9,9 +9,9 @@ from ..harness.options import Options
 from ..harness.report import BUSY, Document, percent
 from ..harness.units import duration, size
 
-OURS, REFERENCE, PEER = "flashpair", "reference", "pytorch-metric-learning"
-HEAD = ("loss", "time", "memory", "reference", "its memory", PEER, "its memory", "of the floor's speed")
-MANY = 1e4  # classes from which a process is mostly weights
+OURS, REFERENCE, BASELINE = "flashpair", "reference", "pytorch-metric-learning"
+HEAD = ("loss", "time", "memory", "reference", "its memory", BASELINE, "its memory", "of the GEMM bound's speed")
+MANY = 1e4  # from so many classes on a process is mostly weights
 SHORT = {"wrong": "wrong", "not_there": "not there", "failed": "failed"}
 
 
@@ -20,7 +20,7 @@ def times(ratio: float) -> str:
 
 
 def _words(record: dict[str, Any]) -> str:
-    """Why there is no time."""
+    """The reason for a missing time."""
     return SHORT.get(record["status"], record["words"])
 
 
@@ -32,7 +32,7 @@ def _ours(record: dict[str, Any], key: str) -> tuple[str, str]:
 
 
 def _against(ours: dict[str, Any], theirs: dict[str, Any] | None, key: str, mark: str = "") -> tuple[str, str]:
-    """How many times ours the other's median and memory are; where ours has none, the other's own."""
+    """The other's median and memory as multiples of ours; if ours has none, in their own units."""
     if theirs is None:
         return "", ""
     if theirs["status"] != "ok":
@@ -45,7 +45,7 @@ def _against(ours: dict[str, Any], theirs: dict[str, Any] | None, key: str, mark
 
 
 def markdown(document: Document) -> str:
-    """One row a loss: ours, then how many times as much the others take."""
+    """One row for each loss: ours, then the others as multiples of ours."""
     options = Options.of(document["options"])
     whole = document["num_classes"] >= MANY and all(case["class_weights"] for case in document["cases"])
     key = "process_peak" if whole else "peak_extra"
@@ -54,24 +54,31 @@ def markdown(document: Document) -> str:
     wrong = []
     for case in document["cases"]:
         records = case["variants"]
-        ours, peer = records[OURS], records.get(PEER)
+        ours, baseline = records[OURS], records.get(BASELINE)
         mark = ""
-        if peer is not None and "differs" in peer:
-            mark = notes.setdefault(peer["differs"], "*" * (len(notes) + 1))
+        if baseline is not None and "differs" in baseline:
+            mark = notes.setdefault(baseline["differs"], "*" * (len(notes) + 1))
             mark = mark.replace("*", "\\*")
-        cells = [*_ours(ours, key), *_against(ours, records.get(REFERENCE), key), *_against(ours, peer, key, mark)]
-        cells.append(percent(ours["fraction_of_floor"]) if "fraction_of_floor" in ours else "")
+        cells = [*_ours(ours, key), *_against(ours, records.get(REFERENCE), key), *_against(ours, baseline, key, mark)]
+        cells.append(percent(ours["fraction_of_gemm_bound"]) if "fraction_of_gemm_bound" in ours else "")
         lines.append("| " + " | ".join([f"`{case['shown']}`", *cells]) + " |")
         wrong += [f"{case['shown']}, {name}: {r['words']}" for name, r in records.items() if r["status"] == "wrong"]
-    notes_below = [_told(document, options, whole)]
-    notes_below += [
-        f"{mark.replace('*', chr(92) + '*')} Its result is another one: {why}." for why, mark in notes.items()
-    ]
+    notes_below = [_told(document, options, whole), *_later(document)]
+    notes_below += [f"{mark.replace('*', chr(92) + '*')} Its result differs: {why}." for why, mark in notes.items()]
     notes_below += [f"Not timed, {words}." for words in wrong]
     busy = max((case["cores_used_by_others"] or 0.0 for case in document["cases"]), default=0.0)
     if busy > BUSY:
         notes_below.append(f"Times are doubtful: other processes kept up to {busy:.1f} cores busy.")
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes_below)
+
+
+def _later(document: Document) -> list[str]:
+    """A note on rows of another run; the case of such a row has its own machine."""
+    dates: dict[str, list[str]] = {}
+    for case in document["cases"]:
+        if "machine" in case:
+            dates.setdefault(case["machine"]["date"][:10], []).append(f"`{case['shown']}`")
+    return [f"Of a later run, {date}, on the same kind of machine: {', '.join(rows)}." for date, rows in dates.items()]
 
 
 def _told(document: Document, options: Options, whole: bool) -> str:

@@ -1,9 +1,9 @@
-"""Training steps of batches that memory does not hold: `python -m bench large_batch`: GradCache beside the plain step.
+"""Training steps of batches that do not fit memory: `python -m bench large_batch`: GradCache beside the plain step.
 
-The encoder is a small convolutional network whose activations take some 0.2 MB an image; the loss is Multi-Similarity
-with mining, of images of as many classes as a batch has fours. Each way and size trains in a process of its own, some
-steps of Adam, and each step's time and memory beyond what was there before it are taken; the loss says that it learns.
-Before that, gradients in float64 are checked against the plain step's with the dense reference.
+The encoder is a small convolutional network whose activations take about 0.2 MB an image. The loss is Multi-Similarity
+with mining; a batch has four images of each class. Each way and size trains in a process of its own for some steps of
+Adam. The time of each step and the memory that it adds are recorded; a falling loss shows that it learns. Before that,
+gradients in float64 are checked against the plain step's with the dense reference.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import flashpair
 
 from ..harness import machine, memory, report
-from ..harness.probe import is_memory
+from ..harness.arguments import RUNS, add_table
 from ..harness.units import duration, size
+from ..harness.worker import is_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 SIDE, EMBEDDING, PER_CLASS, NOISE = 16, 128, 4, 0.5
 CHECKED, ALLOWED = 512, 1e-9
 WAYS = {"GradCache": "auto", "plain": "auto", "plain, dense reference": "reference"}  # with which impl of the loss
@@ -72,11 +72,11 @@ def backward(way: str, network: nn.Module, micro_batch: int, inputs: Tensor, lab
 
 
 def train(s: Settings) -> dict[str, Any] | None:
-    """In a process of its own; None: it would have taken more memory than its limit."""
+    """Runs in a process of its own; returns None if it needs more memory than its limit."""
     torch.set_num_threads(s.threads)
     network = encoder()
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
-    backward(s.way, network, s.micro_batch, *images(4 * PER_CLASS, 1))  # code is there before anything is counted
+    backward(s.way, network, s.micro_batch, *images(4 * PER_CLASS, 1))  # loads all code before anything is counted
     memory.limit_growth(s.memory_limit)
     losses: list[float] = []
     peaks: list[memory.Peak] = []
@@ -99,7 +99,7 @@ def _append(losses: list[float], s: Settings, network: nn.Module, inputs: Tensor
 
 
 def check(micro_batch: int) -> float:
-    """How far GradCache's gradient is from the plain step's with the dense reference, relative, in float64."""
+    """The relative difference of GradCache's gradient from the plain step's with the dense reference, in float64."""
     inputs, labels = images(CHECKED, 1)
     found = []
     for way in ("GradCache", "plain, dense reference"):
@@ -112,6 +112,21 @@ def check(micro_batch: int) -> float:
     return off
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """One row a batch, one column a way to train."""
+    lines = ["| images in a step | " + " | ".join(WAYS) + " |", "|---:|" + "---:|" * len(WAYS)]
+    found = {(case["batch"], case["way"]): case["found"] for case in document["cases"]}
+    over = f"over {size(document['memory_limit'])}"
+    for batch in dict.fromkeys(case["batch"] for case in document["cases"]):
+        cells = [
+            over if (f := found[batch, way]) is None else f"{duration(f['seconds'])}, {size(f['peak_extra_bytes'])}"
+            for way in WAYS
+        ]
+        lines.append(f"| {batch:,} | {' | '.join(cells)} |")
+    what = f"Median time of a step, and memory beyond the images; {document['micro_batch']} images in a micro-batch."
+    return "\n".join([*lines, "", f"{what} {machine.words(document['machine'], document['threads'])}."])
+
+
 def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench large_batch", description=__doc__.split("\n")[0])
     p.add_argument("--batches", type=lambda t: [int(s) for s in t.split(",")], default=[4096, 16384, 65536])
@@ -119,8 +134,12 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, default=3)
     p.add_argument("--threads", type=int, default=machine.cores())
     p.add_argument("--memory-limit", type=float, default=8.0, help="GB that a step may take (8)")
-    p.add_argument("--out", type=Path, default=ROOT / "results" / "large-batch.json")
+    p.add_argument("--out", type=Path, default=RUNS / "large-batch.json")
+    add_table(p)
     given = p.parse_args(arguments)
+    if given.table:
+        print(markdown(report.read(given.table)))
+        return 0
     limit = int(given.memory_limit * 1e9)
     document: dict[str, Any] = {
         "what": "flashpair bench: training steps of large batches", "machine": machine.describe(),

@@ -1,7 +1,7 @@
 """Retrieval metrics of a large test set: `python -m bench metrics`, by default of the size of Stanford Online Products.
 
-What is timed is checked first, on some of the queries, against a dense float64 ranking. Beside it: the same ranks by
-blocks of torch.mm and torch.topk, which is how they are usually found, and one bare product, the floor.
+The metrics are checked first, on some of the queries, against a dense float64 ranking. Beside them are timed: the same
+ranks by blocks of torch.mm and torch.topk, as they are usually computed, and one bare product, the GEMM bound.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from flashpair import metrics
 
 from ..harness import machine, memory, report
+from ..harness.arguments import RUNS, add_table
+from ..harness.units import duration, size
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 2**25  # similarities at a time
 CHECKED = 256  # queries
 
 
 def embeddings(n: int, d: int, per_class: int) -> tuple[Tensor, Tensor]:
-    """Unit rows (n, d) float32, clustered as an embedding is that finds most of its class; labels (n,)."""
+    """Unit rows (n, d) float32, in clusters that retrieve most of their class; labels (n,)."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) // per_class
     centres = torch.randn(int(labels[-1]) + 1, d, generator=generator)
@@ -45,7 +44,7 @@ def blocks(x: Tensor) -> Any:
 
 
 def by_topk(x: Tensor, labels: Tensor, depth: int) -> Tensor:
-    """Of each query whether its nearest are of its class (n, depth)."""
+    """Whether each of a query's nearest references is of its class (n, depth)."""
     return torch.cat([labels[z.topk(depth, dim=1).indices] == labels[rows, None] for rows, z in blocks(x)])
 
 
@@ -55,7 +54,7 @@ def product(x: Tensor) -> None:
 
 
 def right(x: Tensor, labels: Tensor, ks: tuple[int, ...]) -> bool:
-    """Do some queries' scores equal those of a dense float64 ranking, but for pairs that float32 cannot tell apart?"""
+    """Whether the scores of some queries equal a dense float64 ranking's, except where float32 has ties."""
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))[:CHECKED]
     scores = metrics.query_scores(x, labels, depth=max(ks))
     z = x[some].double() @ x.double().T
@@ -69,14 +68,27 @@ def right(x: Tensor, labels: Tensor, ks: tuple[int, ...]) -> bool:
     return bool(same.double().mean() > 0.98)
 
 
+def markdown(document: dict[str, Any]) -> str:
+    lines = ["| | time | memory |", "|---|---:|---:|"]
+    for name, of in document["found"].items():
+        lines.append(f"| {name} | {duration(of['seconds'])} | {size(of['peak_extra_bytes'])} |")
+    n = f"{document['n']:,}"
+    what = f"{n} embeddings against one another, D = {document['d']}, {document['per_class']} a class, float32."
+    return "\n".join([*lines, "", f"{what} {machine.words(document['machine'], document['machine']['cores'])}."])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench metrics", description=__doc__)
     parser.add_argument("-n", type=int, default=60_000)
     parser.add_argument("-d", type=int, default=128)
     parser.add_argument("--per-class", type=int, default=5)
     parser.add_argument("--recall-at", default="1,10,100,1000")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "metrics.json")
+    parser.add_argument("--out", type=Path, default=RUNS / "metrics.json")
+    add_table(parser)
     given = parser.parse_args(arguments)
+    if given.table:
+        print(markdown(report.read(given.table)))
+        return 0
     ks = tuple(int(k) for k in given.recall_at.split(","))
     x, labels = embeddings(given.n, given.d, given.per_class)
     if not right(x, labels, ks):
@@ -89,15 +101,13 @@ def main(arguments: list[str] | None = None) -> int:
         "5-NN accuracy": lambda: metrics.knn_accuracy(x, labels, k=5),
         f"torch.mm and topk, {deep} deep": lambda: by_topk(x, labels, deep),
         f"torch.mm and topk, {given.per_class - 1} deep": lambda: by_topk(x, labels, given.per_class - 1),
-        "floor: one product": lambda: product(x),
+        "GEMM bound: one product": lambda: product(x),
     }
     found: dict[str, dict[str, float]] = {}
-    table = Table("", "seconds", "MB more", box=None)
     for name, job in jobs.items():
         start = time.perf_counter()
         peak = memory.peak_of(job)
         found[name] = {"seconds": time.perf_counter() - start, "peak_extra_bytes": peak.extra}
-        table.add_row(name, f"{found[name]['seconds']:.2f}", f"{peak.extra / 2**20:.0f}")
     resident = memory.status_bytes("VmHWM")
     document = {
         "what": "flashpair bench: retrieval metrics of a test set against itself", "machine": machine.describe(),
@@ -106,5 +116,5 @@ def main(arguments: list[str] | None = None) -> int:
         "process_bytes": resident, "found": found,
     }  # fmt: skip
     report.save(document, given.out)
-    Console().print(f"{given.n:,} x {given.n:,}, D = {given.d}, {given.per_class} a class", table, sep="\n")
+    print(markdown(document))
     return 0

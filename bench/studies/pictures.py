@@ -15,9 +15,9 @@ from ..harness.arguments import PICTURES, RESULTS
 from . import training_report, weights
 
 SOURCES = {
-    "batch-size": "ms-random-float32-20261121-175228.json",
-    "live-pairs": "ms-live-float32-20261121-212718.json",
-    "training": "ms-training-float32-20261121-213616.json",
+    "batch-size": "batch-size.json",
+    "live-pairs": "live-pairs.json",
+    "training": "training.json",
     "reality-check-digits": "reality-check-digits.json",
 }
 NAMES = (*SOURCES, *(f"weights-{name}" for name in weights.PICTURES))

@@ -1,10 +1,10 @@
-"""What processes that share a batch make of it, beside one that has all of it: `python -m bench ranks`.
+"""Processes that share a batch, beside one process that has all of it: `python -m bench ranks`.
 
-All of them are there from the start, each with one core and one thread. In each round one of them computes the whole
-batch by itself while the others wait, then some or all of them compute it together, once with each schedule; so a
-machine that slows down slows them all. Before anything is timed, loss and gradient of each are checked against float64
-(check.py). Beside the times stand the peak memory of a process and the bytes that it sends (sent.py).
-`--table FILE.json` only prints the table, `--counts FILE.json` what was counted beside docs/scaling.md's formulas.
+All processes run from the start, each with one core and one thread. In each round, one of them computes the whole batch
+while the others wait. Then some or all of them compute it together, once with each schedule. So a machine that slows
+down slows all variants. Before anything is timed, loss and gradient of each variant are checked against float64
+(check.py). The peak memory of a process and its traffic (traffic.py) stand beside the times. `--table FILE.json` only
+prints the table, `--counts FILE.json` only prints what was counted beside docs/scaling.md's formulas.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 
 from ..harness import machine, report
-from ..harness.arguments import add_common, names, numbers, options_of
+from ..harness.arguments import add_common, add_table, names, numbers, options_of
 from ..harness.options import DATA, Options
 from . import ranks_report
 from .ranks_work import Plan, work
-from .sent import PASSES
+from .traffic import PASSES
 
 LOSSES = ("ms", "ntxent")
 
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--data", choices=DATA, default=default.data, help="trained: mining leaves few pairs")
     add_common(p, default)
-    p.add_argument("--table", type=Path, metavar="FILE.json", help="only print this file's Markdown table")
+    add_table(p)
     p.add_argument("--counts", type=Path, metavar="FILE.json", help="only print what it counted, beside the formulas")
     return p
 

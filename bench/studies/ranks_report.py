@@ -6,21 +6,21 @@ from ..harness import machine
 from ..harness.options import Options
 from ..harness.report import BUSY, Document
 from ..harness.units import duration, size
-from .sent import PASSES
+from .traffic import PASSES
 
 COUNTED = (
     "processes",
     "loss",
     "schedule",
-    "sent",
+    "traffic",
     "by formula",
     "pairs a pass",
     "by formula",
-    "pieces",
+    "chunks",
     "memory",
     "rows",
 )
-HEAD = ("loss", "", "median", "rows a second", "speedup", "of processor time", "memory", "sent", "by formula")
+HEAD = ("loss", "", "median", "rows a second", "speedup", "of processor time", "memory", "traffic", "by formula")
 
 
 def markdown(document: Document) -> str:
@@ -29,12 +29,12 @@ def markdown(document: Document) -> str:
     for case in document["cases"]:
         shown = f"`{case['shown']}`"
         for name, r in case["variants"].items():
-            by = r["sent"].get("formula")
+            by = r["traffic"].get("formula")
             enough = r["processes"] <= document["machine"]["cores"]
             times = [duration(r["seconds"]["median"]), f"{r['throughput']:,.0f}", f"{r['speedup']:.2f}x"]
             cells = [
                 shown, name, *(times if enough else ["few cores", "", ""]), f"{r['processor_speedup']:.2f}x",
-                size(r["memory"]["peak_extra"]), size(r["sent"]["bytes"]) if r["processes"] > 1 else "",
+                size(r["memory"]["peak_extra"]), size(r["traffic"]["bytes"]) if r["processes"] > 1 else "",
                 "" if by is None else size(by),
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
@@ -54,26 +54,26 @@ def markdown(document: Document) -> str:
 
 
 def counts(document: Document) -> str:
-    """What docs/scaling.md's formulas say beside what was counted."""
+    """What was counted, beside docs/scaling.md's formulas."""
     options = Options.of(document["options"])
     lines = ["| " + " | ".join(COUNTED) + " |", "|---:|---|---|" + "---:|" * (len(COUNTED) - 3)]
     rows = [
         (r["processes"], case, r) for case in document["cases"] for r in case["variants"].values() if r["processes"] > 1
     ]
     for world, case, r in sorted(rows, key=lambda row: row[0]):
-        each, sent = case["n"] / world, r["sent"]
+        each, traffic = case["n"] / world, r["traffic"]
         passes = sum(map(len, PASSES[case["loss"]]))
         cells = [
-            str(world), f"`{case['shown']}`", r["how"], f"{sent['bytes']:,}", f"{sent['formula']:,.0f}",
-            f"{sum(sent['pairs'].values()) / passes:,.0f}", f"{each * case['n'] / 2:,.0f}",
-            str(sum(sent["pieces"].values())), size(r["memory"]["peak_extra"]),
+            str(world), f"`{case['shown']}`", r["how"], f"{traffic['bytes']:,}", f"{traffic['formula']:,.0f}",
+            f"{sum(traffic['pairs'].values()) / passes:,.0f}", f"{each * case['n'] / 2:,.0f}",
+            str(sum(traffic["chunks"].values())), size(r["memory"]["peak_extra"]),
             size(each * case["d"] * options.torch_dtype.itemsize),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     n, d = options.sizes[0], options.dims[0]
     told = (
-        f"One step, N = {n:,}, D = {d}, {options.dtype}, by bench.ranks. Bytes that a process sends; pairs that a pass "
-        "over the references meets, counted once for both their ends; pieces of all passes; the peak of a process's "
+        f"One step, N = {n:,}, D = {d}, {options.dtype}. Bytes that a process sends; pairs that a pass "
+        "over the references meets, counted once for both their ends; chunks of all passes; the peak of a process's "
         "memory beyond inputs, tile buffers included; one copy of its rows."
     )
     return "\n".join(lines) + "\n\n" + told

@@ -1,4 +1,4 @@
-"""One of the processes that ranks.py times: its part of the batch, its steps, and what it says to the others."""
+"""One of the processes that ranks.py times: its share of the batch, its steps, and their results."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from ..harness.measure import Times
 from ..harness.memory import peak_of
 from ..harness.options import Options
 from ..harness.variants import criterion
-from . import sent
+from . import traffic
 from .family_cases import FAMILY
 
 SCHEDULES = ("all_gather", "ring")
 ONE, TILED = "one process", "one process, tiled"
-LIMIT = datetime.timedelta(minutes=30)  # others wait while the first process finds the truth
+LIMIT = datetime.timedelta(minutes=30)  # others wait while the first process computes the truth
 Step = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every process is told: the options of a run, its losses, and how many processes take part by turns."""
+    """The plan that every process gets: options, losses, and the numbers of processes that take turns."""
 
     options: Options
     losses: tuple[str, ...]
@@ -51,21 +51,21 @@ class Plan:
 
 
 def together(values: Any) -> list[Any]:
-    """Everybody's, on every process."""
+    """The values of all processes, on every process."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, values)
     return found
 
 
 def pin(rank: int) -> None:
-    """One core for each process, where the system lets it choose and there are as many."""
+    """Pins each process to a core, if the system supports it."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
 class Runner:
-    """The steps of one loss on this process: None where it takes no part."""
+    """The steps of one loss on this process; None for variants in which it takes no part."""
 
     def __init__(self, plan: Plan, loss: str, groups: dict[int, Any]) -> None:
         self.plan, self.case, self.rank = plan, plan.case(loss), dist.get_rank()
@@ -132,16 +132,16 @@ class Runner:
     def cost(self, name: str) -> dict[str, Any]:
         """Bytes sent by the first process, and the peak memory of the one that needs most."""
         step = self.steps[name]
-        with sent.counted() as count:
+        with traffic.counted() as count:
             if step is not None:
                 step()
         dist.barrier()
         every = together((count.record(), 0 if step is None else peak_of(step).extra))
-        return {"sent": every[0][0], "memory": {"peak_extra": max(peak for _, peak in every)}}
+        return {"traffic": every[0][0], "memory": {"peak_extra": max(peak for _, peak in every)}}
 
     def time(self, name: str) -> tuple[float, float]:
-        """Seconds of the slowest of those who take part, and of the processor of the one who used most: the same on a
-        machine with nothing else to do, but for what processes wait for each other."""
+        """Seconds of the slowest process, and processor seconds of the busiest. On an idle machine they differ only by
+        the time that processes wait for each other."""
         step = self.steps[name]
         dist.barrier()
         start, used = time.perf_counter(), time.process_time()
@@ -152,7 +152,7 @@ class Runner:
         return max(wall for wall, _ in every), max(own for _, own in every)
 
     def rounds(self, say: Callable[[str], None]) -> tuple[dict[str, list[Times]], float | None]:
-        """Times of every variant by turns, of the clock and the processor, and how many cores others kept busy."""
+        """Interleaved times of every variant, by clock and processor, and how many cores other processes kept busy."""
         o, found = self.case.options, {name: list[tuple[float, float]]() for name in self.steps}
         began, load, used = time.monotonic(), machine.OtherLoad(), time.process_time()
         names = list(self.steps)
@@ -164,7 +164,7 @@ class Runner:
                     found[name].append(sample)
         seconds, own = time.monotonic() - began, time.process_time() - used
         others, every = load.cores(), together(own)
-        if others is not None:  # it takes the other processes of the run for others
+        if others is not None:  # without the other processes of this run
             others = round(max(0.0, others - sum(every[1:]) / seconds), 2)
         times = {name: [Times(list(t), 1) for t in zip(*samples, strict=True)] for name, samples in found.items()}
         return times, others
@@ -181,7 +181,7 @@ def run_case(plan: Plan, loss: str, groups: dict[int, Any], say: Callable[[str],
         records[name] = {"processes": world, "how": how, "check": runner.check(name, truth), **runner.cost(name)}
         if world > 1:
             size = case.options.torch_dtype.itemsize
-            records[name]["sent"]["formula"] = sent.formula(how, loss, world, case.n // world, case.d, size)
+            records[name]["traffic"]["formula"] = traffic.formula(how, loss, world, case.n // world, case.d, size)
     del truth
     times, others = runner.rounds(lambda what: say(f"{shown}: {what}"))
     one, one_used = (t.record()["median"] for t in times[ONE])
@@ -197,7 +197,7 @@ def run_case(plan: Plan, loss: str, groups: dict[int, Any], say: Callable[[str],
 
 
 def work(rank: int, plan: Plan, where: str, save: Callable[[dict[str, Any]], object], say: Callable[..., None]) -> None:
-    """A process's whole life; the first one tells and saves."""
+    """The main function of a process; the first process reports and saves."""
     described = machine.describe()
     pin(rank)
     torch.set_num_threads(1)
@@ -207,8 +207,8 @@ def work(rank: int, plan: Plan, where: str, save: Callable[[dict[str, Any]], obj
         "what": "flashpair bench: one training step (forward and backward) of a batch that processes share",
         "units": "seconds of the slowest process; throughput: rows of the global batch a second; speedup: over the one "
         "process; processor_seconds, processor_speedup: the same of the processor's time of the process that used "
-        "most; peak_extra: bytes that a step adds to the process that needs most; sent: bytes by the first process, of "
-        "collectives what their best algorithm sends (sent.py)",
+        "most; peak_extra: bytes that a step adds to the process that needs most; traffic: bytes sent by the "
+        "first process, of collectives what their best algorithm sends (traffic.py)",
         "kind": "ranks", "machine": described, "options": asdict(replace(plan.options, loss="all")),
         "worlds": list(plan.worlds), "cases": [],
     }  # fmt: skip

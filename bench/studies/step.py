@@ -1,4 +1,4 @@
-"""One training step of one loss, against peers and the bare products: `python -m bench step`.
+"""One training step of one loss, against baselines and the bare products: `python -m bench step`.
 
 `--plot FILE.json` and `--table FILE.json` only draw what a run has left.
 """
@@ -9,14 +9,14 @@ import argparse
 from pathlib import Path
 
 from ..harness import plot, report, suite
-from ..harness.arguments import add_batches, add_common, options_of
+from ..harness.arguments import add_batches, add_common, add_table, options_of
 from ..harness.options import DATA, DEVICES, DTYPES, LOSSES, PHASES, Options
 from ..harness.progress import Progress
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m bench step", description="Time and memory of one training step, against peers."
+        prog="python -m bench step", description="Time and memory of one training step, against baselines."
     )
     default = Options(memory_limit=1, threads=1)
     p.add_argument("--loss", choices=LOSSES, default=default.loss)
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ref", type=int, metavar="M", help="against M references without gradient, not the batch itself")
     add_common(p, default)
     p.add_argument("--plot", type=Path, metavar="FILE.json", help="only redraw the PNG beside this file")
-    p.add_argument("--table", type=Path, metavar="FILE.json", help="only print this file's Markdown table")
+    add_table(p)
     return p
 
 

@@ -1,8 +1,9 @@
 """A loss against references on disk that do not fit memory: `python -m bench stream`.
 
-Writes unit vectors around as many centres as there are classes to a file, and has a process of its own compute the loss
-of some anchors against all of them and the anchors' gradient, with a progress bar: its time, its highest memory as a
-whole, and the time of the bare products. Before that the first references are checked against float64 in one piece.
+It writes unit vectors around class centres to a file. A process of its own then computes the loss of some anchors
+against all of them, and the anchors' gradient, with a progress bar. The study reports its time, the peak memory of the
+whole process, and the time of the bare products. Before that, the first references are checked against float64 all at
+once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import flashpair
 from flashpair import StreamedReferences
 
 from ..harness import machine, report
+from ..harness.arguments import add_table
 from ..harness.memory import status_bytes
 from ..harness.units import duration, size
 
@@ -32,7 +34,7 @@ LOSSES = {
     "ms_weighting": lambda impl: flashpair.MultiSimilarityLoss(epsilon=None, impl=impl),
 }
 A_CLASS, CHECKED, WRITTEN, TIMED = 100, 50_000, 2**18, 16_384  # rows
-OF_ANCHORS = 2**31 - 1  # a seed that no block has
+OF_ANCHORS = 2**31 - 1  # a seed that no block uses
 NOISE = 0.5
 
 
@@ -55,7 +57,7 @@ def write(path: Path, s: Settings) -> None:
 
 
 def _embedded(labels: Tensor, dim: int, seed: int) -> Tensor:
-    """Unit vectors near the centres of their classes, which a formula gives."""
+    """Unit vectors near the centres of their classes; a formula gives the centres."""
     centre = torch.sin((labels[:, None] + 1.0) * (torch.arange(dim) + 1.0) * 0.7548776662)
     noise = torch.randn(len(labels), dim, generator=torch.Generator().manual_seed(seed))
     unit = torch.nn.functional.normalize(centre)
@@ -68,7 +70,7 @@ def batch(s: Settings) -> tuple[Tensor, Tensor]:
 
 
 def check(bank: Any, labels: Tensor, s: Settings, loss: str) -> None:
-    """Value and gradient of 256 anchors against the first references, to what float32 can."""
+    """Compares value and gradient of 256 anchors against the first references with float64, to float32's accuracy."""
     x, x_labels = batch(s)
     x, x_labels, count = x[:256], x_labels[:256] % max(1, CHECKED // A_CLASS), min(CHECKED, s.refs)
     found = []
@@ -101,17 +103,17 @@ def measure(path: str, s: Settings, loss: str, results: Any) -> None:
     check(bank, labels, s, loss)
     y = torch.randn(TIMED, s.dim)
     out, dx = torch.empty(s.anchors, TIMED), torch.empty(s.anchors, s.dim)
-    floors = []
+    bounds = []
     for _ in range(4):
         begin = time.perf_counter()
         torch.mm(x.detach(), y.T, out=out)
         torch.mm(x.detach(), y.T, out=out)
         torch.mm(out, y, out=dx)
-        floors.append(time.perf_counter() - begin)
+        bounds.append(time.perf_counter() - begin)
     results.put(
         {
             "loss": loss, "value": value.item(), "forward_seconds": middle - start, "backward_seconds": end - middle,
-            "peak_bytes": peak, "bytes_at_start": before, "floor_seconds": sorted(floors[1:])[1] * s.refs / TIMED,
+            "peak_bytes": peak, "bytes_at_start": before, "gemm_bound_seconds": sorted(bounds[1:])[1] * s.refs / TIMED,
         }
     )  # fmt: skip
 
@@ -137,16 +139,16 @@ def run(s: Settings, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(document: dict[str, Any]) -> str:
+def markdown(document: dict[str, Any]) -> str:
     s = document["settings"]
-    lines = ["| loss | forward | gradient | floor | peak of the whole process |", "|---|---:|---:|---:|---:|"]
+    lines = ["| loss | forward | gradient | GEMM bound | peak of the whole process |", "|---|---:|---:|---:|---:|"]
     for r in document["results"]:
-        ahead, back, floor = (duration(r[k]) for k in ("forward_seconds", "backward_seconds", "floor_seconds"))
-        lines.append(f"| {r['loss']} | {ahead} | {back} | {floor} | {size(r['peak_bytes'])} |")
+        ahead, back, bound = (duration(r[k]) for k in ("forward_seconds", "backward_seconds", "gemm_bound_seconds"))
+        lines.append(f"| {r['loss']} | {ahead} | {back} | {bound} | {size(r['peak_bytes'])} |")
     lines.append("")
     lines.append(
         f"{s['anchors']:,} anchors against {s['refs']:,} references of D = {s['dim']} "
-        f"({size(document['bank_bytes'])} on disk), float32. {machine.words(document['machine'], document['threads'])}"
+        f"({size(document['bank_bytes'])} on disk), float32. {machine.words(document['machine'], document['threads'])}."
     )
     return "\n".join(lines)
 
@@ -159,11 +161,15 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--losses", nargs="+", choices=LOSSES, default=["ntxent"])
     p.add_argument("--folder", type=Path, help="where the references are written (a temporary one)")
     p.add_argument("--out", type=Path, help="a folder for the JSON")
+    add_table(p)
     given = p.parse_args(arguments)
+    if given.table:
+        print(markdown(report.read(given.table)))
+        return
     s = Settings(given.anchors, given.refs, given.dim, tuple(given.losses), True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         document = run(s, Path(folder))
-    print(table(document))
+    print(markdown(document))
     if given.out is not None:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
         report.save(document, given.out / f"stream-{'-'.join(s.losses)}-{stamp}.json")

@@ -1,8 +1,8 @@
 """What the loss costs over a whole training, first step to last: `python -m bench training`.
 
-Two networks are trained with mined Multi-Similarity as flashpair computes it (training_data.py). At some steps the
-step's embeddings are set aside: how many pairs live is counted, loss and gradient of every variant are checked against
-float64, and forward and backward of the loss alone are timed, variants taking turns. A wrong result stops everything.
+Two networks are trained with flashpair's mined Multi-Similarity (training_data.py). At some steps the embeddings are
+copied. On them the live pairs are counted, loss and gradient of every variant are checked against float64, and forward
+and backward of the loss alone are timed, with the variants taking turns. A wrong result stops the study.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 import flashpair
 from flashpair import Bound, Reduction
 
-from ..harness import guard, machine, report
-from ..harness.arguments import add_common, options_of
+from ..harness import machine, report, sandbox
+from ..harness.arguments import add_common, add_table, options_of
 from ..harness.cases import Batch, Case
 from ..harness.check import find_truth, judge
 from ..harness.measure import Times, interleave
@@ -32,23 +32,23 @@ from .training_data import PER_CLASS, Training, digits, synthetic
 
 Record = dict[str, Any]
 OURS = ("flashpair", "flashpair-tiled")
-PEER = "pytorch-metric-learning"
-PEER_POINTS = 5  # of the logged ones: it takes seconds a step
+BASELINE = "pytorch-metric-learning"
+BASELINE_POINTS = 5  # of the logged steps: it takes seconds a step
 EPSILON = 0.1
 
 
 class Wrong(Exception):
-    """A variant of flashpair that is not as near to float64 as float32 can come."""
+    """A variant of flashpair is less accurate than float32 allows."""
 
 
 def logged_steps(steps: int, count: int) -> list[int]:
-    """About `count` of 0 ... steps, the first and the last among them, closer at the start, where things change."""
+    """About `count` steps of 0 ... steps, with the first and the last, and closer together at the start."""
     return sorted({round(steps * (k / max(count - 1, 1)) ** 2) for k in range(count)} | {steps})
 
 
 @torch.no_grad()
 def exact_live_share(embeddings: Tensor, labels: Tensor) -> float:
-    """The share of the negatives of embeddings (N, D) that mining keeps, of all anchors. Counted by the reference."""
+    """The share of all negatives of embeddings (N, D) that mining keeps, counted by the reference."""
     lowest = Reduction("min", "positives", detach=True)
     count = Reduction("count", "negatives", lower=Bound(lowest, -EPSILON))
     unit = torch.nn.functional.normalize(embeddings)
@@ -58,10 +58,10 @@ def exact_live_share(embeddings: Tensor, labels: Tensor) -> float:
 
 
 def measure(case: Case, embeddings: Tensor, labels: Tensor, variants: tuple[str, ...]) -> Record:
-    """One point, as JSON takes it, of embeddings (N, D), which stay as they are.
+    """The measurements on embeddings (N, D), for the JSON. The embeddings are not changed.
 
     Raises:
-        Wrong: as it says.
+        Wrong: a result is wrong, or cannot be checked.
     """
     batch = Batch(embeddings.detach().clone().requires_grad_(), labels, None, None)
     truth = find_truth(case, batch)
@@ -90,7 +90,7 @@ def measure(case: Case, embeddings: Tensor, labels: Tensor, variants: tuple[str,
 
 
 def over_the_run(points: list[Record], variant: str) -> float | None:
-    """Seconds that the loss takes in all steps: between points that have `variant`, as on a straight line."""
+    """Seconds that the loss takes in all steps, linearly interpolated between the points that have `variant`."""
     found = [(p["step"], p["seconds"][variant]["median"]) for p in points if variant in p["seconds"]]
     if len(found) < 2:
         return None
@@ -102,11 +102,11 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
     """Trains for so many steps and measures at about `count` of them."""
     case = Case(replace(options, per_class=training.per_class), training.n, training.d)
     logged = logged_steps(steps, count)
-    with_peer = {logged[round(k * (len(logged) - 1) / (PEER_POINTS - 1))] for k in range(PEER_POINTS)}
-    progress.doing(f"{training.title}: {PEER} in a process of its own")
-    peer = guard.probe(case, PEER)
-    if not peer.ok:
-        progress.say(f"{training.title}: without {PEER}: {peer.words}")
+    with_baseline = {logged[round(k * (len(logged) - 1) / (BASELINE_POINTS - 1))] for k in range(BASELINE_POINTS)}
+    progress.doing(f"{training.title}: {BASELINE} in a process of its own")
+    baseline = sandbox.attempt(case, BASELINE)
+    if not baseline.ok:
+        progress.say(f"{training.title}: without {BASELINE}: {baseline.words}")
     criterion = flashpair.MultiSimilarityLoss(epsilon=EPSILON)
     optimizer = torch.optim.Adam(training.net.parameters(), lr=training.learning_rate)
     points: list[Record] = []
@@ -116,7 +116,7 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
         embeddings = training.net(inputs)
         loss = criterion(embeddings, labels)
         if step in logged:
-            variants = (*OURS, PEER) if peer.ok and step in with_peer else OURS
+            variants = (*OURS, BASELINE) if baseline.ok and step in with_baseline else OURS
             found = measure(case, embeddings, labels, variants)
             points.append({"step": step, "loss": loss.item(), **found})
             progress.say(f"{training.title}: {training_report.told(points[-1])}")
@@ -129,8 +129,8 @@ def run(training: Training, steps: int, count: int, options: Options, progress: 
         "title": training.title, "n": training.n, "d": training.d, "per_class": training.per_class, "steps": steps,
         "learning_rate": training.learning_rate,
         "retrieval": {"before": before, "after": training.evaluate(training.net)},
-        "peer": "" if peer.ok else peer.words,
-        "run_seconds": {v: over_the_run(points, v) for v in (*OURS, PEER)},
+        "baseline": "" if baseline.ok else baseline.words,
+        "run_seconds": {v: over_the_run(points, v) for v in (*OURS, BASELINE)},
         "points": points,
     }  # fmt: skip
 
@@ -165,12 +165,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=4096, metavar="N", help="of the synthetic training (4096)")
     add_common(p, Options(1, 1, warmup=0, time_limit=10.0))
     p.add_argument("--plot", type=Path, metavar="FILE.json", help="only redraw the PNG beside this file")
+    add_table(p)
     return p
 
 
 def main(arguments: list[str] | None = None) -> None:
     p = parser()
     given = vars(p.parse_args(arguments))
+    if given["table"]:
+        print(training_report.markdown(report.read(given["table"])))
+        return
     if given["plot"]:
         print(training_report.draw(report.read(given["plot"]), given["plot"].with_suffix(".png")))
         return

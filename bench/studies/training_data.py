@@ -1,4 +1,4 @@
-"""Two trainings from scratch: what is trained on what, and how it is judged. Nothing here is timed."""
+"""The two trainings: network, data and evaluation. Nothing here is timed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ WITHIN = 0.4  # standard deviation of a latent coordinate within a class, where 
 
 
 class Training(NamedTuple):
-    """What one run trains.
+    """One training.
 
     Args:
         title: for table and picture.
         net: from inputs (N, ...) to embeddings (N, d).
         batches: endless: inputs, and labels (N,), `per_class` of each class.
-        evaluate: the retrieval of classes that are not trained on.
+        evaluate: measures retrieval of classes that are not trained on.
     """
 
     title: str
@@ -53,7 +53,7 @@ def digits(steps: int, seed: int) -> Training:
 
 
 def synthetic(n: int, seed: int) -> Training:
-    """Classes around centres of a latent space, seen through a fixed random map; a perceptron that is to undo it."""
+    """Classes around centres of a latent space, mapped by a fixed random network, and a perceptron to train on them."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(LATENT, INPUTS, generator=generator) / LATENT**0.5
     second = 2 * torch.randn(INPUTS, INPUTS, generator=generator) / INPUTS**0.5

@@ -27,7 +27,21 @@ def _median(point: Record, variant: str) -> str:
 
 def told(point: Record) -> str:
     times = ", ".join(f"{v} {_median(point, v)}" for v in point["seconds"])
-    return f"step {point['step']:,}, {percent(point['live_share'])} live: {times}"
+    return f"step {point['step']:,}, {percent(point['live_share'])} live pairs: {times}"
+
+
+def markdown(document: Document) -> str:
+    """One row for each training: the time of the loss in all steps together, by variant."""
+    runs = list(document["runs"].values())
+    variants = list(dict.fromkeys(v for run in runs for v in run["run_seconds"]))
+    lines = ["| training | N | steps | live pairs | " + " | ".join(variants) + " |"]
+    lines.append("|---|" + "---:|" * (3 + len(variants)))
+    for run in runs:
+        live = " to ".join(percent(run["points"][k]["live_share"]) for k in (0, -1))
+        seconds = ("" if (s := run["run_seconds"].get(v)) is None else duration(s) for v in variants)
+        lines.append(f"| {run['title']} | {run['n']:,} | {run['steps']:,} | {live} | {' | '.join(seconds)} |")
+    what = "Time of the loss in all steps together, forward and backward, by the trapezoidal rule over the timed steps."
+    return "\n".join([*lines, "", f"{what} {machine.words(document['machine'], document['options']['threads'])}."])
 
 
 def print_table(document: Document, console: Console | None = None) -> None:
@@ -36,7 +50,7 @@ def print_table(document: Document, console: Console | None = None) -> None:
     for run in document["runs"].values():
         variants = list(run["run_seconds"])
         table = Table(title=f"{run['title']}: N = {run['n']:,}, D = {run['d']}", title_justify="left", pad_edge=False)
-        for name in ("step", "loss", "live", "screened", *variants):
+        for name in ("step", "loss", "live pairs", "screened", *variants):
             table.add_column(name, justify="right")
         for point in run["points"]:
             seen = point["screening"]
@@ -47,8 +61,8 @@ def print_table(document: Document, console: Console | None = None) -> None:
         whole = [run["run_seconds"][v] for v in variants]
         table.add_row("all", "", "", "", *("" if seconds is None else duration(seconds) for seconds in whole))
         console.print(table)
-        if run["peer"]:
-            console.print(f"without pytorch-metric-learning: {run['peer']}", highlight=False, markup=False)
+        if run["baseline"]:
+            console.print(f"without pytorch-metric-learning: {run['baseline']}", highlight=False, markup=False)
         before, after = (run["retrieval"][when]["map_at_r"] for when in ("before", "after"))
         console.print(f"MAP@R of classes not trained on: {before:.3f} before, {after:.3f} after\n", highlight=False)
     console.print(machine.words(document["machine"], document["options"]["threads"]), highlight=False)

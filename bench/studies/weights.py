@@ -1,4 +1,4 @@
-"""Pictures of General Pair Weighting, what each loss of pairs gives to a pair: `python -m bench weights`.
+"""Pictures of General Pair Weighting, the weight that each loss gives to a pair: `python -m bench weights`.
 
 weights-curves.png  |w| of one negative, and of one positive, of an anchor over the pair's own similarity, others fixed
 weights-maps.png    |W| of a small clustered batch, sorted by class, by flashpair.pair_weights

@@ -1,4 +1,4 @@
-// The kernels of each instruction set that this build holds.
+// Declares the kernels of every instruction set that this build holds.
 #pragma once
 #include "types.h"
 

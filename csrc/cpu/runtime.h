@@ -1,7 +1,9 @@
-// What this process already has and we must not have twice: the BLAS that torch carries and its OpenMP threads.
+// The BLAS and the OpenMP threads of torch, threads in a fixed order, and scratch memory.
 //
-// Both are addresses found at run time, so the build needs neither. Without them: the kernels' own products, and
-// ordinary threads. A second OpenMP runtime is what has to be avoided: its threads would spin beside torch's.
+// BLAS and OpenMP are addresses that Python finds at run time, so the build needs neither. Without them the kernels use
+// their own products and ordinary threads. A second OpenMP runtime must be avoided: its threads would spin beside
+// torch's.
+// Deterministic: run_in_order fixes the order in which results are added, for any number of threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -36,17 +38,17 @@ struct Runtime {
 };
 
 inline Runtime& runtime() {
-  static Runtime found;
-  return found;
+  static Runtime instance;
+  return instance;
 }
 
-// Runs `job` on up to `threads` threads at once, the caller's among them. What it throws on any of them, the first of
-// it, is thrown here after all have ended: no exception may leave an OpenMP thread, or a thread of any kind.
+// Runs `job` on up to `threads` threads at once, the caller's among them. No exception may leave a thread, so the first
+// one that is thrown on any of them is thrown again here, after all have ended.
 template <class Job>
-void run_together(int threads, Job&& job) {
+void run_on_threads(int threads, Job&& job) {
   auto set = runtime().set_blas_threads;
   if (threads <= 1) {
-    struct Restore {  // the caller's setting, whatever happens
+    struct Restore {  // sets the caller's setting again, whatever happens
       int (*set)(int);
       int before;
       ~Restore() {
@@ -57,7 +59,7 @@ void run_together(int threads, Job&& job) {
   }
   std::exception_ptr error;
   std::atomic<bool> failed{false};
-  auto alone = [&] {
+  auto worker = [&] {
     const int before = set ? set(1) : 0;
     try {
       job();
@@ -67,76 +69,77 @@ void run_together(int threads, Job&& job) {
     if (set) set(before);
   };
   if (runtime().parallel) {
-    runtime().parallel([](void* f) { (*static_cast<decltype(alone)*>(f))(); }, &alone, threads, 0);
+    runtime().parallel([](void* f) { (*static_cast<decltype(worker)*>(f))(); }, &worker, threads, 0);
   } else {
     std::vector<std::thread> others;
     try {
       others.reserve(threads - 1);
-      for (int k = 1; k < threads; ++k) others.emplace_back(alone);
-    } catch (...) {  // no memory, or no thread to be had: those that there are do all of it
+      for (int k = 1; k < threads; ++k) others.emplace_back(worker);
+    } catch (...) {  // no memory or no more threads: those that have started do all of the work
     }
-    alone();
+    worker();
     for (std::thread& t : others) t.join();
   }
   if (error) std::rethrow_exception(error);
 }
 
-// Calls work(first, last) for the rows [0, n) in chunks, each on some thread.
+// Calls work(first, last) for chunks of the rows [0, n), each on some thread.
 template <class Work>
-void in_chunks(int64_t n, int threads, Work&& work) {
+void parallel_chunks(int64_t n, int threads, Work&& work) {
   constexpr int64_t CHUNK = 512;
   if (n <= CHUNK) return work(0, n);
   std::atomic<int64_t> next{0};
-  run_together(threads, [&] {
+  run_on_threads(threads, [&] {
     for (int64_t first; (first = next.fetch_add(CHUNK)) < n;) work(first, std::min(first + CHUNK, n));
   });
 }
 
-// Hands out items 0, 1, ..., count - 1. Items that touch the same thing are worked on in that order, so that results
-// do not depend on the number of threads; `touches(item)` gives two things, -1 for none.
+// Calls work(item) for the items 0, 1, ..., count - 1 on several threads. Items that touch the same resource run in
+// that order, so that results do not depend on the number of threads. touches(item) is a pair of
+// resources, -1 for none.
 template <class Touches, class Work>
-void in_order(int64_t count, int64_t things, int threads, Touches&& touches, Work&& work) {
-  std::vector<int64_t> issued(things);
-  std::vector<std::atomic<int64_t>> done(things);
-  std::mutex turn;
+void run_in_order(int64_t count, int64_t resources, int threads, Touches&& touches, Work&& work) {
+  std::vector<int64_t> issued(resources);
+  std::vector<std::atomic<int64_t>> done(resources);
+  std::mutex handing_out;
   int64_t next = 0;
-  std::exception_ptr error;  // of an item, after which the others that wait for its turn must not wait any more
+  std::exception_ptr error;  // of an item; once it is set, no item waits for its turn
   std::atomic<bool> failed{false};
-  auto wait = [&](int64_t thing, int64_t place) {
-    for (int spins = 0; done[thing].load(std::memory_order_acquire) != place && !failed; ++spins)
+  auto wait = [&](int64_t resource, int64_t turn) {
+    for (int spins = 0; done[resource].load(std::memory_order_acquire) != turn && !failed; ++spins)
       if (spins > 64) std::this_thread::yield();
   };
-  run_together(threads, [&] {
+  run_on_threads(threads, [&] {
     for (;;) {
-      int64_t item, first, second, first_place = 0, second_place = 0;
+      int64_t item, first, second, first_turn = 0, second_turn = 0;
       {
-        std::lock_guard<std::mutex> hold(turn);
+        std::lock_guard<std::mutex> hold(handing_out);
         if (next == count || failed) return;
         item = next++;
         const auto pair = touches(item);
         first = pair.first, second = pair.second;
-        if (first >= 0) first_place = issued[first]++;
-        if (second >= 0) second_place = issued[second]++;
+        if (first >= 0) first_turn = issued[first]++;
+        if (second >= 0) second_turn = issued[second]++;
       }
-      if (first >= 0) wait(first, first_place);
-      if (second >= 0) wait(second, second_place);
+      if (first >= 0) wait(first, first_turn);
+      if (second >= 0) wait(second, second_turn);
       try {
         if (!failed) work(item);
       } catch (...) {
-        std::lock_guard<std::mutex> hold(turn);
+        std::lock_guard<std::mutex> hold(handing_out);
         if (!failed.exchange(true)) error = std::current_exception();
       }
-      if (first >= 0) done[first].store(first_place + 1, std::memory_order_release);
-      if (second >= 0) done[second].store(second_place + 1, std::memory_order_release);
+      if (first >= 0) done[first].store(first_turn + 1, std::memory_order_release);
+      if (second >= 0) done[second].store(second_turn + 1, std::memory_order_release);
     }
   });
   if (error) std::rethrow_exception(error);
 }
 
-// A worker's tile buffers, kept between passes: fresh pages cost more than a small tile's product.
-class Buffers {
+// A worker's scratch memory, kept between passes: fresh pages cost more than a small tile's product.
+class ScratchBuffer {
  public:
-  explicit Buffers(size_t bytes) {
+  explicit ScratchBuffer(size_t bytes) {
     std::lock_guard<std::mutex> hold(lock());
     if (!free_list().empty()) {
       memory_ = std::move(free_list().back());
@@ -144,11 +147,11 @@ class Buffers {
     }
     if (memory_.size() < bytes + ALIGN) memory_.resize(bytes + ALIGN);
   }
-  ~Buffers() {
+  ~ScratchBuffer() {
     std::lock_guard<std::mutex> hold(lock());
     try {
       free_list().push_back(std::move(memory_));
-    } catch (const std::bad_alloc&) {  // no room to remember it: it goes back to the system
+    } catch (const std::bad_alloc&) {  // the list cannot grow: the memory goes back to the system
     }
   }
   void* get() {

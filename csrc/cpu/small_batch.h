@@ -1,8 +1,8 @@
-// A whole loss and its gradient by the tile engine, in one call: for a small batch the steps between the passes, taken
+// A whole loss and its gradient by the tile engine, in one call. For a small batch the steps between the passes, taken
 // one by one from Python, cost more than the pairs.
 //
-// Computes whole/losses.h's formulas. The same passes over the same tiles as the reductions that a
-// criterion asks for one by one, so the same memory, and the same bits with any number of threads.
+// Computes the formulas of small_batch/losses.h, with the same passes over the same tiles as a criterion's reductions.
+// Stores what these passes store. Deterministic: any number of threads gives the same bits.
 #pragma once
 #include <algorithm>
 #include <numeric>
@@ -15,227 +15,253 @@
 namespace flashpair {
 
 // How pairs are cut into tiles: tiled.py's Grid.
-struct Cut {
+struct Tiling {
   int64_t size, lanes, slots, capacity;
 };
 
 template <class T>
-class WholeLoss {
+class SmallBatchLoss {
  public:
-  WholeLoss(Kernels<T> kernels, const whole::Job& job, const whole::Tensors& at, const Cut& cut, int threads)
-      : kernels_(kernels), job_(job), at_(at), cut_(cut), threads_(threads), summed_(whole::summed_side(job.loss)) {}
+  SmallBatchLoss(Kernels<T> kernels, const small_batch::Spec& spec, const small_batch::Tensors& tensors,
+                 const Tiling& tiling, int threads)
+      : kernels_(kernels),
+        spec_(spec),
+        tensors_(tensors),
+        tiling_(tiling),
+        threads_(threads),
+        summed_(small_batch::summed_side(spec.loss)) {}
 
   void run() {
     choose_rows();
-    gather();
+    gather_rows();
     reduce();
-    finish();
-    if (at_.dx || at_.dy) gradient();
-    spoil();
+    finish_rows();
+    if (tensors_.dx || tensors_.dy) backward();
+    propagate_nonfinite();
   }
 
  private:
-  static std::vector<int64_t> by_label(const int64_t* labels, int64_t count) {
+  static constexpr int POSITIVE = small_batch::POSITIVE, NEGATIVE = small_batch::NEGATIVE,
+                       NO_PAIR = small_batch::NO_PAIR;
+
+  static std::vector<int64_t> order_by_label(const int64_t* labels, int64_t count) {
     std::vector<int64_t> order(count);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return labels[a] < labels[b]; });
     return order;
   }
 
-  // Which anchors and references take part, in label order, and each anchor's interval of positives.
+  // 1. The anchors and references that take part, in label order, and each anchor's interval of positives.
   void choose_rows() {
-    rows_ = by_label(at_.labels, job_.n);
-    if (!job_.square) refs_ = by_label(at_.ref_labels, job_.m);
-    const std::vector<int64_t>& refs = job_.square ? rows_ : refs_;
-    const int64_t* labels = job_.square ? at_.labels : at_.ref_labels;
+    rows_ = order_by_label(tensors_.labels, spec_.n);
+    if (!spec_.square) refs_ = order_by_label(tensors_.ref_labels, spec_.m);
+    const std::vector<int64_t>& refs = spec_.square ? rows_ : refs_;
+    const int64_t* labels = spec_.square ? tensors_.labels : tensors_.ref_labels;
     const int64_t n = rows_.size(), m = refs.size();
     std::vector<int64_t> anchors, positives;
-    int64_t lo = 0, hi = 0;
+    int64_t begin = 0, end = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t label = at_.labels[rows_[i]];
-      const bool first = i == 0 || at_.labels[rows_[i - 1]] != label;
-      while (lo < m && labels[refs[lo]] < label) ++lo;
-      while (hi < m && labels[refs[hi]] <= label) ++hi;
-      if (!job_.one_pair) {
-        lo_.push_back(lo), hi_.push_back(hi);
-      } else if (first && lo + job_.square < hi) {  // a class's first sample, and the next one or the first reference
-        lo_.push_back(anchors.size()), hi_.push_back(anchors.size() + 1);
-        anchors.push_back(rows_[i]), positives.push_back(refs[lo + job_.square]);
+      const int64_t label = tensors_.labels[rows_[i]];
+      const bool first = i == 0 || tensors_.labels[rows_[i - 1]] != label;
+      while (begin < m && labels[refs[begin]] < label) ++begin;
+      while (end < m && labels[refs[end]] <= label) ++end;
+      if (!spec_.one_pair) {
+        pos_begin_.push_back(begin), pos_end_.push_back(end);
+      } else if (first && begin + spec_.square < end) {
+        // The class's first sample is its anchor; its positive is the next sample, or the first reference.
+        pos_begin_.push_back(anchors.size()), pos_end_.push_back(anchors.size() + 1);
+        anchors.push_back(rows_[i]), positives.push_back(refs[begin + spec_.square]);
       }
     }
-    if (job_.one_pair) rows_ = anchors, refs_ = positives, cut_.lanes = 1, cut_.slots = 0;
-    square_ = job_.square && !job_.one_pair;
+    if (spec_.one_pair) rows_ = anchors, refs_ = positives, tiling_.lanes = 1, tiling_.slots = 0;
+    square_ = spec_.square && !spec_.one_pair;
   }
 
-  void gather() {
-    auto take = [&](const void* from, const std::vector<int64_t>& rows, std::vector<T>& to, std::vector<T>& inverse,
-                    std::vector<T>& squares) {
-      const int64_t count = rows.size(), d = job_.d;
-      to.resize(count * d), inverse.resize(job_.unit ? count : 0);
-      sorted_rows(static_cast<const T*>(from), rows.data(), count, d, to.data(), job_.unit ? inverse.data() : nullptr,
-                  threads_);
-      for (int64_t i = 0; i < count && job_.euclidean; ++i)
-        squares.push_back(std::inner_product(&to[i * d], &to[i * d] + d, &to[i * d], T(0)));
+  // 2. Their embeddings, normalised, and the problem.
+  void gather_rows() {
+    auto gather = [&](const void* from, const std::vector<int64_t>& rows, std::vector<T>& to,
+                      std::vector<T>& inverse_norm, std::vector<T>& sq_norm) {
+      const int64_t count = rows.size(), d = spec_.d;
+      to.resize(count * d), inverse_norm.resize(spec_.normalize ? count : 0);
+      sorted_rows(static_cast<const T*>(from), rows.data(), count, d, to.data(),
+                  spec_.normalize ? inverse_norm.data() : nullptr, threads_);
+      for (int64_t i = 0; i < count && spec_.euclidean; ++i)
+        sq_norm.push_back(std::inner_product(&to[i * d], &to[i * d] + d, &to[i * d], T(0)));
     };
-    take(at_.x, rows_, x_, x_inverse_, x_square_);
-    if (!square_) take(job_.square ? at_.x : at_.y, refs_, y_, y_inverse_, y_square_);
+    gather(tensors_.x, rows_, x_, x_inverse_norm_, x_sq_norm_);
+    if (!square_) gather(spec_.square ? tensors_.x : tensors_.y, refs_, y_, y_inverse_norm_, y_sq_norm_);
     const int64_t n = rows_.size(), m = square_ ? n : refs_.size();
     problem_ = {n,
                 m,
                 m,
                 square_,
-                lo_.data(),
-                hi_.data(),
+                pos_begin_.data(),
+                pos_end_.data(),
                 square_ ? rows_.data() : refs_.data(),
-                job_.euclidean ? x_square_.data() : nullptr,
-                !job_.euclidean ? nullptr
-                : square_       ? x_square_.data()
-                                : y_square_.data(),
+                spec_.euclidean ? x_sq_norm_.data() : nullptr,
+                !spec_.euclidean ? nullptr
+                : square_        ? x_sq_norm_.data()
+                                 : y_sq_norm_.data(),
                 false};
   }
 
-  Pass<T> pass() const { return Pass<T>(kernels_, problem_, x_.data(), y(), job_.d, cut_.size, cut_.lanes); }
+  Pass<T> make_pass() const {
+    return Pass<T>(kernels_, problem_, x_.data(), y(), spec_.d, tiling_.size, tiling_.lanes);
+  }
   const T* y() const { return square_ ? x_.data() : y_.data(); }
 
-  // The reductions of the first pass, in the order of values_ (K, rows), and where the log-sum-exps stand among them.
+  // The reductions of the first pass, in the order of values_ (K, rows).
   std::vector<Reduction<T>> reductions() const {
-    auto of = [](int op, int side, double scale, int lower_of, int upper_of, double shift) {
+    auto make = [](int op, int side, double scale, int lower_of, int upper_of, double shift) {
       Reduction<T> r{};
       r.op = op, r.side = side, r.scale = static_cast<T>(scale);
       r.lower_of = lower_of, r.upper_of = upper_of, r.lower_shift = -shift, r.upper_shift = shift;
       return r;
     };
-    const double positive = job_.scale[whole::POSITIVE], negative = job_.scale[whole::NEGATIVE], e = job_.epsilon;
-    if (summed_ == whole::POSITIVE) return {of(LOGSUMEXP, NEGATIVES, negative, -1, -1, 0)};
-    if (summed_ == whole::NEGATIVE) return {of(LOGSUMEXP, POSITIVES, positive, -1, -1, 0)};
-    if (!job_.mined)
-      return {of(LOGSUMEXP, NEGATIVES, negative, -1, -1, 0), of(LOGSUMEXP, POSITIVES, positive, -1, -1, 0)};
-    return {of(MIN, POSITIVES, 1, -1, -1, 0), of(LOGSUMEXP, NEGATIVES, negative, 0, -1, e),
-            of(MAX, NEGATIVES, 1, 0, -1, e), of(LOGSUMEXP, POSITIVES, positive, -1, 2, e)};
+    const double positive = spec_.scale[POSITIVE], negative = spec_.scale[NEGATIVE], epsilon = spec_.epsilon;
+    if (summed_ == POSITIVE) return {make(LOGSUMEXP, NEGATIVES, negative, -1, -1, 0)};
+    if (summed_ == NEGATIVE) return {make(LOGSUMEXP, POSITIVES, positive, -1, -1, 0)};
+    if (!spec_.mined)
+      return {make(LOGSUMEXP, NEGATIVES, negative, -1, -1, 0), make(LOGSUMEXP, POSITIVES, positive, -1, -1, 0)};
+    return {make(MIN, POSITIVES, 1, -1, -1, 0), make(LOGSUMEXP, NEGATIVES, negative, MINED_MIN, -1, epsilon),
+            make(MAX, NEGATIVES, 1, MINED_MIN, -1, epsilon),
+            make(LOGSUMEXP, POSITIVES, positive, -1, MINED_MAX, epsilon)};
   }
-  int sum_of(int side) const { return side == whole::POSITIVE ? (job_.mined ? 3 : 1) : (job_.mined ? 1 : 0); }
+  // Places in that list: of the windows' bounds, and of a side's log-sum-exp.
+  static constexpr int MINED_MIN = 0, MINED_NEGATIVES = 1, MINED_MAX = 2, MINED_POSITIVES = 3;
+  static constexpr int PLAIN_NEGATIVES = 0, PLAIN_POSITIVES = 1;
+  int lse_place(int side) const {
+    return side == POSITIVE ? (spec_.mined ? MINED_POSITIVES : PLAIN_POSITIVES)
+                            : (spec_.mined ? MINED_NEGATIVES : PLAIN_NEGATIVES);
+  }
   T* values(int k) { return values_.data() + k * problem_.n; }
 
-  // The second pass, of a loss that has one: softplus(scale z + the first pass' log-sum-exp) over the summed side.
-  Reduction<T> sum() {
+  // The second pass, of a loss that has one: softplus(scale z + the first pass's log-sum-exp) over the summed side.
+  Reduction<T> second_reduction() {
     Reduction<T> r{};
-    r.op = SUM, r.side = summed_ == whole::POSITIVE ? POSITIVES : NEGATIVES, r.transform = SOFTPLUS;
-    r.scale = static_cast<T>(job_.scale[summed_]), r.offset = values(0), r.lower_of = r.upper_of = -1;
+    r.op = SUM, r.side = summed_ == POSITIVE ? POSITIVES : NEGATIVES, r.transform = SOFTPLUS;
+    r.scale = static_cast<T>(spec_.scale[summed_]), r.offset = values(0), r.lower_of = r.upper_of = -1;
     return r;
   }
 
+  // 3. The rows' reductions.
   void reduce() {
-    const bool list = job_.mined && (at_.dx || at_.dy) && cut_.slots;
+    const bool list = spec_.mined && (tensors_.dx || tensors_.dy) && tiling_.slots;
     if (list) {
-      live_count_.assign(cut_.slots, -1);
-      live_entry_.resize(cut_.slots * cut_.capacity), live_z_.resize(cut_.slots * cut_.capacity);
+      kept_count_.assign(tiling_.slots, -1);
+      kept_entry_.resize(tiling_.slots * tiling_.capacity), kept_z_.resize(tiling_.slots * tiling_.capacity);
     }
-    Pass<T> forward = pass();
+    Pass<T> first = make_pass();
     const auto all = reductions();
-    for (const Reduction<T>& r : all) forward.add(r);
-    values_.resize(forward.rows_of_values() * problem_.n);
-    forward.forward(threads_, values_.data(), nullptr, live(), list ? sum_of(whole::NEGATIVE) : -1);
+    for (const Reduction<T>& r : all) first.add(r);
+    values_.resize(first.num_value_rows() * problem_.n);
+    first.forward(threads_, values_.data(), nullptr, kept(), list ? lse_place(NEGATIVE) : -1);
     sums_.resize(problem_.n);
-    if (summed_ == whole::NO_PAIR) return;
-    Pass<T> second = pass();
-    second.add(sum());
+    if (summed_ == NO_PAIR) return;
+    Pass<T> second = make_pass();
+    second.add(second_reduction());
     second.forward(threads_, sums_.data(), nullptr, {}, -1);
   }
 
-  LiveLists<T> live() {
-    if (live_count_.empty()) return {};
-    return {live_count_.data(), live_entry_.data(), live_z_.data(), cut_.capacity};
+  KeptLists<T> kept() {
+    if (kept_count_.empty()) return {};
+    return {kept_count_.data(), kept_entry_.data(), kept_z_.data(), tiling_.capacity};
   }
 
-  // Rows' losses, their sum, and what the two log-sum-exps' gradients are.
-  void finish() {
+  // 4. The rows' losses, their average, and the gradients of the two log-sum-exps.
+  void finish_rows() {
     const int64_t n = problem_.n;
     const T none = -std::numeric_limits<T>::infinity();
-    const T* upstream = static_cast<const T*>(at_.upstream);
-    T* losses = static_cast<T*>(at_.loss);
-    const bool each = job_.averaging == whole::NONE;
-    if (losses && each) std::fill_n(losses, job_.n, T(0));
+    const T* upstream = static_cast<const T*>(tensors_.upstream);
+    T* losses = static_cast<T*>(tensors_.loss);
+    const bool row_losses = spec_.averaging == small_batch::NONE;
+    if (losses && row_losses) std::fill_n(losses, spec_.n, T(0));
     for (auto& side : slope_) side.resize(n);
-    const whole::Formula<T> formula = whole::formula_of<T>(job_);
-    double loss = 0, part = 0, valid = 0, divides = 0;  // some rows at a time: equal ones would round alike
+    const small_batch::Formula<T> formula = small_batch::formula_of<T>(spec_);
+    // Losses are summed some rows at a time: equal ones would all round in the same direction.
+    double loss = 0, part = 0, valid = 0, denominator = 0;
     for (int64_t i = 0; i < n; ++i) {
-      whole::Row<T> row{};
-      T* lse = row.gives.lse;
-      for (int side : {whole::POSITIVE, whole::NEGATIVE})
-        if (side != summed_) lse[side] = values(summed_ == whole::NO_PAIR ? sum_of(side) : 0)[i];
-      if (job_.mined && lse[whole::POSITIVE] == none) lse[whole::NEGATIVE] = none;  // one decision for both sides
-      whole::finish_row(formula, row, static_cast<T>(hi_[i] - lo_[i] - square_), true, sums_[i], T(0));
-      part += row.loss, valid += row.valid, divides += row.divides;
+      small_batch::Row<T> row{};
+      T* lse = row.anchor.lse;
+      for (int side : {POSITIVE, NEGATIVE})
+        if (side != summed_) lse[side] = values(summed_ == NO_PAIR ? lse_place(side) : 0)[i];
+      // Mining is one decision for both sides: a row without kept positives has no kept negatives.
+      if (spec_.mined && lse[POSITIVE] == none) lse[NEGATIVE] = none;
+      small_batch::finish_row(formula, row, static_cast<T>(pos_end_[i] - pos_begin_[i] - square_), true, sums_[i],
+                              T(0));
+      part += row.loss, valid += row.valid, denominator += row.denominator;
       if (i % 16 == 15 || i == n - 1) loss += part, part = 0;
-      if (losses && each) losses[rows_[i]] = row.loss;
-      for (int side : {whole::POSITIVE, whole::NEGATIVE})
-        slope_[side][i] = row.gives.slope[side] * (upstream ? upstream[rows_[i]] : T(1));
+      if (losses && row_losses) losses[rows_[i]] = row.loss;
+      for (int side : {POSITIVE, NEGATIVE})
+        slope_[side][i] = row.anchor.slope[side] * (upstream ? upstream[rows_[i]] : T(1));
     }
-    const double divisor = each || job_.averaging == whole::SUM ? 1 : std::max(divides, 1.0);
-    if (losses && !each) *losses = static_cast<T>(loss / divisor);
-    if (at_.share) *static_cast<T*>(at_.share) = static_cast<T>(valid / divisor);
+    const double divisor = row_losses || spec_.averaging == small_batch::SUM ? 1 : std::max(denominator, 1.0);
+    if (losses && !row_losses) *losses = static_cast<T>(loss / divisor);
+    if (tensors_.share) *static_cast<T*>(tensors_.share) = static_cast<T>(valid / divisor);
     for (auto& side : slope_)
       for (T& slope : side) slope /= static_cast<T>(divisor);
   }
 
-  void gradient() {
-    const int64_t d = job_.d, n = problem_.n, m = problem_.m;
-    T *dx = static_cast<T*>(at_.dx), *dy = static_cast<T*>(job_.square ? at_.dx : at_.dy);
-    std::vector<T> own(dx ? n * d : 0), other(dy && !square_ ? m * d : 0);
-    T *to_own = dx ? own.data() : nullptr, *to_other = other.empty() ? nullptr : other.data();
-    Pass<T> backward = pass();
+  // 5. The gradients of the sorted rows, and back to the caller's order.
+  void backward() {
+    const int64_t d = spec_.d, n = problem_.n, m = problem_.m;
+    T *dx = static_cast<T*>(tensors_.dx), *dy = static_cast<T*>(spec_.square ? tensors_.dx : tensors_.dy);
+    std::vector<T> x_grads(dx ? n * d : 0), y_grads(dy && !square_ ? m * d : 0);
+    T *x_grad = dx ? x_grads.data() : nullptr, *y_grad = y_grads.empty() ? nullptr : y_grads.data();
+    Pass<T> first = make_pass();
     auto all = reductions();
-    if (summed_ == whole::NO_PAIR) {
-      for (int side : {whole::POSITIVE, whole::NEGATIVE}) all[sum_of(side)].grad = slope_[side].data();
-    } else {  // what the second pass gives to the log-sum-exp is the first one's gradient
+    if (summed_ == NO_PAIR) {
+      for (int side : {POSITIVE, NEGATIVE}) all[lse_place(side)].grad = slope_[side].data();
+    } else {  // the gradient of the second pass's offset is the gradient of the first pass's log-sum-exp
       std::vector<T>& offset = slope_[1 - summed_];
       std::fill(offset.begin(), offset.end(), T(0));
-      Reduction<T> r = sum();
+      Reduction<T> r = second_reduction();
       r.value = sums_.data(), r.grad = slope_[summed_].data(), r.grad_offset = offset.data();
-      Pass<T> second = pass();
+      Pass<T> second = make_pass();
       second.add(r);
-      second.backward(threads_, sums_.data(), to_own, to_other, {});
+      second.backward(threads_, sums_.data(), x_grad, y_grad, {});
       all[0].grad = offset.data();
     }
-    for (size_t k = 0, top = all.size(); k < all.size(); ++k) {
+    for (size_t k = 0, row = all.size(); k < all.size(); ++k) {
       all[k].value = values(k);
-      if (all[k].op == LOGSUMEXP) all[k].top = values(top), all[k].rest = values(top + 1), top += 2;
-      backward.add(all[k]);
+      if (all[k].op == LOGSUMEXP) all[k].top_z = values(row), all[k].log_sum = values(row + 1), row += 2;
+      first.add(all[k]);
     }
-    backward.backward(threads_, values_.data(), to_own, to_other, live());
-    auto scatter = [&](const std::vector<T>& g, const std::vector<T>& rows, const std::vector<T>& inverse,
-                       const std::vector<int64_t>& order, T* to) {
-      sorted_rows_backward(g.data(), rows.data(), job_.unit ? inverse.data() : nullptr, order.data(), order.size(), d,
-                           to, threads_);
+    first.backward(threads_, values_.data(), x_grad, y_grad, kept());
+    auto scatter = [&](const std::vector<T>& grads, const std::vector<T>& rows, const std::vector<T>& inverse_norm,
+                       const std::vector<int64_t>& perm, T* to) {
+      sorted_rows_backward(grads.data(), rows.data(), spec_.normalize ? inverse_norm.data() : nullptr, perm.data(),
+                           perm.size(), d, to, threads_);
     };
-    if (job_.one_pair && dx) std::fill_n(dx, job_.n * d, T(0));
-    if (job_.one_pair && dy && !job_.square) std::fill_n(dy, job_.m * d, T(0));
-    if (dx) scatter(own, x_, x_inverse_, rows_, dx);
-    if (dy && !square_) scatter(other, y_, y_inverse_, refs_, dy);
+    if (spec_.one_pair && dx) std::fill_n(dx, spec_.n * d, T(0));
+    if (spec_.one_pair && dy && !spec_.square) std::fill_n(dy, spec_.m * d, T(0));
+    if (dx) scatter(x_grads, x_, x_inverse_norm_, rows_, dx);
+    if (dy && !square_) scatter(y_grads, y_, y_inverse_norm_, refs_, dy);
   }
 
-  // What is not finite in the embeddings, of samples that take no part as well, makes every result NaN.
-  void spoil() const {
-    const T nan = std::numeric_limits<T>::quiet_NaN();
-    auto raw = [&](const void* x, int64_t rows) { return all_finite(static_cast<const T*>(x), rows * job_.d); };
-    const bool rest = !job_.one_pair || (raw(at_.x, job_.n) && (job_.square || raw(at_.y, job_.m)));
-    if (all_finite(x_.data(), x_.size()) && all_finite(y_.data(), y_.size()) && rest) return;
-    if (at_.loss) std::fill_n(static_cast<T*>(at_.loss), job_.averaging == whole::NONE ? job_.n : 1, nan);
-    if (at_.dx) std::fill_n(static_cast<T*>(at_.dx), int64_t(job_.n) * job_.d, nan);
-    if (at_.dy) std::fill_n(static_cast<T*>(at_.dy), int64_t(job_.m) * job_.d, nan);
+  // 6. An embedding that is not finite makes every result NaN, also where its sample takes no part.
+  void propagate_nonfinite() const {
+    auto finite = [&](const void* x, int64_t rows) { return all_finite(static_cast<const T*>(x), rows * spec_.d); };
+    const bool others =
+        !spec_.one_pair || (finite(tensors_.x, spec_.n) && (spec_.square || finite(tensors_.y, spec_.m)));
+    if (all_finite(x_.data(), x_.size()) && all_finite(y_.data(), y_.size()) && others) return;
+    fill_nan(static_cast<T*>(tensors_.loss), spec_.averaging == small_batch::NONE ? spec_.n : 1);
+    fill_nan(static_cast<T*>(tensors_.dx), int64_t(spec_.n) * spec_.d);
+    fill_nan(static_cast<T*>(tensors_.dy), int64_t(spec_.m) * spec_.d);
   }
 
   Kernels<T> kernels_;
-  whole::Job job_;
-  whole::Tensors at_;
-  Cut cut_;
+  small_batch::Spec spec_;
+  small_batch::Tensors tensors_;
+  Tiling tiling_;
   int threads_;
-  int summed_;  // whole::summed_side
+  int summed_;  // small_batch::summed_side
   bool square_ = false;
-  std::vector<int64_t> rows_, refs_, lo_, hi_;  // who takes part, as the caller counts
-  std::vector<T> x_, x_inverse_, x_square_, y_, y_inverse_, y_square_, values_, sums_, slope_[2];
-  std::vector<int32_t> live_count_, live_entry_;
-  std::vector<T> live_z_;
+  std::vector<int64_t> rows_, refs_;  // the samples that take part, as the caller counts them
+  std::vector<int64_t> pos_begin_, pos_end_;
+  std::vector<T> x_, x_inverse_norm_, x_sq_norm_, y_, y_inverse_norm_, y_sq_norm_, values_, sums_, slope_[2];
+  std::vector<int32_t> kept_count_, kept_entry_;
+  std::vector<T> kept_z_;
   Problem<T> problem_{};
 };
 

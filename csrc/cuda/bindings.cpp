@@ -1,5 +1,5 @@
-// flashpair._onchip: addresses and sizes in, nothing owned. Imports without a driver; CUDA starts with the first
-// Launch.
+// flashpair._onchip. It takes addresses and sizes and owns no tensor. It imports without a driver: CUDA starts with the
+// first Launch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,10 +22,10 @@ void check(const std::string& reason) {
 // A loss of some shape, laid out once for the current device and launched many times on it.
 class Launch {
  public:
-  Launch(int device, const Job& job) : job_(job) {
-    Limits found;
-    check(limits(device, found));
-    check(lay_out(job_, found, layout_));
+  Launch(int device, const Spec& spec) : spec_(spec) {
+    Limits out;
+    check(limits(device, out));
+    check(lay_out(spec_, out, layout_));
   }
 
   void operator()(uintptr_t x, uintptr_t y, uintptr_t labels, uintptr_t ref_labels, uintptr_t upstream, uintptr_t loss,
@@ -34,13 +34,13 @@ class Launch {
     auto ids = [&](uintptr_t address) { return static_cast<const int64_t*>(at(address)); };
     const Tensors tensors{at(x),    at(y),     ids(labels), ids(ref_labels), at(upstream),
                           at(loss), at(share), at(dx),      at(dy),          at(workspace)};
-    check(launch(job_, layout_, tensors, at(stream)));
+    check(launch(spec_, layout_, tensors, at(stream)));
   }
 
   const Layout& layout() const { return layout_; }
 
  private:
-  Job job_;
+  Spec spec_;
   Layout layout_;
 };
 
@@ -60,15 +60,15 @@ PYBIND11_MODULE(_onchip, module) {
   module.def(
       "limits",
       [](int device) {
-        Limits found;
-        check(limits(device, found));
-        return std::make_tuple(found.processors, found.shared, found.cooperative != 0);
+        Limits out;
+        check(limits(device, out));
+        return std::make_tuple(out.processors, out.shared, out.cooperative != 0);
       },
       "Multiprocessors, bytes of shared memory a block may have, and whether there are cooperative launches.");
   py::class_<Launch>(module, "Launch")
       .def(py::init([](int device, const std::array<int, 5>& shape, const std::array<int, 7>& code,
                        const std::array<double, 5>& numbers,
-                       bool want_dy) { return Launch(device, job_of(shape, code, numbers, want_dy)); }))
+                       bool want_dy) { return Launch(device, make_spec(shape, code, numbers, want_dy)); }))
       .def("__call__", &Launch::operator(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("blocks", [](const Launch& l) { return l.layout().blocks; })
       .def_property_readonly("threads", [](const Launch& l) { return l.layout().threads; })

@@ -1,14 +1,14 @@
-// What the binding and the kernel of `onchip` share: no CUDA header, nothing that owns memory.
+// What the binding and the kernel of `onchip` share. It needs no CUDA header and owns no memory.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
-#include "../small_batch/job.h"
+#include "../small_batch/spec.h"
 
 namespace flashpair::onchip {
 
-using namespace whole;
+using namespace small_batch;
 
 struct Layout {
   int blocks, threads;
@@ -19,9 +19,9 @@ struct Limits {
   int processors, shared, cooperative;
 };
 
-// These return what went wrong, empty if nothing did. `device` is the current one.
-std::string limits(int device, Limits& found);
-std::string lay_out(const Job& job, const Limits& device, Layout& found);  // and makes the kernel ready
-std::string launch(const Job& job, const Layout& layout, const Tensors& tensors, void* stream);
+// Each returns what went wrong, or an empty string. `device` is the current one.
+std::string limits(int device, Limits& out);
+std::string lay_out(const Spec& spec, const Limits& device, Layout& out);  // also sets up the kernel
+std::string launch(const Spec& spec, const Layout& layout, const Tensors& tensors, void* stream);
 
 }  // namespace flashpair::onchip

@@ -1,4 +1,6 @@
-// The one product of `onchip`: a block's few rows, in shared memory, times a matrix that comes from the L2 cache.
+// The matrix product of `onchip`: a block's few rows, in shared memory, times a matrix that comes from the L2 cache.
+//
+// Stores its sums in registers and shared memory. Deterministic: an entry's sum has one order.
 #pragma once
 #include <cstddef>
 
@@ -8,21 +10,21 @@ namespace flashpair::onchip {
 #define ONCHIP_THREADS 256
 #endif
 constexpr int THREADS = ONCHIP_THREADS, LANES = 32, WARPS = THREADS / LANES;
-constexpr int MOST_GROUPS = 16;  // of threads that share a product's inner axis
+constexpr int MAX_GROUPS = 16;  // groups of threads that share a product's inner axis
 
-// Four neighbours, moved at once.
+// Four neighbouring numbers, moved at once.
 template <class T>
 struct alignas(16) Quad {
   T v[4];
 };
 
-// Among how many groups of threads the inner axis is shared, where the columns leave threads idle.
+// How many groups of threads share the inner axis, where there are fewer columns than threads.
 __device__ inline int groups_of(int columns, int inner) {
-  return max(1, min(min(THREADS / max(columns / 4, 1), MOST_GROUPS), inner / 4));
+  return max(1, min(min(THREADS / max(columns / 4, 1), MAX_GROUPS), inner / 4));
 }
 
-// A quad of columns of b (inner, columns) in DEPTH strips of four of the inner axis: loads that are on their way at
-// once.
+// Loads one quad of columns of b (inner, columns), DEPTH strips of four of the inner axis at once, so that many loads
+// are in flight.
 template <class T, int DEPTH>
 __device__ void load_strips(Quad<T> (&right)[4 * DEPTH], const Quad<T>* b, int quads, int strip) {
 #pragma unroll
@@ -45,18 +47,19 @@ __device__ void add_strips(T (&sum)[ROWS][4], const T* a, int inner, const Quad<
 }
 
 // out (ROWS, columns) = a (ROWS, inner) b (inner, columns), by all threads of a block; a and out in shared memory,
-// inner and columns multiples of four. A thread owns four columns and a group's share of the inner axis; groups add up
-// in turn. The order of an entry's sum depends on inner and groups alone, so that z_ij and z_ji have the same bits.
-// Ends with a barrier, if there are columns.
+// inner and columns are multiples of four. A thread owns four columns and its group's part of the inner axis; the
+// groups add their sums one after the other. The order of an entry's sum depends on inner and groups alone, so that
+// z_ij and z_ji have the same bits. Ends with a barrier, if there are columns.
 template <class T, int ROWS>
 __device__ void product(const T* a, const T* b, int inner, int columns, int groups, T* out) {
   constexpr int DEPTH = (ROWS <= 2 ? 4 : 2) * sizeof(float) / sizeof(T);
-  constexpr bool AHEAD = ROWS * sizeof(T) <= 64;  // as far as registers go, load the next strips before these are used
+  constexpr bool AHEAD = ROWS * sizeof(T) <= 64;  // where registers suffice, load the next strips before these are used
   const int quads = columns / 4, strips = inner / 4, span = groups > 1 ? max(quads, 1) : THREADS;
   const int group = threadIdx.x / span, end = strips * (group + 1) / groups;
   for (int base = 0; base < quads; base += span) {
     const int quad = base + threadIdx.x % span;
     const bool busy = group < groups && quad < quads;
+    // 1. The thread's sums over its part of the inner axis.
     T sum[ROWS][4] = {};
     const Quad<T>* from = reinterpret_cast<const Quad<T>*>(b) + quad;
     int strip = busy ? strips * group / groups : end;
@@ -75,6 +78,7 @@ __device__ void product(const T* a, const T* b, int inner, int columns, int grou
       load_strips<T, 1>(last, from, quads, strip);
       add_strips<T, ROWS, 1>(sum, a, inner, last, strip);
     }
+    // 2. The groups' sums, added to `out` one group after the other.
     for (int turn = 0; turn < groups; ++turn) {
       if (busy && turn == group) {
 #pragma unroll

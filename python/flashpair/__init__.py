@@ -9,6 +9,7 @@ The examples in the docstrings start after ``import torch, flashpair``.
 from . import distributed, functional, metrics, miners, samplers
 from .backends.cpu.screened import Screening, screening
 from .chunked.streamed_references import StreamedReferences
+from .core.pairs import PairAccess, PairReducer
 from .core.reduction import Bound, Reduction, histogram
 from .core.transforms import register_transform
 from .engine.cached_references import References
@@ -82,6 +83,8 @@ __all__ = [
     "NTXentLoss",
     "Nearest",
     "NormalizedSoftmaxLoss",
+    "PairAccess",
+    "PairReducer",
     "Pairs",
     "ProxyAnchorLoss",
     "ProxyNCALoss",

@@ -16,12 +16,12 @@ import torch
 from conftest import needs_extension
 
 import flashpair
-from bench.harness import check, floor, guard, measure, memory, report, suite, units
+from bench.harness import check, gemm_bound, measure, memory, report, sandbox, suite, units
 from bench.harness.cases import Case, live_share, make_batch
 from bench.harness.options import LOSSES, Options
 from bench.harness.progress import Progress
 from bench.harness.variants import NotThere, criterion, make_step, training_step
-from bench.studies import host
+from bench.studies import launch_overhead
 from bench.studies.step import main
 from flashpair.backends import extension
 
@@ -46,7 +46,8 @@ def outcome(tmp_path_factory):
     """One small run from the command line: the folder, and what it printed."""
     out = tmp_path_factory.mktemp("bench")
     said = run_bench(
-        "--sizes", "64,96", "--dims", 16, "--repeats", 2, "--threads", 1, "--out", out, "--variants", "flashpair,floor"
+        "--sizes", "64,96", "--dims", 16, "--repeats", 2, "--threads", 1, "--out", out,
+        "--variants", "flashpair,gemm_bound",
     )  # fmt: skip
     return out, said
 
@@ -59,7 +60,7 @@ def test_run_end_to_end(outcome):
     assert document["options"]["sizes"] == [64, 96]
     assert [c["n"] for c in document["cases"]] == [64, 96]
     for case in document["cases"]:
-        assert case["floor"]["floor"]["flop"] == 3 * 2 * case["n"] ** 2 * 16
+        assert case["gemm_bound"]["gemm_bound"]["flop"] == 3 * 2 * case["n"] ** 2 * 16
         ours = case["variants"]["flashpair"]
         times = ours["seconds"]
         assert ours["status"] == "ok"
@@ -68,7 +69,7 @@ def test_run_end_to_end(outcome):
         assert 0 < ours["check"]["gradient_error"] < ours["check"]["bound"] < 1e-3
         assert len(times["samples"]) == 2
         assert min(times["samples"]) <= times["q1"] <= times["median"] <= times["q3"] <= max(times["samples"])
-        assert ours["fraction_of_floor"] == case["variants"]["floor"]["seconds"]["median"] / times["median"]
+        assert ours["fraction_of_gemm_bound"] == case["variants"]["gemm_bound"]["seconds"]["median"] / times["median"]
         assert ours["memory"]["gradient"] == case["n"] * 16 * 4
         assert ours["memory"]["over_linear"] == ours["memory"]["peak_extra"] / (2 * case["n"] * 16 * 4)
     assert "flashpair" in said
@@ -85,7 +86,7 @@ def test_table_and_plot_from_json_alone(outcome, tmp_path, capsys):
     changed.write_text(json.dumps(document))
     main(["--table", str(changed)])
     rows = capsys.readouterr().out.splitlines()
-    assert rows[0] == "| N | flashpair | late | floor |"
+    assert rows[0] == "| N | flashpair | late | GEMM bound |"
     assert rows[3].startswith(f"| 96 | {units.duration(ours['seconds']['median'])} (")
     assert "| over 1 GB |" in rows[3]
     main(["--plot", str(changed)])
@@ -108,10 +109,10 @@ def test_over_the_time_limit_and_a_broken_variant_are_reported(tmp_path, monkeyp
         "def dead(case): os._exit(3)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(guard, "GRACE_SECONDS", 0.1)
-    slow = guard.probe(case_of(time_limit=0.2), "peculiar:asleep")
+    monkeypatch.setattr(sandbox, "GRACE_SECONDS", 0.1)
+    slow = sandbox.attempt(case_of(time_limit=0.2), "peculiar:asleep")
     assert (slow.status, slow.words) == ("over_time", "over 200 ms")
-    dead = guard.probe(case_of(), "peculiar:dead")
+    dead = sandbox.attempt(case_of(), "peculiar:dead")
     assert dead.status == "failed"
     assert "ended with 3" in dead.words
 
@@ -238,8 +239,8 @@ def test_a_soft_histogram_is_right_and_a_wrong_one_is_refused(wrong):
 
 
 def test_wrong_is_not_timed(monkeypatch):
-    """Through the whole of a case, with the probe taken as passed."""
-    monkeypatch.setattr(suite.guard, "probe", lambda case, variant: guard.Probed("ok", seconds=0.0))
+    """Through the whole of a case, with the sandbox's attempt taken as passed."""
+    monkeypatch.setattr(suite.sandbox, "attempt", lambda case, variant: sandbox.Attempt("ok", seconds=0.0))
     case = case_of(variants=("reference", f"{__name__}:steep"))
     records = suite.run_case(case, {}, Progress())["variants"]
     assert records["reference"]["status"] == "ok"
@@ -280,18 +281,18 @@ def test_floor_in_row_blocks_is_the_same_products(ref, monkeypatch):
     x, made = batch.x.detach(), []
     y = x if batch.y is None else batch.y
     real = torch.zeros_like
-    monkeypatch.setattr(floor.torch, "zeros_like", lambda t: made.append(real(t)) or made[-1])
-    monkeypatch.setattr(floor, "WHOLE", 100)
-    monkeypatch.setattr(floor, "BLOCK_ROWS", 16)
-    step = floor.make_floor(case, batch)
+    monkeypatch.setattr(gemm_bound.torch, "zeros_like", lambda t: made.append(real(t)) or made[-1])
+    monkeypatch.setattr(gemm_bound, "WHOLE", 100)
+    monkeypatch.setattr(gemm_bound, "BLOCK_ROWS", 16)
+    step = gemm_bound.make_gemm_bound(case, batch)
     for _ in range(2):  # outputs are used again
         step()
     s = x @ y.T
     torch.testing.assert_close(made[0], s @ y)
     if ref is None:
         torch.testing.assert_close(made[1], s.T @ x)
-    assert floor.describe(case)["row_blocks_of"] == 16
-    assert len(floor.describe(case)["products"]) == 3
+    assert gemm_bound.describe(case)["row_blocks_of"] == 16
+    assert len(gemm_bound.describe(case)["products"]) == 3
 
 
 @needs_proc
@@ -347,15 +348,15 @@ def test_units():
     assert units.size(999_999) == "1 MB"
 
 
-@pytest.mark.parametrize("phase", ["host", "device"])
-def test_on_the_cpu_host_and_device_are_one(phase):
-    with pytest.raises(ValueError, match=f"phase {phase}: on the CPU"):
+@pytest.mark.parametrize("phase", ["launch_overhead", "device"])
+def test_phases_of_a_gpu_are_refused_on_the_cpu(phase):
+    with pytest.raises(ValueError, match=f"phase {phase}: needs a GPU"):
         Options(memory_limit=1, threads=1, phase=phase)
 
 
-def test_host_time_leaves_the_kernel_as_it_was():
+def test_launch_overhead_leaves_the_kernel_as_it_was():
     x, labels = torch.randn(8, 4), torch.arange(8) // 2
     before = flashpair.MultiSimilarityLoss(impl="reference")(x, labels)
-    assert set(host.measure(calls=10, rounds=2)) == {"onchip", "autograd.Function", "dense eager code"}
+    assert set(launch_overhead.measure(calls=10, rounds=2)) == {"onchip", "autograd.Function", "dense eager code"}
     if extension.emulated():
         assert torch.allclose(flashpair.MultiSimilarityLoss(impl="onchip")(x, labels), before)

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import flashpair
-from bench.harness import check, floor, guard, suite, units, variants
+from bench.harness import check, gemm_bound, sandbox, suite, units, variants
 from bench.harness.cases import Case, make_batch
-from bench.harness.options import FLOOR, GB, Options
+from bench.harness.options import GB, GEMM_BOUND, Options
 from bench.harness.progress import Progress
 from bench.harness.report import percent
 from bench.studies import family, family_report
 from bench.studies.family_cases import FAMILY
 
 OPTIONS = Options(GB, 1, repeats=2, warmup=0, num_classes=12)
-PEER = family.PEER
+BASELINE = family.BASELINE
 CLASSES = family.GROUPS["classes"]
 
 
@@ -26,12 +26,12 @@ def case_of(loss, n=64, d=16, **changes):
 
 
 @pytest.fixture
-def probed(monkeypatch):
-    """Every variant passes the guard, without a process of its own."""
+def unguarded(monkeypatch):
+    """Every variant passes the sandbox, without a process of its own."""
     threads = torch.get_num_threads()
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    found = guard.Probed("ok", seconds=0.0, extra=1000, highest=9000)
-    monkeypatch.setattr(guard, "probe", lambda case, variant: found)
+    found = sandbox.Attempt("ok", seconds=0.0, extra=1000, highest=9000)
+    monkeypatch.setattr(sandbox, "attempt", lambda case, variant: found)
     yield
     torch.set_num_threads(threads)
 
@@ -48,7 +48,7 @@ def test_every_criterion_has_a_row():
 
 @pytest.mark.parametrize("loss", FAMILY)
 def test_reference_and_peer_are_right_or_marked(loss):
-    """A peer that is marked is another number indeed."""
+    """A baseline that is marked is another number indeed."""
     case = case_of(loss)
     batch = make_batch(case)
     truth = check.find_truth(case, batch)
@@ -57,12 +57,12 @@ def test_reference_and_peer_are_right_or_marked(loss):
     assert (truth.weights is not None) == (loss in CLASSES)
     verdict = check.judge(variants.make_step("reference", case, batch), truth)
     assert verdict.right, verdict.words
-    if FAMILY[loss].peer is None:
+    if FAMILY[loss].baseline is None:
         with pytest.raises(variants.NotThere, match="no loss of this formula"):
-            variants.make_step(PEER, case, batch)
+            variants.make_step(BASELINE, case, batch)
         return
     pytest.importorskip("pytorch_metric_learning")
-    verdict = check.judge(variants.make_step(PEER, case, batch), truth)
+    verdict = check.judge(variants.make_step(BASELINE, case, batch), truth)
     assert verdict.right == (not FAMILY[loss].differs), verdict.words
 
 
@@ -93,12 +93,12 @@ def test_labels_reach_over_all_classes():
 
 def test_floor_of_class_weights(monkeypatch):
     case, made, real = case_of("arcface", num_classes=40), [], torch.zeros_like
-    monkeypatch.setattr(floor.torch, "zeros_like", lambda t: made.append(real(t)) or made[-1])
+    monkeypatch.setattr(gemm_bound.torch, "zeros_like", lambda t: made.append(real(t)) or made[-1])
     batch = make_batch(case)
-    floor.make_floor(case, batch)()
+    gemm_bound.make_gemm_bound(case, batch)()
     assert [tuple(t.shape) for t in made] == [(64, 16), (40, 16)]
     assert all(t.abs().sum() > 0 for t in made)
-    assert floor.describe(case)["flop"] == 3 * 2 * 64 * 40 * 16
+    assert gemm_bound.describe(case)["flop"] == 3 * 2 * 64 * 40 * 16
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -137,13 +137,13 @@ def test_a_peer_that_only_rounds_is_timed(off, said, monkeypatch):
         factor = 1 + (off if off and case.options.dtype == "float32" else 1e-4 if not off else 0.0)
         return lambda x, labels: loss(x, labels) * factor
 
-    monkeypatch.setitem(variants.REGISTRY, PEER, rounding)
+    monkeypatch.setitem(variants.REGISTRY, BASELINE, rounding)
     case = case_of("ms")
     batch = make_batch(case)
     truth = check.find_truth(case, batch)
-    verdict = check.judge(variants.make_step(PEER, case, batch), truth)
+    verdict = check.judge(variants.make_step(BASELINE, case, batch), truth)
     assert not verdict.right
-    record = suite._difference(verdict, case, PEER)
+    record = suite._difference(verdict, case, BASELINE)
     assert said in (record.get("status") or record["differs"])
     assert suite._difference(verdict, case, "flashpair")["status"] == "wrong"
 
@@ -159,8 +159,8 @@ def steep(case):
 
 
 @pytest.fixture
-def outcome(probed, monkeypatch, tmp_path, capsys):
-    """A run of three losses: one whose flashpair is wrong, one whose peer has another number, one without a peer."""
+def outcome(unguarded, monkeypatch, tmp_path, capsys):
+    """A run of three losses: one whose flashpair is wrong, one whose baseline has another number, one without."""
     pytest.importorskip("pytorch_metric_learning")
     real = variants.REGISTRY["reference"]
     ours = {"ms": steep, "proxynca": real, "binlifted": real}
@@ -181,12 +181,12 @@ def test_wrong_is_not_timed_and_another_number_is_marked(outcome):
     assert (ms["columns"], proxies["columns"]) == (64, 12)
     assert ms["variants"]["flashpair"]["status"] == "wrong"
     assert "seconds" not in ms["variants"]["flashpair"]
-    assert ms["variants"][PEER]["check"]["right"]
-    assert not proxies["variants"][PEER]["check"]["right"]
-    assert proxies["variants"][PEER]["status"] == "ok"
-    assert proxies["variants"][PEER]["differs"] == FAMILY["proxynca"].differs
-    assert "differs" not in ms["variants"][PEER]
-    assert PEER not in binlifted["variants"]
+    assert ms["variants"][BASELINE]["check"]["right"]
+    assert not proxies["variants"][BASELINE]["check"]["right"]
+    assert proxies["variants"][BASELINE]["status"] == "ok"
+    assert proxies["variants"][BASELINE]["differs"] == FAMILY["proxynca"].differs
+    assert "differs" not in ms["variants"][BASELINE]
+    assert BASELINE not in binlifted["variants"]
     assert f"Not timed, {ms['shown']}, flashpair: wrong: " in said
     assert said.count("\\*") == 2  # in the row and under the table
     assert "its sum has the own proxy, too" in said
@@ -200,29 +200,29 @@ def test_table_from_json_alone(outcome, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in again.splitlines() if line[0:1] == "|"]
     assert len(rows) == 2 + 3
     records = json.loads(path.read_text())["cases"][1]["variants"]
-    seconds = {name: records[name]["seconds"]["median"] for name in (*family.OURS, PEER, FLOOR)}
+    seconds = {name: records[name]["seconds"]["median"] for name in (*family.OURS, BASELINE, GEMM_BOUND)}
     expected = [
         "`ProxyNCALoss()`", units.duration(seconds["flashpair"]), "1 kB",
         family_report.times(seconds["reference"] / seconds["flashpair"]), "1x",
-        family_report.times(seconds[PEER] / seconds["flashpair"]) + "\\*", "1x",
-        percent(seconds[FLOOR] / seconds["flashpair"]),
+        family_report.times(seconds[BASELINE] / seconds["flashpair"]) + "\\*", "1x",
+        percent(seconds[GEMM_BOUND] / seconds["flashpair"]),
     ]  # fmt: skip
     assert rows[3] == expected
     assert rows[2][1:3] == ["wrong", ""]
     assert rows[4][5:7] == ["", ""]
 
 
-def test_the_whole_process_is_told_of_many_classes(probed, capsys):
+def test_the_whole_process_is_told_of_many_classes(unguarded, capsys):
     document = family.run(
         Options(GB, 1, sizes=(16,), dims=(4,), repeats=1, num_classes=20_000), ("cosface",), Progress()
     )
     assert document["kind"] == "classes"
     table = family_report.markdown(document)
-    assert "| 9 kB |" in table  # what `probed` says, not the 1 kB of the step
+    assert "| 9 kB |" in table  # what `unguarded` says, not the 1 kB of the step
     assert "weights included" in table
 
 
-def test_other_defaults_give_way_to_what_is_asked(monkeypatch, probed, tmp_path):
+def test_other_defaults_give_way_to_what_is_asked(monkeypatch, unguarded, tmp_path):
     asked = []
     monkeypatch.setattr(family, "run", lambda options, losses, *rest: asked.append((options, losses)) or {})
     monkeypatch.setattr(family.report, "write", lambda *arguments: tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import needs_extension
 
-from bench.studies import ranks, ranks_report, sent
+from bench.studies import ranks, ranks_report, traffic
 from bench.studies.ranks_work import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ WORLDS = (2, 3)
 def outcome(tmp_path_factory):
     """One small run from the command line: its JSON, and what it printed."""
     out = tmp_path_factory.mktemp("ranks")
-    arguments = ["--n", 192, "--dim", 16, "--repeats", 2, "--worlds", "2,3", "--losses", ",".join(sent.PASSES)]
+    arguments = ["--n", 192, "--dim", 16, "--repeats", 2, "--worlds", "2,3", "--losses", ",".join(traffic.PASSES)]
     command = [sys.executable, "-m", "bench", "ranks", *map(str, arguments), "--out", out]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,7 +32,7 @@ def outcome(tmp_path_factory):
 
 def test_every_variant_is_checked_and_timed(outcome):
     _, document, _ = outcome
-    assert [case["loss"] for case in document["cases"]] == list(sent.PASSES)
+    assert [case["loss"] for case in document["cases"]] == list(traffic.PASSES)
     assert document["machine"]["cores"] >= 1 and document["worlds"] == [1, 2, 3]
     for case in document["cases"]:
         assert list(case["variants"])[2:] == [f"{s}, {w} processes" for w in WORLDS for s in SCHEDULES]
@@ -49,13 +49,13 @@ def test_what_is_sent_is_what_the_formula_says(outcome):
     for case in outcome[1]["cases"]:
         for record in case["variants"].values():
             if record["processes"] == 1:
-                assert record["sent"]["bytes"] == 0
+                assert record["traffic"]["bytes"] == 0
             else:
-                beyond = record["sent"]["bytes"] - record["sent"]["formula"]
+                beyond = record["traffic"]["bytes"] - record["traffic"]["formula"]
                 assert 0 <= beyond <= 400, (case["loss"], record["how"], record["processes"], beyond)
-                passes, each = sent.PASSES[case["loss"]], 192 // record["processes"]
+                passes, each = traffic.PASSES[case["loss"]], 192 // record["processes"]
                 for way, walks in zip(("forward", "backward"), passes, strict=True):
-                    assert record["sent"]["pairs"][way] == len(walks) * each * 192 / 2
+                    assert record["traffic"]["pairs"][way] == len(walks) * each * 192 / 2
 
 
 def test_the_table_comes_from_the_json(outcome, capsys):
@@ -63,7 +63,7 @@ def test_the_table_comes_from_the_json(outcome, capsys):
     ranks.main(["--table", str(path)])
     table = capsys.readouterr().out
     assert table.strip() == ranks_report.markdown(document).strip() and table.strip() in said
-    assert table.count("processes |") == 2 * len(WORLDS) * len(sent.PASSES)
+    assert table.count("processes |") == 2 * len(WORLDS) * len(traffic.PASSES)
 
 
 def test_what_is_wrong_is_not_timed(tmp_path):

@@ -15,12 +15,11 @@ from helpers import FORMS, assert_as_good_as, assert_same, assert_same_bits, for
 from flashpair import Bound, Reduction, register_transform
 from flashpair.backends.cpu import tiled
 from flashpair.backends.reference import reduce_rows
-from flashpair.core import problem
+from flashpair.core.call import compile_call
 from flashpair.core.problem import Operands, Problem
 from flashpair.core.reduction import bound_places, histogram
 from flashpair.core.similarity import dense_pairs
 from flashpair.engine.dispatch import interpreted
-from flashpair.engine.row_reduce_op import encode
 
 pytestmark = needs_extension
 
@@ -71,15 +70,13 @@ def _tiled(groups, reductions, upstream, distance="dot", keep_of=None):
     """
     p, order = groups.problem(distance)
     n, dtype = len(order), p.x.dtype
-    slots, vectors = [], []
-    for k, r in enumerate(reductions):
-        for slot, value in enumerate((r.offset, r.ref_offset, r.lower, r.upper)):
-            if isinstance(value, torch.Tensor):
-                slots.append(4 * k + slot)
-                vectors.append(value.detach().to(dtype)[order].contiguous())
+    call = compile_call(reductions, distance, "tiled")
+    vectors = []
+    for k, role in call.vector_roles:
+        r = reductions[k]
+        vectors.append((r.offset, r.ref_offset, r.lower, r.upper)[role].detach().to(dtype)[order].contiguous())
     scale = torch.tensor([float(torch.as_tensor(r.scale).detach()) for r in reductions], dtype=dtype)
-    spec = encode(reductions, tuple(slots), distance, "tiled")
-    terms, given = problem.decode(spec.code, spec.shifts, spec.slots), Operands(scale, spec.scales, vectors)
+    terms, given = call.terms, Operands(scale, call.scales, vectors)
     values, kept = tiled.forward(p, terms, given, True)
     likes = tiled.kept_like(p.x, None, terms, True, split=p.split)
     assert [(tuple(t.shape), t.dtype) for t in kept] == [(tuple(shape), kind) for shape, kind in likes]
@@ -364,8 +361,8 @@ def test_a_group_without_anything_to_pair_with():
 
 def test_what_takes_no_groups_says_so():
     p, _ = Groups(20, 30, 5, 6).problem()
-    spec = encode([Reduction("logsumexp", "negatives", lower=0.0)], (), "dot", "tiled")
-    terms, given = problem.decode(spec.code, spec.shifts, spec.slots), Operands(None, spec.scales, [])
+    call = compile_call([Reduction("logsumexp", "negatives", lower=torch.zeros(()))], "dot", "tiled")
+    terms, given = call.terms, Operands(None, call.scales, [p.x.new_zeros(p.x.shape[0])])
     from flashpair.backends.cpu import screened
 
     with pytest.raises(NotImplementedError, match=r"screened takes no problem of two groups, got split=20"):

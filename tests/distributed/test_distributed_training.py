@@ -41,7 +41,7 @@ class Own(flashpair.Criterion):
         )
         num_pos, num_neg = pairs.num_positives(), pairs.num_negatives()
         losses = pos / num_pos.clamp_min(1) + neg / num_neg.clamp_min(1)
-        losses = losses * (1 + pairs.total(losses) / pairs.total(torch.ones_like(losses)))
+        losses = losses * (1 + pairs.batch_sum(losses) / pairs.batch_sum(torch.ones_like(losses)))
         return flashpair.RowLosses(losses, num_pos + num_neg > 0, losses.shape[0])
 
 

@@ -194,8 +194,10 @@ def test_backward_twice_and_second_derivatives(impl):
 def test_registered_op(impl):
     x, labels = batch(6, 3, 2, torch.float64)
     formula = MultiSimilarityLoss().row_formula()
-    spec = small_batch.plan(impl, formula, x, None, reduction="mean", unit=True, distance="dot", penalty=False)
-    torch.library.opcheck(torch.ops.flashpair.whole_loss, (x, labels, None, None, None, *spec, True, True, True, False))
+    spec = small_batch.plan(impl, formula, x, None, reduction="mean", normalize=True, distance="dot", penalty=False)
+    torch.library.opcheck(
+        torch.ops.flashpair.small_batch_loss, (x, labels, None, None, None, *spec, True, True, True, False)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import flashpair
 import flashpair.backends.reference
 from flashpair.backends.reference import ReferencePairs
-from flashpair.core.similarity import inverse_norm, normalize, poison
+from flashpair.core.similarity import inverse_norm, l2_normalize, nan_unless_finite
 
 from . import losses, scales
 from .case import Batch, Case, batch, generator
@@ -51,10 +51,10 @@ class DensePairs(ReferencePairs):
     def __init__(self, x: Tensor, labels: Tensor, memory: Tensor, memory_labels: Tensor, distance: str) -> None:
         z = flashpair.backends.reference.dense_pairs(x, torch.cat([x, memory]), distance)
         every = torch.cat([labels, memory_labels])
-        super().__init__(z, labels, every, square=False, poison=poison(x, memory))
+        super().__init__(z, labels, every, square=False, nonfinite=nan_unless_finite(x, memory))
         other = ~torch.eye(*z.shape, dtype=torch.bool)
         self.masks = {side: mask & other for side, mask in self.masks.items()}
-        self.x, self.square = x, True
+        self.embeddings, self.square = x, True
 
 
 def _criterion(case: Case, impl: str, wide: bool) -> Any:
@@ -76,11 +76,11 @@ def _last(case: Case, given: Batch, impl: str, wide: bool = False) -> dict[str, 
         if memory is not None:
             loss = memory(a, names)
         else:
-            own = prepare(a) if prepare is not None else normalize(a) if unit else a
+            own = prepare(a) if prepare is not None else l2_normalize(a) if unit else a
             keep = min(len(held), size - len(a))
             held, held_labels = held[len(held) - keep :], held_labels[len(held_labels) - keep :]
             with scales.watched() as seen:
-                loss = criterion.of_pieces(a, names, DensePairs(own, names, held, held_labels, criterion.distance))
+                loss = criterion.of_chunks(a, names, DensePairs(own, names, held, held_labels, criterion.distance))
             held, held_labels = torch.cat([held, own.detach()]), torch.cat([held_labels, names])
     upstream = torch.randn(loss.shape, generator=generator(case, "upstream"), dtype=torch.float64).to(loss.dtype)
     grad = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import flashpair.backends.reference
 from flashpair import Reduction, SoftTripleLoss
-from flashpair.core.similarity import inverse_norm, normalize
+from flashpair.core.similarity import inverse_norm, l2_normalize
 from flashpair.losses.soft_triple import unit
 
 
@@ -47,7 +47,7 @@ def watched() -> Iterator[list[Seen]]:
 
     def with_centres(made: SoftTripleLoss, x: Tensor, *more: Any) -> Any:
         pairs = of_centres(made, x, *more)
-        x = (normalize(x) if made.normalize else x).detach()
+        x = (l2_normalize(x) if made.normalize else x).detach()
         seen.append(Seen(x, unit(made.weight).detach().flatten(0, 1), pairs.z, "dot", []))
         return pairs
 

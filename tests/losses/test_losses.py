@@ -1,25 +1,19 @@
-"""What a user does with a criterion: reduce, learn its parameters, compile, autocast, differentiate twice, save."""
+"""What a user does with a criterion: differentiate it, twice too, learn its parameters, save it, write one."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import io
-from collections import Counter
 
 import pytest
 import torch
 from conftest import needs_extension
-from helpers import CRITERIA, PAIR_CRITERIA, assert_as_good_as, assert_same, batch, gradients, made
+from helpers import CRITERIA, assert_as_good_as, assert_same, batch, gradients, made
+from loss_cases import IMPLS
 from torch import nn
 
 import flashpair
-from flashpair import functional
-from flashpair.engine import dispatch
-from flashpair.engine.pairs import Pairs
-from flashpair.tools.check import value_and_gradient
 
-IMPLS = ["reference", pytest.param("tiled", marks=needs_extension)]
 DIFFERENTIATED = [name for name, make in CRITERIA.items() if make().differentiates]
 
 
@@ -154,53 +148,6 @@ def test_learnable_values_show_in_repr_and_travel_in_state_dict():
     assert other.alpha.item() == 3.0
 
 
-WANTS_MAX_POSITIVES = [
-    name for name in CRITERIA if name.startswith(("TripletMarginLoss", "AngularLoss")) and "'hard'" not in name
-]
-INDUCTOR = ("MultiSimilarityLoss", "ContrastiveLoss", "CosFaceLoss")  # code is generated of these three, for time
-
-
-@needs_extension
-@pytest.mark.parametrize("name", CRITERIA)
-def test_compiles_into_one_graph(name):
-    x, labels = batch(90, 8, 3, torch.float32)
-    criterion = made(name, 8, impl="tiled")
-    if name in WANTS_MAX_POSITIVES:
-        criterion.max_positives = 2
-    truth = value_and_gradient(criterion, x, labels)
-    compiled = torch.compile(criterion, fullgraph=True, backend="inductor" if name in INDUCTOR else "aot_eager")
-    for f, t in zip(value_and_gradient(compiled, x, labels), truth, strict=True):
-        torch.testing.assert_close(f, t)
-
-
-@needs_extension
-@pytest.mark.parametrize("refs", [False, True])
-@pytest.mark.parametrize("variant", ["mc", "ovo"])
-def test_one_pair_a_class_is_that_many_rows_on_the_cpu_and_still_compiles(variant, refs, monkeypatch):
-    monkeypatch.setattr(dispatch, "WHOLE_PAIRS", -1)
-    x, labels = batch(90, 8, 3, torch.float64)
-    labels[:5] = 100 + torch.arange(5)  # single, without a reference
-    given = dict(zip(("ref_emb", "ref_labels"), batch(70, 8, 3, torch.float64, seed=1), strict=True)) if refs else {}
-    criterion, sizes, select = flashpair.NPairsLoss(variant, impl="tiled"), [], Pairs.select
-
-    def seen(self, rows, *rest):
-        sizes.append(rows.shape[0])
-        return select(self, rows, *rest)
-
-    monkeypatch.setattr(Pairs, "select", seen)
-    counts = Counter(labels.tolist())
-    pairs = len(counts & Counter(given["ref_labels"].tolist())) if refs else sum(k > 1 for k in counts.values())
-    found = []
-    for form in (criterion, torch.compile(criterion, fullgraph=True, backend="aot_eager")):
-        a = x.clone().requires_grad_()
-        loss = form(a, labels, **given)
-        found.append((loss.detach(), *torch.autograd.grad(loss, a)))
-    assert 10 < pairs < 35
-    assert sizes[0] == pairs
-    for eager, compiled in zip(*found, strict=True):
-        assert_same(compiled, eager)
-
-
 @needs_extension
 @pytest.mark.parametrize(("normalize", "gamma"), [(True, 0.1), (True, 0.01), (False, 0.1)])
 def test_soft_triple_of_any_height_is_as_good_as_dense_code(normalize, gamma, monkeypatch):
@@ -239,223 +186,13 @@ def test_soft_triple_of_large_logits_with_ties(size):
 
 
 @needs_extension
-@pytest.mark.parametrize("name", WANTS_MAX_POSITIVES)
-def test_without_max_positives_a_whole_graph_is_refused_and_a_broken_one_is_right(name):
-    x, labels = batch(90, 8, 3, torch.float32)
-    criterion = CRITERIA[name](impl="tiled")
-    with pytest.raises(
-        torch._dynamo.exc.Unsupported, match="max_positives must be given where the call is to be one compiled graph"
-    ):
-        torch.compile(criterion, fullgraph=True, backend="aot_eager")(x, labels)
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(criterion, backend="aot_eager")(x, labels), criterion(x, labels))
-
-
-@needs_extension
-@pytest.mark.parametrize("refs", [False, True])
-@pytest.mark.parametrize("name", WANTS_MAX_POSITIVES)
-def test_positives_of_several_blocks(name, refs, monkeypatch):
-    """Rows of one class have more positives, and steps, than losses take at a time."""
-    monkeypatch.setattr("flashpair.engine.pairs.PLACES", 3)
-    monkeypatch.setattr("flashpair.engine.pairs.STEPS", 2)
-    criterion, reference = (made(name, 8, impl=impl) for impl in ("tiled", "reference"))
-    n = 10
-    (x, labels), (y, ref_labels) = (batch(2 * n + 5 * k, 8, n, torch.float64, seed=k) for k in (0, 1))
-    labels[-4:] = 9
-    if refs and not criterion.takes_references:
-        pytest.skip("defined within a batch")
-    given = {"ref_emb": y, "ref_labels": ref_labels} if refs else {}
-    wanted = [x.requires_grad_(), y.requires_grad_()][: 1 + refs]
-    truth = reference(x, labels, **given)
-    (truth, *slopes) = truth, *torch.autograd.grad(truth, wanted)
-    assert all(slope.norm() > 0 for slope in slopes)
-    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
-    for most, call in ((None, criterion), (n + 7, criterion), (n + 7, compiled)):
-        criterion.max_positives = most
-        loss = call(x, labels, **given)
-        for retain in (False,) if call is compiled else (True, False):
-            found = torch.autograd.grad(loss, wanted, retain_graph=retain)
-            for f, right in zip((loss, *found), (truth, *slopes), strict=True):
-                assert_same(f, right)
-
-
-@needs_extension
 def test_second_derivatives_through_several_blocks(monkeypatch):
-    monkeypatch.setattr("flashpair.engine.pairs.PLACES", 1)
+    monkeypatch.setattr("flashpair.core.pairs.PLACES", 1)
     x, labels = batch(12, 3, 6, torch.float64)
     assert torch.autograd.gradgradcheck(
         lambda x: flashpair.TripletMarginLoss(2.0, smooth=True, reduction="sum", impl="tiled")(x, labels),
         x.requires_grad_(),
     )
-
-
-@needs_extension
-def test_compiles_with_references_learnable_values_and_changing_sizes():
-    criterion = flashpair.MultiSimilarityLoss(alpha=nn.Parameter(torch.tensor(2.0)), impl="tiled")
-    compiled = torch.compile(criterion, fullgraph=True, dynamic=True)
-    for n, m in ((40, 80), (60, 300), (33, 700)):
-        x, labels = batch(n, 8, 3, torch.float32)
-        y, ref_labels = batch(m, 8, 3, torch.float32, seed=1)
-        results = []
-        for form in (criterion, compiled):
-            a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
-            criterion.alpha.grad = None
-            loss = form(a, labels, ref_emb=b, ref_labels=ref_labels)
-            loss.backward()
-            results.append((loss.detach(), a.grad, b.grad, criterion.alpha.grad))
-        for f, t in zip(*results, strict=True):
-            torch.testing.assert_close(f, t)
-
-
-def _op_arguments():
-    """Embeddings, and what follows them in a call of the registered op up to `keep`."""
-    from flashpair.engine.pairs import Pairs
-    from flashpair.engine.row_reduce_op import encode
-
-    x, labels = batch(30, 4, 3, torch.float64)
-    pairs = Pairs.from_embeddings(x, labels, None, None, "dot", False, "tiled", True)
-    spec = encode((flashpair.Reduction("logsumexp", "negatives"),), (), "dot", "tiled")
-    p = pairs.label_order
-    return pairs.x, (None, p.lo, p.hi, None, p.ref_order, None, [], *map(_listed, spec))
-
-
-@needs_extension
-def test_the_registered_ops_are_well_formed():
-    x, rest = _op_arguments()
-    torch.library.opcheck(torch.ops.flashpair.row_reduce, (x, *rest, True))
-    values, *kept = torch.ops.flashpair.row_reduce(x, *rest, True)
-    need = [True, False, False, False, False]
-    torch.library.opcheck(
-        torch.ops.flashpair.row_reduce_backward, (x, *rest, values, *kept, [torch.ones(30).double()], need)
-    )
-
-
-@needs_extension
-def test_the_registered_op_takes_strided_embeddings():
-    x, rest = _op_arguments()
-    strided = x.T.contiguous().T
-    assert not strided.is_contiguous()
-    truth = torch.ops.flashpair.row_reduce(x, *rest, False)[0]
-    assert torch.equal(torch.ops.flashpair.row_reduce(strided, *rest, False)[0], truth)
-
-
-def _listed(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-@needs_extension
-def test_calls_without_the_dispatcher_equal_the_registered_op(monkeypatch):
-    x, labels = batch(90, 8, 3, torch.float32)
-    truth = value_and_gradient(flashpair.MultiSimilarityLoss(impl="tiled"), x, labels)
-    monkeypatch.setattr("flashpair.engine.row_reduce_op.call", lambda name, x: getattr(torch.ops.flashpair, name))
-    found = value_and_gradient(flashpair.MultiSimilarityLoss(impl="tiled"), x, labels)
-    assert all(torch.equal(f, t) for f, t in zip(found, truth, strict=True))
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl):
-    x, labels = batch(40, 8, 4, torch.float32)
-    for make in CRITERIA.values():
-        truth = value_and_gradient(make(impl=impl), x, labels)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = make(impl=impl)(x.requires_grad_(), labels)
-        assert loss.dtype == torch.float32
-        assert torch.equal(loss, truth[0])
-        assert torch.equal(torch.autograd.grad(loss, x)[0], truth[1])
-        x = x.detach()
-
-
-@needs_extension
-def test_autocast_changes_no_second_derivative_primitive_or_weight():
-    x, labels = batch(40, 8, 4, torch.float32)
-    criterion = flashpair.MultiSimilarityLoss(impl="tiled")
-    reduction = flashpair.Reduction("logsumexp", "negatives")
-
-    def everything(y):
-        (first,) = torch.autograd.grad(criterion(y, labels), y, create_graph=True)
-        rows = [flashpair.row_reduce(x, labels, reduction, impl=impl)[0] for impl in ("tiled", "reference")]
-        return [first, *rows, flashpair.pair_weights(criterion, x, labels)]
-
-    y = x.clone().requires_grad_()
-    truth = everything(y)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = everything(y)
-    for results in (truth, found):  # outside of autocast, as PyTorch wants a backward to be
-        results.append(torch.autograd.grad(results[0].square().sum(), y)[0])
-    for f, t in zip(found, truth, strict=True):
-        assert f.dtype == torch.float32
-        torch.testing.assert_close(f, t, rtol=1e-4, atol=1e-6)  # bfloat16 would be off by 1e-2
-
-
-@needs_extension
-def test_mixed_precision_training_step():
-    """bfloat16 activations from autocast against a float32 bank: computed in float32, gradients in bfloat16."""
-    layer = nn.Linear(8, 8)
-    x, labels = batch(40, 8, 4, torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeddings = layer(x)
-        loss = flashpair.MultiSimilarityLoss()(embeddings, labels, ref_emb=x, ref_labels=labels)
-    assert embeddings.dtype == torch.bfloat16
-    loss.backward()
-    assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
-
-
-FUNCTIONS = {
-    functional.multi_similarity_loss: flashpair.MultiSimilarityLoss,
-    functional.n_pairs_loss: flashpair.NPairsLoss,
-    functional.lifted_structure_loss: flashpair.LiftedStructureLoss,
-    functional.generalized_lifted_structure_loss: flashpair.GeneralizedLiftedStructureLoss,
-    functional.lifted_structure_star_loss: flashpair.LiftedStructureStarLoss,
-    functional.contrastive_loss: flashpair.ContrastiveLoss,
-    functional.snr_contrastive_loss: flashpair.SNRContrastiveLoss,
-    functional.triplet_margin_loss: flashpair.TripletMarginLoss,
-    functional.binomial_deviance_loss: flashpair.BinomialDevianceLoss,
-    functional.bin_lifted_loss: flashpair.BinLiftedLoss,
-    functional.mined_pair_loss: flashpair.MinedPairLoss,
-    functional.nca_loss: flashpair.NCALoss,
-    functional.ntxent_loss: flashpair.NTXentLoss,
-    functional.supcon_loss: flashpair.SupConLoss,
-    functional.circle_loss: flashpair.CircleLoss,
-    functional.tuplet_margin_loss: flashpair.TupletMarginLoss,
-    functional.intra_pair_variance_loss: flashpair.IntraPairVarianceLoss,
-    functional.margin_loss: flashpair.MarginLoss,
-    functional.angular_loss: flashpair.AngularLoss,
-    functional.histogram_loss: flashpair.HistogramLoss,
-    functional.fastap_loss: flashpair.FastAPLoss,
-}
-
-
-def test_every_loss_of_pairs_has_a_function():
-    assert set(FUNCTIONS.values()) == {type(CRITERIA[name]()) for name in PAIR_CRITERIA}
-
-
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_functional_forms_have_the_criterions_arguments_and_result(function):
-    kind = FUNCTIONS[function]
-    of_class = inspect.signature(kind).parameters
-    of_function = inspect.signature(function).parameters
-    for name, parameter in of_class.items():
-        assert of_function[name].default == parameter.default and of_function[name].kind == parameter.kind
-    assert list(of_function)[:2] == ["embeddings", "labels"]
-    refs = {"ref_emb", "ref_labels"} if kind.takes_references else set()
-    assert set(of_function) == {"embeddings", "labels", *refs, *of_class}
-    assert getattr(functional, function.__name__) is function and kind.__name__ in function.__doc__
-    x, labels = batch(20, 4, 4, torch.float64)
-    assert torch.equal(function(x, labels, reduction="sum"), kind(reduction="sum")(x, labels))
-    if refs:
-        y, ref_labels = batch(30, 4, 3, torch.float64, seed=1)
-        found = function(x, labels, ref_emb=y, ref_labels=ref_labels)
-        assert torch.equal(found, kind()(x, labels, ref_emb=y, ref_labels=ref_labels))
-
-
-def test_functional_forms_take_arguments_by_place_and_refuse_others():
-    x, labels = batch(20, 4, 4, torch.float64)
-    found = functional.contrastive_loss(x, labels, 0.9, 0.2, "cosine")
-    assert torch.equal(found, flashpair.ContrastiveLoss(0.9, 0.2, "cosine")(x, labels))
-    with pytest.raises(TypeError, match="margins"):
-        functional.contrastive_loss(x, labels, margins=1.0)
-    with pytest.raises(TypeError, match="ref_emb"):
-        functional.angular_loss(x, labels, ref_emb=x)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

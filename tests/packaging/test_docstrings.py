@@ -29,7 +29,7 @@ from flashpair.compat import pml
 from flashpair.engine.dispatch import unsupported_reasons
 
 PACKAGE = Path(flashpair.__file__).parent
-RETURNED = {"Divergence", "GlobalCriterion", "Pairs", "Screening", "ShardedClasses"}
+RETURNED = {"Divergence", "GlobalCriterion", "PairAccess", "PairReducer", "Pairs", "Screening", "ShardedClasses"}
 UNCHECKED = RETURNED - {"GlobalCriterion", "ShardedClasses"} | {"Bound", "Flat", "screening"}
 BASES = {"ClassCriterion", "Criterion", "Miner"}  # no paper has them
 NEEDS = {  # what an example imports that may be absent
@@ -37,6 +37,8 @@ NEEDS = {  # what an example imports that may be absent
     "clustering_scores": "sklearn",
     "confidence_interval": "scipy",
     "fuse": "pytorch_metric_learning",
+    "load": "sklearn",
+    "run": "optuna",
 }
 COMPILED = {"CrossBatchMemory", "StreamedReferences"}  # references in chunks are taken by compiled kernels alone
 SECTION = re.compile(r"^(Args|Attributes|Shape|Returns|Yields|Raises|Examples):\n", re.MULTILINE)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flashpair.backends import reference
-from flashpair.core.similarity import normalize
+from flashpair.core.similarity import l2_normalize
 from flashpair.losses.registry import CRITERIA, OfClasses
 from flashpair.tools.check import batch
 
@@ -98,7 +98,7 @@ def _as_kept(x: Tensor, rows: Tensor) -> Tensor:
     In float64 for an x in float64, else in the rows' dtype.
     """
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    exact = normalize(wide)
+    exact = l2_normalize(wide)
     held = exact + (rows.to(wide.dtype) - exact).detach()
     return held if x.dtype == torch.float64 else held.to(rows.dtype)
 
@@ -120,7 +120,7 @@ def step(case: Case, impl: str, dtype: torch.dtype, rows: list[Tensor] | None = 
 
 def rounded_once(rows: Tensor, x: Tensor) -> bool:
     """Whether rows (N, D) are x's (N, D) normalised, as rounding makes them of numbers that float32 can tell apart."""
-    exact = normalize(x.double())
+    exact = l2_normalize(x.double())
     near = [exact * (1 + sign * 4 * torch.finfo(torch.float32).eps) for sign in (-1, 1)]
     low, high = torch.stack([n.to(rows.dtype) for n in near]).double().aminmax(dim=0)
     return bool(((rows.double() >= low) & (rows.double() <= high)).all())

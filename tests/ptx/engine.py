@@ -31,25 +31,28 @@ def _everywhere(stack: contextlib.ExitStack, old: Callable[..., Any], new: Calla
                     stack.enter_context(mock.patch.object(module, attribute, new))
 
 
-def _native(impl: str, x: torch.Tensor, y: torch.Tensor | None) -> bool:
-    return impl != "reference" and x.dtype in (torch.bfloat16, torch.float16) and (y is None or y.dtype == x.dtype)
+def _compute_dtype(
+    backend: str, x: torch.Tensor, y: torch.Tensor | None, of: Callable[..., torch.dtype] = dispatch.compute_dtype
+) -> torch.dtype:
+    native = backend != "reference" and x.dtype in (torch.bfloat16, torch.float16) and (y is None or y.dtype == x.dtype)
+    return x.dtype if native else of(backend, x, y)
 
 
 def _sorted_rows(
     x: torch.Tensor,
     order: torch.Tensor,
     *,
-    unit: bool,
+    normalize: bool,
     impl: str,
     of: Callable[..., torch.Tensor] = sorted_rows.sorted_rows,
 ) -> torch.Tensor:
-    found = of(x, order, unit=unit, impl="fused")  # whose rows are the kernels' on every device
+    found = of(x, order, normalize=normalize, impl="fused")  # whose rows are the kernels' on every device
     kept.append(torch.empty_like(found.detach()).index_copy(0, order, found.detach()))
     return found
 
 
-def _choose_small_batch(impl: str, *rest: Any, of: Callable[..., str] = dispatch.choose_small_batch) -> str:
-    return of(impl, *rest) if impl == "onchip" else ""
+def _route_small_batch(impl: str, *rest: Any, of: Callable[..., Any] = dispatch.route_small_batch) -> Any:
+    return of(impl, *rest) if impl == "onchip" else None
 
 
 def _unsupported_reasons(
@@ -71,8 +74,8 @@ def gpu(arch: str) -> Iterator[None]:
         modules = {impl: row_reduce_op.triton_backend(impl) for impl in SCHEDULES}
         _everywhere(stack, row_reduce_op.schedule_of, lambda impl, device: modules[impl])
         _everywhere(stack, sorted_rows.sorted_rows, _sorted_rows)
-        _everywhere(stack, dispatch.native, _native)
-        _everywhere(stack, dispatch.choose_small_batch, _choose_small_batch)
+        _everywhere(stack, dispatch.compute_dtype, _compute_dtype)
+        _everywhere(stack, dispatch.route_small_batch, _route_small_batch)
         _everywhere(stack, dispatch._unsupported_reasons, _unsupported_reasons)
         stack.enter_context(mock.patch.object(configs, "family", lambda device: FAMILIES[arch]))
         stack.enter_context(mock.patch.object(tiled, "BLOCK", BLOCK))

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 THREADS = 256
 SOURCES = ("csrc/cuda", "csrc/small_batch")
 PROCESSORS, SHARED = 6, 227 * 1024  # so few that small batches have several rows a block
-ITEMSIZE = (8, 4, 2, 2)  # of embeddings, by csrc/small_batch/job.h's Number
+ITEMSIZE = (8, 4, 2, 2)  # of embeddings, by csrc/small_batch/spec.h's Number
 NONE = 2  # the averaging of a loss of each row
 
 
@@ -134,7 +134,7 @@ def gpu(arch: str) -> Iterator[None]:
         limits=lambda device: (PROCESSORS, SHARED, True),
         Launch=lambda device, *rest: Launch(arch, *rest),
     )
-    caches = (onchip._limits, onchip._launch, small_batch._plan)
+    caches = (onchip._limits, onchip._launch, small_batch._compiled_plan)
     with mock.patch.object(extension, "onchip", lambda: module):
         for cache in caches:
             cache.cache_clear()

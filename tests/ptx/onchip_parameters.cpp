@@ -9,14 +9,14 @@ using namespace flashpair::onchip;
 namespace {
 
 template <class T>
-void pack(const Job& job, const Tensors& tensors, char* out, int64_t* workspace) {
+void pack(const Spec& spec, const Tensors& tensors, char* out, int64_t* workspace) {
   Work<T> work;
-  *workspace = sizeof(T) * divide_workspace(job, tensors, work);
+  *workspace = sizeof(T) * divide_workspace(spec, tensors, work);
   const struct {
-    Job job;
+    Spec spec;
     Tensors tensors;
     Work<T> work;
-  } all{job, tensors, work};
+  } all{spec, tensors, work};
   std::memcpy(out, &all, sizeof all);
 }
 
@@ -29,11 +29,11 @@ extern "C" void onchip_parameters(const int* shape, const int* code, const doubl
   std::array<int, 7> codes;
   std::array<double, 5> values;
   std::copy_n(shape, 5, shapes.begin()), std::copy_n(code, 7, codes.begin()), std::copy_n(numbers, 5, values.begin());
-  const Job job = job_of(shapes, codes, values, want_dy);
+  const Spec spec = make_spec(shapes, codes, values, want_dy);
   auto ids = [&](int k) { return static_cast<const int64_t*>(at[k]); };
   const Tensors tensors{at[0], at[1], ids(2), ids(3), at[4], at[5], at[6], at[7], at[8], at[9]};
-  if (job.number == FLOAT64)
-    pack<double>(job, tensors, out, workspace);
+  if (spec.number == FLOAT64)
+    pack<double>(spec, tensors, out, workspace);
   else
-    pack<float>(job, tensors, out, workspace);
+    pack<float>(spec, tensors, out, workspace);
 }

@@ -23,10 +23,10 @@ from triton.runtime import driver
 from ttir import narrow_products
 
 from flashpair.backends.triton import fused, launch, rows, screened, tiled
+from flashpair.core.call import compile_call
 from flashpair.core.label_order import make_label_order
-from flashpair.core.problem import Operands, Problem, decode
-from flashpair.core.reduction import Bound, Reduction
-from flashpair.engine.row_reduce_op import encode
+from flashpair.core.problem import Operands, Problem
+from flashpair.core.reduction import Reduction
 from flashpair.losses.circle import _paced
 from flashpair.losses.mining import _mined
 from flashpair.losses.tuplet_margin import _slack
@@ -147,24 +147,17 @@ def compile_step(
 ) -> None:
     """One training step of a loss of n rows, or of a few tiles, launched into nothing."""
     reductions = loss(name)
-    vectors = [(r.offset, r.ref_offset, r.lower, r.upper) for r in reductions]
-    slots = [
-        4 * k + s
-        for k, own in enumerate(vectors)
-        for s in range(4)
-        if not isinstance(own[s], Bound | None) and (s or isinstance(own[s], torch.Tensor))
-    ]
-    spec = encode(reductions, tuple(slots), distance, "fused")
-    terms = decode(spec.code, spec.shifts, spec.slots)
+    call = compile_call(reductions, distance, "fused")
+    terms = call.terms
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.ones(len(terms), dtype=wide) if name in ("learned", "hinges") else None
     n = n or (256 if schedule is screened else 64)  # the screen is of whole blocks
-    given = Operands(scale, spec.scales, [torch.zeros(n, dtype=wide) for _ in slots])
+    given = Operands(scale, call.scales, [torch.zeros(n, dtype=wide) for _ in call.vectors])
     p = problem(n, dtype, d, references, distance)
     rows.scatter_rows(p.x, p.x, p.order, rows.gather_rows(p.x, p.order, True)[1], True)
     values, kept = schedule.forward(p, terms, given, True)
     grads = [None if t.detach else values[k] for k, t in enumerate(terms)]
-    need = [True, True, scale is not None, bool(slots), bool(slots)]
+    need = [True, True, scale is not None, bool(call.vectors), bool(call.vectors)]
     schedule.backward(p, terms, given, values, kept, grads, need)
 
 

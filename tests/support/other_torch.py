@@ -3,7 +3,7 @@
 PyPI's wheels of torch for x86-64 are CUDA's. One imports over libraries of the names that it links in which every
 function says that there is no device, so that the gigabytes of the real ones need not be there. Then, for instance:
 
-    PYTHONPATH=FOLDER python -m pytest tests/losses/test_losses.py -k compile
+    PYTHONPATH=FOLDER python -m pytest tests/losses/test_losses_compiled.py
 
 The Triton that the wheel asks for goes beside it. Everything else (numpy, sympy, ...) is the environment's own.
 """

@@ -4,74 +4,29 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from golden import load as oracle
-from PIL import Image
-from sklearn.datasets import load_digits
+from reality_check_cases import SMALL, Trainings, features
 from torch import nn
 
 import flashpair
-from flashpair.metrics import confidence_interval, retrieval
+from flashpair.metrics import retrieval
 from flashpair.tools.reality_check import (
     LOSSES,
     Data,
     Protocol,
     candidate,
-    load,
     partitions,
-    report,
     run,
     study,
     training,
 )
-from flashpair.tools.reality_check.study import METRICS, Progress
+from flashpair.tools.reality_check.study import METRICS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = Protocol(
-    trials=3,
-    repeats=2,
-    embedding_size=6,
-    batch_size=16,
-    iterations=6,
-    evaluate_every=1,
-    patience=1,
-    max_epochs=4,
-    learning_rate=1e-3,
-)
-
-
-def features(classes=18, each=12, seed=0):
-    """Classes that differ in four of sixteen features, under noise in all: a network that learns which finds them."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(classes).repeat_interleave(each)
-    centres = torch.zeros(classes, 16)
-    centres[:, :4] = 2 * torch.randn(classes, 4, generator=generator)
-    noise = torch.randn(len(labels), 16, generator=generator) * torch.tensor([1.0] * 4 + [3.0] * 12)
-    return Data("made", centres[labels] + noise, labels)
-
-
-class Trainings(Progress):
-    """Counts trainings, and stops the run in the middle of the n-th."""
-
-    def __init__(self, stop=None):
-        self.begun, self.stop, self.losses = 0, stop, []
-
-    def at(self, level, done, of, what=""):
-        self.losses += [what] if level == "losses" else []
-        if level == "epochs" and done == 1:
-            self.begun += 1
-            if self.begun == self.stop:
-                raise KeyboardInterrupt
 
 
 def test_oracle_split():
@@ -83,66 +38,6 @@ def test_oracle_split():
         assert sum(map(len, folds)) - len(validated) == expected["train_count"]
     tested, folds = partitions(23)
     assert sorted([*tested, *itertools.chain(*folds)]) == list(range(23))
-
-
-def test_digits():
-    data, digits = load("digits"), load_digits()
-    assert data.samples.shape == (8 * int((digits.target < 8).sum()), 1, 8, 8)
-    assert data.labels.bincount().tolist() == [n for n in np.bincount(digits.target)[:8] for _ in range(8)]
-    first = torch.tensor(digits.images[0]).float() / 16
-    for turn in range(8):
-        moved = data.samples[turn, 0]
-        image = torch.rot90(first, turn % 4)
-        whole = torch.nn.functional.pad(image.flip(1) if turn > 3 else image, (1, 1, 1, 1))
-        windows = [whole[r : r + 8, c : c + 8] for r in range(3) for c in range(3)]
-        assert any(torch.equal(moved, window) for window in windows)
-    tested, folds = partitions(64)
-    assert [{label // 8 for label in classes} for classes in (*folds, tested)] == [{0}, {1}, {2}, {3}, {4, 5, 6, 7}]
-
-
-def test_arrays(tmp_path):
-    x = np.arange(24, dtype=np.float64).reshape(6, 4)
-    np.savez(tmp_path / "a.npz", features=x, labels=np.array(["b", "a", "c", "a", "b", "c"]))
-    data = load(str(tmp_path / "a.npz"))
-    assert data.samples.dtype == torch.float32
-    assert torch.equal(data.of(torch.tensor([1])), torch.tensor([[4.0, 5.0, 6.0, 7.0]]))
-    assert data.labels.tolist() == [1, 0, 2, 0, 1, 2]
-    np.savez(tmp_path / "b.npz", features=np.full((2, 3, 5, 5), 255, np.uint8), labels=np.array([7, -2]))
-    data = load(str(tmp_path / "b.npz"))
-    assert data.of(torch.tensor([0])).unique().tolist() == [1.0]
-    assert data.labels.tolist() == [1, 0]
-    for arrays, words in [
-        ({"x": x}, "must have the arrays features and labels, got x"),
-        ({"features": x, "labels": np.zeros(5)}, "labels \\(N,\\), got \\(6, 4\\) and \\(5,\\)"),
-        ({"features": x * np.nan, "labels": np.zeros(6)}, "finite"),
-    ]:
-        np.savez(tmp_path / "c.npz", **arrays)
-        with pytest.raises(ValueError, match=words):
-            load(str(tmp_path / "c.npz"))
-
-
-def test_folder_of_images(tmp_path):
-    """The middle square, scaled; classes by name; folders in folders; files that are no images are left."""
-    for name, colour in (("zebra", (255, 0, 0)), ("ant", (0, 255, 0))):
-        (tmp_path / name / "deep").mkdir(parents=True)
-        wide = Image.new("RGB", (40, 20), (9, 9, 9))
-        wide.paste(colour, (10, 0, 30, 20))
-        wide.save(tmp_path / name / "1.png")
-        Image.new("L", (30, 30), 128).save(tmp_path / name / "deep" / "2.PNG")
-        (tmp_path / name / "notes.txt").write_text("none")
-    (tmp_path / "empty").mkdir()
-    told = []
-    data = load(str(tmp_path), image_size=10, tick=lambda done, of: told.append((done, of)))
-    assert told == [(k, 4) for k in range(1, 5)]
-    assert data.labels.tolist() == [0, 0, 1, 1]
-    assert data.samples.shape == (4, 3, 10, 10)
-    inner = data.samples[:, :, 1:-1, 1:-1].flatten(2)
-    assert [sample[:, 0].tolist() for sample in inner] == [[0, 255, 0], [128] * 3, [255, 0, 0], [128] * 3]
-    assert (inner == inner[:, :, :1]).all()
-    with pytest.raises(ValueError, match="a folder of images for each class"):
-        load(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="data must be digits"):
-        load(str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -346,60 +241,3 @@ def test_what_cannot_be(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             Protocol(**changed)
-
-
-def command(tmp_path, *more):
-    data = features()
-    np.savez(tmp_path / "data.npz", features=data.samples.numpy(), labels=data.labels.numpy())
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items()]
-    return [
-        sys.executable, "-m", "flashpair", "reality-check", "--data", str(tmp_path / "data.npz"), "--losses",
-        "contrastive,nt_xent", "--out", str(tmp_path / "out"), *flags, *more,
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_command_survives_a_kill(tmp_path):
-    """Killed as the system kills, it goes on; table, numbers and picture are what `run` finds."""
-    kept = tmp_path / "out" / "nt_xent" / "trials"
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not kept.is_dir():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    environment = os.environ | {"COLUMNS": "200"}
-    done = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, contrastive, nt_xent = run(features_of(tmp_path), ["contrastive", "nt_xent"], SMALL, tmp_path / "expected")
-    document = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert document["protocol"] == vars(SMALL)
-    found = {loss["name"]: loss for loss in document["losses"]}
-    assert list(found) == ["untrained", "contrastive", "nt_xent"]
-    for outcome in (contrastive, nt_xent):
-        assert found[outcome.name]["values"] == outcome.values
-        assert found[outcome.name]["concatenated"] == outcome.concatenated
-        for metric in METRICS:
-            interval = confidence_interval(outcome.separated[metric])
-            assert found[outcome.name]["intervals"]["separated"][metric] == interval._asdict()
-            shown = confidence_interval([100 * score for score in outcome.separated[metric]])
-            assert f"{shown.mean:.2f} ± {shown.half_width:.2f}" in done.stdout
-    assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
-
-
-def features_of(tmp_path):
-    return load(str(tmp_path / "data.npz"))
-
-
-def test_one_repeat_has_no_interval():
-    one = study.Outcome("one", {}, 0.5, 1, *({m: [0.25] for m in METRICS} for _ in range(2)))
-    document = report.document([one], features(), SMALL)
-    interval = document["losses"][0]["intervals"]["separated"]["map_at_r"]
-    assert interval == {"mean": 0.25, "half_width": None}
-    assert str(report.percent([0.25])) == "25.00"
-
-
-def test_command_refuses(tmp_path):
-    for more, words in [(("--losses", "no"), "a loss is"), (("--network", "no"), "must be FILE.py:Name")]:
-        done = subprocess.run(command(tmp_path, *more), capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2
-        assert words in done.stderr and "Traceback" not in done.stderr

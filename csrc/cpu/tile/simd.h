@@ -1,8 +1,10 @@
-// Vectors of the compiler's own kind, one width for each instruction set, and the few functions that losses need.
-// Everything is internal to the including file: nothing compiled for one instruction set can be linked into another.
+// Vectors of one width for each instruction set (the compiler's vector extensions), and the functions that losses need.
+// Everything here is internal to the including file, so that code of one instruction set cannot be linked into another.
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#include "cpu/types.h"
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -20,33 +22,28 @@ constexpr int VECTOR_BYTES = 32;
 constexpr int VECTOR_BYTES = 16;
 #endif
 
-#define ALWAYS __attribute__((always_inline))  // for lambdas, which take no `inline`
-#define INLINE inline ALWAYS
-
 template <class T>
-struct Lanes;
+struct VecTypes;
 template <>
-struct Lanes<float> {
+struct VecTypes<float> {
   typedef float V __attribute__((vector_size(VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(VECTOR_BYTES)));
   using Int = int32_t;
 };
 template <>
-struct Lanes<double> {
+struct VecTypes<double> {
   typedef double V __attribute__((vector_size(VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(VECTOR_BYTES)));
   using Int = int64_t;
 };
 template <class T>
-using Vec = typename Lanes<T>::V;
+using Vec = typename VecTypes<T>::V;
 template <class T>
-using Mask = typename Lanes<T>::I;  // -1 or 0 a lane
+using Mask = typename VecTypes<T>::I;  // a lane is -1 or 0
 template <class T>
 constexpr int64_t WIDTH = VECTOR_BYTES / sizeof(T);
-template <class T>
-constexpr T INF = static_cast<T>(__builtin_inff());
 
-struct AllLanes {};  // the mask of a vector that needs none
+struct NoMask {};  // the mask of a vector all of whose lanes take part
 
 template <class T>
 INLINE Vec<T> load(const T* p) {
@@ -65,7 +62,7 @@ INLINE Vec<T> splat(T x) {
 template <class T>
 INLINE Mask<T> iota(int64_t first) {
   Mask<T> v{};
-  for (int64_t k = 0; k < WIDTH<T>; ++k) v[k] = static_cast<typename Lanes<T>::Int>(first + k);
+  for (int64_t k = 0; k < WIDTH<T>; ++k) v[k] = static_cast<typename VecTypes<T>::Int>(first + k);
   return v;
 }
 template <class T>
@@ -73,23 +70,23 @@ INLINE Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) {
   return m ? a : b;
 }
 template <class T>
-INLINE Vec<T> select(AllLanes, Vec<T> a, Vec<T>) {
+INLINE Vec<T> select(NoMask, Vec<T> a, Vec<T>) {
   return a;
 }
 template <class T>
-INLINE Mask<T> both(Mask<T> a, Mask<T> b) {
+INLINE Mask<T> mask_and(Mask<T> a, Mask<T> b) {
   return a & b;
 }
 template <class T>
-INLINE Mask<T> both(Mask<T> a, AllLanes) {
+INLINE Mask<T> mask_and(Mask<T> a, NoMask) {
   return a;
 }
 template <class T>
-INLINE AllLanes both(AllLanes, AllLanes) {
+INLINE NoMask mask_and(NoMask, NoMask) {
   return {};
 }
 template <class T>
-INLINE Mask<T> both(AllLanes, Mask<T> b) {
+INLINE Mask<T> mask_and(NoMask, Mask<T> b) {
   return b;
 }
 template <class T>
@@ -100,8 +97,8 @@ template <class T>
 INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
-// a * b + c, rounded once wherever this processor can: written out, as what a compiler contracts hangs on the code
-// around it, and the same sum has to have the same bits wherever it is compiled.
+// a * b + c, rounded once where this processor has such an instruction. It is written out because what a compiler fuses
+// depends on the code around it, and the same sum must have the same bits everywhere.
 INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -145,17 +142,17 @@ INLINE T hsum(Vec<T> v) {
 }
 template <class T>
 INLINE bool any(Mask<T> m) {
-  typename Lanes<T>::Int r = 0;
+  typename VecTypes<T>::Int r = 0;
   for (int64_t k = 0; k < WIDTH<T>; ++k) r |= m[k];
   return r != 0;
 }
 
-// e^x to about one rounding: 0 under the range, saturated at e^88 (float) and e^709 (double); NaN stays NaN.
+// e^x to about one rounding. It is 0 below the range and saturates at e^88 (float) and e^709 (double). NaN stays NaN.
 INLINE Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
-  const V under = splat(-87.3365f);
-  const Mask<float> zero = x < under;
-  x = x < under ? under : x;
+  const V smallest = splat(-87.3365f);
+  const Mask<float> zero = x < smallest;
+  x = x < smallest ? smallest : x;
   x = x > 88.0f ? splat(88.0f) : x;
   const V t = x * 1.44269504f + 12582912.0f;  // the sum's low bits are the rounded exponent
   const V n = t - 12582912.0f;
@@ -172,9 +169,9 @@ INLINE Vec<float> exp(Vec<float> x) {
 }
 INLINE Vec<double> exp(Vec<double> x) {
   using V = Vec<double>;
-  const V under = splat(-708.39);
-  const Mask<double> zero = x < under;
-  x = x < under ? under : x;
+  const V smallest = splat(-708.39);
+  const Mask<double> zero = x < smallest;
+  x = x < smallest ? smallest : x;
   x = x > 709.0 ? splat(709.0) : x;
   const V t = x * 1.4426950408889634 + 6755399441055744.0;
   const V n = t - 6755399441055744.0;
@@ -187,7 +184,7 @@ INLINE Vec<double> exp(Vec<double> x) {
   return zero ? V{} : p * (V)power;
 }
 
-// log(1 + e) for e in [0, 1]: 2 atanh(e / (2 + e)), a series in a square of at most 1 / 9.
+// log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)): a series in a square of at most 1 / 9.
 template <class T>
 INLINE Vec<T> log1p_unit(Vec<T> e) {
   const Vec<T> s = e / (e + T(2)), q = s * s;
@@ -196,11 +193,11 @@ INLINE Vec<T> log1p_unit(Vec<T> e) {
   for (int k = last - 1; k >= 0; --k) p = p * q + T(1) / (2 * k + 1);
   return T(2) * s * p;
 }
-// log(x): x = m 2^e with m in [1 / sqrt(2), sqrt(2)), log(m) = 2 atanh((m - 1) / (m + 1)). log(0) = -inf, of negatives
-// NaN.
+// log(x) for x = m 2^e with m in [1 / sqrt(2), sqrt(2)), by log(m) = 2 atanh((m - 1) / (m + 1)). log(0) is -inf; of a
+// negative number it is NaN.
 template <class T>
 INLINE Vec<T> log(Vec<T> x) {
-  using Int = typename Lanes<T>::Int;
+  using Int = typename VecTypes<T>::Int;
   constexpr int fraction = sizeof(T) == 4 ? 23 : 52;
   constexpr Int half_root = sizeof(T) == 4 ? 0x3f3504f3 : static_cast<Int>(0x3fe6a09e667f3bcdLL);
   constexpr T tiny = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);
@@ -213,15 +210,15 @@ INLINE Vec<T> log(Vec<T> x) {
   Vec<T> p = splat(T(1) / (2 * last + 1));
   for (int k = last - 1; k >= 0; --k) p = p * q + T(1) / (2 * k + 1);
   const Vec<T> e = __builtin_convertvector(power, Vec<T>) - (small ? splat(T(fraction)) : Vec<T>{});
-  const Vec<T> found = e * T(0.693147180559945309417) + T(2) * s * p;
-  const Vec<T> beyond = x == T(0) ? splat(-INF<T>) : x < T(0) ? splat(T(__builtin_nan(""))) : x;  // inf and NaN stay
-  return (x > T(0)) & (x < INF<T>) ? found : beyond;
+  const Vec<T> result = e * T(0.693147180559945309417) + T(2) * s * p;
+  const Vec<T> special = x == T(0) ? splat(-INF<T>) : x < T(0) ? splat(T(__builtin_nan(""))) : x;  // inf and NaN stay
+  return (x > T(0)) & (x < INF<T>) ? result : special;
 }
-// log(1 + u) to the last bit of small u.
+// log(1 + u), accurate to the last bit for small u.
 template <class T>
 INLINE Vec<T> log1p(Vec<T> u) {
-  const Vec<T> w = u + T(1), rest = w - T(1);
-  return w == T(1) ? u : w == INF<T> ? w : log<T>(w) * (u / rest);
+  const Vec<T> w = u + T(1), u_rounded = w - T(1);
+  return w == T(1) ? u : w == INF<T> ? w : log<T>(w) * (u / u_rounded);
 }
 template <class T>
 INLINE Vec<T> absolute(Vec<T> x) {

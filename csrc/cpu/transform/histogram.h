@@ -1,7 +1,9 @@
-// Soft histograms: a run of sums of triangles whose nodes follow each other is one look-up a pair, not one sum a node.
+// Soft histograms: a run of sums of triangles whose nodes follow each other. One table look-up a pair replaces one sum
+// a node.
 //
-// A pair at u = scale * z + the first node's offset, between nodes p and p + 1, counts 1 - f for p and f for p + 1,
-// f = u - p. In backward its weight is the difference of the two nodes' gradients; on a node it has none.
+// A pair at u = scale * z + the first node's offset, between nodes p and p + 1, adds 1 - f to p and f to p + 1, with
+// f = u - p. In backward its weight is the difference of the two nodes' gradients; exactly on a node it has none.
+// Stores one table of nodes a row, and of a mirrored tile one a column. Deterministic: as reduce.h.
 #pragma once
 #include <new>
 
@@ -10,118 +12,122 @@
 namespace flashpair {
 namespace {
 
-constexpr int MOST_NODES = 256, FEWEST_NODES = 4;
+constexpr int MAX_NODES = 256, MIN_NODES = 4;
 
-// How many reductions from the first on are the nodes of one histogram; 0 for fewer than are worth a table.
+// How many reductions from the first on are the nodes of one histogram; 0 where a table is not worth it.
 template <class T>
-int run_of_nodes(const Reduction<T>* r, int count) {
-  auto node = [](const Reduction<T>& n) {
+int histogram_nodes(const Reduction<T>* r, int count) {
+  auto is_node = [](const Reduction<T>& n) {
     const bool plain = !n.offset && !n.lower && !n.upper && !n.grad_scale;
     return plain && n.op == SUM && n.transform == TRIANGLE;
   };
   const T slack = 8 * (sizeof(T) == 4 ? T(1.1920928955078125e-7) : T(2.220446049250313e-16));
   int nodes = 0;
-  for (; nodes < count && nodes < MOST_NODES && node(r[nodes]); ++nodes) {
+  for (; nodes < count && nodes < MAX_NODES && is_node(r[nodes]); ++nodes) {
     const T expected = r[0].shift - static_cast<T>(nodes), off = r[nodes].shift - expected;
     const T size = (expected < 0 ? -expected : expected) + static_cast<T>(nodes) + T(1);
     if (off > slack * size || off < -slack * size) break;
     if (r[nodes].side != r[0].side || r[nodes].scale != r[0].scale) break;
   }
-  return nodes >= FEWEST_NODES ? nodes : 0;
+  return nodes >= MIN_NODES ? nodes : 0;
 }
 
-// Memory for a table, given back at the end; no container, whose code would be linked between instruction sets.
+// Zeroed memory for a table, freed at the end. It is no standard container, because code of a container compiled for
+// one instruction set could be linked into another.
 template <class T>
 struct Table {
-  T* at;
-  explicit Table(int64_t size) : at(static_cast<T*>(::operator new(size * sizeof(T)))) {
-    memset(at, 0, size * sizeof(T));
+  T* data;
+  explicit Table(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T)))) {
+    memset(data, 0, size * sizeof(T));
   }
-  ~Table() { ::operator delete(at); }
+  ~Table() { ::operator delete(data); }
   Table(const Table&) = delete;
 };
 
-// The cells of a vector of pairs at s = scale * z: p + 1 in [0, nodes], 0 before the first node, and f; pairs outside
-// of the mask, and of all nodes, are in cell -1. f is of s less the node, as it is where each node is a sum: u, which
-// may be as large as there are nodes, is rounded more and would put pairs next to a node on its other side.
+// The cells of a vector of pairs at s = scale * z: cell p + 1 in [0, nodes], where cell 0 is before the first node, and
+// f. Pairs outside of the mask, and of all nodes, have cell -1.
+// f is s minus the node, as it is where each node is a sum by itself. u, which may be as large as there are nodes, is
+// rounded more and would put pairs close to a node on its other side.
 template <class T>
 struct Cells {
-  typename Lanes<T>::Int cell[WIDTH<T>];
+  typename VecTypes<T>::Int cell[WIDTH<T>];
   T f[WIDTH<T>];
   template <class M>
   INLINE Cells(Vec<T> s, T shift, int nodes, M m) {
     shift += T(1);
-    const Vec<T> about = s + shift;  // truncation is the floor of what is not negative
-    const Mask<T> in = (about > T(0)) & (about < T(nodes + 1));
-    Mask<T> whole = __builtin_convertvector(in ? about : Vec<T>{}, Mask<T>);
-    Vec<T> rest = s + (shift - __builtin_convertvector(whole, Vec<T>));
-    const Mask<T> below = rest < T(0), above = rest >= T(1);
-    whole += below - above;  // a truth is -1
-    rest += (below ? splat(T(1)) : Vec<T>{}) - (above ? splat(T(1)) : Vec<T>{});
-    const Mask<T> kept = both<T>(in & (whole >= 0) & (whole <= nodes), m);
-    const Mask<T> found = kept ? whole : Mask<T>{} - 1;
-    memcpy(cell, &found, sizeof cell), memcpy(f, &rest, sizeof f);
+    const Vec<T> u = s + shift;  // u + 1 above; truncation is the floor of what is not negative
+    const Mask<T> in = (u > T(0)) & (u < T(nodes + 1));
+    Mask<T> floor = __builtin_convertvector(in ? u : Vec<T>{}, Mask<T>);
+    Vec<T> fraction = s + (shift - __builtin_convertvector(floor, Vec<T>));
+    // Where the rounding of u has crossed a node, take the cell beside it.
+    const Mask<T> below = fraction < T(0), above = fraction >= T(1);
+    floor += below - above;  // a lane of a mask is -1 where it is true
+    fraction += (below ? splat(T(1)) : Vec<T>{}) - (above ? splat(T(1)) : Vec<T>{});
+    const Mask<T> valid = mask_and<T>(in & (floor >= 0) & (floor <= nodes), m);
+    const Mask<T> cells = valid ? floor : Mask<T>{} - 1;
+    memcpy(cell, &cells, sizeof cell), memcpy(f, &fraction, sizeof f);
   }
 };
 
 template <class T>
 void histogram(const Problem<T>& p, const Reduction<T>* r, int nodes, const Tile<T>& t) {
-  const int64_t width = nodes + 2;  // a node before the first, and one past the last
-  Table<T> of_columns(t.mirror ? t.cols * width : 1);
-  T of_row[2 * (MOST_NODES + 2)];  // two tables, so that neighbours of one cell do not wait for each other
+  const int64_t width = nodes + 2;  // one node before the first, and one past the last
+  Table<T> col_table(t.mirror ? t.cols * width : 1);
+  T row_table[2 * (MAX_NODES + 2)];  // two tables, so that neighbours of one cell do not wait for each other
   for (int64_t i = 0; i < t.rows; ++i) {
     const T* z = t.z + i * t.ld;
-    memset(of_row, 0, 2 * width * sizeof(T));
+    memset(row_table, 0, 2 * width * sizeof(T));
     sweep(p, r->side, t, i, [&](int64_t v, auto m) ALWAYS {
       const Cells<T> c(load(z + v) * r->scale, r->shift, nodes, m);
       for (int64_t k = 0; k < WIDTH<T>; ++k) {
         if (c.cell[k] < 0) continue;
-        T* row = of_row + (k & 1) * width + c.cell[k];
+        T* row = row_table + (k & 1) * width + c.cell[k];
         row[0] += T(1) - c.f[k], row[1] += c.f[k];
         if (!t.mirror) continue;
-        T* column = of_columns.at + (v + k) * width + c.cell[k];
+        T* column = col_table.data + (v + k) * width + c.cell[k];
         column[0] += T(1) - c.f[k], column[1] += c.f[k];
       }
     });
-    for (int n = 0; n < nodes; ++n) r[n].total[t.r0 + i] += of_row[n + 1] + of_row[width + n + 1];
+    for (int n = 0; n < nodes; ++n) r[n].row_sum[t.r0 + i] += row_table[n + 1] + row_table[width + n + 1];
   }
   if (!t.mirror) return;
   for (int n = 0; n < nodes; ++n)
-    for (int64_t j = 0; j < t.cols; ++j) r[n].total[t.c0 + j] += of_columns.at[j * width + n + 1];
+    for (int64_t j = 0; j < t.cols; ++j) r[n].row_sum[t.c0 + j] += col_table.data[j * width + n + 1];
 }
 
-// slope (anchors, nodes + 1): dL/du of a pair of the anchor in each cell, from before the first node on.
+// slope (anchors, nodes + 1): dL/du of the anchor's pairs in each cell.
 template <class T>
-void slopes_of_cells(const Reduction<T>* r, int nodes, int64_t first, int64_t anchors, T* slope) {
+void cell_slopes(const Reduction<T>* r, int nodes, int64_t first, int64_t anchors, T* slope) {
   for (int64_t i = 0; i < anchors; ++i)
     for (int n = 0; n <= nodes; ++n)
       slope[i * (nodes + 1) + n] = (n < nodes ? r[n].grad[first + i] : T(0)) - (n ? r[n - 1].grad[first + i] : T(0));
 }
 
 template <class T>
-void weigh_histogram(const Problem<T>& p, const Reduction<T>* r, int nodes, const Tile<T>& t, T* w) {
+void backward_histogram(const Problem<T>& p, const Reduction<T>* r, int nodes, const Tile<T>& t, T* w) {
   Table<T> rows(t.rows * (nodes + 1)), columns(t.symmetric ? t.cols * (nodes + 1) : 1);
-  slopes_of_cells(r, nodes, t.r0, t.rows, rows.at);
-  if (t.symmetric) slopes_of_cells(r, nodes, t.c0, t.cols, columns.at);
+  cell_slopes(r, nodes, t.r0, t.rows, rows.data);
+  if (t.symmetric) cell_slopes(r, nodes, t.c0, t.cols, columns.data);
   for (int64_t i = 0; i < t.rows; ++i) {
-    const T *z = t.z + i * t.ld, *mine = rows.at + i * (nodes + 1);
+    const T *z = t.z + i * t.ld, *row_slopes = rows.data + i * (nodes + 1);
     T* wi = w + i * t.ld;
     sweep(p, r->side, t, i, [&](int64_t v, auto m) ALWAYS {
       const Cells<T> c(load(z + v) * r->scale, r->shift, nodes, m);
       for (int64_t k = 0; k < WIDTH<T>; ++k) {
         if (c.cell[k] < 0 || c.f[k] == T(0)) continue;
-        T slope = mine[c.cell[k]];
-        if (t.symmetric) slope += columns.at[(v + k) * (nodes + 1) + c.cell[k]];
+        T slope = row_slopes[c.cell[k]];
+        if (t.symmetric) slope += columns.data[(v + k) * (nodes + 1) + c.cell[k]];
         wi[v + k] += slope * r->scale;
       }
     });
   }
 }
 
+// All reductions of a tile: histograms where nodes follow each other, else one by one.
 template <class T>
 void reduce(const Problem<T>& p, const Reduction<T>* reductions, int count, const Tile<T>& t) {
   for (int k = 0; k < count;) {
-    const int nodes = run_of_nodes(reductions + k, count - k);
+    const int nodes = histogram_nodes(reductions + k, count - k);
     if (nodes)
       histogram(p, reductions + k, nodes, t);
     else

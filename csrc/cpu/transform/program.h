@@ -1,4 +1,7 @@
-// A transform that is not built in: its steps, taken one after the other for a vector of pairs.
+// A user's transform: its steps, run one after the other for a vector of pairs.
+//
+// Stores the steps' values of one vector on the stack. Each step is one operation, so the same program has the same
+// bits wherever it is run.
 #pragma once
 #include "cpu/tile/simd.h"
 #include "cpu/types.h"
@@ -12,108 +15,108 @@ INLINE Vec<T> square_root(Vec<T> x) {
   return x;
 }
 
-// e^x up to infinity, which simd.h's stays under.
+// e^x that reaches infinity, where simd.h's exp saturates.
 template <class T>
-INLINE Vec<T> whole_exp(Vec<T> x) {
+INLINE Vec<T> unsaturated_exp(Vec<T> x) {
   const Vec<T> half = exp(x * T(0.5));
   return x > T(80) ? half * half : exp(x);
 }
-// e^x - 1 to the last bit of small x: (u - 1) x / log(u), u = e^x, whose errors cancel.
+// e^x - 1, accurate to the last bit for small x: (u - 1) x / log(u) with u = e^x, whose errors cancel.
 template <class T>
 INLINE Vec<T> expm1(Vec<T> x) {
-  const Vec<T> u = whole_exp<T>(x), less = u - T(1);
-  return u == T(1) ? x : (u > T(0)) & (u < INF<T>) ? less * (x / log<T>(u)) : less;
+  const Vec<T> u = unsaturated_exp<T>(x), u_minus_1 = u - T(1);
+  return u == T(1) ? x : (u > T(0)) & (u < INF<T>) ? u_minus_1 * (x / log<T>(u)) : u_minus_1;
 }
 
-// The first `count` numbers of the program.
+// Runs the first `count` steps of the program.
 template <class T>
-void run_steps(const Program& program, int count, Vec<T> s, Vec<T> own, Vec<T>* number) {
+void run_steps(const Program& program, int count, Vec<T> s, Vec<T> offset, Vec<T>* values) {
   using V = Vec<T>;
-  const Step* step = program.steps.data();
+  const Step* steps = program.steps.data();
   for (int k = 0; k < count; ++k) {
-    const V a = number[step[k].a], b = number[step[k].b];
-    switch (step[k].op) {
+    const V a = values[steps[k].a], b = values[steps[k].b];
+    switch (steps[k].op) {
       case SCALED:
-        number[k] = s;
+        values[k] = s;
         break;
       case OWN:
-        number[k] = own;
+        values[k] = offset;
         break;
       case CONSTANT:
-        number[k] = splat(static_cast<T>(step[k].constant));
+        values[k] = splat(static_cast<T>(steps[k].constant));
         break;
       case ADD:
-        number[k] = a + b;
+        values[k] = a + b;
         break;
       case SUBTRACT:
-        number[k] = a - b;
+        values[k] = a - b;
         break;
       case MULTIPLY:
-        number[k] = a * b;
+        values[k] = a * b;
         break;
       case DIVIDE:
-        number[k] = a / b;
+        values[k] = a / b;
         break;
       case MAXIMUM:
-        number[k] = (a > b) | (a != a) ? a : b;
+        values[k] = (a > b) | (a != a) ? a : b;
         break;
       case MINIMUM:
-        number[k] = (a < b) | (a != a) ? a : b;
+        values[k] = (a < b) | (a != a) ? a : b;
         break;
       case NEGATE:
-        number[k] = -a;
+        values[k] = -a;
         break;
       case EXP:
-        number[k] = whole_exp<T>(a);
+        values[k] = unsaturated_exp<T>(a);
         break;
       case LOG:
-        number[k] = log<T>(a);
+        values[k] = log<T>(a);
         break;
       case LOG1P:
-        number[k] = log1p<T>(a);
+        values[k] = log1p<T>(a);
         break;
       case SQRT:
-        number[k] = square_root<T>(a);
+        values[k] = square_root<T>(a);
         break;
       case SOFTPLUS_OF:
-        number[k] = softplus<T>(a);
+        values[k] = softplus<T>(a);
         break;
       case SIGMOID:
-        number[k] = sigmoid<T>(a);
+        values[k] = sigmoid<T>(a);
         break;
       case ABSOLUTE:
-        number[k] = absolute<T>(a);
+        values[k] = absolute<T>(a);
         break;
       case ABOVE:
-        number[k] = a > b ? splat(T(1)) : V{};
+        values[k] = a > b ? splat(T(1)) : V{};
         break;
       case EXPM1:
-        number[k] = expm1<T>(a);
+        values[k] = expm1<T>(a);
         break;
       case CHOOSE:
-        number[k] = number[step[k].c] > T(0) ? a : b;
+        values[k] = values[steps[k].c] > T(0) ? a : b;
         break;
     }
   }
 }
 
-struct Programmed {
+struct StepTransform {
   const Program* program;
   template <class T>
-  Vec<T> value(Vec<T> s, Vec<T> own, Vec<T>) const {
-    Vec<T> number[MAX_STEPS];
-    number[0] = Vec<T>{};
-    run_steps<T>(*program, program->value + 1, s, own, number);
-    return number[program->value];
+  Vec<T> value(Vec<T> s, Vec<T> offset, Vec<T>) const {
+    Vec<T> values[MAX_STEPS];
+    values[0] = Vec<T>{};
+    run_steps<T>(*program, program->value + 1, s, offset, values);
+    return values[program->value];
   }
   template <class T>
-  Vec<T> slope(Vec<T> s, Vec<T> own, Vec<T>, Vec<T>& own_slope, Vec<T>& ref_slope) const {
-    Vec<T> number[MAX_STEPS];
-    number[0] = Vec<T>{};
-    run_steps<T>(*program, static_cast<int>(program->steps.size()), s, own, number);
-    own_slope = number[program->own_slope];
-    ref_slope = Vec<T>{};
-    return number[program->slope];
+  Vec<T> slope(Vec<T> s, Vec<T> offset, Vec<T>, Vec<T>& d_offset, Vec<T>& d_ref_offset) const {
+    Vec<T> values[MAX_STEPS];
+    values[0] = Vec<T>{};
+    run_steps<T>(*program, static_cast<int>(program->steps.size()), s, offset, values);
+    d_offset = values[program->d_offset];
+    d_ref_offset = Vec<T>{};
+    return values[program->slope];
   }
 };
 

@@ -32,11 +32,11 @@ def addresses() -> dict[str, int]:
     Only torch's library is searched: another BLAS in the process may take 64-bit integers under the same names.
     """
     library = None if os.environ.get("FLASHPAIR_RUNTIME") == "builtin" else _torch_library()
-    found = {}
+    addresses = {}
     for symbol in SYMBOLS:
         function = getattr(library, symbol, None)
-        found[symbol] = (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
-    return found
+        addresses[symbol] = (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
+    return addresses
 
 
 def connect(extension: ModuleType) -> None:

@@ -15,169 +15,210 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import ReferencePairs
-from ..core.label_order import LabelOrder
-from ..core.problem import accumulator, decode, merge_logsumexp, solid, tops
+from ..core.call import Call, compile_call, operands_of
+from ..core.class_pairs import ClassPairs
+from ..core.pairs import PairAccess
+from ..core.problem import Operands, Problem, accumulator, merge_logsumexp, solid, tops
 from ..core.reduction import Reduction, check_call
-from ..core.similarity import inverse_norm, no_autocast, normalize, poison, through_normalize, upcast
+from ..core.similarity import inverse_norm, l2_normalize, nan_unless_finite, no_autocast, through_normalize, upcast
 from ..engine import row_reduce_op
-from ..engine.dispatch import choose
+from ..engine.dispatch import Route, route_pairs
 from ..engine.pairs import Pairs, checked_pairs
 
 CHUNK_BYTES = 2**25  # of weights that are normalised at a time, and up to which they are at once
 
 
-def class_pairs(x: Tensor, labels: Tensor, weight: Tensor, unit: bool, impl: str) -> Pairs | ReferencePairs:
-    """Embeddings (B, D) as anchors, normalised if `unit`, and the weights (C, D), which always are, as references: each
-    anchor's class is its one positive."""
-    return _pairs(x, labels, weight, unit, impl, proxies=False)
+def class_pairs(x: Tensor, labels: Tensor, weight: Tensor, normalize: bool, impl: str) -> PairAccess:
+    """Embeddings (B, D) as anchors, normalised if `normalize`, and the weights (C, D), which always are, as references:
+    each anchor's class is its one positive."""
+    return _pairs(x, labels, weight, normalize, impl, proxies=False)
 
 
-def proxy_pairs(weight: Tensor, x: Tensor, labels: Tensor, unit: bool, impl: str) -> Pairs | ReferencePairs:
+def proxy_pairs(weight: Tensor, x: Tensor, labels: Tensor, normalize: bool, impl: str) -> PairAccess:
     """The weights (C, D) as anchors, and embeddings (B, D) as references."""
-    return _pairs(x, labels, weight, unit, impl, proxies=True)
+    return _pairs(x, labels, weight, normalize, impl, proxies=True)
 
 
-def _pairs(
-    x: Tensor, labels: Tensor, weight: Tensor, unit: bool, impl: str, *, proxies: bool
-) -> Pairs | ReferencePairs:
+def _pairs(x: Tensor, labels: Tensor, weight: Tensor, normalize: bool, impl: str, *, proxies: bool) -> PairAccess:
     x, w = upcast(x, weight)
     assert w is not None
-    x = normalize(x) if unit else x
-    chosen = choose(impl, x, w)
-    if chosen != "reference" and w.numel() * w.element_size() > CHUNK_BYTES:
-        return StreamedPairs(x, labels, w, chosen, proxies)
-    w, classes = normalize(w), torch.arange(weight.shape[0], device=weight.device)
+    x = l2_normalize(x) if normalize else x
+    route = route_pairs(impl, x, w)
+    if route.backend != "reference" and w.numel() * w.element_size() > CHUNK_BYTES:
+        return ChunkedClassPairs(x, labels, w, route, proxies)
+    return _resident(x, labels, l2_normalize(w), impl, proxies)
+
+
+def _resident(x: Tensor, labels: Tensor, weight: Tensor, impl: str, proxies: bool) -> Pairs | ReferencePairs:
+    """Pairs with all weights, which are normalised already, at once."""
+    classes = torch.arange(weight.shape[0], device=weight.device)
     if proxies:
-        return checked_pairs(w, classes, x, labels, "dot", False, impl)
-    return checked_pairs(x, labels, w, classes, "dot", False, impl)
+        return checked_pairs(weight, classes, x, labels, "dot", False, impl)
+    return checked_pairs(x, labels, weight, classes, "dot", False, impl)
 
 
-class _Job(NamedTuple):
-    """What a call of some reductions needs beside tensors: see row_reduce_op.Spec."""
+class ChunkedClassPairs(PairAccess):
+    """Pairs of embeddings (B, D) and weights (C, D) that are not normalised yet: plain sums and logsumexps by chunks,
+    everything else by `resident`, for which a normalised copy of all weights is made.
 
-    spec: row_reduce_op.Spec
-    reductions: tuple[Reduction, ...]
-    proxies: bool
-
-
-class StreamedPairs(Pairs):
-    """`Pairs` of embeddings (B, D) and weights (C, D) that are not normalised yet: plain sums and logsumexps by chunks,
-    other reductions of all weights at once, for which a normalised copy of them is made.
-
-    proxies: the weights are the anchors.
+    Args:
+        x: (B, D), in any order.
+        labels: (B,).
+        weight: (C, D).
+        route: what runs.
+        proxies: the weights are the anchors.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor, weight: Tensor, impl: str, proxies: bool) -> None:
-        ordered, order = torch.sort(labels, stable=True)
-        none = torch.empty(0, dtype=torch.int64, device=x.device)
-        self.rows, self.weight, self.proxies = x.index_select(0, order), weight, proxies
-        label_order = LabelOrder(none if proxies else order, none, ordered, ordered, none, none, None, False)
-        super().__init__(self.rows, weight, label_order, "dot", impl)
+    square, distance = False, "dot"
+    limit = "is not available where class weights come in chunks"
+
+    def __init__(self, x: Tensor, labels: Tensor, weight: Tensor, route: Route, proxies: bool) -> None:
+        self.sample_labels, self.order = torch.sort(labels, stable=True)
+        self.rows, self.weight, self.route, self.proxies = x.index_select(0, self.order), weight, route, proxies
+        self.labels = self.sample_labels if not proxies else torch.arange(weight.shape[0], device=x.device)
+
+    @property
+    def x(self) -> Tensor:
+        """The anchors' embeddings (N, D), sorted; of proxies, not normalised."""
+        return self.weight if self.proxies else self.rows
+
+    @property
+    def impl(self) -> str:
+        """The implementation that runs."""
+        return self.route.backend
 
     @property
     def count(self) -> int:
-        return (self.weight if self.proxies else self.rows).shape[0]
+        return self.x.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulator(self.rows.dtype)
+
+    @property
+    def ref_labels(self) -> Tensor:
+        return self.sample_labels if self.proxies else torch.arange(self.weight.shape[0], device=self.rows.device)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         check_call(reductions, self.rows, self.count, self.weight.shape[0] + self.rows.shape[0] - self.count)
         for r in reductions:
             known = r.op in ("sum", "logsumexp") and r.transform == "identity"
             if not known or not (r.offset is r.lower is r.upper is None):
-                return self.whole.reduce(*reductions)
-        x, dtype = self.rows, accumulator(self.rows.dtype)
-        scale = None
-        if any(isinstance(r.scale, Tensor) for r in reductions):
-            scale = torch.stack([torch.as_tensor(r.scale, dtype=dtype, device=x.device) for r in reductions])
-        plain = tuple(replace(r, scale=1.0 if isinstance(r.scale, Tensor) else r.scale) for r in reductions)
-        job = _Job(row_reduce_op.encode(plain, (), "dot", self.impl), reductions, self.proxies)
-        found: Tensor = _Streamed.apply(job, x, self.labels, self.weight, scale)
-        bad = poison(x, None)
-        return tuple((row.detach() if r.detach else row) + bad for row, r in zip(found, reductions, strict=True))
+                return self.resident.reduce(*reductions)
+        call = _ClassCall(compile_call(reductions, "dot", self.impl), reductions, self.proxies)
+        scale = operands_of(call.call, reductions, 0, 0, self.dtype, self.rows.device).scale
+        rows: Tensor = _ClassReduce.apply(call, self.rows, self.sample_labels, self.weight, scale)
+        nonfinite = nan_unless_finite(self.rows, None)
+        return tuple((row.detach() if r.detach else row) + nonfinite for row, r in zip(rows, reductions, strict=True))
 
     @functools.cached_property
-    def whole(self) -> Pairs:
+    def resident(self) -> Pairs:
         """The same pairs, rows in the same order, with all weights normalised at once: for what chunks cannot merge."""
-        w = normalize(self.weight)
-        classes = torch.arange(w.shape[0], device=w.device)
-        sides = (w, classes, self.rows, self.labels) if self.proxies else (self.rows, self.labels, w, classes)
-        found = checked_pairs(*sides, "dot", False, self.impl)
-        assert isinstance(found, Pairs)
-        return found
+        pairs = _resident(self.rows, self.sample_labels, l2_normalize(self.weight), self.impl, self.proxies)
+        assert isinstance(pairs, Pairs)
+        return pairs
 
-    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
-        return self.whole.positives(most, block)
+    @property
+    def nonfinite(self) -> Tensor:  # type: ignore[override]
+        return self.resident.nonfinite
+
+    def positive_places(self, places: range) -> Tensor:
+        return self.resident.positive_places(places)
+
+    def similarities_at(self, refs: Tensor) -> Tensor:
+        return self.resident.similarities_at(refs)
+
+    def class_pairs(self) -> ClassPairs:
+        return self.resident.class_pairs()
+
+    def take_pairs(self, chosen: ClassPairs) -> Pairs:
+        return self.resident.take_pairs(chosen)
+
+    def dense(self) -> ReferencePairs:
+        """The same pairs, in the same order of rows, over the dense matrix."""
+        return self.resident.dense()
 
     def num_positives(self) -> Tensor:
         if not self.proxies:
             return torch.ones_like(self.labels)
-        return torch.bincount(self.labels, minlength=self.weight.shape[0])
+        return torch.bincount(self.sample_labels, minlength=self.weight.shape[0])
 
     def num_negatives(self) -> Tensor:
         return (self.rows if self.proxies else self.weight).shape[0] - self.num_positives()
 
-    def squares(self) -> Tensor:
+    def squared_norms(self) -> Tensor:
         return (self.rows * self.rows).sum(1)
 
     def restore(self, values: Tensor) -> Tensor:
-        return values if self.proxies else super().restore(values)
+        return values if self.proxies else torch.empty_like(values).index_copy(0, self.order, values)
 
-    def dense(self) -> ReferencePairs:
-        return self.whole.dense()
+    def arrange(self, values: Tensor) -> Tensor:
+        return values if self.proxies else values.index_select(0, self.order)
+
+    def arrange_refs(self, values: Tensor) -> Tensor:
+        return values.index_select(0, self.order) if self.proxies else values
+
+
+class _ClassCall(NamedTuple):
+    """A call of some reductions, and which side the weights are on."""
+
+    call: Call
+    reductions: tuple[Reduction, ...]
+    proxies: bool
 
 
 class _Chunk(NamedTuple):
-    """Classes [first, last): unit weights and the reciprocal norms, and the problem as the registered ops take it."""
+    """Classes [first, last): their weights normalised, the reciprocal norms, and the problem of these alone."""
 
     first: int
     last: int
-    unit: Tensor
+    normalized: Tensor
     inverse: Tensor
-    problem: tuple[Any, ...]
+    problem: Problem
 
 
-def _chunks(x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None, job: _Job) -> Iterator[_Chunk]:
+def _chunks(x: Tensor, labels: Tensor, weight: Tensor, proxies: bool) -> Iterator[_Chunk]:
     size = max(1, CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
     for first in range(0, weight.shape[0], size):
         part = weight[first : first + size]
         inverse = inverse_norm(part)
-        unit, count = part * inverse, part.shape[0]
-        if job.proxies:
+        normalized, count = part * inverse, part.shape[0]
+        if proxies:
             classes = torch.arange(first, first + count, device=x.device)
             lo, hi = torch.searchsorted(labels, classes), torch.searchsorted(labels, classes, right=True)
-            sides, order = (unit, x), torch.arange(x.shape[0], device=x.device)
+            sides, order = (normalized, x), torch.arange(x.shape[0], device=x.device)
         else:
             lo, hi = (labels - first).clamp(0, count), (labels - first + 1).clamp(0, count)
-            sides, order = (x, unit), torch.arange(count, device=x.device)
-        yield _Chunk(first, first + count, unit, inverse, (*sides, lo, hi, None, order, scale, [], *job.spec))
+            sides, order = (x, normalized), torch.arange(count, device=x.device)
+        yield _Chunk(first, first + count, normalized, inverse, Problem(*sides, lo, hi, None, order, "dot"))
 
 
-def _merged(job: _Job, one: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
+def _merged(call: Call, one: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
     """The values of two chunks' references taken together; rows as core/problem.py says."""
-    found, terms = one.clone(), decode(job.spec.code, job.spec.shifts, job.spec.slots)
-    for k, (t, top) in enumerate(zip(terms, tops(terms), strict=True)):
+    merged = one.clone()
+    for k, (t, top) in enumerate(zip(call.terms, tops(call.terms), strict=True)):
         if top < 0:
-            found[k] = one[k] + other[k]
+            merged[k] = one[k] + other[k]
         else:
             rows = [k, top, top + 1]
-            by = 1.0 if t.transformed else job.spec.scales[k] if scale is None else scale[k]
-            found[rows] = torch.stack(merge_logsumexp(one[rows], other[rows], by))
-    return found
+            by = 1.0 if t.transformed else call.scales[k] if scale is None else scale[k]
+            merged[rows] = torch.stack(merge_logsumexp(one[rows], other[rows], by))
+    return merged
 
 
-class _Streamed(torch.autograd.Function):
+class _ClassReduce(torch.autograd.Function):
     """Row values (K, rows) of reductions over all chunks. It keeps them; second derivatives take the dense matrix."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-        found: list[Tensor] = []
-        kept: list[Tensor] = []
-        for chunk in _chunks(x, labels, weight, scale, job):
-            values, *kept = row_reduce_op.call("row_reduce", x)(*chunk.problem, False)
-            if job.proxies or not found:
-                found.append(values)
+    def forward(ctx: Any, job: _ClassCall, x: Tensor, labels: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        call, parts, kept = job.call, [], []  # type: ignore[var-annotated]
+        for chunk in _chunks(x, labels, weight, job.proxies):
+            values, *kept = row_reduce_op.forward(chunk.problem, call, Operands(scale, call.scales, []), False)
+            if job.proxies or not parts:
+                parts.append(values)
                 continue
-            found[0] = _merged(job, found[0], values, scale)
-        total = torch.cat(found, 1)
+            parts[0] = _merged(call, parts[0], values, scale)
+        total = torch.cat(parts, 1)
         ctx.job = job
         ctx.save_for_backward(x, labels, weight, scale, total, *kept)
         return total[: len(job.reductions)].clone()
@@ -192,19 +233,20 @@ class _Streamed(torch.autograd.Function):
         dweight = torch.empty_like(weight) if need_weight else None
         dscale = torch.zeros_like(scale) if need_scale else None
         wants = [need_weight, need_x] if job.proxies else [need_x, need_weight]
-        for chunk in _chunks(x, labels, weight, scale, job):
+        call = job.call
+        for chunk in _chunks(x, labels, weight, job.proxies):
             rows = slice(chunk.first, chunk.last) if job.proxies else slice(None)
-            own, other, part, *_ = row_reduce_op.call("row_reduce_backward", x)(
-                *chunk.problem, total[:, rows].contiguous(), *kept, [solid(row) for row in g[:, rows]],
-                [*wants, need_scale, False, False],
+            part = row_reduce_op.backward(
+                chunk.problem, call, Operands(scale, call.scales, []), total[:, rows].contiguous(), kept,
+                [solid(row) for row in g[:, rows]], [*wants, need_scale, False, False],
             )  # fmt: skip
-            of_x, of_weight = (other, own) if job.proxies else (own, other)
-            if dx is not None:
+            of_x, of_weight = (part.y, part.x) if job.proxies else (part.x, part.y)
+            if dx is not None and of_x is not None:
                 dx += of_x
-            if dweight is not None:
-                dweight[chunk.first : chunk.last] = through_normalize(of_weight, chunk.unit, chunk.inverse)
-            if dscale is not None:
-                dscale += part
+            if dweight is not None and of_weight is not None:
+                dweight[chunk.first : chunk.last] = through_normalize(of_weight, chunk.normalized, chunk.inverse)
+            if dscale is not None and part.scale is not None:
+                dscale += part.scale
         return None, dx, None, dweight, dscale
 
 
@@ -216,7 +258,7 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
     with torch.enable_grad(), no_autocast(x.device.type):
         x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
         scale = None if scale is None else scale.view_as(scale)
-        w = normalize(weight)
+        w = l2_normalize(weight)
         if job.proxies:
             pairs = ReferencePairs.from_embeddings(w, classes, x, labels, "dot", False)
         else:
@@ -226,6 +268,6 @@ def _differentiable_backward(  # type: ignore[no-untyped-def]
         rows = torch.stack(pairs.reduce(*given))
         inputs = (None, x, None, weight, scale)
         wanted = {k: t for k, (t, need) in enumerate(zip(inputs, needs, strict=True)) if need and t is not None}
-        found = torch.autograd.grad(rows, list(wanted.values()), g, create_graph=True, allow_unused=True)
-    by_place = dict(zip(wanted, found, strict=True))
+        gradients = torch.autograd.grad(rows, list(wanted.values()), g, create_graph=True, allow_unused=True)
+    by_place = dict(zip(wanted, gradients, strict=True))
     return tuple(by_place.get(k) for k in range(len(inputs)))

@@ -8,117 +8,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.cpu import screened
-from ..backends.reference import ReferencePairs, pad_positives
+from ..core.call import Call
 from ..core.chunks import Chunk, ReferenceSource, only_once, places_of
-from ..core.class_pairs import ClassPairs, draw
+from ..core.class_pairs import ClassPairs, pick_class_pairs
 from ..core.label_order import LabelOrder, one_to_one
-from ..core.reduction import Reduction
-from ..core.similarity import poison
-from ..engine.dispatch import choose, unsupported_reasons
-from ..engine.pairs import Pairs
+from ..core.pairs import PairAccess
+from ..core.problem import Operands
+from ..core.similarity import nan_unless_finite
+from ..engine.dispatch import Route, route_call
+from ..engine.pairs import FusedPairs, Pairs
 from ..engine.positive_pairs import listed_similarities, pair_gradients
-from ..engine.row_reduce_op import Spec
 from .reduce import ChunkedCall, ChunkedRowReduce
-
-TAKEN = ("tiled", "fused")  # schedules whose calls keep nothing that hangs on all references
-
-
-def chunked_backend(impl: str, x: Tensor) -> str:
-    """The schedule that takes references in chunks.
-
-    Raises:
-        RuntimeError: one that was named and does not, or none that can run here.
-    """
-    chosen = choose(impl, x, None)
-    if chosen not in TAKEN:
-        why = f"impl={impl!r} cannot run" if impl != "auto" else "; ".join(unsupported_reasons("tiled", x.device))
-        raise RuntimeError(f"only 'tiled' and 'fused' take references in chunks: {why}")
-    return chosen
 
 
 class LabelledSource(ReferenceSource):
     """A source that knows the labels of all references."""
 
-    poison: Tensor | float = 0.0  # NaN once a reference that is not finite has come
+    nonfinite: Tensor | float = 0.0  # NaN once a reference that is not finite has come
 
-    def known(self) -> tuple[Tensor, Tensor]:
+    def labels_and_order(self) -> tuple[Tensor, Tensor]:
         """These, sorted, and where each stands among all (M,), (M,)."""
         raise NotImplementedError
 
     def counts(self) -> tuple[Tensor, int]:
         """How many references have each anchor's label (N,), itself among them if it is one, and how many there are."""
-        labels, _ = self.known()
+        labels, _ = self.labels_and_order()
         same = torch.searchsorted(labels, self.labels, right=True) - torch.searchsorted(labels, self.labels)
         return same, labels.shape[0]
 
-    def singly(self) -> ReferenceSource:
-        """The same references, met by every anchor one way, with no chunk of `both`."""
+    def one_way(self) -> ReferenceSource:
+        """The same references, met by every anchor one way, with no chunk of `two_sided`."""
         raise NotImplementedError
 
 
-class ChunkedPairs(Pairs):
+class ChunkedPairs(FusedPairs):
     """N anchors, sorted, against what a source brings.
 
     Args:
-        x: (N, D) sorted anchors; `order`: (N,) the caller's index of each; square: they are among the references.
-        y: (M, D) sorted references of this process, where the source has need of them.
+        x: (N, D), sorted anchors.
+        order: (N,), the caller's index of each.
+        ref_source: where the references come from.
+        square: the anchors are among the references.
+        y: (M, D), sorted references of this process, where the source has need of them.
+        nonfinite: NaN or 0, added to row values; None: the backend shows what is not finite.
     """
 
-    screens = False  # nobody named `tiled`, so that chunks may be screened
+    limit = "is not available for references in chunks, which are never all in memory at once"
 
     def __init__(
-        self,
-        x: Tensor,
-        order: Tensor,
-        ref_source: LabelledSource,
-        square: bool,
-        distance: str,
-        impl: str,
-        y: Tensor | None = None,
-    ) -> None:
+        self, x: Tensor, order: Tensor, ref_source: LabelledSource, square: bool, distance: str, route: Route,
+        y: Tensor | None = None, nonfinite: Tensor | None = None,
+    ) -> None:  # fmt: skip
         labels, none = ref_source.labels, order.new_empty(0)
-        refs = labels if square else none
-        super().__init__(
-            x, y, LabelOrder(order, order, labels, refs, none, none, None, square), distance, impl, named=True
-        )
-        self.ref_source = ref_source
+        label_order = LabelOrder(order, order, labels, labels if square else none, none, none, None, square)
+        super().__init__(x, label_order, distance, route, nonfinite)
+        self.ref_source, self._refs = ref_source, y
         self._counts: tuple[Tensor, int] | None = None
 
-    def _rows(self, spec: Spec, scale: Tensor | None, vectors: list[Tensor]) -> tuple[Tensor, ...]:
-        rows: Tensor = ChunkedRowReduce.apply(ChunkedCall(self.ref_source, spec), self.x, self._y, scale, *vectors)
+    def _route_of(self, call: Call) -> Route:
+        """The batch's, or an error: no other backend takes references in chunks."""
+        return route_call(self.route._replace(named=True), call, self.x, 0)
+
+    def _rows(self, call: Call, operands: Operands) -> tuple[Tensor, ...]:
+        chunked = ChunkedCall(self.ref_source, call)
+        rows: Tensor = ChunkedRowReduce.apply(chunked, self.x, self._refs, operands.scale, *operands.vectors)
         return rows.unbind(0)
-
-    def _schedule_of(self, reductions: tuple[Reduction, ...]) -> str:
-        """`impl`, or `screened` in place of `tiled`, for those chunks that are worth it."""
-        if not self.screens or self.impl != "tiled" or screened.unsupported_reasons(reductions, self.x.shape[1]):
-            return self.impl
-        return "screened"
-
-    def dense(self) -> ReferencePairs:
-        raise RuntimeError("references in chunks have no dense matrix")
-
-    @property
-    def refs(self) -> Tensor:
-        raise RuntimeError(
-            "references in chunks are never all in memory at once: pairs.y and pairs.refs are not available"
-        )
-
-    @property
-    def y(self) -> Tensor | None:
-        return self.refs
 
     @property
     def ref_labels(self) -> Tensor:
-        """Of all references, other processes' too (M,), sorted."""
-        return self.ref_source.known()[0]
+        """(M,), of all references, other processes' too, sorted."""
+        return self.ref_source.labels_and_order()[0]
 
-    def sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
-        raise RuntimeError(
-            "references in chunks have no sums of an anchor and its positive: pairs.sums is not available"
-        )
+    @property
+    def nonfinite(self) -> Tensor:  # type: ignore[override]
+        return nan_unless_finite(self.x, None) if self._nonfinite is None else self._nonfinite
 
     def counts(self) -> tuple[Tensor, int]:
+        """How many references have each anchor's label (N,), and how many there are."""
         if self._counts is None:
             self._counts = self.ref_source.counts()
         return self._counts
@@ -132,43 +98,41 @@ class ChunkedPairs(Pairs):
 
     def own_places(self) -> Tensor:
         """Of a square problem: where each anchor stands among all references in the order of their labels (N,)."""
-        return places_of(self.ref_source.order, self.ref_source.known()[1])
+        return places_of(self.ref_source.order, self.ref_source.labels_and_order()[1])
 
-    def positive_places(self, block: range) -> Tensor:
-        """Where each anchor's positives stand among all references (N, K); beyond them anywhere, or -1."""
-        labels, order = self.ref_source.known()
+    def positive_places(self, places: range) -> Tensor:
+        """By their places among all references; beyond a row's list anywhere, or -1."""
+        labels, order = self.ref_source.labels_and_order()
         lo = torch.searchsorted(labels, self.labels)
-        at = lo[:, None] + torch.arange(block.start, block.stop, device=lo.device)
+        at = lo[:, None] + torch.arange(places.start, places.stop, device=lo.device)
         if self.square:
             at = at + (at >= self.own_places()[:, None])
         count = order.shape[0]
         return order[at.clamp(max=count - 1)] if count else torch.full_like(at, -1)
 
+    def similarities_at(self, refs: Tensor) -> Tensor:
+        x = self.x.to(self.dtype)
+        z: Tensor = Fetched.apply(self.ref_source.one_way(), x, self.shared_refs(), refs, self.distance)
+        return z
+
     def positive_blocks(self, most: int) -> list[range]:
         """All K = `most` places at once, as each block would fetch every chunk again."""
         return [range(most)]
 
-    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
-        x, most = self.x.to(self.dtype), self.most_positives(most)
-        block = range(most) if block is None else block
-        z = Fetched.apply(self.ref_source.singly(), x, self.shared_refs(), self.positive_places(block), self.distance)
-        bad = poison(self.x, None) if self.poison is None else self.poison
-        return pad_positives(z, self.num_positives(), bad, most, block.start)
-
     def shared_refs(self) -> Tensor | None:
         """This process's references (M, D), of a square problem its anchors, for a source that takes them one way."""
-        return self.x.to(self.dtype) if self.square else self._y
+        return self.x.to(self.dtype) if self.square else self._refs
 
-    def draw(self) -> ClassPairs:
-        """As `Pairs.draw`, but positives by their places among all references."""
-        labels, order = self.ref_source.known()
-        found = draw(self.labels, None if self.square else labels)
-        return found._replace(positives=order.index_select(0, found.positives))
+    def class_pairs(self) -> ClassPairs:
+        """As `Pairs.class_pairs`, but positives by their places among all references."""
+        labels, order = self.ref_source.labels_and_order()
+        chosen = pick_class_pairs(self.labels, None if self.square else labels)
+        return chosen._replace(positives=order.index_select(0, chosen.positives))
 
-    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> Pairs:
-        y = FetchedRows.apply(self.ref_source.singly(), self.x, self.shared_refs(), refs)
-        x = self.x.index_select(0, rows)
-        return Pairs(x, y, one_to_one(labels, count), self.distance, self.impl, poison=poison(self.x, None))
+    def take_pairs(self, chosen: ClassPairs) -> PairAccess:
+        y = FetchedRows.apply(self.ref_source.one_way(), self.x, self.shared_refs(), chosen.positives)
+        x, order = self.x.index_select(0, chosen.anchors), one_to_one(chosen.place, chosen.taken)
+        return Pairs(x, y, order, self.distance, self.route, nonfinite=self.nonfinite)
 
 
 def _visited(
@@ -182,8 +146,8 @@ def _visited(
         yield chunk, rows, [(at >= 0, at.clamp_min(0)) for at in here]
 
 
-def _handed(ref_source: ReferenceSource, dy: Tensor | None, found: Any) -> None:
-    for own, _, part in found:
+def _handed(ref_source: ReferenceSource, dy: Tensor | None, received: Any) -> None:
+    for own, _, part in received:
         assert dy is not None
         dy[own] += part
 
@@ -229,13 +193,13 @@ class FetchedRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ref_source: ReferenceSource, x: Tensor, y: Tensor | None, wanted: Tensor) -> Tensor:
-        found = x.new_zeros(wanted.shape[0], x.shape[1])
+        refs = x.new_zeros(wanted.shape[0], x.shape[1])
         for _, rows, places in _visited(ref_source, x, y, wanted[:, None]):
             for here, at in places:
-                found += torch.where(here[:, None], rows.index_select(0, at), 0.0)
+                refs += torch.where(here[:, None], rows.index_select(0, at), 0.0)
         ctx.ref_source = ref_source
         ctx.save_for_backward(x, y, wanted)
-        return found
+        return refs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor | None, None]:

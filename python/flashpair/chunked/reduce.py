@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends.cpu import screened, tiled
-from ..core import problem
+from ..core.call import OFFSET, REF_OFFSET, Call
 from ..core.chunks import NO_REFERENCE, Chunk, Received, ReferenceSource, as_integers, as_numbers, only_once, places_of
 from ..core.problem import (
     COUNT,
@@ -90,7 +90,7 @@ class _State:
 def resolved(terms: Terms, operands: Operands, which: Sequence[int], values: Tensor) -> tuple[Terms, Operands]:
     """Those terms, with windows that are bound to values (K, N) as vectors, and the vectors that they need."""
     vectors: list[Tensor] = []
-    found = []
+    resolved_terms = []
     for k in which:
         t, slots = terms[k], []
         bounds = {2: (t.lower_of, t.lower_shift), 3: (t.upper_of, t.upper_shift)}
@@ -99,44 +99,44 @@ def resolved(terms: Terms, operands: Operands, which: Sequence[int], values: Ten
             vector = values[of] + shift if of >= 0 else operands.vector(slot)
             slots.append(-1 if vector is None else len(vectors))
             vectors += [] if vector is None else [vector]
-        found.append(t._replace(lower_of=-1, upper_of=-1, slots=tuple(slots)))
+        resolved_terms.append(t._replace(lower_of=-1, upper_of=-1, slots=tuple(slots)))
     scale = None if operands.scale is None else torch.stack([operands.scale[k] for k in which])
-    return tuple(found), Operands(scale, [operands.scales[k] for k in which], vectors)
+    return tuple(resolved_terms), Operands(scale, [operands.scales[k] for k in which], vectors)
 
 
 class ChunkedCall(NamedTuple):
-    """A call: its source, and what row_reduce_op.Spec says of it."""
+    """A call and the source of its references."""
 
     ref_source: ReferenceSource
-    spec: row_reduce_op.Spec
+    call: Call
 
     def problem(self, x: Tensor, chunk: Chunk) -> Problem:
-        """The chunk against its anchors; with `both` the anchors come first, see two_sided.py."""
+        """The chunk against its anchors; with `two_sided` the anchors come first, see two_sided.py."""
         labels, order, own = self.ref_source.labels[chunk.own], self.ref_source.order[chunk.own], x[chunk.own]
         lo = torch.searchsorted(chunk.labels, labels)
         hi = torch.searchsorted(chunk.labels, labels, right=True)
-        if not chunk.both or chunk.y is None:
-            return Problem(own, chunk.y, lo, hi, chunk.end, chunk.order, self.spec.distance)
+        if not chunk.two_sided or chunk.y is None:
+            return Problem(own, chunk.y, lo, hi, chunk.end, chunk.order, self.call.distance)
         n = own.shape[0]
         back = torch.searchsorted(labels, chunk.labels), torch.searchsorted(labels, chunk.labels, right=True)
         rows, order = torch.cat([own, chunk.y]), torch.cat([order, chunk.order])
         lo, hi = torch.cat([lo + n, back[0]]), torch.cat([hi + n, back[1]])
-        return Problem(rows, None, lo, hi, None, order, self.spec.distance, n)
+        return Problem(rows, None, lo, hi, None, order, self.call.distance, n)
 
     def chunk_operands(self, operands: Operands, chunk: Chunk) -> Operands:
-        """The operands of the chunk's anchors, followed with `both` by those of its other ones."""
+        """The operands of the chunk's anchors, followed with `two_sided` by those of its other ones."""
         vectors = [v[chunk.own].contiguous() for v in operands.vectors]
-        if chunk.both and chunk.along is not None:
-            vectors = [torch.cat(pair) for pair in zip(vectors, chunk.along, strict=False)]
+        if chunk.two_sided and chunk.anchor_values is not None:
+            vectors = [torch.cat(pair) for pair in zip(vectors, chunk.anchor_values, strict=False)]
         return Operands(operands.scale, operands.scales, vectors)
 
     def screens(self, p: Problem, terms: Terms) -> bool:
         """Whether a chunk of a call that may be screened is: `terms` are those of one stage."""
-        some = self.spec.impl == "screened" and not p.split and any(t.side != POSITIVES for t in terms)
-        return some and screened.worthwhile("tiled", p.x, p.refs)
+        some = self.call.backend == "screened" and not p.split and any(t.side != POSITIVES for t in terms)
+        return some and screened.worthwhile(p.x, p.refs.shape[0])
 
     def schedule(self, p: Problem) -> Any:
-        return tiled if self.spec.impl == "screened" else row_reduce_op.schedule_of(self.spec.impl, p.x.device)
+        return tiled if self.call.backend == "screened" else row_reduce_op.schedule_of(self.call.backend, p.x.device)
 
     def forward(
         self, p: Problem, terms: Terms, operands: Operands, lists: bool
@@ -146,15 +146,17 @@ class ChunkedCall(NamedTuple):
         keep, live = any(t.indexed for t in terms), None
         if self.screens(p, terms):
             lists = lists and any(t.weighted and t.side != POSITIVES for t in terms)
-            values, found = screened.forward(p, terms, operands, keep or lists)
-            places = found.extreme
+            values, lists_of_tiles = screened.forward(p, terms, operands, keep or lists)
+            places = lists_of_tiles.extreme
             if lists:
-                slots = max(found.live_count.shape[0], 1)
-                live = found.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
+                slots = max(lists_of_tiles.live_count.shape[0], 1)
+                live = lists_of_tiles.trimmed(LIVE_PAIRS_PER_ROW * sum(map(len, (p.x, p.refs))) // slots)
         elif p.split:
-            values, places = two_sided.forward(self.spec.impl, p, terms, operands, keep)
+            values, places = two_sided.forward(self.call.backend, p, terms, operands, keep)
         else:
-            own = p._replace(order=two_sided.ranks(p.order)) if keep and not two_sided.joined(self.spec.impl, p) else p
+            own = (
+                p._replace(order=two_sided.ranks(p.order)) if keep and not two_sided.joined(self.call.backend, p) else p
+            )
             values, kept = self.schedule(p).forward(own, terms, operands, keep)
             places = kept[0]
         if not keep:
@@ -171,7 +173,7 @@ class ChunkedCall(NamedTuple):
             if places is not None:  # the own group's rows are no references here
                 second = torch.arange(places.shape[1], device=places.device) >= p.split
                 places = torch.where((places >= p.split) == second, -1, places)
-            return two_sided.backward(self.spec.impl, p, terms, operands, values, places, rows, need)
+            return two_sided.backward(self.call.backend, p, terms, operands, values, places, rows, need)
         module = self.schedule(p)
         kept = two_sided.kept_of(module, p, terms, places)
         if live is not None:  # in which positives are not listed
@@ -181,8 +183,8 @@ class ChunkedCall(NamedTuple):
             band = module.backward(p, terms, operands, values, kept, sides[0], need)
             rest = module.backward(p, terms, operands, values, listed, sides[1], need)
             return Gradients(*(None if a is None else a + b for a, b in zip(band, rest, strict=True)))
-        found: Gradients = module.backward(p, terms, operands, values, kept, rows, need)
-        return found
+        gradients: Gradients = module.backward(p, terms, operands, values, kept, rows, need)
+        return gradients
 
 
 Lists = dict[int, tiled.Kept]  # of chunks by their number in the source
@@ -197,8 +199,8 @@ def reduce_chunks(
     for stage in stages(terms):
         some, bounded = resolved(terms, operands, stage, state.values())
         count = num_rows(some)
-        along = torch.stack(list(bounded.vectors)) if bounded.vectors else None
-        for number, chunk in enumerate(job.ref_source.chunks(x, y, along)):
+        anchor_values = torch.stack(list(bounded.vectors)) if bounded.vectors else None
+        for number, chunk in enumerate(job.ref_source.chunks(x, y, anchor_values)):
             n = x[chunk.own].shape[0]
             if n and chunk.labels.shape[0]:
                 values, winner, live = job.forward(
@@ -207,10 +209,10 @@ def reduce_chunks(
                 if live is not None:  # of one stage alone, see screened.unsupported_reasons
                     lists[number] = live
             else:
-                nothing = _State(some, bounded.scales, n + chunk.labels.shape[0] * chunk.both, x)
+                nothing = _State(some, bounded.scales, n + chunk.labels.shape[0] * chunk.two_sided, x)
                 values, winner = nothing.values(), nothing.winner
             state.merge(stage, chunk.own, values[:, :n], None if winner is None else winner[:, :n])
-            if not chunk.both:
+            if not chunk.two_sided:
                 continue
             out = values[:, n:]
             out = out if winner is None else torch.cat([out, as_numbers(winner[:, n:], values.dtype)])
@@ -227,17 +229,18 @@ class _Backward:
         self, job: ChunkedCall, x: Tensor, y: Tensor | None, scale: Tensor | None, vectors: Sequence[Tensor], kept: Any
     ) -> None:
         values, winner, self.lists, g = kept
-        every = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
+        every = job.call.terms
         self.which = [k for k, t in enumerate(every) if t.weighted or t.indexed]
-        operands = Operands(scale, job.spec.scales, vectors)
+        operands = Operands(scale, job.call.scales, vectors)
         self.terms, self.operands = resolved(every, operands, self.which, values)
         above = tops(every)
         rows = self.which + [above[k] + more for k in self.which if above[k] >= 0 for more in (0, 1)]
         self.job, self.x, self.y, self.values, self.grads = job, x, y, values[rows], g[self.which]
         self.winner = winner[self.which] if winner is not None and any(t.indexed for t in self.terms) else None
-        # (term, 0 offset or 1 ref_offset) of each vector that wants a gradient
+        # (term, role) of each vector that wants a gradient
+        roles = job.call.vector_roles
         self.offsets = [
-            (j, what) for j, k in enumerate(self.which) for what in (0, 1) if 4 * k + what in job.spec.slots
+            (j, role) for j, k in enumerate(self.which) for role in (OFFSET, REF_OFFSET) if (k, role) in roles
         ]
         wide = accumulator(x.dtype)
         self.dx = torch.zeros_like(x, dtype=wide)
@@ -245,63 +248,64 @@ class _Backward:
         self.dscale = None if scale is None else torch.zeros_like(scale)
         self.doffset = self.values.new_zeros(len(self.offsets), x.shape[0])
 
-    def along(self) -> Tensor:
+    def anchor_values(self) -> Tensor:
         """What anchors need where they are references elsewhere: vectors, values, upstream gradients, winners."""
         rows = [*(row[None] for row in self.operands.vectors), self.values, self.grads]
         return torch.cat(rows if self.winner is None else [*rows, as_numbers(self.winner, self.values.dtype)])
 
     def run(self) -> None:
         ref_source = self.job.ref_source
-        for number, chunk in enumerate(ref_source.chunks(self.x, self.y, self.along())):
-            numbers, rows = self._piece(chunk, self.lists.get(number))
-            if chunk.both or chunk.wanted:
+        for number, chunk in enumerate(ref_source.chunks(self.x, self.y, self.anchor_values())):
+            numbers, rows = self._chunk_backward(chunk, self.lists.get(number))
+            if chunk.two_sided or chunk.wanted:
                 self._add(ref_source.send(chunk, numbers, rows))
         self._add(ref_source.flush())
 
-    def _add(self, found: Sequence[Received]) -> None:
-        for own, numbers, rows in found:
+    def _add(self, received: Sequence[Received]) -> None:
+        for own, numbers, rows in received:
             if numbers is not None:
                 self.doffset[:, own] += numbers
             if rows is not None:
                 (self.dx if self.dy is None else self.dy)[own] += rows
 
-    def _piece(self, chunk: Chunk, live: tiled.Kept | None) -> tuple[Tensor | None, Tensor | None]:
+    def _chunk_backward(self, chunk: Chunk, live: tiled.Kept | None) -> tuple[Tensor | None, Tensor | None]:
         """Adds a chunk's part, and returns the part of the chunk's own anchors or references."""
         own, m = chunk.own, chunk.labels.shape[0]
         n, v, k = self.x[own].shape[0], len(self.operands.vectors), len(self.which)
         r = v + self.values.shape[0]
         if not n or not m:
-            return (self.doffset.new_zeros(len(self.offsets), m) if chunk.both and self.offsets else None,
+            return (self.doffset.new_zeros(len(self.offsets), m) if chunk.two_sided and self.offsets else None,
                     self.dx.new_zeros(m, self.x.shape[1]))  # fmt: skip
         values, grads = self.values[:, own], self.grads[:, own]
         winner = None if self.winner is None else self.winner[:, own]
-        if chunk.both:
-            assert chunk.along is not None
-            values = torch.cat([values, chunk.along[v:r]], 1)
-            grads = torch.cat([grads, chunk.along[r : r + k]], 1)
-            winner = None if winner is None else torch.cat([winner, as_integers(chunk.along[r + k :])], 1)
-        wants = [any(what == kind for _, what in self.offsets) for kind in (0, 1)]
-        found = self.job.backward(
+        if chunk.two_sided:
+            assert chunk.anchor_values is not None
+            values = torch.cat([values, chunk.anchor_values[v:r]], 1)
+            grads = torch.cat([grads, chunk.anchor_values[r : r + k]], 1)
+            winner = None if winner is None else torch.cat([winner, as_integers(chunk.anchor_values[r + k :])], 1)
+        wants = [any(role == kind for _, role in self.offsets) for kind in (OFFSET, REF_OFFSET)]
+        gradients = self.job.backward(
             self.job.problem(self.x, chunk), self.terms, self.job.chunk_operands(self.operands, chunk),
             values.contiguous(), winner, grads,
-            [True, chunk.wanted and not chunk.both, self.dscale is not None, *wants], live,
+            [True, chunk.wanted and not chunk.two_sided, self.dscale is not None, *wants], live,
         )  # fmt: skip
-        assert found.x is not None
-        self.dx[own] += found.x[:n]
-        if self.dscale is not None and found.scale is not None:
-            self.dscale[self.which] += found.scale.to(self.dscale.dtype)
+        assert gradients.x is not None
+        self.dx[own] += gradients.x[:n]
+        if self.dscale is not None and gradients.scale is not None:
+            self.dscale[self.which] += gradients.scale.to(self.dscale.dtype)
         numbers = None
         if self.offsets:
-            parts = found.offset, found.ref_offset
-            numbers = torch.stack([parts[what][j] for j, what in self.offsets])  # type: ignore[index]
+            parts = {OFFSET: gradients.offset, REF_OFFSET: gradients.ref_offset}
+            numbers = torch.stack([parts[role][j] for j, role in self.offsets])  # type: ignore[index]
             self.doffset[:, own] += numbers[:, :n]
-        if not chunk.both:
-            return None, found.y
-        return None if numbers is None else numbers[:, n:], found.x[n:]
+        if not chunk.two_sided:
+            return None, gradients.y
+        return None if numbers is None else numbers[:, n:], gradients.x[n:]
 
-    def by_slot(self) -> dict[int, Tensor]:
-        """The gradients of vectors, by their `Spec.slots`."""
-        return {4 * self.which[j] + what: row for (j, what), row in zip(self.offsets, self.doffset, strict=True)}
+    def by_vector(self) -> list[Tensor | None]:
+        """The gradient of each vector of the call."""
+        by_role = {(self.which[j], role): row for (j, role), row in zip(self.offsets, self.doffset, strict=True)}
+        return [by_role.get(role) for role in self.job.call.vector_roles]
 
 
 class ChunkedRowReduce(torch.autograd.Function):
@@ -311,8 +315,8 @@ class ChunkedRowReduce(torch.autograd.Function):
     def forward(
         ctx: Any, job: ChunkedCall, x: Tensor, y: Tensor | None, scale: Tensor | None, *vectors: Tensor
     ) -> Tensor:
-        terms = problem.decode(job.spec.code, job.spec.shifts, job.spec.slots)
-        operands = Operands(scale, job.spec.scales, vectors)
+        terms = job.call.terms
+        operands = Operands(scale, job.call.scales, vectors)
         values, winner, ctx.lists = reduce_chunks(job, x, y, terms, operands, any(ctx.needs_input_grad))
         ctx.job = job
         ctx.save_for_backward(x, y, scale, values, winner, *vectors)
@@ -325,6 +329,5 @@ class ChunkedRowReduce(torch.autograd.Function):
         pass_ = _Backward(ctx.job, x, y, scale, vectors, (values, winner, ctx.lists, g))
         if pass_.which:
             pass_.run()
-        by_slot = pass_.by_slot()
         dy = None if y is None or pass_.dy is None else pass_.dy.to(y.dtype)
-        return None, pass_.dx.to(x.dtype), dy, pass_.dscale, *(by_slot.get(slot) for slot in ctx.job.spec.slots)
+        return None, pass_.dx.to(x.dtype), dy, pass_.dscale, *pass_.by_vector()

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..core import checks
 from ..core.chunks import Chunk, Received
 from ..core.extras import extra
-from ..core.problem import accumulator
-from ..core.similarity import poison
+from ..core.similarity import nan_unless_finite
+from ..engine.dispatch import route_chunks
 from ..engine.sorted_rows import sorted_rows
-from .pairs import ChunkedPairs, LabelledSource, chunked_backend
+from .pairs import ChunkedPairs, LabelledSource
 
 BLOCK_BYTES = 2**25  # of references that are read at a time, unless the caller says how many
 LABELS = 2**18  # that are sorted at a time to count them
@@ -97,16 +97,16 @@ class StreamedReferences:
         return self.labels.shape[0]
 
     def pairs(
-        self, x: Tensor, labels: Tensor, distance: str, unit: bool, prepare: Callable[[Tensor], Tensor] | None,
+        self, x: Tensor, labels: Tensor, distance: str, normalize: bool, prepare: Callable[[Tensor], Tensor] | None,
         impl: str,
     ) -> ChunkedPairs:  # fmt: skip
-        """Pairs of anchors (N, D) and these; see `Criterion.preparation` for unit and prepare."""
-        chosen = chunked_backend(impl, x)
-        x = x.to(accumulator(x.dtype))
+        """Pairs of anchors (N, D) and these; see `Criterion.preparation` for normalize and prepare."""
+        route = route_chunks(impl, x)
+        x = x.to(route.dtype)
         x = x if prepare is None else prepare(x)
-        ref_source = _Stream(self, x, labels, unit, chosen, prepare)
-        rows = sorted_rows(x, ref_source.order, unit=unit, impl=chosen)
-        return ChunkedPairs(rows, ref_source.order, ref_source, False, distance, chosen)
+        ref_source = _Stream(self, labels, normalize, route.backend, prepare)
+        rows = sorted_rows(x, ref_source.order, normalize=normalize, impl=route.backend)
+        return ChunkedPairs(rows, ref_source.order, ref_source, False, distance, route)
 
     def sorted_labels(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._sorted is None or self._sorted[0].device != device:
@@ -201,14 +201,14 @@ class _Stream(LabelledSource):
     """The source over a stream's blocks, each sorted and normalised as it comes."""
 
     def __init__(
-        self, stream: StreamedReferences, x: Tensor, labels: Tensor, unit: bool, impl: str,
+        self, stream: StreamedReferences, labels: Tensor, normalize: bool, impl: str,
         prepare: Callable[[Tensor], Tensor] | None,
     ) -> None:  # fmt: skip
         self.labels, self.order = torch.sort(labels, stable=True)
-        self.stream, self.unit, self.impl, self.prepare = stream, unit, impl, prepare
+        self.stream, self.normalize, self.impl, self.prepare = stream, normalize, impl, prepare
         self.digests: dict[tuple[int, int], Tensor] = {}  # of rows [first, last), as this call has read them before
 
-    def known(self) -> tuple[Tensor, Tensor]:
+    def labels_and_order(self) -> tuple[Tensor, Tensor]:
         return self.stream.sorted_labels(self.labels.device)
 
     def counts(self) -> tuple[Tensor, int]:
@@ -219,7 +219,7 @@ class _Stream(LabelledSource):
             same += torch.searchsorted(ordered, self.labels, right=True) - torch.searchsorted(ordered, self.labels)
         return same, len(self.stream)
 
-    def singly(self) -> _Stream:
+    def one_way(self) -> _Stream:
         return self
 
     def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
@@ -240,7 +240,7 @@ class _Stream(LabelledSource):
         if now.device.type != "cpu":
             torch._assert_async(same, words)
 
-    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
+    def chunks(self, x: Tensor, y: Tensor | None, anchor_values: Tensor | None) -> Iterator[Chunk]:
         stream, first = self.stream, 0
         with _progress(stream.progress, stream.count(x.shape[1])) as step, torch.no_grad():
             for block in _ahead(stream.blocks(x.shape[1])):
@@ -258,9 +258,9 @@ class _Stream(LabelledSource):
                 labels, order = torch.sort(stream.labels[first:last].to(x.device), stable=True)
                 block = block.to(x.device, x.dtype, non_blocking=True)
                 block = block if self.prepare is None else self.prepare(block)
-                rows = sorted_rows(block, order, unit=self.unit, impl=self.impl)
+                rows = sorted_rows(block, order, normalize=self.normalize, impl=self.impl)
                 if new:  # later it is the same
-                    self.poison = self.poison + poison(block, None)
+                    self.nonfinite = self.nonfinite + nan_unless_finite(block, None)
                 yield Chunk(rows, labels, order + first)
                 first = last
                 step()

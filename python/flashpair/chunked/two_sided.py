@@ -40,11 +40,11 @@ def forward(impl: str, p: Problem, terms: Terms, operands: Operands, keep: bool)
     if joined(impl, p):
         values, kept = tiled.forward(p, terms, operands, keep)
         return values, kept.extreme
-    found = [row_reduce_op.schedule_of(impl, p.x.device).forward(*side, keep) for side in _sides(p, terms, operands)]
-    places = [kept[0] for _, kept in found]
+    sides = [row_reduce_op.schedule_of(impl, p.x.device).forward(*side, keep) for side in _sides(p, terms, operands)]
+    places = [kept[0] for _, kept in sides]
     if places[0].numel() or places[1].numel():
         places[0] = torch.where(places[0] < 0, -1, places[0] + p.split)
-    return torch.cat([values for values, _ in found], 1), torch.cat(places, 1)
+    return torch.cat([values for values, _ in sides], 1), torch.cat(places, 1)
 
 
 def backward(
@@ -82,13 +82,13 @@ def backward(
 def _sides(p: Problem, terms: Terms, operands: Operands) -> list[tuple[Problem, Terms, Operands]]:
     """The rectangular problems: the first group against the second, and the other way round."""
     one, other = slice(0, p.split), slice(p.split, None)
-    found: list[Any] = []
+    sides: list[Any] = []
     for own, refs, shift in ((one, other, p.split), (other, one, 0)):
         problem = Problem(
             p.x[own], p.x[refs], p.lo[own] - shift, p.hi[own] - shift, None, ranks(p.order[refs]), p.distance
         )
-        found.append((problem, terms, sliced(terms, operands, own, refs)))
-    return found
+        sides.append((problem, terms, sliced(terms, operands, own, refs)))
+    return sides
 
 
 def sliced(terms: Terms, operands: Operands, own: slice, refs: slice) -> Operands:

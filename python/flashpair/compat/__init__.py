@@ -1,1 +1,1 @@
-"""Switching from other libraries. Nothing of them is imported before a function here is called."""
+"""Switching from other libraries, which are imported only when a function here is called."""

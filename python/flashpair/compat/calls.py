@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.similarity import dense_pairs, normalize
+from ..core.similarity import dense_pairs, l2_normalize
 from ..miners.base import chunk
 
-Answer = bool | Tensor  # a tensor () of bool, which need not be there yet
+Answer = bool | Tensor  # a tensor () of bool, which a GPU may still be computing
 
 
 @dataclass(eq=False)
 class Call:
-    """What a fused criterion was called with, and its loss.
+    """The arguments of a fused criterion's call, and its loss.
 
     Args:
         y, ref_labels: the references; None where the batch is compared with itself.
-        dtype: in which the library would compute.
-        numbers: of the library's loss, those that corners depend on.
-        same: ref_emb is the very tensor embeddings, ref_labels the very tensor labels.
+        dtype: the one in which the library would compute.
+        numbers: the hyper-parameters of the library's loss that corner cases depend on.
+        same: whether ref_emb is the tensor embeddings, and whether ref_labels is the tensor labels.
     """
 
     criterion: Any
@@ -47,7 +47,7 @@ class Call:
 
     def rows(self, of: Tensor) -> Tensor:
         """As they are compared, in the library's dtype."""
-        return normalize(of.to(self.dtype)) if self.criterion.normalize else of.to(self.dtype)
+        return l2_normalize(of.to(self.dtype)) if self.criterion.normalize else of.to(self.dtype)
 
     @functools.cached_property
     def own(self) -> Tensor:
@@ -58,7 +58,7 @@ class Call:
         return self.own if self.y is None else self.rows(self.y)
 
     def reach(self) -> float | Tensor:
-        """What no dot product exceeds."""
+        """An upper bound on every dot product."""
         if self.criterion.normalize:
             return 1.0
         return _longest(self.x) * (_longest(self.x) if self.y is None else _longest(self.y))

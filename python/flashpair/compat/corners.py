@@ -1,7 +1,7 @@
 """Corner cases of pytorch-metric-learning 2.9: a test on a call's batch for each of `divergence.REASONS`.
 
-A question is asked in two steps. `suspect` is cheap, asked of every call, and waits for no GPU; `certain` is asked
-where it is suspected, and computes, a block of anchors at a time, what the library computes there.
+A test has two steps. `suspect` is cheap, runs on every call, and waits for no GPU. Where it finds something, `certain`
+computes what the library computes there, a block of anchors at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.reduction import Reduction
-from ..core.similarity import normalize, softplus
+from ..core.similarity import l2_normalize, softplus
 from ..losses.contrastive import SNRContrastiveLoss
 from ..losses.softmax import NCALoss
 from ..miners import MultiSimilarityMiner
@@ -35,7 +35,7 @@ def one_label(labels: Tensor) -> Answer:
 
 
 def alone(call: Call) -> Tensor:
-    """Anchors without positives (N,), sorted by label where the batch is compared with itself."""
+    """Which anchors have no positive (N,); sorted by label if the batch is compared with itself."""
     if not call.square:
         return ~torch.isin(call.labels, call.others)
     ordered = call.labels.sort().values
@@ -53,7 +53,7 @@ def few_pairs(call: Call) -> Answer:
     criterion = call.criterion
     if getattr(criterion, "epsilon", None) is None:
         return not call.square and 0 < call.x.shape[0] * call.others.shape[0] <= 2
-    if criterion.reduction == "nonzero":  # an average that does not tell how many rows have a loss
+    if criterion.reduction == "nonzero":  # an average that hides how many rows have a loss
         return True
     # of one mined positive and one negative, the loss of their row at most
     alpha, beta, base = criterion.alpha, criterion.beta, criterion.base
@@ -85,13 +85,13 @@ def very_same(call: Call) -> Answer:
 
 
 def keys(rows: Tensor) -> Tensor:
-    """An integer (N,) that equal rows have in common, and others hardly ever: the sum of their bits."""
+    """A hash (N,) of each row, the sum of its bits: equal for equal rows, hardly ever for others."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.itemsize]
-    return (rows + 0.0).contiguous().view(whole).sum(1)  # of 0 and -0 there is one
+    return (rows + 0.0).contiguous().view(whole).sum(1)  # 0 and -0 are equal
 
 
 def maybe_equal(call: Call) -> Answer:
-    """Where torch.cdist multiplies matrices: from 26 rows on, and not in float16, which the library does by pairs."""
+    """Whether torch.cdist multiplies matrices: from 26 rows on. The library computes float16 pair by pair."""
     few = max(call.x.shape[0], call.others.shape[0]) <= 25
     if few or call.criterion.distance != "euclidean" or call.dtype == torch.float16:
         return False
@@ -123,7 +123,7 @@ def maybe_no_side(call: Call) -> Answer:
 
 
 def no_side(call: Call) -> Answer:
-    """The sum of the side that there is, above 0."""
+    """Whether the sum of the one side that exists is above 0."""
     neg, pos, distance = call.numbers["neg_margin"], call.numbers["pos_margin"], call.criterion.distance
     sign = -1.0 if distance == "dot" else 1.0
 
@@ -150,7 +150,7 @@ def maybe_clipped(call: Call) -> Answer:
 
 
 def clipped(call: Call) -> Answer:
-    """A pair's loss within 7 of the clip, from where on its gradient is a thousandth off."""
+    """Whether a pair's loss is within 7 of the clip, where its gradient is off by a thousandth or more."""
     most = -math.log(torch.finfo(call.dtype).tiny) - 7
 
     def found(block: Block) -> Tensor:
@@ -170,7 +170,7 @@ def maybe_dropped(call: Call) -> Answer:
     count = criterion.weight.shape[0] if proxies else call.others.shape[0]
     span = longest * (2.0 if criterion.distance == "dot" and not proxies else 4.0) * criterion.softmax_scale
     loss = call.loss.eq(0).all() if not proxies and criterion.reduction == "mean_valid" else False
-    far = span > 80 - math.log(count)  # exp may flush what is no normal number
+    far = span > 80 - math.log(count)  # exp may flush subnormal numbers to 0
     return (far or loss) if isinstance(far, bool) else far | loss
 
 
@@ -194,7 +194,7 @@ def dropped(call: Call) -> Answer:
 
 
 def extremes(call: Call, *reductions: Reduction) -> list[Tensor]:
-    """Row values of the fused criterion's own pairs, which round apart from the library's."""
+    """Row values of the fused criterion's own pairs, whose rounding differs from the library's."""
     criterion = call.criterion
     pairs = criterion.pairs_of(call.x, call.labels, call.y, call.ref_labels, criterion.impl)
     found = zip(pairs.reduce(*reductions), reductions, strict=True)
@@ -221,20 +221,20 @@ def same_direction(call: Call) -> Answer:
 
 
 def maybe_aligned(call: Call) -> Answer:
-    u, w = call.own, normalize(call.criterion.weight.detach()[call.labels].to(call.dtype))
+    u, w = call.own, l2_normalize(call.criterion.weight.detach()[call.labels].to(call.dtype))
     return ((u * w).sum(1).abs() >= 1 - 2 * torch.finfo(u.dtype).eps).any()
 
 
 def aligned(call: Call) -> Answer:
     w = call.criterion.weight.detach()
-    w = normalize(w[call.labels].to(call.dtype))
+    w = l2_normalize(w[call.labels].to(call.dtype))
     return any(
         bool((u @ v.T).diagonal().abs().ge(1).any()) for u, v in zip(call.own.split(256), w.split(256), strict=True)
     )
 
 
 def past_the_end(call: Call) -> Answer:
-    """A node before the first or after the last one, by the library's own steps; of pairs that a triplet has."""
+    """Whether the library looks up a node before the first or after the last one, for a pair of a triplet."""
     delta = call.numbers["delta"]
     last = round(2 / delta)
 
@@ -257,7 +257,7 @@ def not_unit(call: Call) -> Answer:
 
 
 def constant(call: Call) -> Answer:
-    """Anchors that the fused criterion gives no pairs."""
+    """Whether an anchor has no variance, so that the fused criterion leaves it out."""
     if not isinstance(call.criterion, SNRContrastiveLoss) or call.others.shape[0] < 1 + int(call.square):
         return False
     return call.criterion._centred(call.x).eq(0).all(1).any()

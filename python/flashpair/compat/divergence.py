@@ -1,8 +1,8 @@
 """Warnings where pytorch-metric-learning 2.9 gives a number that flashpair does not reproduce.
 
-A fused criterion has a hook, `Watch`, that puts each call to the questions of `corners` and warns of a corner case once
-a process and class of loss; then it asks no more. On a GPU answers are read when they have come, in a later call, so
-that nothing waits.
+A fused criterion has a hook, `Watch`, that tests each call for the cases of `corners`. It warns of a case once in a
+process for each class of loss, and then stops testing for it. On a GPU a later call reads the results, so that nothing
+waits.
 """
 
 from __future__ import annotations
@@ -22,51 +22,52 @@ from .calls import Answer, Call
 from .corners import CORNERS, Corner
 
 REASONS = {
-    "one pair": "pytorch-metric-learning gives 0 for at most one positive and one negative pair (an anchor against two "
-    "references, or what a miner leaves); the fused criterion gives their loss",
-    "same references": "pytorch-metric-learning leaves out the pair of embedding k with reference k, also where they "
-    "are two towers', if ref_labels is the very tensor labels (NCALoss: if ref_emb is the very tensor embeddings); "
-    "the fused criterion takes references as they are, and leaves self-pairs out of a call without them",
+    "one pair": "pytorch-metric-learning gives 0 for at most one positive and one negative pair (an anchor against "
+    "two references, or few mined pairs); the fused criterion gives the loss of these pairs",
+    "same references": "pytorch-metric-learning leaves out the pair of embedding k and reference k if ref_labels is "
+    "the same tensor as labels (NCALoss: if ref_emb is the same tensor as embeddings), even if the two are different "
+    "towers; the fused criterion keeps that pair. Without references both leave out self-pairs",
     "euclidean duplicates": "pytorch-metric-learning has torch.cdist's rounding (5e-4 in float32) for the distance of "
-    "equal embeddings in batches of more than 25, and counts it where terms above 0 are averaged; the fused criterion "
+    "equal embeddings in batches of more than 25, and counts it in averages of terms above 0; the fused criterion "
     "has 0",
     "lifted structure without a side": "pytorch-metric-learning gives GeneralizedLiftedStructureLoss of an anchor "
     "without positives or without negatives as if that side's logsumexp were 0; the fused criterion gives 0",
     "nt-xent clip": "pytorch-metric-learning clips each pair of NTXentLoss at -log(smallest normal number), 87.3 in "
-    "float32 and 9.7 in float16, without gradient past it; the fused criterion does not",
+    "float32 and 9.7 in float16, and gives clipped pairs no gradient; the fused criterion does not clip",
     "supcon without negatives": "pytorch-metric-learning gives SupConLoss of a batch without any negative pair as 0; "
-    "the fused criterion gives the loss, whose denominator then has the positives",
-    "nca underflow": "pytorch-metric-learning drops anchors of NCALoss and ProxyNCALoss whose probability underflows "
-    "to 0, the hardest ones, and gives NaN where none is left; the fused criterion keeps them, and gives 0 for none",
-    "tuplet duplicates": "pytorch-metric-learning gives TupletMarginLoss a gradient of NaN (or a value of NaN) where "
-    "the cosine of a positive is 1, that of a duplicate or by rounding; the fused criterion gives this pair's cosine "
-    "the gradient without its sine",
-    "angular negatives": "pytorch-metric-learning does not normalise the negatives of AngularLoss; the fused criterion "
-    "does. They are the same for embeddings that are normalised before",
-    "arcface aligned": "pytorch-metric-learning gives ArcFaceLoss a gradient of inf or NaN where an embedding points, "
-    "but for rounding, along its class's weight, or against it; the fused criterion gives that cosine the gradient "
-    "without its sine",
-    "snr without variance": "pytorch-metric-learning gives signal-to-noise ratios of an embedding without variance as "
-    "inf or NaN; the fused criterion gives it no pairs",
+    "the fused criterion gives the loss, with the positives in the denominator",
+    "nca underflow": "pytorch-metric-learning drops the hardest anchors of NCALoss and ProxyNCALoss, whose "
+    "probability underflows to 0, and gives NaN if no anchor is left; the fused criterion keeps them, and gives 0 "
+    "for a batch without anchors",
+    "tuplet duplicates": "pytorch-metric-learning gives TupletMarginLoss a gradient of NaN (or a value of NaN) if the "
+    "cosine of a positive is 1, because of a duplicate or by rounding; the fused criterion gives a finite gradient, "
+    "which leaves out the sine",
+    "angular negatives": "pytorch-metric-learning does not normalise the negatives of AngularLoss; the fused "
+    "criterion does. The two agree if the embeddings are normalised before",
+    "arcface aligned": "pytorch-metric-learning gives ArcFaceLoss a gradient of inf or NaN if an embedding points "
+    "along its class's weight or against it, up to rounding; the fused criterion gives a finite gradient, which "
+    "leaves out the sine",
+    "snr without variance": "pytorch-metric-learning gives inf or NaN for the signal-to-noise ratios of an embedding "
+    "without variance; the fused criterion leaves that embedding out",
     "histogram pairs": "pytorch-metric-learning leaves negative pairs of two samples that have no positive out of "
     "HistogramLoss; the fused criterion takes all negative pairs (eq. 2 of the paper)",
-    "histogram end": "pytorch-metric-learning raises an error for HistogramLoss of a batch with a cosine of 1, or "
-    "by rounding below -1; the fused criterion counts it at the last or first node",
+    "histogram end": "pytorch-metric-learning raises an error for HistogramLoss of a batch with a cosine of 1, or, by "
+    "rounding, below -1; the fused criterion counts it at the last or first node",
 }
-WAITING = 16  # calls whose answers a GPU may owe
+WAITING = 16  # calls whose results a GPU may still be computing
 _said: set[tuple[str, str]] = set()
 
 
 class Divergence(UserWarning):
     """Warning: a fused criterion differs from the loss it was made from, where that loss's number is wrong.
 
-    `flashpair.compat.pml.fuse` makes the criteria that warn with it; `flashpair.compat.divergence.REASONS` lists the
+    The criteria that `flashpair.compat.pml.fuse` makes warn with it. `flashpair.compat.divergence.REASONS` lists the
     cases.
     """
 
 
 def announce(owner: str, reason: str) -> None:
-    """Warns of a corner case of a class of loss, at the line outside of torch and this package that led here."""
+    """Warns of a corner case of a class of loss, at the user's line: the last one outside torch and this package."""
     if (owner, reason) in _said:
         return
     _said.add((owner, reason))
@@ -128,7 +129,7 @@ class Watch:
                 self._ask(call, reason, corner.certain(call), certain=True)
 
     def _answered(self) -> None:
-        """What a GPU has answered by now; of too many calls that wait, the first one is waited for."""
+        """Reads the results that a GPU has ready; waits for the oldest if too many are pending."""
         while self.waiting and (self.waiting[0][0].query() or len(self.waiting) > WAITING * len(self.reasons)):
             event, there, call, reason, certain = self.waiting.popleft()
             event.synchronize()

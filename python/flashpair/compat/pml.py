@@ -30,24 +30,24 @@ WRAPPERS = {
 def fuse(loss: Any, miner: Any = None, *, impl: str = "auto") -> Criterion:
     """The criterion that gives the numbers of a pytorch-metric-learning loss, with its miner if there is one.
 
-    Call it with (embeddings, labels) and, where the loss takes them, `ref_emb` and `ref_labels`; it mines by itself.
+    Call it with (embeddings, labels) and, if the loss takes them, `ref_emb` and `ref_labels`. It mines by itself.
 
-    Where the library's number is wrong (see `flashpair.compat.divergence.REASONS`) the criterion gives flashpair's, and
-    the call that meets such a case warns with a `Divergence`, once a process for each class of loss and reason. On a
-    GPU a later call warns, since none waits for the device. Calls within a compiled or captured graph, calls of
-    `flashpair.distributed`, and calls with streamed references are not watched. Half-precision embeddings are computed
-    in float32.
+    Where the library's number is wrong (see `flashpair.compat.divergence.REASONS`), the criterion gives flashpair's. A
+    call with such a case warns with a `Divergence`, once in a process for each class of loss and reason. On a GPU a
+    later call warns, since no call waits for the device. Calls within a compiled or captured graph, calls of
+    `flashpair.distributed`, and calls with streamed references never warn. Half-precision embeddings are computed in
+    float32.
 
     Weights, proxies, centres and a learned beta are copied, with the loss's dtype and device, as ``weight`` or
-    ``beta``: give the optimizer the new criterion's parameters. Later changes of `loss` change nothing here.
+    ``beta``. Give the optimizer the new criterion's parameters. Later changes of `loss` do not reach the criterion.
 
     Args:
         loss: a loss of ``pytorch_metric_learning.losses`` with the library's own distances and reducers: MeanReducer,
             AvgNonZeroReducer, SumReducer, DivisorReducer where it is the default, or DoNothingReducer for losses with
             one element for each row, which then gives these elements (N,).
         miner: None; for MultiSimilarityLoss a MultiSimilarityMiner; for TripletMarginLoss a BatchHardMiner, or a
-            TripletMarginMiner of "all" or "semihard" triplets with at least the loss's margin, whose further triplets
-            add nothing.
+            TripletMarginMiner of "all" or "semihard" triplets with at least the loss's margin (triplets beyond the
+            loss's margin add 0).
         impl: ``"auto"`` (the default) or the name of an implementation; see `Criterion`.
 
     Returns:
@@ -56,7 +56,7 @@ def fuse(loss: Any, miner: Any = None, *, impl: str = "auto") -> Criterion:
     Raises:
         ImportError: pytorch-metric-learning 2.9 is not installed.
         TypeError: an unknown class of loss.
-        ValueError: a loss or miner that the criterion would not reproduce, with every reason.
+        ValueError: a loss or miner that flashpair cannot reproduce, with every reason.
 
     Examples:
         >>> from flashpair.compat import pml
@@ -111,7 +111,7 @@ def _library() -> Any:
         for part in ("losses", "miners", "distances", "reducers"):
             importlib.import_module(f"pytorch_metric_learning.{part}")
     if not library.__version__.startswith("2.9."):
-        raise ImportError(f"flashpair.compat.pml.fuse knows pytorch-metric-learning 2.9, got {library.__version__}")
+        raise ImportError(f"flashpair.compat.pml.fuse supports pytorch-metric-learning 2.9, got {library.__version__}")
     return library
 
 
@@ -120,14 +120,14 @@ def _switch(loss: Any, modules: Any) -> tuple[type, Switch]:
     for cls in type(loss).__mro__:
         if cls in classes:
             return cls, classes[cls]
-    advice = WRAPPERS.get(name(loss), f"known are {', '.join(SWITCHES)}")
+    advice = WRAPPERS.get(name(loss), f"it must be one of {', '.join(SWITCHES)}")
     raise TypeError(f"loss {name(loss)} cannot be fused: {advice}")
 
 
 def _mining(
     loss: Any, miner: Any, owner: str, found: Any, modules: Any, reasons: list[str]
 ) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """What the miner is in the criterion's options, and the reductions that its pairs or triplets leave."""
+    """The criterion's options that replace the miner, and the reductions that are possible with them."""
     if miner is None:
         return {}, None
     for kind, of in (

@@ -1,4 +1,4 @@
-"""What the parts of a pytorch-metric-learning loss ask for, in words; and every reason why a part cannot be taken."""
+"""Reads the parts of a pytorch-metric-learning loss (distance, reducer, ...), with every reason to refuse one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REDUCERS = {
     "DivisorReducer": "divisor",
     "DoNothingReducer": "none",
 }
-# What a class body has without changing what its parent computes.
+# Attributes of a class body that do not change what its parent computes.
 HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations__"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -81,7 +81,7 @@ def reduction(loss: Any, modules: Any, reasons: list[str]) -> str | None:
 
 
 def numbers(loss: Any, names: tuple[str, ...], reasons: list[str]) -> list[Any]:
-    """The values of these attributes, which must not be tensors: nothing learns them after the switch."""
+    """The values of these attributes. Tensors are refused, because nothing would train them after the switch."""
     found = [getattr(loss, each) for each in names]
     reasons.extend(
         f"{each} must be a number, got a tensor" for each, v in zip(names, found, strict=True) if isinstance(v, Tensor)
@@ -95,7 +95,7 @@ def statistics(part: Any, owner: str, reasons: list[str]) -> None:
 
 
 def unchanged(part: Any, known: type, owner: str, reasons: list[str]) -> None:
-    """`part` computes what `known`, the class in the table that it is an instance of, computes."""
+    """Whether `part` overrides nothing of `known`, the class in the table that it is an instance of."""
     between = type(part).__mro__[: type(part).__mro__.index(known)]
     own = {each for cls in between for each in vars(cls) if each not in HARMLESS and hasattr(known, each)}
     own |= {each for each in vars(part) if callable(getattr(known, each, None))}

@@ -25,7 +25,7 @@ OF_KIND = {"euclidean": ("euclidean duplicates",), "snr": ("snr without variance
 
 @dataclass
 class Asked:
-    """What is made: of the loss `loss`, with these parts, in flashpair's words; the divergences that come with them."""
+    """A request: the loss, its parts in flashpair's words, and the divergences that come with them."""
 
     loss: Any
     similarity: Similarity
@@ -40,7 +40,7 @@ class Asked:
 
     @property
     def word(self) -> str:
-        """The similarity as criteria take it."""
+        """The criteria's word for the similarity."""
         return "cosine" if self.similarity.kind == "dot" else self.similarity.kind
 
 
@@ -51,13 +51,13 @@ class Switch:
     Args:
         make: the criterion, from what is asked and the `numbers`.
         numbers: attributes of the loss.
-        kinds: similarities that the criterion has; `raw`: of embeddings that are not normalised, too.
+        kinds: similarities that the criterion has; `raw`: also without normalised embeddings.
         reductions: from words of reducers to flashpair's.
         divergences: where the numbers are not the same, see `divergence.REASONS`, whatever the similarity is;
             `watched`: numbers of the loss that these depend on and the criterion does not know.
         weight: the parameter that is copied into ``criterion.weight``, and `layout`: to its shape, (C, D) or (C, K, D).
-        fixed: what these attributes of the loss must be.
-        refusals: further reasons against a loss with a reducer of this word.
+        fixed: required values of some attributes of the loss.
+        refusals: further reasons to refuse a loss, by the word of its reducer.
     """
 
     make: Callable[..., Criterion]
@@ -96,7 +96,7 @@ def triplet(a: Asked, margin: float, smooth: bool) -> Criterion:
 
 
 def margin(a: Asked, margin: float, nu: float) -> Criterion:
-    """Of a boundary that is not learned the loss has no penalty; of one boundary it has the penalty once."""
+    """A boundary that is not learned has no penalty; a single learned boundary has the penalty once."""
     beta, learn = a.loss.beta.detach().clone(), a.loss.learn_beta
     if len(beta) > 1:
         return losses.MarginLoss(margin, nu if learn else 0.0, beta, "triplets", learn, len(beta), **a.common)
@@ -123,7 +123,7 @@ def histogram_refusals(loss: Any, word: str | None) -> list[str]:
 
 
 def classes(name: str, *options: str) -> Callable[..., Criterion]:
-    """A loss of weights (C, D), with these options in this order."""
+    """A loss with class weights (C, D); its options in this order."""
 
     def make(a: Asked, *values: Any) -> Criterion:
         told = dict(zip(options, values, strict=True))

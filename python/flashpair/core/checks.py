@@ -5,9 +5,10 @@ No check reads a GPU's values.
 
 from __future__ import annotations
 
+import functools
 import numbers
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -256,3 +257,16 @@ def classes(value: Tensor, count: int) -> Tensor:
     else:
         torch._assert_async(inside, f"labels must be in [0, {count})")
     return value
+
+
+def after_init(cls: type, wanted: str, call: str) -> Callable[..., None]:
+    """The class's own `__init__`, after which its parent's must have been called, which sets the attribute `wanted`."""
+    init: Callable[..., None] = cls.__dict__["__init__"]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if wanted not in self.__dict__:
+            raise TypeError(f"__init__ of {cls.__name__} must call super().__init__({call})")
+
+    return checked

@@ -19,7 +19,7 @@ class Chunk(NamedTuple):
         labels: (M,) int64; `order`: (M,) int64, their places among all references: the lowest wins among equals.
         own: the anchors that meet them, of the sorted ones.
         both: they are anchors, too, whose references `own` are; what is found for them goes to `ReferenceSource.send`.
-        along: (V, M): of `both`, the numbers of its anchors that go along with them.
+        along: (V, M): of `two_sided`, the numbers of its anchors that go along with them.
         end: () int64 or None: references from there on take no part.
         wanted: a gradient of `y` is wanted, and goes to `ReferenceSource.send`.
     """
@@ -28,8 +28,8 @@ class Chunk(NamedTuple):
     labels: Tensor
     order: Tensor
     own: slice = slice(None)
-    both: bool = False
-    along: Tensor | None = None
+    two_sided: bool = False
+    anchor_values: Tensor | None = None
     end: Tensor | None = None
     wanted: bool = False
     tag: Any = None  # the source's own note of whose it is
@@ -50,7 +50,7 @@ class ReferenceSource(Protocol):
     labels: Tensor
     order: Tensor
 
-    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
+    def chunks(self, x: Tensor, y: Tensor | None, anchor_values: Tensor | None) -> Iterator[Chunk]:
         """Every chunk once. y: this process's references, if there are any beside the anchors; along (V, N): numbers of
         the anchors, for those that meet them elsewhere."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,24 @@ from .problem import plain
 
 class ClassPairs(NamedTuple):
     """One (anchor, positive) of each class in K places: as many as are taken where the host may ask for their number
-    (on the CPU), else as many as there could be, so that nobody waits for a GPU and a compiled graph is one."""
+    (on the CPU), else as many as there could be, so that nobody waits for a GPU and a compiled graph is one.
 
-    anchors: Tensor  # (K,) rows
-    positives: Tensor  # (K,) references
-    place: Tensor  # (K,) 0, 1, ...
-    taken: Tensor  # (), how many places are taken
+    Attributes:
+        anchors: (K,) int64, of the rows.
+        positives: (K,) int64, of the references.
+        place: (K,) int64, 0, 1, ...
+        taken: () int64, how many of the places are taken.
+        source: what the source that chose them needs to know of its own to take them, or None.
+    """
+
+    anchors: Tensor
+    positives: Tensor
+    place: Tensor
+    taken: Tensor
+    source: Any = None
 
 
-def draw(labels: Tensor, ref_labels: Tensor | None, padded: bool = True) -> ClassPairs:
+def pick_class_pairs(labels: Tensor, ref_labels: Tensor | None, padded: bool = True) -> ClassPairs:
     """The first two samples of each class as anchor and positive, or the first anchor and the first reference. Without
     `padded` the host asks how many there are on every device."""
     ordered, order = torch.sort(labels, stable=True)
@@ -43,7 +52,8 @@ def draw(labels: Tensor, ref_labels: Tensor | None, padded: bool = True) -> Clas
 
 
 def gather_class_pairs(anchors: Tensor, positives: Tensor, taken: Tensor, most: int, padded: bool = True) -> ClassPairs:
-    """Those of anchors (N,) and their positives (N,) that are `taken` (N,), at most `most`; padded: see `draw`."""
+    """Those of anchors (N,) and their positives (N,) that are `taken` (N,), at most `most`. padded: see
+    `pick_class_pairs`."""
     rank = torch.arange(taken.shape[0], device=taken.device)
     if not padded or (taken.device.type == "cpu" and plain(taken)):
         anchors = anchors[taken]

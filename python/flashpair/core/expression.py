@@ -262,10 +262,10 @@ class _Tracer:
             return self.sqrt(self.dual(x))
         if not isinstance(power, (int, float)) or power != int(power) or not 0 < power <= 16:
             raise _Unknown(f"a power of {power!r}")
-        found = self.dual(x)
+        product = self.dual(x)
         for _ in range(int(power) - 1):
-            found = self.multiply(found, x)
-        return found
+            product = self.multiply(product, x)
+        return product
 
 
 WORDS = {
@@ -315,15 +315,15 @@ def program(dense: Callable[..., Tensor], two_args: bool) -> Expression | str:
     s = _Dual(w.put("scaled"), tracer.one, tracer.zero)
     own = _Dual(w.put("own"), tracer.zero, tracer.one)
     inputs = iter((s, own) if two_args else (tracer.add(s, own),))
-    found: dict[fx.Node, _Dual] = {}
+    duals: dict[fx.Node, _Dual] = {}
 
     def of(value: Any) -> Any:
-        return found[value] if isinstance(value, fx.Node) else value
+        return duals[value] if isinstance(value, fx.Node) else value
 
     try:
         for node in fx.symbolic_trace(two if two_args else one).graph.nodes:
             if node.op == "placeholder":
-                found[node] = next(inputs)
+                duals[node] = next(inputs)
             elif node.op == "output":
                 if not isinstance(of(node.args[0]), _Dual) or isinstance(of(node.args[0]), _Truth):
                     raise _Unknown("a result that is not a floating-point tensor")
@@ -335,7 +335,7 @@ def program(dense: Callable[..., Tensor], two_args: bool) -> Expression | str:
                     raise _Unknown(f"{name or node.op}")
                 arguments, options = [of(a) for a in node.args], {k: of(v) for k, v in node.kwargs.items()}
                 _check_truths(name, arguments, options)
-                found[node] = getattr(tracer, name)(*arguments, **options)
+                duals[node] = getattr(tracer, name)(*arguments, **options)
     except _Unknown as reason:
         return f"it uses {reason}, which is not one of {', '.join(KNOWN)}"
     except Exception as reason:  # of fx, or of the function itself, which has been given something unusual

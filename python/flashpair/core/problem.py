@@ -13,7 +13,6 @@ rounds differently wherever a compiler multiplies and adds at once. An empty set
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,6 @@ from .reduction import BUILT_IN, OPS, SIDES
 LOGSUMEXP, SUM, MIN, MAX, COUNT = range(len(OPS))
 POSITIVES, NEGATIVES = SIDES.index("positives"), SIDES.index("negatives")
 IDENTITY = BUILT_IN.index("identity")
-CODES = 6  # integers that a reduction is encoded as
 Like = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -80,7 +78,7 @@ class Problem(NamedTuple):
 
 
 class Term(NamedTuple):
-    """The constants of one reduction, as row_reduce_op.py's `Spec` encodes them."""
+    """The constants of one reduction of a `Call` (call.py)."""
 
     op: int
     side: int
@@ -135,22 +133,6 @@ class Gradients(NamedTuple):
     ref_offset: Tensor | None
 
 
-def decode(code: Sequence[int], shifts: Sequence[float], slots: Sequence[int]) -> Terms:
-    return _decode(tuple(code), tuple(shifts), tuple(slots))
-
-
-@functools.lru_cache(maxsize=256)
-def _decode(code: tuple[int, ...], shifts: tuple[float, ...], slots: tuple[int, ...]) -> Terms:
-    place = {slot: k for k, slot in enumerate(slots)}
-    each = [code[at : at + CODES] for at in range(0, len(code), CODES)]
-    where = [tuple(place.get(4 * k + slot, -1) for slot in range(4)) for k in range(len(each))]
-    found = []
-    for k, (op, side, transform, detach, lower_of, upper_of) in enumerate(each):
-        lower, upper, offset = shifts[3 * k : 3 * k + 3]
-        found.append(Term(op, side, transform, bool(detach), lower_of, upper_of, lower, upper, offset, where[k]))
-    return tuple(found)
-
-
 def stages(terms: Terms) -> list[list[int]]:
     """The terms in the order in which their windows' bounds become known."""
     depth: list[int] = []
@@ -194,17 +176,30 @@ Results = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Loss () or (N,), the share of valid rows (), dL/dx (N, D) and dL/dy (M, D), float32 or float64; None not wanted."""
 
 
+class SmallBatchCode(NamedTuple):
+    """The integers of a whole loss, in the order of csrc/small_batch/spec.h."""
+
+    block_rows: int  # of the anchors that a block of `onchip` holds; 0 elsewhere
+    formula: int  # in row_formula.FORMULAS
+    averaging: int  # in AVERAGINGS
+    normalize: int
+    euclidean: int
+    one_pair: int
+    mined: int
+
+
 class SmallBatch(NamedTuple):
     """A whole loss to compute: x (N, D) and y (M, D) of one dtype or None for x itself, with labels, as they came;
-    upstream (N,): dL/d(row's loss), None where the loss is one number; the constants of small_batch.py's `Spec`."""
+    upstream (N,): dL/d(row's loss), None where the loss is one number; the constants of its plan, as
+    engine/small_batch.py makes it."""
 
     x: Tensor
     labels: Tensor
     y: Tensor | None
     ref_labels: Tensor | None
     upstream: Tensor | None
-    code: tuple[int, ...]
-    numbers: tuple[float, ...]
+    code: SmallBatchCode
+    numbers: tuple[float, ...]  # the two scales, the two shifts, epsilon
     want_loss: bool
     want_share: bool
     want_dx: bool
@@ -212,7 +207,7 @@ class SmallBatch(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int, bool]:
-        """N, M, D, the dtype's number in csrc/small_batch/job.h, and whether the problem is square."""
+        """N, M, D, the dtype's number in csrc/small_batch/spec.h, and whether the problem is square."""
         (n, d), m = self.x.shape, (self.x if self.y is None else self.y).shape[0]
         return n, m, d, NUMBERS[self.x.dtype], self.y is None
 
@@ -226,7 +221,7 @@ class SmallBatch(NamedTuple):
     def room(self, dtype: torch.dtype) -> Results:
         """Memory for what is wanted."""
         x, y = self.x, self.x if self.y is None else self.y
-        rows = x.shape[:1] if self.code[2] == AVERAGINGS.index("none") else ()
+        rows = x.shape[:1] if self.code.averaging == AVERAGINGS.index("none") else ()
         return (
             torch.empty(rows, dtype=dtype, device=x.device) if self.want_loss else None,
             torch.empty((), dtype=dtype, device=x.device) if self.want_share else None,
@@ -259,7 +254,7 @@ def address(t: Tensor | None, kind: str = "cpu") -> int:
         raise RuntimeError(f"a kernel for {kind} tensors must not read a tensor on {t.device}, {tuple(t.shape)}")
     if t.is_neg() or not t.is_contiguous():
         raise RuntimeError(f"a kernel reads memory as it lies, not a tensor {tuple(t.shape)} of strides {t.stride()}")
-    found = t.data_ptr() if type(t).__name__ != "FakeTensor" else 0
-    if not found and t.numel():
+    pointer = t.data_ptr() if type(t).__name__ != "FakeTensor" else 0
+    if not pointer and t.numel():
         raise RuntimeError(f"a kernel reads memory, and a {type(t).__name__} {tuple(t.shape)} has none")
-    return found
+    return pointer

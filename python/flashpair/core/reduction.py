@@ -132,7 +132,7 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     Raises:
         ValueError: a bound on a reduction that does not stand before it, or that has an offset of its own.
     """
-    found = []
+    bounds = []
     for k, r in enumerate(reductions):
         pair = []
         for name, bound in (("lower", r.lower), ("upper", r.upper)):
@@ -144,8 +144,8 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
                     f"{name} of reductions[{k}] is bound to a reduction with an offset; use the Bound's shift instead"
                 )
             pair.append(of)
-        found.append((pair[0], pair[1]))
-    return found
+        bounds.append((pair[0], pair[1]))
+    return bounds
 
 
 def check_call(reductions: tuple[Any, ...], x: Tensor, n: int, m: int) -> None:

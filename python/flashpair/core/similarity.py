@@ -60,13 +60,13 @@ class _Normalize(torch.autograd.Function):
         return through_normalize(g, y, inverse)
 
 
-def normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
+def l2_normalize(x: Tensor) -> Tensor:  # (N, D) -> (N, D)
     """Rows of unit L2 norm. A row whose square underflows (a norm of 1e-19 in float32) is a zero row, which stays zero
     and has gradient 0; one whose square overflows (1e19) is NaN, not the zero row that dividing by inf would make."""
     return _Normalize.apply(x)
 
 
-def poison(x: Tensor, y: Tensor | None) -> Tensor:
+def nan_unless_finite(x: Tensor, y: Tensor | None) -> Tensor:
     """0 when every entry is finite, NaN otherwise: added to results, so that no mining comparison can swallow a NaN.
 
     A sum that overflows counts as not finite; dot products of such entries overflow too.

@@ -35,11 +35,11 @@ class CustomTransform:
         return checked(self.dense(t), t)
 
 
-def checked(found: Any, t: Tensor) -> Tensor:
+def checked(result: Any, t: Tensor) -> Tensor:
     """What a transform has made of t."""
-    if not isinstance(found, Tensor) or (found.shape, found.dtype, found.device) != (t.shape, t.dtype, t.device):
-        raise TypeError(f"a transform must return a tensor like t, {what(t)}, got {what(found)}")
-    return found
+    if not isinstance(result, Tensor) or (result.shape, result.dtype, result.device) != (t.shape, t.dtype, t.device):
+        raise TypeError(f"a transform must return a tensor like t, {what(t)}, got {what(result)}")
+    return result
 
 
 def _check_elementwise(name: str, dense: Callable[..., Tensor], two_args: bool) -> None:

@@ -45,7 +45,7 @@ class Facts(NamedTuple):
 REFUSED = [-1] * (len(Facts._fields) + 1)
 
 
-def agree(
+def validate_call(
     ranks: Ranks, x: Tensor, y: Tensor | None, needs: list[bool], learned: bool, described: Described
 ) -> tuple[list[int], list[int], list[bool]]:
     """Everybody's numbers of rows and of references, and whether anybody wants gradients of x, y, parameters.
@@ -57,7 +57,7 @@ def agree(
     refs = -1 if y is None else y.shape[0]
     again = int(torch._C._current_graph_task_id() != -1)
     mine = [x.shape[0], refs, x.shape[1], *dtypes, *map(int, needs), int(learned), again, described.digest]
-    told = ranks.tell(mine, x.device, described.checksum(x.device))
+    told = ranks.all_gather_ints(mine, x.device, described.checksum(x.device))
     every = [Facts(*row[:-1]) for row in told]
     if refused := [str(rank) for rank, row in enumerate(every) if row.refused]:
         raise ValueError(f"the arguments on process {', '.join(refused)} are invalid; the error there says why")
@@ -132,24 +132,24 @@ class Described:
     def checksum(self, device: torch.device) -> Tensor:
         """() int64 of all values' bits: the same sum in any order, so that it hangs on no number of threads."""
         sums = [_bits(t).to(device) for t in self.tensors.values()]
-        found = torch.zeros((), dtype=torch.int64, device=device)
+        total = torch.zeros((), dtype=torch.int64, device=device)
         for k, one in enumerate(sums):
-            found = found + one * (2 * k + 1)
-        return found
+            total = total + one * (2 * k + 1)
+        return total
 
     def difference(self, ranks: Ranks, device: torch.device) -> str:
         """What differs, with each process's word of it. All must call it."""
-        every = ranks.say("\n".join(self.words), device)
+        every = ranks.all_gather_text("\n".join(self.words), device)
         lines = [dict(line.split(": ", 1) for line in text.split("\n")) for text in every]
         names = list(dict.fromkeys(name for words in lines for name in words))
-        apart = [n for n in names if len({words.get(n) for words in lines}) > 1]
-        first = next((n for n in ("call", "criterion") if n in apart), None)
-        found = [first] if first else apart
-        return "; ".join(f"{name} is {', '.join(words.get(name, 'not there') for words in lines)}" for name in found)
+        different = [n for n in names if len({words.get(n) for words in lines}) > 1]
+        first = next((n for n in ("call", "criterion") if n in different), None)
+        shown = [first] if first else different
+        return "; ".join(f"{name} is {', '.join(words.get(name, 'not there') for words in lines)}" for name in shown)
 
     def unequal(self, ranks: Ranks, device: torch.device) -> str:
         sums = torch.stack([_bits(t).to(device) for t in self.tensors.values()])
-        every = ranks.tell(sums.tolist(), device)
+        every = ranks.all_gather_ints(sums.tolist(), device)
         return ", ".join(n for k, n in enumerate(self.tensors) if len({row[k] for row in every}) > 1)
 
 

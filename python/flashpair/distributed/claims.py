@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..losses.base import AnyPairs, Criterion, RowLosses
+from ..core.pairs import PairAccess, PairReducer
+from ..core.reduction import Reduction
+from ..losses.base import Criterion, RowLosses
 from ..losses.class_loss import ClassCriterion
-from .collectives import AllReduceSum, Ranks, merged
+from .collectives import AllReduceSum, Ranks, all_logsumexp
 
 ANCHORS = ("samples", "proxies")
 WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # of one process's batch, where processes share rows
@@ -18,8 +20,8 @@ WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # of one process's batch, where 
 
 def own(criterion: Criterion, name: str) -> bool:
     """Whether its class has another `name` than `Criterion` and `ClassCriterion`."""
-    found = getattr(type(criterion), name)
-    return found is not getattr(Criterion, name, None) and found is not getattr(ClassCriterion, name, None)
+    method = getattr(type(criterion), name)
+    return method is not getattr(Criterion, name, None) and method is not getattr(ClassCriterion, name, None)
 
 
 def said_with(criterion: Criterion, word: str, name: str) -> bool:
@@ -77,58 +79,112 @@ def check_parts(criterion: ClassCriterion) -> None:
 
 
 class Totals(TorchFunctionMode):
-    """Knows which tensors are of all processes: results of `total`, and what is computed of these alone.
+    """Knows which tensors are of all processes: results of `batch_sum`, and what is computed of these alone.
 
     Counts that a loss divides by are summed over the processes, which of a total would be once too often.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.known: dict[int, Tensor] = {}
+        self.tensors: dict[int, Tensor] = {}
 
-    def add(self, found: Tensor) -> Tensor:
-        self.known[id(found)] = found
-        return found
+    def add(self, tensor: Tensor) -> Tensor:
+        self.tensors[id(tensor)] = tensor
+        return tensor
 
     def __contains__(self, value: object) -> bool:
-        return id(value) in self.known
+        return id(value) in self.tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.known and isinstance(out, Tensor):
+        if self.tensors and isinstance(out, Tensor):
             given = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
             if any(t in self for t in given) and all(t in self or not t.dim() for t in given):
                 self.add(out)
         return out
 
 
-class SampleRows:
-    """Pairs of this process's samples with all class weights, whose totals are over all processes' samples."""
+class SampleRows(PairReducer):
+    """Pairs of this process's samples with all class weights. Sums over the batch are over all processes' samples.
 
-    def __init__(self, pairs: AnyPairs, ranks: Ranks) -> None:
+    Args:
+        pairs: this process's samples against all classes.
+        ranks: the processes.
+    """
+
+    limit = "sees one process's samples only, and is not available where processes share the batch"
+
+    def __init__(self, pairs: PairAccess, ranks: Ranks) -> None:
         self.pairs, self.ranks = pairs, ranks
+        self.labels, self.square, self.distance = pairs.labels, pairs.square, pairs.distance
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("draw", "select", "sums", "sum_blocks", "at_both_ends"):
-            raise AttributeError(
-                f"pairs.{name} sees one process's samples only, and is not available where processes share the batch"
-            )
-        return getattr(self.pairs, name)
+    @property
+    def count(self) -> int:
+        return self.pairs.count
 
-    def total(self, values: Tensor) -> Tensor:
-        total: Tensor = AllReduceSum.apply(self.ranks, self.pairs.total(values))
-        return total
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pairs.dtype
 
-    def total_logsumexp(self, values: Tensor) -> Tensor:
-        return merged(self.ranks, self.pairs.total_logsumexp(values)[None])[0]
+    @property
+    def ref_labels(self) -> Tensor:
+        return self.pairs.ref_labels
+
+    @property
+    def x(self) -> Tensor:
+        """The anchors' embeddings (N, D), sorted."""
+        return self.pairs.x
+
+    @property
+    def y(self) -> Tensor | None:
+        """The classes' weights (C, D)."""
+        return self.pairs.y
+
+    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        return self.pairs.reduce(*reductions)
+
+    def num_positives(self) -> Tensor:
+        return self.pairs.num_positives()
+
+    def num_negatives(self) -> Tensor:
+        return self.pairs.num_negatives()
+
+    def squared_norms(self) -> Tensor:
+        return self.pairs.squared_norms()
+
+    def restore(self, values: Tensor) -> Tensor:
+        return self.pairs.restore(values)
+
+    def arrange(self, values: Tensor) -> Tensor:
+        return self.pairs.arrange(values)
+
+    def arrange_refs(self, values: Tensor) -> Tensor:
+        return self.pairs.arrange_refs(values)
+
+    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
+        """As `PairAccess.positives`, of as many places on every process."""
+        return self.pairs.positives(self.most_positives(most), block)
+
+    def positive_blocks(self, most: int) -> list[range]:
+        """As `PairAccess.positive_blocks`."""
+        return self.pairs.positive_blocks(most)
 
     def most_positives(self, most: int | None = None) -> int:
+        """The largest number that a row of any process has, at least 1; `most` if it is given."""
         if most is not None:
             return most
         count = torch.cat([self.pairs.num_positives(), self.pairs.labels.new_ones(1)])
         return int(self.ranks.max(count.max()))
 
+    def batch_sum(self, values: Tensor) -> Tensor:
+        total: Tensor = AllReduceSum.apply(self.ranks, self.pairs.batch_sum(values))
+        return total
+
+    def batch_logsumexp(self, values: Tensor) -> Tensor:
+        return all_logsumexp(self.ranks, self.pairs.batch_logsumexp(values)[None])[0]
+
     def dense(self) -> SampleRows:
+        """The same over the dense matrix."""
         return SampleRows(self.pairs.dense(), self.ranks) if hasattr(self.pairs, "dense") else self
 
 
@@ -142,20 +198,22 @@ def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:
         found: RowLosses = criterion.row_losses(pairs)
         return found
     totals = Totals()
-    total = pairs.total
-    pairs.total = lambda values: totals.add(total(values))
+    total = pairs.batch_sum
+    pairs.batch_sum = lambda values: totals.add(total(values))
     try:
         with totals:
             rows = criterion.checked_row_losses(pairs)
     finally:
-        del pairs.total
+        del pairs.batch_sum
     wrong = criterion.reduction != "none" and not rows.shares and not _own_counts(criterion.reduction, rows, totals)
-    refused = [str(rank) for rank, (mine,) in enumerate(ranks.tell([int(wrong)], rows.losses.device)) if mine]
+    refused = [
+        str(rank) for rank, (mine,) in enumerate(ranks.all_gather_ints([int(wrong)], rows.losses.device)) if mine
+    ]
     if refused:
         raise ValueError(
             f"the denominator, and the numbers of terms, of {type(criterion).__name__}.row_losses must count this "
             "process's rows, since they are summed over the processes: use losses.shape[0] or a tensor summed over "
-            f"rows, not another int or a pairs.total; they are wrong on process {', '.join(refused)}"
+            f"rows, not another int or a pairs.batch_sum; they are wrong on process {', '.join(refused)}"
         )
     return rows
 

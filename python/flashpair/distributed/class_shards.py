@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..chunked.class_weights import class_pairs
+from ..core.pairs import PairAccess, PairReducer
 from ..core.reduction import Bound, Reduction
-from ..losses.base import AnyPairs, Penalty, RowLosses, Terms
+from ..losses.base import Penalty, RowLosses, Terms
 from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
 from .agreement import Described
 from .claims import check_parts
-from .collectives import AllReduceSum, Gathered, Ranks, merged
+from .collectives import AllGatherRows, AllReduceSum, Ranks, all_logsumexp
 from .global_loss import GlobalCriterion, ParameterSlot, slice_of
 
 
@@ -112,18 +111,20 @@ class ShardedClasses(GlobalCriterion):
     def _rows(
         self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, sizes: list[int],
         ref_sizes: list[int],
-    ) -> tuple[RowLosses, AnyPairs | None]:  # fmt: skip
+    ) -> tuple[RowLosses, PairReducer | None]:  # fmt: skip
         criterion = self.criterion
         if criterion.anchors == "proxies":
             return super()._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
-        every: Tensor = Gathered.apply(ranks, x, sizes)
+        every: Tensor = AllGatherRows.apply(ranks, x, sizes)
         mine = torch.cat(ranks.gather(labels, sizes)) - self.first  # of other processes' classes: outside of all here
-        rows = criterion.rows_of_parts(every, mine, lambda t: AllReduceSum.apply(ranks, t), lambda t: merged(ranks, t))
+        rows = criterion.rows_of_parts(
+            every, mine, lambda t: AllReduceSum.apply(ranks, t), lambda t: all_logsumexp(ranks, t)
+        )
         pairs = None
         if rows is None:
             pairs = class_pairs(every, mine, criterion.weight, criterion.normalize, criterion.impl)
             part = MergedPairs(pairs, ranks, self.first, criterion.num_classes)
-            rows = criterion.checked_row_losses(cast(AnyPairs, part))
+            rows = criterion.checked_row_losses(part)
         first = sum(sizes[: ranks.rank])
         here = slice(first, first + sizes[ranks.rank])
 
@@ -148,28 +149,54 @@ class ShardedClasses(GlobalCriterion):
         return super()._number(ranks, penalty)
 
 
-ROW_BY_ROW = ("squares", "restore", "total", "total_logsumexp", "dtype", "count", "x", "impl", "distance", "square")
+class MergedPairs(PairReducer):
+    """Pairs of all rows with this process's classes, whose row values are those of all classes.
 
+    Args:
+        pairs: all rows against this process's classes [first, ...).
+        ranks: the processes.
+        first: the first of this process's classes.
+        num_classes: of all processes.
+    """
 
-class MergedPairs:
-    """Pairs of all rows with this process's classes [first, ...), whose row values are those of all `count` classes."""
+    limit = "sees one process's classes only: not available where classes are split over processes"
 
-    def __init__(self, pairs: AnyPairs, ranks: Ranks, first: int, count: int) -> None:
-        self.pairs, self.ranks, self.first, self.classes = pairs, ranks, first, count
-        self.labels = pairs.labels + first
+    def __init__(self, pairs: PairAccess, ranks: Ranks, first: int, num_classes: int) -> None:
+        self.pairs, self.ranks, self.num_classes = pairs, ranks, num_classes
+        self.labels, self.square, self.distance = pairs.labels + first, pairs.square, pairs.distance
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ROW_BY_ROW:
-            raise AttributeError(
-                f"pairs.{name} sees one process's classes only: not available where classes are split over processes"
-            )
-        return getattr(self.pairs, name)
+    @property
+    def count(self) -> int:
+        return self.pairs.count
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pairs.dtype
+
+    @property
+    def ref_labels(self) -> Tensor:
+        """(C,) int64, all classes."""
+        return torch.arange(self.num_classes, device=self.labels.device)
+
+    @property
+    def x(self) -> Tensor:
+        """The anchors' embeddings (N, D), sorted."""
+        return self.pairs.x
 
     def num_positives(self) -> Tensor:
         return torch.ones_like(self.labels)
 
     def num_negatives(self) -> Tensor:
-        return torch.full_like(self.labels, self.classes - 1)
+        return torch.full_like(self.labels, self.num_classes - 1)
+
+    def squared_norms(self) -> Tensor:
+        return self.pairs.squared_norms()
+
+    def restore(self, values: Tensor) -> Tensor:
+        return self.pairs.restore(values)
+
+    def arrange(self, values: Tensor) -> Tensor:
+        return self.pairs.arrange(values)
 
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         for r in reductions:
@@ -181,8 +208,8 @@ class MergedPairs:
                 raise ValueError("lower and upper must not be a Bound where classes are split over processes")
             if isinstance(r.ref_offset, Tensor) and r.ref_offset.dim():
                 raise ValueError("ref_offset must not be a vector where classes are split over processes")
-        found = []
+        rows = []
         for row, r in zip(self.pairs.reduce(*reductions), reductions, strict=True):
-            row = AllReduceSum.apply(self.ranks, row) if r.op == "sum" else merged(self.ranks, row)
-            found.append(row.detach() if r.detach else row)
-        return tuple(found)
+            row = AllReduceSum.apply(self.ranks, row) if r.op == "sum" else all_logsumexp(self.ranks, row)
+            rows.append(row.detach() if r.detach else row)
+        return tuple(rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.chunks import only_once
 
-RING, HOME = 1, 2  # tags: a chunk on its way round, and what was found for one on its way back
+RING, RETURN = 1, 2  # tags: a chunk on its way round, and what was found for one on its way back
 
 
 class Ranks:
@@ -25,7 +25,7 @@ class Ranks:
         self.group = group
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
 
-    def at(self, distance: int) -> int:
+    def rank_at(self, distance: int) -> int:
         return (self.rank + distance) % self.world
 
     @property
@@ -34,23 +34,25 @@ class Ranks:
         nccl = "nccl" in dist.get_backend(self.group)
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
-    def tell(self, facts: Sequence[int], device: torch.device, last: Tensor | None = None) -> list[list[int]]:
+    def all_gather_ints(
+        self, facts: Sequence[int], device: torch.device, last: Tensor | None = None
+    ) -> list[list[int]]:
         """Some integers of every process, and one that is on the device; the host waits for them."""
         mine = torch.tensor(facts, dtype=torch.int64, device=device)
         if last is not None:
             mine = torch.cat([mine, last[None]])
         return [t.tolist() for t in self._gathered(mine)]
 
-    def say(self, text: str, device: torch.device) -> list[str]:
+    def all_gather_text(self, text: str, device: torch.device) -> list[str]:
         """Some words of every process."""
         mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
-        sizes = [size for (size,) in self.tell([mine.shape[0]], device)]
+        sizes = [size for (size,) in self.all_gather_ints([mine.shape[0]], device)]
         return [bytes(t.tolist()).decode() for t in self.gather(mine, sizes)]
 
     def _gathered(self, mine: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(found, mine, group=self.group)
-        return found
+        every = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(every, mine, group=self.group)
+        return every
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Everybody's rows (n_r, ...), of which there are `sizes`; padded on the way to the most that anyone has."""
@@ -59,7 +61,7 @@ class Ranks:
         mine[: rows.shape[0]] = rows
         return [t[:size] for t, size in zip(self._gathered(mine), sizes, strict=True)]
 
-    def scatter_sum(self, rows: Tensor, size: int) -> Tensor:
+    def reduce_scatter(self, rows: Tensor, size: int) -> Tensor:
         """From rows (world, most, ...) the sum of everybody's for this process, its first `size`."""
         out = torch.empty_like(rows[0])
         dist.reduce_scatter(out, list(rows.unbind(0)), group=self.group)
@@ -75,20 +77,20 @@ class Ranks:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
         return most
 
-    def exchange(self, out: Tensor, to: int, into: Tensor, source: int, tag: int) -> Exchange:
+    def sendrecv(self, out: Tensor, to: int, into: Tensor, source: int, tag: int) -> Transfer:
         """Starts to send `out` to one process and to fill `into` from another; nobody sends what has no elements."""
         ops = []
         if out.numel():
             ops.append(dist.P2POp(dist.isend, out, self._global(to), self.group, tag))
         if into.numel():
             ops.append(dist.P2POp(dist.irecv, into, self._global(source), self.group, tag))
-        return Exchange(dist.batch_isend_irecv(ops) if ops else [], out, into)
+        return Transfer(dist.batch_isend_irecv(ops) if ops else [], out, into)
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-class Exchange:
+class Transfer:
     """One that has started; keeps both ends' memory until it is over."""
 
     def __init__(self, work: Sequence[Any], out: Tensor, into: Tensor) -> None:
@@ -142,7 +144,7 @@ class ScaleGrad(torch.autograd.Function):
         return g * ctx.by, None
 
 
-class Gathered(torch.autograd.Function):
+class AllGatherRows(torch.autograd.Function):
     """Everybody's rows (n, D), one after the other; the gradient of a row goes home, summed."""
 
     @staticmethod
@@ -157,10 +159,10 @@ class Gathered(torch.autograd.Function):
         parts = g.new_zeros(ranks.world, max(sizes), *g.shape[1:])
         for part, rows in zip(parts, g.split(list(sizes)), strict=True):
             part[: rows.shape[0]] = rows
-        return None, ranks.scatter_sum(parts, sizes[ranks.rank]), None
+        return None, ranks.reduce_scatter(parts, sizes[ranks.rank]), None
 
 
-def merged(ranks: Ranks, row: Tensor) -> Tensor:
+def all_logsumexp(ranks: Ranks, row: Tensor) -> Tensor:
     """The logsumexp over all processes of values (N,), -inf among them."""
     peak = ranks.max(row.detach())
     peak = torch.where(peak == -torch.inf, 0.0, peak)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..chunked.pairs import chunked_backend
 from ..core import checks
+from ..core.pairs import PairReducer
 from ..core.similarity import no_autocast
-from ..engine.dispatch import choose
-from ..engine.pairs import Pairs
-from ..losses.base import AnyPairs, Criterion, Penalty, RowLosses, average, with_extra
+from ..engine.dispatch import route_chunks, route_pairs
+from ..losses.base import Criterion, Penalty, RowLosses, average, with_extra
 from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
-from .agreement import REFUSED, Described, agree
+from .agreement import REFUSED, Described, validate_call
 from .claims import SampleRows, check_claims, own, rows_of
 from .collectives import AllReduceGrad, AllReduceSum, Ranks, ScaleGrad
 from .eager_gradient import EagerGradient, kept
@@ -45,8 +44,8 @@ def gather(
     torch.distributed, or alone in the group, the result is `criterion` itself.
 
     A criterion of your own takes part through its `row_losses`, which sees this process's rows. What it needs from all
-    rows it must ask by `pairs.total` and `pairs.total_logsumexp`; a plain torch mean over rows is one process's mean,
-    which cannot be detected here.
+    rows it must ask by `pairs.batch_sum` and `pairs.batch_logsumexp`; a plain torch mean over rows is one process's
+    mean, which cannot be detected here.
 
     Args:
         criterion: a loss of this package, or your own. Every process holds the class weights whole (`shard_classes`
@@ -155,7 +154,7 @@ class GlobalCriterion(nn.Module):
         try:
             x, labels, y, ref_labels = self._checked(embeddings, labels, ref_emb, ref_labels)
         except Exception:  # or the others would wait for this process until their time is up
-            ranks.tell(REFUSED, embeddings.device if isinstance(embeddings, Tensor) else ranks.device)
+            ranks.all_gather_ints(REFUSED, embeddings.device if isinstance(embeddings, Tensor) else ranks.device)
             raise
         with no_autocast(x.device.type):
             return self._loss(ranks, x, labels, y, ref_labels)
@@ -168,9 +167,9 @@ class GlobalCriterion(nn.Module):
         if self.labels == "local":
             batch = self.criterion.check(batch[0], self._apart(batch[1]), batch[2], self._apart(batch[3]))
         if isinstance(self.criterion, ClassCriterion) and self.criterion.anchors == "samples":
-            choose(self.criterion.impl, batch[0], None)
+            route_pairs(self.criterion.impl, batch[0], None)
         else:
-            chunked_backend(self.criterion.impl, batch[0])
+            route_chunks(self.criterion.impl, batch[0])
         return batch
 
     def _apart(self, labels: Tensor | None) -> Tensor | None:
@@ -187,10 +186,10 @@ class GlobalCriterion(nn.Module):
         learned = learned_of(self.criterion)
         wants = torch.is_grad_enabled()
         needs = [wants and t is not None and t.requires_grad for t in (x, y)]
-        sizes, ref_sizes, needs = agree(ranks, x, y, needs, wants and bool(learned), self._described())
+        sizes, ref_sizes, needs = validate_call(ranks, x, y, needs, wants and bool(learned), self._described())
         by = float(ranks.world) if self.gradients == "mean" else 1.0
 
-        def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, AnyPairs | None, Tensor | None]:
+        def rows(x: Tensor, y: Tensor | None, *values: Tensor) -> tuple[RowLosses, PairReducer | None, Tensor | None]:
             x = ScaleGrad.apply(x, by) if x.requires_grad else x
             y = ScaleGrad.apply(y, by) if y is not None and y.requires_grad else y
             given = {
@@ -198,16 +197,16 @@ class GlobalCriterion(nn.Module):
                 for place, v in zip(learned, values, strict=True)
             }
             with substituted(given):
-                found, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
-                drawn = pairs.drawn_here() if isinstance(pairs, shared.SharedPairs) and pairs.has_drawn else None
-                penalty = self.criterion.penalty_of(x, labels, y, ref_labels, drawn)
+                own_rows, pairs = self._rows(ranks, x, labels, y, ref_labels, sizes, ref_sizes)
+                chosen = pairs.chosen_here() if isinstance(pairs, shared.SharedPairs) else None
+                penalty = self.criterion.penalty_of(x, labels, y, ref_labels, chosen)
             if penalty is None:
-                return found, pairs, None
-            return found, pairs, AllReduceSum.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
+                return own_rows, pairs, None
+            return own_rows, pairs, AllReduceSum.apply(ranks, penalty.total) / self._number(ranks, penalty).clamp_min(1)
 
         def share(x: Tensor, y: Tensor | None, *values: Tensor) -> Tensor:
-            found, _, extra = rows(x, y, *values)
-            loss = share_of(found, self.criterion.reduction, extra, ranks)
+            own_rows, _, extra = rows(x, y, *values)
+            loss = share_of(own_rows, self.criterion.reduction, extra, ranks)
             return loss + self.criterion.not_finite(x, y).to(loss.dtype)
 
         values = [place.get() for place in learned]
@@ -215,8 +214,8 @@ class GlobalCriterion(nn.Module):
             x = x.detach().requires_grad_() if needs[0] and not x.requires_grad else x
             y = y.detach().requires_grad_() if y is not None and needs[1] and not y.requires_grad else y
             with kept():
-                found, pairs, extra = rows(x, y, *values)
-                losses = with_extra(found, "none", extra)[0].losses
+                own_rows, pairs, extra = rows(x, y, *values)
+                losses = with_extra(own_rows, "none", extra)[0].losses
                 losses = losses + ranks.sum(self.criterion.not_finite(x, y).to(losses.dtype))
                 return losses if pairs is None else pairs.restore(losses)
         loss: Tensor = EagerGradient.apply(ranks, share, needs, x, y, *values)
@@ -225,22 +224,24 @@ class GlobalCriterion(nn.Module):
     def _rows(
         self, ranks: Ranks, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, sizes: list[int],
         ref_sizes: list[int],
-    ) -> tuple[RowLosses, AnyPairs | None]:  # fmt: skip
+    ) -> tuple[RowLosses, PairReducer | None]:  # fmt: skip
         criterion, how = self.criterion, (ranks, self.schedule, self.criterion.impl)
         if isinstance(criterion, ClassCriterion) and criterion.anchors == "samples":
             if own(criterion, "rows"):
                 return criterion.rows(x, labels, y, ref_labels, criterion.impl)
-            found = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
-            return rows_of(criterion, found, ranks), cast(AnyPairs, found)
-        pairs: Pairs
+            samples = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
+            return rows_of(criterion, samples, ranks), samples
+        pairs: shared.SharedPairs
         if criterion.anchors == "proxies":
             pairs = self._proxies(how, x, labels, sizes)
         else:
-            x, y, unit = criterion.prepared(x, y)
+            x, y, normalize = criterion.prepared(x, y)
             if y is None or ref_labels is None:
-                pairs = shared.of_batch(*how, criterion.distance, unit, x, labels, sizes)
+                pairs = shared.of_batch(*how, criterion.distance, normalize, x, labels, sizes)
             else:
-                pairs = shared.of_references(*how, criterion.distance, unit, x, labels, y, ref_labels, sizes, ref_sizes)
+                pairs = shared.of_references(
+                    *how, criterion.distance, normalize, x, labels, y, ref_labels, sizes, ref_sizes
+                )
         return rows_of(criterion, pairs, ranks), pairs
 
     def _proxies(self, how: tuple[Ranks, str, str], x: Tensor, labels: Tensor, sizes: list[int]) -> shared.SharedPairs:
@@ -294,15 +295,15 @@ class ParameterSlot:
 
 def learned_of(criterion: nn.Module) -> list[ParameterSlot]:
     """Parameters, and plain tensors with a graph, of a criterion and what is in it."""
-    found = []
+    slots = []
     for module in criterion.modules():
         names = [*module._parameters, *(k for k, v in vars(module).items() if isinstance(v, Tensor))]
-        found += [
+        slots += [
             ParameterSlot(module, k)
             for k in names
             if getattr(module, k) is not None and getattr(module, k).requires_grad
         ]
-    return found
+    return slots
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..chunked.pairs import LabelledSource
 from ..core.chunks import Chunk, Received
-from .collectives import HOME, RING, Exchange, Ranks
+from .collectives import RETURN, RING, Ranks, Transfer
 
 WHOLE = slice(None)
 
@@ -24,23 +24,25 @@ class RankSource(LabelledSource):
 
     Args:
         labels: this process's anchors' (n,), sorted, and `order` (n,), their places among all anchors.
-        ref_labels: every process's references', as they came; `both`: these are the anchors.
+        ref_labels: every process's references', as they came; `two_sided`: these are the anchors.
     """
 
-    def __init__(self, ranks: Ranks, labels: Tensor, order: Tensor, ref_labels: Sequence[Tensor], both: bool) -> None:
-        self.ranks, self.labels, self.order, self.both = ranks, labels, order, both
+    def __init__(
+        self, ranks: Ranks, labels: Tensor, order: Tensor, ref_labels: Sequence[Tensor], two_sided: bool
+    ) -> None:
+        self.ranks, self.labels, self.order, self.two_sided = ranks, labels, order, two_sided
         self.ref_labels, self.sizes = ref_labels, [t.shape[0] for t in ref_labels]
         self.first = [sum(self.sizes[:r]) for r in range(ranks.world)]
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._labels_and_order: tuple[Tensor, Tensor] | None = None
         self._sorted: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def known(self) -> tuple[Tensor, Tensor]:
-        if self._known is None:
+    def labels_and_order(self) -> tuple[Tensor, Tensor]:
+        if self._labels_and_order is None:
             labels, order = torch.sort(torch.cat(list(self.ref_labels)), stable=True)
-            self._known = labels, order
-        return self._known
+            self._labels_and_order = labels, order
+        return self._labels_and_order
 
-    def singly(self) -> RankSource:
+    def one_way(self) -> RankSource:
         return type(self)(self.ranks, self.labels, self.order, self.ref_labels, False)
 
     def sorted_of(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -53,43 +55,50 @@ class RankSource(LabelledSource):
     @property
     def steps(self) -> range:
         """Distances of the processes that this one visits."""
-        return range(1, 1 + (self.ranks.world // 2 if self.both else self.ranks.world - 1))
+        return range(1, 1 + (self.ranks.world // 2 if self.two_sided else self.ranks.world - 1))
 
-    def meeting(self, visitor: int, host: int) -> tuple[slice, slice]:
+    def overlap(self, source: int, target: int) -> tuple[slice, slice]:
         """Which rows of each meet when one visits the other."""
-        opposite = self.both and 2 * ((host - visitor) % self.ranks.world) == self.ranks.world
+        opposite = self.two_sided and 2 * ((target - source) % self.ranks.world) == self.ranks.world
         if not opposite:
             return WHOLE, WHOLE
         # the lower one of the two visits the first half of the other's rows, and is visited by its second half
-        middle = self.sizes[max(visitor, host)] // 2
-        return (WHOLE, slice(0, middle)) if visitor < host else (slice(middle, None), WHOLE)
+        middle = self.sizes[max(source, target)] // 2
+        return (WHOLE, slice(0, middle)) if source < target else (slice(middle, None), WHOLE)
 
-    def own_piece(self, y: Tensor | None) -> Chunk:
-        """Of `both`: the anchors among themselves; else this process's references."""
+    def own_chunk(self, y: Tensor | None) -> Chunk:
+        """Of `two_sided`: the anchors among themselves; else this process's references."""
         labels, order = self.sorted_of(self.ranks.rank)
-        if self.both:
+        if self.two_sided:
             return Chunk(None, labels, order)
         return Chunk(y, labels, order, wanted=True, tag=0)
 
-    def chunk(self, step: int, rows: Tensor, along: Tensor | None) -> Chunk:
+    def chunk(self, step: int, rows: Tensor, anchor_values: Tensor | None) -> Chunk:
         """That of the process `step` places on, from all of its rows (m, D) and numbers (V, m)."""
-        host = self.ranks.at(step)
-        mine, theirs = self.meeting(self.ranks.rank, host)
-        labels, order = self.sorted_of(host)
-        along = None if along is None else along[:, theirs]
+        target = self.ranks.rank_at(step)
+        mine, theirs = self.overlap(self.ranks.rank, target)
+        labels, order = self.sorted_of(target)
+        anchor_values = None if anchor_values is None else anchor_values[:, theirs]
         return Chunk(
-            rows[theirs], labels[theirs], order[theirs], mine, self.both, along, wanted=not self.both, tag=step
+            rows[theirs],
+            labels[theirs],
+            order[theirs],
+            mine,
+            self.two_sided,
+            anchor_values,
+            wanted=not self.two_sided,
+            tag=step,
         )
 
-    def numbers_home(self, step: int, numbers: Tensor | None) -> Received | None:
+    def exchange_numbers(self, step: int, numbers: Tensor | None) -> Received | None:
         """Exchanges numbers (V, m) found for the host `step` places on for those that the visitor from there found."""
         if numbers is None:
             return None
-        host, visitor = self.ranks.at(step), self.ranks.at(-step)
-        own = self.meeting(visitor, self.ranks.rank)[1]
+        target, source = self.ranks.rank_at(step), self.ranks.rank_at(-step)
+        own = self.overlap(source, self.ranks.rank)[1]
         size = len(range(*own.indices(self.sizes[self.ranks.rank])))
         into = numbers.new_empty(numbers.shape[0], size)
-        return Received(own, self.ranks.exchange(numbers.contiguous(), host, into, visitor, HOME).wait(), None)
+        return Received(own, self.ranks.sendrecv(numbers.contiguous(), target, into, source, RETURN).wait(), None)
 
 
 def _bytes(part: Tensor, size: int, rows: bool) -> int:
@@ -102,44 +111,44 @@ class Ring(RankSource):
     while the next comes. Memory: two processes' rows. Sent by each, a pass: its rows and numbers times the steps; a
     backward pass: the found gradients besides."""
 
-    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
-        rows = x if self.both or y is None else y
-        parts = [rows] if along is None or not self.both else [along, rows]
+    def chunks(self, x: Tensor, y: Tensor | None, anchor_values: Tensor | None) -> Iterator[Chunk]:
+        rows = x if self.two_sided or y is None else y
+        parts = [rows] if anchor_values is None or not self.two_sided else [anchor_values, rows]
         steps = self.steps
 
-        def hand_on(packet: Tensor, step: int) -> Exchange:
-            size = self.sizes[self.ranks.at(step)]
-            into = packet.new_empty(sum(_bytes(part, size, part is rows) for part in parts))
-            return self.ranks.exchange(packet, self.ranks.at(-1), into, self.ranks.at(1), RING)
+        def send_next(buffer: Tensor, step: int) -> Transfer:
+            size = self.sizes[self.ranks.rank_at(step)]
+            into = buffer.new_empty(sum(_bytes(part, size, part is rows) for part in parts))
+            return self.ranks.sendrecv(buffer, self.ranks.rank_at(-1), into, self.ranks.rank_at(1), RING)
 
-        packet = torch.cat([part.contiguous().view(torch.uint8).reshape(-1) for part in parts])
-        coming = hand_on(packet, steps[0]) if steps else None
-        yield self.own_piece(y)
+        buffer = torch.cat([part.contiguous().view(torch.uint8).reshape(-1) for part in parts])
+        coming = send_next(buffer, steps[0]) if steps else None
+        yield self.own_chunk(y)
         for step in steps:
             assert coming is not None
-            packet = coming.wait()
-            coming = hand_on(packet, step + 1) if step + 1 in steps else None
-            size = self.sizes[self.ranks.at(step)]
-            found, at = [], 0
+            buffer = coming.wait()
+            coming = send_next(buffer, step + 1) if step + 1 in steps else None
+            size = self.sizes[self.ranks.rank_at(step)]
+            received, at = [], 0
             for part in parts:
                 end = at + _bytes(part, size, part is rows)
                 shape = (size, part.shape[1]) if part is rows else (part.shape[0], size)
-                found.append(packet[at:end].view(part.dtype).view(shape))
+                received.append(buffer[at:end].view(part.dtype).view(shape))
                 at = end
-            yield self.chunk(step, found[-1], found[0] if len(found) == 2 else None)
+            yield self.chunk(step, received[-1], received[0] if len(received) == 2 else None)
 
     def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
         step, rank = chunk.tag, self.ranks.rank
         if not step:
             return [Received(WHOLE, None, rows)]
-        found = self.numbers_home(step, numbers)
+        received = self.exchange_numbers(step, numbers)
         if rows is None:
-            return [] if found is None else [found]
-        host, visitor = self.ranks.at(step), self.ranks.at(-step)
-        own = self.meeting(visitor, rank)[1]
+            return [] if received is None else [received]
+        target, source = self.ranks.rank_at(step), self.ranks.rank_at(-step)
+        own = self.overlap(source, rank)[1]
         into = rows.new_empty(len(range(*own.indices(self.sizes[rank]))), rows.shape[1])
-        home = self.ranks.exchange(rows.contiguous(), host, into, visitor, HOME).wait()
-        return [Received(own, None if found is None else found.numbers, home)]
+        returned = self.ranks.sendrecv(rows.contiguous(), target, into, source, RETURN).wait()
+        return [Received(own, None if received is None else received.numbers, returned)]
 
     def flush(self) -> list[Received]:
         return []
@@ -154,15 +163,17 @@ class AllGather(RankSource):
         self._rows: tuple[Tensor, list[Tensor]] | None = None
         self._out: Tensor | None = None
 
-    def chunks(self, x: Tensor, y: Tensor | None, along: Tensor | None) -> Iterator[Chunk]:
-        rows = x if self.both or y is None else y
+    def chunks(self, x: Tensor, y: Tensor | None, anchor_values: Tensor | None) -> Iterator[Chunk]:
+        rows = x if self.two_sided or y is None else y
         if self._rows is None or self._rows[0].data_ptr() != rows.data_ptr() or self._rows[0].shape != rows.shape:
             self._rows = rows, self.ranks.gather(rows, self.sizes)
-        numbers = self.ranks.gather(along.T, self.sizes) if along is not None and self.both else None
-        yield self.own_piece(y)
+        numbers = (
+            self.ranks.gather(anchor_values.T, self.sizes) if anchor_values is not None and self.two_sided else None
+        )
+        yield self.own_chunk(y)
         for step in self.steps:
-            host = self.ranks.at(step)
-            yield self.chunk(step, self._rows[1][host], None if numbers is None else numbers[host].T)
+            target = self.ranks.rank_at(step)
+            yield self.chunk(step, self._rows[1][target], None if numbers is None else numbers[target].T)
 
     def send(self, chunk: Chunk, numbers: Tensor | None, rows: Tensor | None) -> list[Received]:
         step = chunk.tag
@@ -171,16 +182,16 @@ class AllGather(RankSource):
         if rows is not None:
             if self._out is None:
                 self._out = rows.new_zeros(self.ranks.world, max(self.sizes), rows.shape[1])
-            host = self.ranks.at(step)
-            self._out[host, : self.sizes[host]][self.meeting(self.ranks.rank, host)[1]] += rows
-        found = self.numbers_home(step, numbers)
-        return [] if found is None else [found]
+            target = self.ranks.rank_at(step)
+            self._out[target, : self.sizes[target]][self.overlap(self.ranks.rank, target)[1]] += rows
+        received = self.exchange_numbers(step, numbers)
+        return [] if received is None else [received]
 
     def flush(self) -> list[Received]:
         if self._out is None:  # with one process there was nobody to visit
             return []
         out, self._out = self._out, None
-        return [Received(WHOLE, None, self.ranks.scatter_sum(out, self.sizes[self.ranks.rank]))]
+        return [Received(WHOLE, None, self.ranks.reduce_scatter(out, self.sizes[self.ranks.rank]))]
 
 
 SOURCES = {"all_gather": AllGather, "ring": Ring}

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..backends.cpu.screened import keep_rounded
 from ..core import checks
+from ..core.tensor_cache import TensorCache
 from .sorted_rows import sorted_rows
 
-_OWNER = "_flashpair_references"  # an attribute of the tensors that are kept
+_owners: TensorCache[weakref.ref[References]] = TensorCache()  # of embeddings that References hold
 
 
 class Ordered(NamedTuple):
@@ -64,7 +65,7 @@ class References(checks.Labelled):
         checks.labels(labels, self.embeddings, "ref_labels", "M", "ref_emb")
         self._source = _tracked(labels)
         self._forget()
-        self.embeddings.__dict__[_OWNER] = weakref.ref(self)
+        _owners[self.embeddings] = weakref.ref(self)
 
     def __len__(self) -> int:
         return self.embeddings.shape[0]
@@ -78,14 +79,14 @@ class References(checks.Labelled):
         self._refresh()
         return self._labels
 
-    def ordered(self, dtype: torch.dtype, unit: bool, impl: str) -> Ordered:
-        """In the order of their labels, in that dtype, of unit norm if `unit`."""
+    def ordered(self, dtype: torch.dtype, normalize: bool, impl: str) -> Ordered:
+        """In the order of their labels, in that dtype, of unit norm if `normalize`."""
         self._refresh()
-        key = (dtype, unit, impl == "fused")
+        key = (dtype, normalize, impl == "fused")
         if key not in self._kept:
             with torch.inference_mode(False), torch.no_grad():  # training may follow
                 labels, order = torch.sort(self._labels, stable=True)
-                rows = sorted_rows(self.embeddings.to(dtype), order, unit=unit, impl=impl)
+                rows = sorted_rows(self.embeddings.to(dtype), order, normalize=normalize, impl=impl)
             keep_rounded(rows)
             self._kept[key] = Ordered(order, labels, rows)
         return self._kept[key]
@@ -105,5 +106,6 @@ def owner(y: Tensor | None, labels: Tensor | None) -> References | None:
     """The References whose embeddings and labels these are, if they are any's."""
     if y is None or torch.compiler.is_compiling():
         return None
-    found = y.__dict__.get(_OWNER, lambda: None)()
-    return found if found is not None and found.labels is labels else None
+    held_by = _owners.get(y)
+    holder = None if held_by is None else held_by()
+    return holder if holder is not None and holder.labels is labels else None

@@ -72,9 +72,9 @@ def nearest(
     with torch.no_grad():
         x, y, screened = prepared(embeddings, k, ref_emb, distance, normalize, impl)
         values, indices = x.new_empty(x.shape[0], k), x.new_empty(x.shape[0], k, dtype=torch.int64)
-        for first, found in blocks(x, y, k, distance, screened=screened):
-            rows = slice(first, first + found.values.shape[0])
-            values[rows], indices[rows] = found
+        for first, neighbours in blocks(x, y, k, distance, screened=screened):
+            rows = slice(first, first + neighbours.values.shape[0])
+            values[rows], indices[rows] = neighbours
     return Nearest(values, indices)
 
 
@@ -100,7 +100,7 @@ def prepared(
         raise ValueError(f"ref_emb must have fewer than 2^31 rows, got {m:,}")
     x, y = upcast(x.detach(), None if y is None else y.detach())
     if normalize:
-        x, y = similarity.normalize(x), None if y is None else similarity.normalize(y)
+        x, y = similarity.l2_normalize(x), None if y is None else similarity.l2_normalize(y)
     return x, y, not reasons and impl != "reference"
 
 
@@ -138,8 +138,8 @@ def _sorted(
     return Nearest(values[:, :k], indices[:, :k])
 
 
-def _without_self(found: Nearest, first: int) -> Nearest:
-    values, indices = found
+def _without_self(neighbours: Nearest, first: int) -> Nearest:
+    values, indices = neighbours
     itself = indices == torch.arange(first, first + indices.shape[0], device=indices.device)[:, None]
     itself[:, -1] |= ~itself.any(dim=1)
     shape = indices.shape[0], indices.shape[1] - 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairReducer
 from ..core.reduction import DISTANCES, Bound, Reduction, place_of
-from .pairs import Pairs, checked_pairs
+from .pairs import checked_pairs
 
 
 def row_reduce(
@@ -65,9 +67,7 @@ def row_reduce(
         raise ValueError("reductions must be at least one Reduction, got none")
     checks.word(distance, DISTANCES, "distance")
     pairs = checked_pairs(x, labels, y, ref_labels, distance, False, impl)
-    if isinstance(pairs, Pairs):
-        reductions = _sorted(reductions, pairs)
-    return tuple(pairs.restore(row) for row in pairs.reduce(*reductions))
+    return tuple(pairs.restore(row) for row in pairs.reduce(*_arranged(reductions, pairs)))
 
 
 def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
@@ -95,25 +95,24 @@ def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
     checks.like(value, x, name)
 
 
-def _sorted(reductions: tuple[Reduction, ...], pairs: Pairs) -> tuple[Reduction, ...]:
+def _arranged(reductions: tuple[Reduction, ...], pairs: PairReducer) -> tuple[Reduction, ...]:
     """The same reductions with their vectors in the order of `pairs`, and bounds on each other kept."""
-    found: list[Reduction] = []
+    arranged_reductions: list[Reduction] = []
 
-    def ordered(value: Any, order: Tensor) -> Any:
+    def arranged(value: Any, by: Callable[[Tensor], Tensor]) -> Any:
         if isinstance(value, Bound):
-            at = place_of(value.of, reductions[: len(found)])
-            return Bound(value.of if at is None else found[at], value.shift)
-        return value.index_select(0, order) if isinstance(value, Tensor) and value.dim() else value
+            at = place_of(value.of, reductions[: len(arranged_reductions)])
+            return Bound(value.of if at is None else arranged_reductions[at], value.shift)
+        return by(value) if isinstance(value, Tensor) and value.dim() else value
 
-    plan = pairs.label_order
     for r in reductions:
-        found.append(
+        arranged_reductions.append(
             replace(
                 r,
-                offset=ordered(r.offset, plan.order),
-                ref_offset=ordered(r.ref_offset, plan.ref_order),
-                lower=ordered(r.lower, plan.order),
-                upper=ordered(r.upper, plan.order),
+                offset=arranged(r.offset, pairs.arrange),
+                ref_offset=arranged(r.ref_offset, pairs.arrange_refs),
+                lower=arranged(r.lower, pairs.arrange),
+                upper=arranged(r.upper, pairs.arrange),
             )
         )
-    return tuple(found)
+    return tuple(arranged_reductions)

@@ -1,88 +1,129 @@
 """The registered operators and the one autograd.Function over them.
 
 torch.ops.flashpair.row_reduce and row_reduce_backward are opaque to torch.compile (each has a fake), so a criterion
-stays one graph. They take sorted embeddings, and a call's constants as the fields of `Spec`.
+stays one graph. They take sorted embeddings, and a call's constants as `encode` gives them (core/call.py). Where nobody
+traces, `forward` and `backward` call the backend itself.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.cpu import screened, tiled
 from ..backends.reference import reduce_rows
-from ..core.problem import CODES, Operands, Problem, accumulator, decode, num_rows, plain, solid
-from ..core.reduction import OPS, SIDES, TRANSFORMS, Bound, Reduction, bound_places
+from ..core.call import OFFSET, REF_OFFSET, Call, decode, encode
+from ..core.problem import COUNT, LOGSUMEXP, MAX, MIN, Gradients, Operands, Problem, accumulator, num_rows, plain, solid
+from ..core.reduction import OPS, SIDES, TRANSFORMS, Reduction
 from ..core.similarity import no_autocast
 from .positive_pairs import dense_similarities
 
 _library = torch.library.Library("flashpair", "DEF")
-_problem = (
+_call = (
     "Tensor x, Tensor? y, Tensor lo, Tensor hi, Tensor? end, Tensor order, Tensor? scale, Tensor[] vectors, "
     "int[] slots, int[] code, float[] shifts, float[] scales, str distance, str impl, "
 )
-_library.define(f"row_reduce({_problem}bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"row_reduce({_call}bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"row_reduce_backward({_problem}Tensor values, Tensor kept_a, Tensor kept_b, Tensor kept_c, Tensor kept_d, "
+    f"row_reduce_backward({_call}Tensor values, Tensor kept_a, Tensor kept_b, Tensor kept_c, Tensor kept_d, "
     "Tensor?[] grads, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+PROBLEM, CALL = 6, 6  # how many arguments of an operator are a problem's tensors, and how many a call's constants
 
 
-def schedule_of(impl: str, device: torch.device) -> Any:
-    """The module that runs `impl` there, imported when first needed: Triton's JIT reads its settings on import."""
-    if impl in ("tiled", "screened") and device.type == "cpu":
-        return tiled if impl == "tiled" else screened
-    return triton_backend(impl)
+def schedule_of(backend: str, device: torch.device) -> Any:
+    """The module that runs it there, imported when first needed: Triton's JIT reads its settings on import."""
+    if backend in ("tiled", "screened") and device.type == "cpu":
+        return tiled if backend == "tiled" else screened
+    return triton_backend(backend)
 
 
-def triton_backend(impl: str) -> Any:
-    return importlib.import_module(f"..backends.triton.{impl}", __package__)
+def triton_backend(backend: str) -> Any:
+    return importlib.import_module(f"..backends.triton.{backend}", __package__)
 
 
-def _row_reduce(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl, keep
-):
-    problem = Problem(solid(x), None if y is None else solid(y), lo, hi, end, order, distance)
-    terms = decode(code, shifts, slots)
-    values, kept = schedule_of(impl, x.device).forward(problem, terms, Operands(scale, scales, vectors), keep)
+def forward(p: Problem, call: Call, operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+    """Values, and the four tensors that the backend keeps for backward."""
+    if plain(p.x):
+        return _forward(p, call, operands, keep)
+    values_and_kept: tuple[Tensor, ...] = torch.ops.flashpair.row_reduce(*_flat(p, call, operands), keep)
+    return values_and_kept
+
+
+def backward(
+    p: Problem, call: Call, operands: Operands, values: Tensor, kept: Sequence[Tensor],
+    grads: Sequence[Tensor | None], need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    """Gradients, from dL/dr of K rows (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
+    if plain(p.x):
+        return _backward(p, call, operands, values, kept, grads, need)
+    every = torch.ops.flashpair.row_reduce_backward(*_flat(p, call, operands), values, *kept, grads, need)
+    return Gradients(*every)
+
+
+def _flat(p: Problem, call: Call, operands: Operands) -> tuple[Any, ...]:
+    """The arguments that both operators share."""
+    return p.x, p.y, p.lo, p.hi, p.end, p.order, operands.scale, operands.vectors, *encode(call)
+
+
+def _unflat(arguments: Sequence[Any]) -> tuple[Problem, Call, Operands, Sequence[Any]]:
+    """What `_flat` was given, and the arguments behind it."""
+    (x, y, lo, hi, end, order), (scale, vectors) = arguments[:PROBLEM], arguments[PROBLEM : PROBLEM + 2]
+    call = decode(*arguments[PROBLEM + 2 : PROBLEM + 2 + CALL])
+    p = Problem(x, y, lo, hi, end, order, call.distance)
+    return p, call, Operands(scale, call.scales, vectors), arguments[PROBLEM + 2 + CALL :]
+
+
+def _forward(p: Problem, call: Call, operands: Operands, keep: bool) -> tuple[Tensor, ...]:
+    p = p._replace(x=solid(p.x), y=None if p.y is None else solid(p.y))
+    values, kept = schedule_of(call.backend, p.x.device).forward(p, call.terms, operands, keep)
     return values, *kept
 
 
-def _row_reduce_backward(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl,
-    values, kept_a, kept_b, kept_c, kept_d, grads, need,
-):  # fmt: skip
-    problem = Problem(solid(x), None if y is None else solid(y), lo, hi, end, order, distance)
-    kept = (kept_a, kept_b, kept_c, kept_d)
-    terms, operands = decode(code, shifts, slots), Operands(scale, scales, vectors)
-    found = schedule_of(impl, x.device).backward(problem, terms, operands, values, kept, grads, need)
-    return tuple(x.new_empty(0) if g is None else g for g in found)
+def _backward(
+    p: Problem, call: Call, operands: Operands, values: Tensor, kept: Sequence[Tensor],
+    grads: Sequence[Tensor | None], need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    p = p._replace(x=solid(p.x), y=None if p.y is None else solid(p.y))
+    module = schedule_of(call.backend, p.x.device)
+    gradients: Gradients = module.backward(p, call.terms, operands, values, tuple(kept), grads, need)
+    return gradients
 
 
-def _row_reduce_fake(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl, keep
-):
-    terms = decode(code, shifts, slots)
-    likes = schedule_of(impl, x.device).kept_like(x, y, terms, keep)
-    values = x.new_empty(num_rows(terms), x.shape[0], dtype=accumulator(x.dtype))
-    return values, *(x.new_empty(shape, dtype=dtype) for shape, dtype in likes)
+def _row_reduce(*arguments: Any) -> tuple[Tensor, ...]:
+    p, call, operands, (keep,) = _unflat(arguments)
+    return _forward(p, call, operands, keep)
 
 
-def _row_reduce_backward_fake(  # type: ignore[no-untyped-def]
-    x, y, lo, hi, end, order, scale, vectors, slots, code, shifts, scales, distance, impl,
-    values, kept_a, kept_b, kept_c, kept_d, grads, need,
-):  # fmt: skip
-    n, m, k = x.shape[0], (x if y is None else y).shape[0], len(scales)
-    shapes = (x.shape, (m, x.shape[1]), (k,), (k, n), (k, m))
-    wanted = (need[0], need[1] and y is not None, *need[2:])
-    return tuple(
-        (x if place < 2 else values).new_empty(shape if want else 0)
-        for place, (shape, want) in enumerate(zip(shapes, wanted, strict=True))
-    )
+def _row_reduce_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    p, call, operands, (values, *kept, grads, need) = _unflat(arguments)
+    gradients = _backward(p, call, operands, values, kept, grads, need)
+    return tuple(p.x.new_empty(0) if g is None else g for g in gradients)
+
+
+def _row_reduce_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    p, call, _, (keep,) = _unflat(arguments)
+    likes = schedule_of(call.backend, p.x.device).kept_like(p.x, p.y, call.terms, keep)
+    values = p.x.new_empty(num_rows(call.terms), p.x.shape[0], dtype=accumulator(p.x.dtype))
+    return values, *(p.x.new_empty(shape, dtype=dtype) for shape, dtype in likes)
+
+
+def _row_reduce_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    p, call, _, (values, *_, need) = _unflat(arguments)
+    n, m, k = p.x.shape[0], p.refs.shape[0], len(call.terms)
+    need_x, need_y, need_scale, need_offset, need_ref_offset = need
+
+    def room(like: Tensor, wanted: bool, *shape: int) -> Tensor:
+        return like.new_empty(shape if wanted else 0)
+
+    return (
+        room(p.x, need_x, *p.x.shape), room(p.x, need_y and p.y is not None, m, p.x.shape[1]),
+        room(values, need_scale, k), room(values, need_offset, k, n), room(values, need_ref_offset, k, m),
+    )  # fmt: skip
 
 
 for _key in ("CPU", "CUDA"):
@@ -90,36 +131,6 @@ for _key in ("CPU", "CUDA"):
     _library.impl("row_reduce_backward", _row_reduce_backward, _key)
 torch.library.register_fake("flashpair::row_reduce", _row_reduce_fake, lib=_library)
 torch.library.register_fake("flashpair::row_reduce_backward", _row_reduce_backward_fake, lib=_library)
-
-
-def call(name: str, x: Tensor) -> Callable[..., Any]:
-    """The registered op; on plain tensors outside of tracing what it would call, without the dispatcher's 50 us."""
-    if plain(x):
-        return _row_reduce if name == "row_reduce" else _row_reduce_backward
-    return getattr(torch.ops.flashpair, name)
-
-
-class Spec(NamedTuple):
-    """The constants of a call of K reductions."""
-
-    slots: tuple[int, ...]  # what each vector is: 4 * reduction + 0 offset, 1 ref_offset, 2 lower, 3 upper
-    code: tuple[int, ...]  # (6 K): op, side, transform, detach, and whose values bound the window (lower, upper; -1)
-    shifts: tuple[float, ...]  # (3 K): what is added to those bounds, and the offset where it is a number
-    scales: tuple[float, ...]  # (K): used where no scale tensor is given
-    distance: str
-    impl: str
-
-
-def encode(reductions: tuple[Reduction, ...], slots: tuple[int, ...], distance: str, impl: str) -> Spec:
-    code: list[int] = []
-    shifts: list[float] = []
-    for r, places in zip(reductions, bound_places(reductions), strict=True):
-        code += [OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), int(r.detach), *places]
-        shifts += [bound.shift if isinstance(bound, Bound) else 0.0 for bound in (r.lower, r.upper)]
-        shifts.append(0.0 if r.offset is None or isinstance(r.offset, Tensor) or r.offset_outside else float(r.offset))
-    scales = tuple(1.0 if isinstance(r.scale, Tensor) else r.scale for r in reductions)
-    return Spec(slots, tuple(code), tuple(shifts), scales, distance, impl)
-
 
 _rows: Callable[[Tensor], tuple[Tensor, ...]] = torch.unbind_copy  # type: ignore[assignment]
 
@@ -129,88 +140,104 @@ class RowReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: Spec, lo: Tensor, hi: Tensor, end: Tensor | None, order: Tensor, x: Tensor, y: Tensor | None,
-        scale: Tensor | None, *operands: Tensor | None,
+        ctx: Any, call: Call, lo: Tensor, hi: Tensor, end: Tensor | None, order: Tensor, x: Tensor, y: Tensor | None,
+        scale: Tensor | None, *padded: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        """padded: the call's vectors, behind which a None may stand."""
         keep = any(ctx.needs_input_grad)
-        ctx.extra = len(operands) - len(spec.slots)
-        vectors = [v for v in operands if v is not None]
-        values, *kept = call("row_reduce", x)(x, y, lo, hi, end, order, scale, vectors, *spec, keep)
+        vectors = [v for v in padded if v is not None]
+        p = Problem(x, y, lo, hi, end, order, call.distance)
+        values, *kept = forward(p, call, Operands(scale, call.scales, vectors), keep)
         ctx.set_materialize_grads(False)
+        ctx.call, ctx.padding = call, (None,) * (len(padded) - len(vectors))
         if keep:
-            ctx.spec = spec
             ctx.save_for_backward(lo, hi, end, order, x, y, scale, *vectors, values, *kept)
-        rows = _rows(values[: len(spec.scales)])
-        count = OPS.index("count")
-        codes = range(0, len(spec.code), CODES)
-        ctx.mark_non_differentiable(
-            *(row for row, at in zip(rows, codes, strict=True) if spec.code[at + 3] or spec.code[at] == count)
-        )
+        rows = _rows(values[: len(call.terms)])
+        constant = (row for row, t in zip(rows, call.terms, strict=True) if t.detach or t.op == COUNT)
+        ctx.mark_non_differentiable(*constant)
         return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
         if all(g is None for g in grads):
-            return (None,) * len(needs)
+            return (None,) * len(ctx.needs_input_grad)
+        call: Call = ctx.call
         lo, hi, end, order, x, y, scale, *rest = ctx.saved_tensors
-        vectors, (values, *kept) = rest[:-5], rest[-5:]
-        spec = ctx.spec
+        vectors, (values, *kept) = rest[: len(call.vectors)], rest[len(call.vectors) :]
+        p, operands = Problem(x, y, lo, hi, end, order, call.distance), Operands(scale, call.scales, vectors)
+        needs = ctx.needs_input_grad[5:]  # of x, y, scale and the vectors; the five before them have no gradient
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(ctx, grads, lo, hi, end, order, x, y, scale, vectors, values)
-        of_vectors = needs[8 : 8 + len(spec.slots)]
-        wants = [slot % 4 if need else -1 for slot, need in zip(spec.slots, of_vectors, strict=True)]
-        dx, dy, dscale, doffset, dref_offset = call("row_reduce_backward", x)(
-            x, y, lo, hi, end, order, scale, vectors, *spec, values, *kept,
-            [None if g is None else solid(g) for g in grads], [*needs[5:8], 0 in wants, 1 in wants],
-        )  # fmt: skip
-        by_vector = [
-            doffset[slot // 4] if want == 0 else dref_offset[slot // 4] if want == 1 else None
-            for slot, want in zip(spec.slots, wants, strict=True)
-        ]
-        return (
-            None, None, None, None, None,
-            dx if needs[5] else None, dy if needs[6] else None, dscale if needs[7] else None, *by_vector,
-            *(None,) * ctx.extra,
-        )  # fmt: skip
+            gradients = _differentiable_backward(p, call, operands, values, grads, needs)
+        else:
+            gradients = _gradients(p, call, operands, values, kept, grads, needs)
+        return (None,) * 5 + gradients + ctx.padding
 
 
-def _differentiable_backward(ctx, grads, lo, hi, end, order, x, y, scale, vectors, values):  # type: ignore[no-untyped-def]
+def _gradients(
+    p: Problem, call: Call, operands: Operands, values: Tensor, kept: Sequence[Tensor],
+    grads: Sequence[Tensor | None], needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Of x, y, scale and each vector, None where not needed."""
+    need_x, need_y, need_scale, *of_vectors = needs
+    wanted = [role if need else None for (_, role), need in zip(call.vector_roles, of_vectors, strict=False)]
+    gradients = backward(
+        p, call, operands, values, kept, [None if g is None else solid(g) for g in grads],
+        [need_x, need_y, need_scale, OFFSET in wanted, REF_OFFSET in wanted],
+    )  # fmt: skip
+    of_role = {OFFSET: gradients.offset, REF_OFFSET: gradients.ref_offset}
+    by_vector = [
+        None if role is None or (rows := of_role.get(role)) is None else rows[k]
+        for (k, _), role in zip(call.vector_roles, wanted, strict=True)
+    ]
+    return (
+        gradients.x if need_x else None, gradients.y if need_y else None, gradients.scale if need_scale else None,
+        *by_vector,
+    )  # fmt: skip
+
+
+def _differentiable_backward(
+    p: Problem, call: Call, operands: Operands, values: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """The same gradient as a differentiable function of its inputs, over the dense matrix: exact second derivatives."""
-    column = torch.arange((x if y is None else y).shape[0], device=x.device)
-    positive = (column >= lo[:, None]) & (column < hi[:, None])
-    pair = torch.ones_like(positive) if end is None else (column < end).expand_as(positive)
-    if y is None:
+    column = torch.arange(p.refs.shape[0], device=p.x.device)
+    positive = (column >= p.lo[:, None]) & (column < p.hi[:, None])
+    pair = torch.ones_like(positive) if p.end is None else (column < p.end).expand_as(positive)
+    if p.y is None:
         pair = pair & (column != column[:, None])
     masks = {"positives": positive & pair, "negatives": ~positive & pair, "all": pair}
-    spec = ctx.spec
-    with torch.enable_grad(), no_autocast(x.device.type):
+    with torch.enable_grad(), no_autocast(p.x.device.type):
         # What one input owes to another (an offset to x) is not this function's: each is looked at by itself.
-        x, y, scale, *vectors = (None if t is None else t.view_as(t) for t in (x, y, scale, *vectors))
-        by_slot = dict(zip(spec.slots, vectors, strict=True))
+        inputs = [None if t is None else t.view_as(t) for t in (p.x, p.y, operands.scale, *operands.vectors)]
+        x, y, scale, *vectors = inputs
+        assert x is not None
+        apart = Operands(scale, operands.scales, vectors)  # type: ignore[arg-type]
         wide = values.dtype
-        z = dense_similarities(x.to(wide), (x if y is None else y).to(wide), spec.distance)
+        z = dense_similarities(x.to(wide), (x if y is None else y).to(wide), p.distance)
         rows, upstream = [], []
-        for i, g in enumerate(grads):
+        for k, g in enumerate(grads):
             if g is None:
                 continue
-            op, side, transform, _, *bounds = spec.code[CODES * i : CODES * (i + 1)]
-            offset, ref_offset, *window = (by_slot.get(4 * i + k) for k in range(4))
-            for k, of in enumerate(bounds):
-                if of >= 0:
-                    window[k] = values[of] + spec.shifts[3 * i + k]
-            offset = spec.shifts[3 * i + 2] if offset is None else offset
-            plain, name = OPS[op] in ("min", "max", "count"), TRANSFORMS[transform]
-            transformed = OPS[op] == "logsumexp" and name != "identity"  # which takes numbers
-            factor = spec.scales[i] if plain or transformed or scale is None else scale[i]
-            offset = None if plain else offset
-            r = Reduction(OPS[op], SIDES[side], name, factor, offset, ref_offset, window[0], window[1])
-            row = reduce_rows(z, masks[r.side], r, order)
+            r = _reduction(call, k, apart, values)
+            row = reduce_rows(z, masks[r.side], r, p.order)
             if row.requires_grad:
                 rows.append(row)
                 upstream.append(g)
-        inputs = (x, y, scale, *vectors, *(None,) * ctx.extra)
-        wanted = [i for i, need in enumerate(ctx.needs_input_grad[5:]) if need]
-        found = torch.autograd.grad(rows, [inputs[i] for i in wanted], upstream, create_graph=True, allow_unused=True)
-    by_place = dict(zip(wanted, found, strict=True))
-    return (None,) * 5 + tuple(by_place.get(i) for i in range(len(inputs)))
+        wanted = {i: t for i, (t, need) in enumerate(zip(inputs, needs, strict=False)) if need and t is not None}
+        gradients = torch.autograd.grad(rows, list(wanted.values()), upstream, create_graph=True, allow_unused=True)
+    by_place = dict(zip(wanted, gradients, strict=True))
+    return tuple(by_place.get(i) for i in range(len(inputs)))
+
+
+def _reduction(call: Call, k: int, operands: Operands, values: Tensor) -> Reduction:
+    """Term `k` as a `Reduction` of these operands; windows that other reductions bound are vectors of their values."""
+    t = call.terms[k]
+    offset, ref_offset, lower, upper = (operands.vector(slot) for slot in t.slots)
+    lower = values[t.lower_of] + t.lower_shift if t.lower_of >= 0 else lower
+    upper = values[t.upper_of] + t.upper_shift if t.upper_of >= 0 else upper
+    op, side, transform = OPS[t.op], SIDES[t.side], TRANSFORMS[t.transform]
+    if t.op in (MIN, MAX, COUNT):
+        return Reduction(op, side, transform, lower=lower, upper=upper)
+    learned = operands.scale is not None and not (t.op == LOGSUMEXP and t.transformed)
+    scale = operands.scale[k] if learned and operands.scale is not None else call.scales[k]
+    shift: float | Tensor = t.shift if offset is None else offset
+    return Reduction(op, side, transform, scale, shift, ref_offset, lower, upper)

@@ -1,9 +1,9 @@
-"""Whole losses: loss and gradient by one call of a schedule that knows the formula, for batches whose steps cost more
+"""Whole losses: loss and gradient by one call of a backend that knows the formula, for batches whose steps cost more
 than their pairs.
 
     criterion -> plan -> one autograd.Function -> `onchip` (one CUDA launch) or `tiled` on the CPU (one C++ call)
 
-It takes criteria that say their `RowFormula`. Forward leaves the gradient of the one number that the loss is, and
+It takes criteria that declare their `RowFormula`. Forward leaves the gradient of the one number that the loss is, and
 backward scales it; with ``reduction="none"`` backward is a second call. Keeps for backward: that gradient, in float32
 or float64. Double backward goes through the dense reference.
 """
@@ -19,99 +19,122 @@ from torch import Tensor
 
 from ..backends.cpu import tiled
 from ..backends.cuda import onchip
-from ..core.problem import AVERAGINGS, Results, SmallBatch, accumulator, plain, solid
+from ..core.problem import AVERAGINGS, Results, SmallBatch, SmallBatchCode, accumulator, plain, solid
 from ..core.row_formula import FORMULAS, RowFormula
 from ..core.similarity import no_autocast
+from .dispatch import route_small_batch
 
 NONE = AVERAGINGS.index("none")
 
 
-class Spec(NamedTuple):
-    """The constants of a call, as the registered op takes them."""
+class Plan(NamedTuple):
+    """The constants of a call, as the registered op takes them: `SmallBatchCode`, scales, shifts and epsilon, and who
+    computes it."""
 
-    code: tuple[int, ...]  # what the schedule chose for itself, formula, averaging, unit, euclidean, one_pair, mined
-    numbers: tuple[float, ...]  # scales, shifts, epsilon
-    impl: str
+    code: SmallBatchCode
+    numbers: tuple[float, ...]
+    backend: str
 
 
 def plan(
-    impl: str, formula: RowFormula | None, x: Tensor, y: Tensor | None, *, reduction: str, unit: bool, distance: str,
-    penalty: bool,
-) -> Spec | tuple[str, ...]:  # fmt: skip
-    """What `impl` is told of a criterion's call, or every reason why it cannot compute the loss whole."""
+    impl: str, formula: RowFormula | None, x: Tensor, y: Tensor | None, *, reduction: str, normalize: bool,
+    distance: str, penalty: bool,
+) -> Plan | None:  # fmt: skip
+    """What is told of a criterion's call to the backend that computes the loss whole; None: none of them does.
+
+    Raises:
+        RuntimeError: ``impl="onchip"`` that cannot compute it, with every reason.
+    """
+    route = route_small_batch(impl, x, y, formula is not None and formula.one_pair)
+    if route is None:
+        return None
+    plan_or_reasons = _plan(route.backend, formula, x, y, reduction, normalize, distance, penalty)
+    if isinstance(plan_or_reasons, Plan):
+        return plan_or_reasons
+    if impl == "onchip":
+        raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(plan_or_reasons)}")
+    return None
+
+
+def _plan(
+    backend: str, formula: RowFormula | None, x: Tensor, y: Tensor | None, reduction: str, normalize: bool,
+    distance: str, penalty: bool,
+) -> Plan | tuple[str, ...]:  # fmt: skip
+    """The plan, or every reason why the backend cannot compute the loss."""
     if formula is None:
-        return (
-            f"{impl} computes the losses {', '.join(FORMULAS)}, and this criterion does not declare such a row formula",
-        )
+        names = ", ".join(FORMULAS)
+        return (f"{backend} computes the losses {names}, and this criterion does not declare such a row formula",)
     for value in formula.scales + formula.shifts:
         if isinstance(value, Tensor):
-            return (f"{impl} takes numbers as hyper-parameters, not tensors",)
-    make = _plan_of if torch.compiler.is_compiling() else _plan
-    index = x.device.index or 0
-    if y is None:
-        return make(impl, formula, x.shape, x.shape[0], x.dtype, False, index, reduction, unit, distance, penalty)
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    want_dy = y.requires_grad and torch.is_grad_enabled()
-    return make(impl, formula, x.shape, y.shape[0], dtype, want_dy, index, reduction, unit, distance, penalty)
+            return (f"{backend} takes numbers as hyper-parameters, not tensors",)
+    make = _compile_plan if torch.compiler.is_compiling() else _compiled_plan
+    m, dtype, want_dy = x.shape[0], x.dtype, False
+    if y is not None:
+        m, dtype = y.shape[0], torch.promote_types(x.dtype, y.dtype)
+        want_dy = y.requires_grad and torch.is_grad_enabled()
+    shape = (*x.shape, m)
+    return make(backend, formula, shape, dtype, want_dy, x.device.index or 0, reduction, normalize, distance, penalty)
 
 
-def _plan_of(
-    impl: str, formula: RowFormula, shape: torch.Size, m: int, dtype: torch.dtype, want_dy: bool, device: int,
-    reduction: str, unit: bool, distance: str, penalty: bool,
-) -> Spec | tuple[str, ...]:  # fmt: skip
-    n, d = shape
-    chosen: int | str
-    if impl == "onchip":
-        chosen = onchip.block_rows(n, m, d, accumulator(dtype).itemsize, want_dy, onchip.limits(device))
+def _compile_plan(
+    backend: str, formula: RowFormula, shape: tuple[int, int, int], dtype: torch.dtype, want_dy: bool, device: int,
+    reduction: str, normalize: bool, distance: str, penalty: bool,
+) -> Plan | tuple[str, ...]:  # fmt: skip
+    """shape: N, D, M."""
+    n, d, m = shape
+    block_rows: int | str
+    if backend == "onchip":
+        block_rows = onchip.block_rows(n, m, d, accumulator(dtype).itemsize, want_dy, onchip.limits(device))
     else:
-        chosen = 0  # csrc/cpu/small_batch.h takes them all
-    reasons: tuple[str, ...] = (chosen,) if isinstance(chosen, str) else ()
+        block_rows = 0  # csrc/cpu/small_batch.h takes them all
+    reasons: tuple[str, ...] = (block_rows,) if isinstance(block_rows, str) else ()
     if penalty and reduction in ("none", "nonzero"):
-        reasons += (f"{impl} adds a penalty on norms only to a scalar loss, and reduction is {reduction!r}",)
-    if reasons or isinstance(chosen, str):
+        reasons += (f"{backend} adds a penalty on norms only to a scalar loss, and reduction is {reduction!r}",)
+    if reasons or isinstance(block_rows, str):
         return reasons
-    code = (
-        chosen, FORMULAS.index(formula.name), AVERAGINGS.index(reduction), int(unit), int(distance == "euclidean"),
-        int(formula.one_pair), int(formula.epsilon is not None),
+    code = SmallBatchCode(
+        block_rows, FORMULAS.index(formula.name), AVERAGINGS.index(reduction), int(normalize),
+        int(distance == "euclidean"), int(formula.one_pair), int(formula.epsilon is not None),
     )  # fmt: skip
-    return Spec(code, (*formula.scales, *formula.shifts, formula.epsilon or 0.0), impl)  # type: ignore[arg-type]
+    numbers = (*formula.scales, *formula.shifts, formula.epsilon or 0.0)
+    return Plan(code, numbers, backend)  # type: ignore[arg-type]
 
 
-_plan = functools.lru_cache(maxsize=1024)(_plan_of)
+_compiled_plan = functools.lru_cache(maxsize=1024)(_compile_plan)
 
 
-def _run(x, labels, y, ref_labels, upstream, code, numbers, impl, *want) -> Results:  # type: ignore[no-untyped-def]
-    schedule = onchip if impl == "onchip" else tiled
-    return schedule.run_small_batch(SmallBatch(x, labels, y, ref_labels, upstream, code, numbers, *want))
+def _run(x, labels, y, ref_labels, upstream, code, numbers, backend, *want) -> Results:  # type: ignore[no-untyped-def]
+    module = onchip if backend == "onchip" else tiled
+    return module.run_small_batch(SmallBatch(x, labels, y, ref_labels, upstream, code, numbers, *want))
 
 
 _library = torch.library.Library("flashpair", "FRAGMENT")
 _library.define(
-    "whole_loss(Tensor x, Tensor labels, Tensor? y, Tensor? ref_labels, Tensor? upstream, int[] code, "
+    "small_batch_loss(Tensor x, Tensor labels, Tensor? y, Tensor? ref_labels, Tensor? upstream, int[] code, "
     "float[] numbers, str impl, bool want_loss, bool want_share, bool want_dx, bool want_dy) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def _op(x, labels, y, ref_labels, upstream, code, numbers, *rest):  # type: ignore[no-untyped-def]
-    found = _run(x, labels, y, ref_labels, upstream, tuple(code), tuple(numbers), *rest)
-    return tuple(x.new_empty(0) if t is None else t for t in found)
+    results = _run(x, labels, y, ref_labels, upstream, SmallBatchCode(*code), tuple(numbers), *rest)
+    return tuple(x.new_empty(0) if t is None else t for t in results)
 
 
-def _fake(x, labels, y, ref_labels, upstream, code, numbers, impl, *want):  # type: ignore[no-untyped-def]
-    rows = (x.shape[0],) if code[2] == NONE else ()
+def _fake(x, labels, y, ref_labels, upstream, code, numbers, backend, *want):  # type: ignore[no-untyped-def]
+    rows = (x.shape[0],) if SmallBatchCode(*code).averaging == NONE else ()
     shapes = (rows, (), x.shape, (x if y is None else y).shape)
     dtype = accumulator(x.dtype)
     return tuple(x.new_empty(s, dtype=dtype) if w else x.new_empty(0) for s, w in zip(shapes, want, strict=True))
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("whole_loss", _op, _key)
-torch.library.register_fake("flashpair::whole_loss", _fake, lib=_library)
+    _library.impl("small_batch_loss", _op, _key)
+torch.library.register_fake("flashpair::small_batch_loss", _fake, lib=_library)
 
 
 def _call(x: Tensor, *arguments: Any) -> Results:
-    return _run(x, *arguments) if plain(x) else torch.ops.flashpair.whole_loss(x, *arguments)
+    return _run(x, *arguments) if plain(x) else torch.ops.flashpair.small_batch_loss(x, *arguments)
 
 
 class _Loss(torch.autograd.Function):
@@ -120,16 +143,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: Spec, dense: Callable[..., Tensor] | None, want_share: bool, grad: bool, labels: Tensor,
+        ctx: Any, plan: Plan, dense: Callable[..., Tensor] | None, want_share: bool, grad: bool, labels: Tensor,
         ref_labels: Tensor | None, x: Tensor, y: Tensor | None,
     ) -> Any:  # fmt: skip
         need_x, need_y = (grad and need for need in ctx.needs_input_grad[6:])
-        now = spec.code[2] != NONE  # else the gradient has to wait for the rows' upstream
+        now = plan.code.averaging != NONE  # else the gradient has to wait for the rows' upstream
         loss, share, dx, dy = _call(
-            x, labels, y, ref_labels, None, *spec, True, want_share, need_x and now, need_y and now
+            x, labels, y, ref_labels, None, *plan, True, want_share, need_x and now, need_y and now
         )
         ctx.set_materialize_grads(False)
-        ctx.spec, ctx.dense = spec, dense
+        ctx.plan, ctx.dense = plan, dense
         if need_x or need_y:
             ctx.save_for_backward(x, y, labels, ref_labels, dx, dy)
         if not want_share:
@@ -147,10 +170,10 @@ class _Loss(torch.autograd.Function):
             with torch.enable_grad(), no_autocast(x.device.type):
                 x, y = x.view_as(x), None if y is None else y.view_as(y)  # which may owe something to each other
                 wanted = [t for t, need in ((x, need_x), (y, need_y)) if need and t is not None]
-                found = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
-            return *(None,) * 6, found.pop(0) if need_x else None, found[0] if need_y else None
-        if ctx.spec.code[2] == NONE:
-            _, _, dx, dy = _call(x, labels, y, ref_labels, solid(g), *ctx.spec, False, False, need_x, need_y)
+                gradients = list(torch.autograd.grad(ctx.dense(x, y), wanted, g, create_graph=True))
+            return *(None,) * 6, gradients.pop(0) if need_x else None, gradients[0] if need_y else None
+        if ctx.plan.code.averaging == NONE:
+            _, _, dx, dy = _call(x, labels, y, ref_labels, solid(g), *ctx.plan, False, False, need_x, need_y)
         else:  # in float32 before it is rounded, so that loss scaling works
             dx, dy = dx * g if need_x else None, dy * g if need_y else None
         if dx is not None and dx.dtype != x.dtype:
@@ -161,16 +184,16 @@ class _Loss(torch.autograd.Function):
 
 
 def loss(
-    spec: Spec, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, penalty: Tensor | None,
+    plan: Plan, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, penalty: Tensor | None,
     dense: Callable[..., Tensor] | None,
 ) -> Tensor:  # fmt: skip
     """The loss that `plan` has let through. penalty (): added to every valid row's loss."""
-    narrow = spec.impl == "onchip"  # which takes 16 bits as they are
+    narrow = plan.backend == "onchip"  # which takes 16 bits as they are
     if (y is not None and y.dtype != x.dtype) or not (narrow or x.dtype.itemsize >= 4):
         wide = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
         x, y = x.to(wide), None if y is None else y.to(wide)
     grad = torch.is_grad_enabled()
     if penalty is None:
-        return _Loss.apply(spec, dense, False, grad, labels, ref_labels, x, y)
-    value, share = _Loss.apply(spec, dense, True, grad, labels, ref_labels, x, y)
+        return _Loss.apply(plan, dense, False, grad, labels, ref_labels, x, y)
+    value, share = _Loss.apply(plan, dense, True, grad, labels, ref_labels, x, y)
     return value + penalty.to(value.dtype) * share

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import extension
 from ..core.problem import accumulator, address, plain, solid
-from ..core.similarity import normalize
+from ..core.similarity import l2_normalize
 
 INLINE_NUMBERS = 2**18  # of embeddings that are gathered sooner than threads wake
 
@@ -20,10 +20,10 @@ def _threads(x: Tensor) -> int:
 
 class _SortedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, unit: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, normalize: bool) -> Tensor:
         module = extension.require()
         (n, d), y = x.shape, torch.empty_like(x)
-        inverse = x.new_empty(n if unit else 0)
+        inverse = x.new_empty(n if normalize else 0)
         module.sorted_rows(
             x.dtype == torch.float64,
             address(x),
@@ -31,10 +31,10 @@ class _SortedRows(torch.autograd.Function):
             n,
             d,
             address(y),
-            address(inverse) if unit else 0,
+            address(inverse) if normalize else 0,
             _threads(x),
         )
-        ctx.unit = unit
+        ctx.normalize = normalize
         ctx.save_for_backward(x, order, y, inverse)
         return y
 
@@ -42,12 +42,12 @@ class _SortedRows(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         x, order, y, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            (dx,) = torch.autograd.grad(_composed(x, order, ctx.unit), x, g, create_graph=True)
+            (dx,) = torch.autograd.grad(_composed(x, order, ctx.normalize), x, g, create_graph=True)
             return dx, None, None
         g, (n, d) = solid(g), x.shape
         dx = torch.empty_like(x)
         extension.require().sorted_rows_backward(
-            x.dtype == torch.float64, address(g), address(y), address(inverse) if ctx.unit else 0,
+            x.dtype == torch.float64, address(g), address(y), address(inverse) if ctx.normalize else 0,
             address(order), n, d, address(dx), _threads(x),
         )  # fmt: skip
         return dx, None, None
@@ -57,11 +57,11 @@ class _KernelRows(torch.autograd.Function):
     """The same by Triton's kernels, in the dtype of `x`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, unit: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, normalize: bool) -> Tensor:
         from ..backends.triton import rows
 
-        y, inverse = rows.gather_rows(x, order, unit)
-        ctx.unit = unit
+        y, inverse = rows.gather_rows(x, order, normalize)
+        ctx.normalize = normalize
         ctx.save_for_backward(x, order, inverse)
         return y
 
@@ -71,20 +71,20 @@ class _KernelRows(torch.autograd.Function):
 
         x, order, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
-            (dx,) = torch.autograd.grad(_composed(x, order, ctx.unit), x, g, create_graph=True)
+            (dx,) = torch.autograd.grad(_composed(x, order, ctx.normalize), x, g, create_graph=True)
             return dx, None, None
-        return rows.scatter_rows(solid(g), x, order, inverse, ctx.unit), None, None
+        return rows.scatter_rows(solid(g), x, order, inverse, ctx.normalize), None, None
 
 
-def _composed(x: Tensor, order: Tensor, unit: bool) -> Tensor:
-    y = normalize(x.to(accumulator(x.dtype))).to(x.dtype) if unit else x
+def _composed(x: Tensor, order: Tensor, normalize: bool) -> Tensor:
+    y = l2_normalize(x.to(accumulator(x.dtype))).to(x.dtype) if normalize else x
     return y.index_select(0, order)
 
 
-def sorted_rows(x: Tensor, order: Tensor, *, unit: bool, impl: str) -> Tensor:
-    """Rows x[order] (N, D) of x (N, D), of unit norm if `unit` (see `normalize`)."""
+def sorted_rows(x: Tensor, order: Tensor, *, normalize: bool, impl: str) -> Tensor:
+    """Rows x[order] (N, D) of x (N, D), of unit norm if `normalize` (see `l2_normalize`)."""
     if not plain(x.detach()):
-        return _composed(x, order, unit)
+        return _composed(x, order, normalize)
     if impl in ("tiled", "screened") and x.device.type == "cpu":
-        return _SortedRows.apply(solid(x), order, unit)
-    return _KernelRows.apply(solid(x), order, unit)
+        return _SortedRows.apply(solid(x), order, normalize)
+    return _KernelRows.apply(solid(x), order, normalize)

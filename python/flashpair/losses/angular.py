@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess, PairReducer
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
-from .base import AnyPairs, Criterion, RowLosses, Terms
+from .base import Criterion, RowLosses, Terms
 from .positive_blocks import sum_of_blocks
 
 SLACK = 16  # roundings of terms of up to 1 + 4 tan^2 in size
@@ -74,15 +75,15 @@ class AngularLoss(Criterion):
             raise ValueError("normalize must be True with form 'hinge', got False")
         self.max_positives = checks.most(max_positives, "max_positives")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        blocks = pairs.sum_blocks(pairs.most_positives(self.max_positives))
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
+        blocks = pairs.pair_sum_blocks(pairs.most_positives(self.max_positives))
         each = self._hinges if self.form == "hinge" else self._logsumexps
 
         def run(steps: range) -> tuple[Tensor, Tensor]:
             found = []
             for step in steps:
-                sums, z, other, first = pairs.sums(step)
-                found.append([pairs.at_both_ends(part, other, first) for part in each(sums, z)])
+                sums, z, other, first = pairs.pair_sums(step)
+                found.append([pairs.symmetrize(part, other, first) for part in each(sums, z)])
             losses, above = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
             return losses, above
 
@@ -95,12 +96,12 @@ class AngularLoss(Criterion):
         triplets = positives * pairs.num_negatives()
         return RowLosses(losses, triplets > 0, triplets.sum(), (Terms(losses, triplets, above),))
 
-    def _logsumexps(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _logsumexps(self, sums: PairReducer, z: Tensor) -> tuple[Tensor, Tensor]:
         t2 = math.tan(math.radians(self.alpha)) ** 2
         (neg,) = sums.reduce(Reduction("logsumexp", "negatives", scale=4 * t2))
         return softplus(neg - 2 * (1 + t2) * z), torch.zeros_like(z)
 
-    def _hinges(self, sums: AnyPairs, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _hinges(self, sums: PairReducer, z: Tensor) -> tuple[Tensor, Tensor]:
         """|x_a - x_p|^2 - 4 t^2 |x_n - c|^2 = 4 t^2 (x_a + x_p) . x_n + offset, c = (x_a + x_p) / 2, of unit rows."""
         t2 = math.tan(math.radians(self.alpha)) ** 2
         offset = 2 - 2 * z - 4 * t2 * (1 + (1 + z) / 2)

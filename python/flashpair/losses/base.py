@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.reference import ReferencePairs
 from ..chunked.streamed_references import StreamedReferences
 from ..core import checks
 from ..core.class_pairs import ClassPairs
+from ..core.pairs import PairAccess, PairReducer
 from ..core.problem import AVERAGINGS
 from ..core.reduction import DISTANCES
 from ..core.row_formula import RowFormula
-from ..core.similarity import autocasts, no_autocast, poison, upcast
+from ..core.similarity import autocasts, nan_unless_finite, no_autocast, upcast
 from ..engine import small_batch
-from ..engine.dispatch import check_name, choose_small_batch
-from ..engine.pairs import Pairs, checked_pairs
+from ..engine.dispatch import check_name
+from ..engine.pairs import checked_pairs
 from .output_checks import (
     AT_ONCE,
     Penalty,
     RowLosses,
     Terms,
-    after_init,
     checked_call,
     checked_extra,
     checked_penalty,
@@ -34,9 +33,7 @@ from .output_checks import (
     refuse_own,
 )
 
-__all__ = ["AnyPairs", "Criterion", "Penalty", "RowLosses", "Terms", "average", "reduce_losses", "with_extra"]
-
-AnyPairs = Pairs | ReferencePairs
+__all__ = ["Criterion", "Penalty", "RowLosses", "Terms", "average", "reduce_losses", "with_extra"]
 
 
 class Criterion(nn.Module):
@@ -116,27 +113,27 @@ class Criterion(nn.Module):
         """
         return self.normalize, None
 
-    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> PairAccess:
         """The pairs of a call, of arguments that `check` has returned."""
         self._check_distance(self.distance)
-        x, y, unit = self.prepared(x, y)
-        return checked_pairs(x, labels, y, ref_labels, self.distance, unit, impl)
+        x, y, normalize = self.prepared(x, y)
+        return checked_pairs(x, labels, y, ref_labels, self.distance, normalize, impl)
 
     def prepared(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
         """Embeddings and references after `preparation`, and whether they are still to be normalised."""
-        unit, prepare = self.preparation
+        normalize, prepare = self.preparation
         if prepare is None:
-            return x, y, unit
+            return x, y, normalize
         x, y = upcast(x, y)
         name = type(self).__name__
         own = checked_prepared(prepare(x), x, name)
-        return own, None if y is None else checked_prepared(prepare(y), y, name), unit
+        return own, None if y is None else checked_prepared(prepare(y), y, name), normalize
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         """The loss of each row; every subclass defines it.
 
         Args:
-            pairs: a `Pairs` or `ReferencePairs`; `pairs.reduce` gives row values (N,), in the order of
+            pairs: a `Pairs`, or another source with its methods; `pairs.reduce` gives row values (N,), in the order of
                 ``pairs.labels``.
 
         Returns:
@@ -153,7 +150,7 @@ class Criterion(nn.Module):
         its `__init__` calls its parent's."""
         super().__init_subclass__()
         if "__init__" in cls.__dict__:
-            cls.__init__ = after_init(cls, cls.init_sets, cls.init_takes)  # type: ignore[method-assign]
+            cls.__init__ = checks.after_init(cls, cls.init_sets, cls.init_takes)  # type: ignore[method-assign]
         if not isinstance(cls.distance, property):
             cls._check_distance(cls.distance)
         if "row_losses" in cls.__dict__ and "row_formula" not in cls.__dict__:
@@ -174,7 +171,7 @@ class Criterion(nn.Module):
     penalizes_references = False
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, chosen: ClassPairs | None = None
     ) -> Penalty | None:
         """A penalty on the embeddings before normalisation, whose mean is added to every valid row's loss.
 
@@ -183,7 +180,7 @@ class Criterion(nn.Module):
             labels: (N,) int64.
             y: (M, D) or None, the references.
             ref_labels: (M,) int64 or None.
-            drawn: for a loss of one pair of each class, which pairs take part, if this depends on other processes'
+            chosen: for a loss of one pair of each class, which pairs take part, if this depends on other processes'
                 samples.
 
         Returns:
@@ -191,14 +188,16 @@ class Criterion(nn.Module):
         """
         return None
 
-    def checked_row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def checked_row_losses(self, pairs: PairReducer) -> RowLosses:
         """`row_losses`, or the error that says what is wrong with them."""
-        return checked_rows(self.row_losses(pairs), type(self).__name__, pairs.count, pairs.labels.device)
+        return checked_rows(
+            self.row_losses(cast(PairAccess, pairs)), type(self).__name__, pairs.count, pairs.labels.device
+        )
 
     def regularizer(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
         """The number that is added to every valid row's loss: the mean of `penalty_of`, or None."""
-        found = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
-        return None if found is None else found.total / found.number.clamp_min(1)
+        penalty = checked_penalty(self.penalty_of(x, labels, y, ref_labels), type(self).__name__)
+        return None if penalty is None else penalty.total / penalty.number.clamp_min(1)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *tuples: Any, ref_emb: Tensor | None = None,
@@ -265,17 +264,13 @@ class Criterion(nn.Module):
 
     def _loss(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor:
         extra = self._extra(x, labels, y, ref_labels)
-        formula = self.row_formula()
-        if chosen := choose_small_batch(self.impl, x, y, formula is not None and formula.one_pair):
-            spec = small_batch.plan(
-                chosen, formula, x, y, reduction=self.reduction, unit=self.normalize,
-                distance=self.distance, penalty=extra is not None,
-            )  # fmt: skip
-            if isinstance(spec, small_batch.Spec):
-                dense = None if torch.compiler.is_compiling() else functools.partial(self._dense, labels, ref_labels)
-                return small_batch.loss(spec, x, labels, y, ref_labels, extra, dense)
-            if self.impl == "onchip":
-                raise RuntimeError(f"impl='onchip' cannot run: {'; '.join(spec)}")
+        plan = small_batch.plan(
+            self.impl, self.row_formula(), x, y, reduction=self.reduction, normalize=self.normalize,
+            distance=self.distance, penalty=extra is not None,
+        )  # fmt: skip
+        if plan is not None:
+            dense = None if torch.compiler.is_compiling() else functools.partial(self._dense, labels, ref_labels)
+            return small_batch.loss(plan, x, labels, y, ref_labels, extra, dense)
         return self._by_rows(x, labels, y, ref_labels, extra, self.impl)
 
     def _extra(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None) -> Tensor | None:
@@ -291,10 +286,10 @@ class Criterion(nn.Module):
         x, labels, _, _ = self.check(embeddings, labels, None, None)
         with no_autocast(x.device.type):
             pairs = refs.pairs(x, labels, self.distance, *self.preparation, self.impl)
-            loss = self.of_pieces(x, labels, pairs)
-            return loss + pairs.ref_source.poison
+            loss = self.of_chunks(x, labels, pairs)
+            return loss + pairs.ref_source.nonfinite
 
-    def of_pieces(self, x: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
+    def of_chunks(self, x: Tensor, labels: Tensor, pairs: PairAccess) -> Tensor:
         """The loss of embeddings whose references come in chunks."""
         rows = self.checked_row_losses(pairs)
         loss = reduce_losses(rows, self.reduction, pairs, self._extra(x, labels, None, None))
@@ -311,11 +306,11 @@ class Criterion(nn.Module):
 
     def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
         """0, or NaN if an embedding or reference is not finite, even where no row has a loss to show it."""
-        return poison(x, y)
+        return nan_unless_finite(x, y)
 
     def rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
-    ) -> tuple[RowLosses, AnyPairs | None]:
+    ) -> tuple[RowLosses, PairAccess | None]:
         """The row losses of a call, of arguments that `check` has returned, and their pairs, which know their order.
 
         Without pairs (None) the rows are in the caller's order.
@@ -338,7 +333,7 @@ class Criterion(nn.Module):
         return ", ".join(f"{k}={v.item() if isinstance(v, Tensor) else v!r}" for k, v in values.items())
 
 
-def reduce_losses(rows: RowLosses, reduction: str, pairs: AnyPairs | None, extra: Tensor | None = None) -> Tensor:
+def reduce_losses(rows: RowLosses, reduction: str, pairs: PairReducer | None, extra: Tensor | None = None) -> Tensor:
     """The loss of rows, with `extra` () added to each valid one; without `pairs` the rows are in the caller's order."""
     rows, extra = with_extra(rows, reduction, extra)
     if reduction == "none":

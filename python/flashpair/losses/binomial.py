@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
-from .base import AnyPairs, Criterion, RowLosses
+from .base import Criterion, RowLosses
 from .mining import logsumexps, mined_sums
 
 
@@ -72,7 +73,7 @@ class BinomialDevianceLoss(Criterion):
         self.base = checks.number(base, "base")
         self.epsilon = None if epsilon is None else checks.constant(epsilon, "epsilon", at_least=0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         positives = {"transform": "softplus", "scale": -self.alpha, "offset": self.alpha * self.base}
         negatives = {"transform": "softplus", "scale": self.beta, "offset": -self.beta * self.base}
         pos, neg, kept_pos, kept_neg = mined_sums(pairs, positives, negatives, self.epsilon)
@@ -136,7 +137,7 @@ class BinLiftedLoss(Criterion):
         self.base = checks.number(base, "base")
         self.normalized = checks.flag(normalized, "normalized")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         lse_pos, lse_neg = logsumexps(pairs, self.alpha, self.beta, None)
         pos, neg = pairs.reduce(
             Reduction("sum", "positives", "softplus", scale=-self.alpha, offset=self.alpha * self.base),
@@ -197,7 +198,7 @@ class MinedPairLoss(Criterion):
         self.epsilon = checks.constant(epsilon, "epsilon", at_least=0)
         self.weights = checks.word(weights, ("unit", "row_mean"), "weights")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         pos, neg, kept_pos, kept_neg = mined_sums(pairs, {"scale": -1.0, "offset": 1.0}, {}, self.epsilon)
         losses = pos + neg if self.weights == "unit" else _mean(pos, kept_pos) + _mean(neg, kept_neg)
         return RowLosses(losses, kept_pos > 0, losses.shape[0])

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from ..core.transforms import specialised
-from .base import AnyPairs, Criterion, RowLosses
+from .base import Criterion, RowLosses
 from .histogram import of_batch
 
 
@@ -81,7 +82,7 @@ class CircleLoss(Criterion):
     def _phi(self) -> str:
         return _paced(2 * self.m * self.gamma**0.5)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         root, phi = self.gamma**0.5, self._phi()
         pos, neg = pairs.reduce(
             Reduction("logsumexp", "positives", phi, scale=-root, offset=root * (1 + self.m)),
@@ -93,9 +94,9 @@ class CircleLoss(Criterion):
         total = torch.where(valid, pos, 0.0) + torch.where(valid, neg, 0.0)
         return RowLosses(torch.where(valid, softplus(total), 0.0), valid, valid.shape[0])
 
-    def _of_batch(self, pairs: AnyPairs, pos: Tensor, neg: Tensor) -> RowLosses:
+    def _of_batch(self, pairs: PairAccess, pos: Tensor, neg: Tensor) -> RowLosses:
         twice = 2 * math.log(2) if pairs.square else 0.0  # each unordered pair is there from both of its ends
-        some = (pairs.total(pairs.num_positives()) > 0) & (pairs.total(pairs.num_negatives()) > 0)
-        both = [pairs.total_logsumexp(row) for row in (pos, neg)]
+        some = (pairs.batch_sum(pairs.num_positives()) > 0) & (pairs.batch_sum(pairs.num_negatives()) > 0)
+        both = [pairs.batch_logsumexp(row) for row in (pos, neg)]
         loss = softplus((both[0] + both[1] - twice).masked_fill(~some, 0.0)).masked_fill(~some, 0.0)
         return of_batch(loss, some, pairs)

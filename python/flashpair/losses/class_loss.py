@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..chunked.class_weights import class_pairs, proxy_pairs
 from ..core import checks
-from ..core.similarity import poison
-from .base import AnyPairs, Criterion, RowLosses
+from ..core.pairs import PairAccess
+from ..core.similarity import nan_unless_finite
+from .base import Criterion, RowLosses
 
 
 class ClassCriterion(Criterion):
@@ -75,13 +76,13 @@ class ClassCriterion(Criterion):
         checks.width(x, self.embedding_size)
         return x, checks.classes(labels, self.num_classes), y, ref_labels
 
-    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> PairAccess:
         if self.anchors == "proxies":
             return proxy_pairs(self.weight, x, labels, self.normalize, impl)
         return class_pairs(x, labels, self.weight, self.normalize, impl)
 
     def not_finite(self, x: Tensor, y: Tensor | None) -> Tensor:
-        return poison(x, self.weight)
+        return nan_unless_finite(x, self.weight)
 
     def refuses_parts(self) -> str | None:
         """Why the classes cannot be split over processes (`flashpair.distributed.shard_classes`); None: they can."""

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
-from .base import AnyPairs, RowLosses
+from .base import RowLosses
 from .class_loss import ClassCriterion
 
 
-def _cross_entropy(pairs: AnyPairs, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(pairs: PairAccess, scale: float | Tensor) -> tuple[Tensor, Tensor]:
     """Each row's cosine with its own class, and the logsumexp of scale times the others'."""
     own, neg = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "negatives", scale=scale))
     return own, neg
@@ -78,7 +79,7 @@ class NormalizedSoftmaxLoss(ClassCriterion):
         super().__init__(num_classes, embedding_size, normalize=normalize, reduction=reduction, impl=impl)
         self.temperature = checks.number(temperature, "temperature", above=0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         own, neg = _cross_entropy(pairs, 1 / self.temperature)
         return _losses(neg, own / self.temperature)
 
@@ -136,7 +137,7 @@ class CosFaceLoss(ClassCriterion):
         self.margin = checks.number(margin, "margin")
         self.scale = checks.number(scale, "scale", above=0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         own, neg = _cross_entropy(pairs, self.scale)
         return _losses(neg, self.scale * (own - self.margin))
 
@@ -202,7 +203,7 @@ class ArcFaceLoss(ClassCriterion):
         self.scale = checks.number(scale, "scale", above=0)
         self.fallback = checks.flag(fallback, "fallback")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         own, neg = _cross_entropy(pairs, self.scale)
         m = math.radians(self.margin)
         target = own * math.cos(m) - sine(own) * math.sin(m)
@@ -279,9 +280,9 @@ class SphereFaceLoss(ClassCriterion):
         self.scale = checks.number(scale, "scale", above=0)
         self.lam = checks.plain_number(lam, "lam", at_least=0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         own, neg = _cross_entropy(pairs, self.scale)
-        squares = pairs.squares()
+        squares = pairs.squared_norms()
         some = squares > 0
         norm = torch.where(some, torch.where(some, squares, 1.0).sqrt(), 0.0)
         cosine = torch.where(some, own / torch.where(some, norm, 1.0), 0.0).clamp(-1, 1)

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.class_pairs import ClassPairs
+from ..core.distances import ENGINE_WORDS, argument_word
+from ..core.pairs import PairAccess
 from ..core.problem import AVERAGINGS
 from ..core.reduction import Reduction
-from ..core.similarity import normalize, upcast
-from .base import AnyPairs, Criterion, Penalty, RowLosses, Terms
-from .distances import DISTANCES, similarity_of
+from ..core.similarity import l2_normalize, upcast
+from .base import Criterion, Penalty, RowLosses, Terms
 
 COSINE_SLACK = 16  # roundings
 
 
 def hinges(
-    pairs: AnyPairs, positives: Reduction, negatives: Reduction, limits: Sequence[Reduction]
+    pairs: PairAccess, positives: Reduction, negatives: Reduction, limits: Sequence[Reduction]
 ) -> tuple[Terms, Terms]:
     """The terms of two sums of hinges; two `limits` count those above 0, where they are to be counted."""
     pos, neg, *counts = pairs.reduce(positives, negatives, *limits)
@@ -90,7 +91,7 @@ class ContrastiveLoss(Criterion):
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.pos_margin = None if pos_margin is None else checks.number(pos_margin, "pos_margin")
         self.neg_margin = checks.number(neg_margin, "neg_margin")
-        self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
+        self.distance = ENGINE_WORDS[checks.word(distance, ("euclidean", "cosine"), "distance")]
         self.power = checks.integer(power, "power", (1, 2))
         if pos_margin is None and (power == 2 or reduction == "nonzero"):
             raise ValueError(
@@ -98,9 +99,9 @@ class ContrastiveLoss(Criterion):
             )
 
     def hyperparameters(self) -> dict[str, object]:
-        return {**super().hyperparameters(), "distance": similarity_of(self.distance)}
+        return {**super().hyperparameters(), "distance": argument_word(self.distance)}
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         sign = 1.0 if self.distance == "dot" else -1.0
         phi = "hinge" if self.power == 1 else "squared_hinge"
         if self.pos_margin is None:
@@ -123,8 +124,8 @@ class ContrastiveLoss(Criterion):
                     Reduction("count", "positives", lower=pos_limit),
                     Reduction("count", "negatives", upper=neg_limit),
                 )
-        found = hinges(pairs, positives, negatives, limits)
-        pos, neg = (Terms(t.losses / self.power, t.number, t.nonzero) for t in found)
+        sides = hinges(pairs, positives, negatives, limits)
+        pos, neg = (Terms(t.losses / self.power, t.number, t.nonzero) for t in sides)
         losses = pos.losses + neg.losses
         return RowLosses(losses, (pos.number + neg.number) > 0, losses.shape[0], (pos, neg))
 
@@ -194,14 +195,14 @@ class SNRContrastiveLoss(Criterion):
         return False, self._centred
 
     def _centred(self, x: Tensor) -> Tensor:
-        x = normalize(x) if self.normalize else x
+        x = l2_normalize(x) if self.normalize else x
         centred = x - x.mean(1, keepdim=True)
         noise = x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * x.detach().abs().amax(1, keepdim=True)
         constant = centred.detach().abs().amax(1, keepdim=True) <= noise  # but for rounding
         return centred.masked_fill(constant, 0.0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        noise = pairs.squares()  # (N,) |x_i - mean|^2, in whose units the margins are
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
+        noise = pairs.squared_norms()  # (N,) |x_i - mean|^2, in whose units the margins are
         varies = noise > 0
         # What is over its margin by no more than rounding has no loss: a batch's and its processes' squared norms round
         # apart. So do equal rows' means.
@@ -228,11 +229,11 @@ class SNRContrastiveLoss(Criterion):
         return RowLosses(losses, (terms[0].number + terms[1].number) > 0, losses.shape[0], terms)
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, chosen: ClassPairs | None = None
     ) -> Penalty | None:
         if self.regularizer_weight == 0:
             return None
         x, _ = upcast(x, None)
-        x = normalize(x) if self.normalize else x
+        x = l2_normalize(x) if self.normalize else x
         total = self.regularizer_weight * x.sum(1).abs().sum()
         return Penalty(total, torch.full_like(total, x.shape[0]))

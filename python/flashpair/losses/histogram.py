@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import histogram
-from .base import AnyPairs, Criterion, RowLosses
+from .base import Criterion, RowLosses
 
 
-def of_batch(loss: Tensor, some: Tensor, pairs: AnyPairs) -> RowLosses:
+def of_batch(loss: Tensor, some: Tensor, pairs: PairAccess) -> RowLosses:
     """Row losses of a loss () that is of the whole batch: each row has the same share."""
     n = pairs.labels.shape[0]
-    every = pairs.total(torch.ones_like(pairs.labels)).clamp_min(1)
+    every = pairs.batch_sum(torch.ones_like(pairs.labels)).clamp_min(1)
     return RowLosses((loss / every).expand(n), some.expand(n), n, shares=True)
 
 
@@ -58,11 +59,11 @@ class HistogramLoss(Criterion):
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.n_bins = checks.integer(n_bins, "n_bins", at_least=1)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         nodes, step = self.n_bins + 1, 2 / self.n_bins
         rows = pairs.reduce(*histogram("positives", nodes, -1.0, step), *histogram("negatives", nodes, -1.0, step))
-        pos, neg = (pairs.total(torch.stack(rows[k : k + nodes])) for k in (0, nodes))
-        num_pos, num_neg = pairs.total(pairs.num_positives()), pairs.total(pairs.num_negatives())
+        pos, neg = (pairs.batch_sum(torch.stack(rows[k : k + nodes])) for k in (0, nodes))
+        num_pos, num_neg = pairs.batch_sum(pairs.num_positives()), pairs.batch_sum(pairs.num_negatives())
         loss = (neg * pos.cumsum(0)).sum() / (num_pos.clamp_min(1).to(pos.dtype) * num_neg.clamp_min(1))
         some = (num_pos > 0) & (num_neg > 0)
         return of_batch(loss.masked_fill(~some, 0.0), some, pairs)
@@ -111,7 +112,7 @@ class FastAPLoss(Criterion):
         self.num_bins = checks.integer(num_bins, "num_bins", at_least=1)
         self.distance = "dot" if normalize else "squared_euclidean"
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         # of unit vectors D^2 is 2 - 2 s, which is had for less
         nodes, first, step = self.num_bins + 1, *((1.0, -2.0) if self.distance == "dot" else (0.0, 4.0))
         step /= self.num_bins

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.row_formula import RowFormula
-from .base import AnyPairs, Criterion, RowLosses
+from .base import Criterion, RowLosses
 from .mining import logsumexps
 
 
@@ -57,7 +58,7 @@ class LiftedStructureLoss(Criterion):
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.margin = checks.number(margin, "margin")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         (neg,) = pairs.reduce(Reduction("logsumexp", "negatives", scale=-1.0))
         reach = neg + self.margin
         (squares,) = pairs.reduce(Reduction("sum", "positives", "lifted", offset=reach, ref_offset=reach))
@@ -117,7 +118,7 @@ class GeneralizedLiftedStructureLoss(Criterion):
     def hyperparameters(self) -> dict[str, object]:
         return {"margin": self.margin, "distance": "cosine" if self.distance == "dot" else self.distance}
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         sign = -1.0 if self.distance == "dot" else 1.0
         pos, neg = pairs.reduce(
             Reduction("logsumexp", "positives", scale=sign), Reduction("logsumexp", "negatives", scale=-sign)
@@ -182,7 +183,7 @@ class LiftedStructureStarLoss(Criterion):
         self.beta = checks.number(beta, "beta", above=0)
         self.epsilon = None if epsilon is None else checks.constant(epsilon, "epsilon", at_least=0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         pos, neg = logsumexps(pairs, self.alpha, self.beta, self.epsilon)
         valid = torch.minimum(pos.detach(), neg.detach()) != -torch.inf
         losses = torch.where(valid, pos, 0.0) / self.alpha + torch.where(valid, neg, 0.0) / self.beta

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
-from .base import AnyPairs, Criterion, RowLosses, Terms
+from .base import Criterion, RowLosses, Terms
 
 
 class MarginLoss(Criterion):
@@ -95,7 +96,7 @@ class MarginLoss(Criterion):
         x, labels, y, ref_labels = super().check(embeddings, labels, ref_emb, ref_labels)
         return x, labels if self.num_classes is None else checks.classes(labels, self.num_classes), y, ref_labels
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         beta = (self.beta if self.num_classes is None else self.beta[pairs.labels]).to(pairs.dtype)
         counts = []
         if self.reduction == "nonzero":
@@ -115,6 +116,6 @@ class MarginLoss(Criterion):
         count = num_pos * times_pos + num_neg * times_neg
         nonzero = above[0] * times_pos + above[1] * times_neg if above else None
         if self.nu and nonzero is not None:  # an average over nothing is 0
-            penalty = torch.where(pairs.total(nonzero) > 0, penalty, 0.0)
+            penalty = torch.where(pairs.batch_sum(nonzero) > 0, penalty, 0.0)
         losses = pos * times_pos + neg * times_neg + penalty
         return RowLosses(losses, count > 0, losses.shape[0], (Terms(losses, count, nonzero),))

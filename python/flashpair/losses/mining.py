@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.pairs import PairAccess
 from ..core.reduction import Bound, Reduction
-from .base import AnyPairs
 
 
 def logsumexps(
-    pairs: AnyPairs, alpha: float | Tensor, beta: float | Tensor, epsilon: float | None
+    pairs: PairAccess, alpha: float | Tensor, beta: float | Tensor, epsilon: float | None
 ) -> tuple[Tensor, Tensor]:
     """logsumexp of -alpha z over each row's positives and of beta z over its negatives, (N,) each, mined.
 
@@ -44,7 +44,7 @@ _mined_constant = functools.lru_cache(maxsize=64)(_mined)
 
 
 def mined_sums(
-    pairs: AnyPairs, positives: dict[str, Any], negatives: dict[str, Any], epsilon: float | None
+    pairs: PairAccess, positives: dict[str, Any], negatives: dict[str, Any], epsilon: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over each row's mined positives and negatives, and how many these are, (N,) each.
 

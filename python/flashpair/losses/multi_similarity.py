@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.row_formula import RowFormula
 from ..core.similarity import softplus
-from .base import AnyPairs, Criterion, RowLosses
+from .base import Criterion, RowLosses
 from .mining import logsumexps
 
 
@@ -72,7 +73,7 @@ class MultiSimilarityLoss(Criterion):
         self.base = checks.number(base, "base")
         self.epsilon = None if epsilon is None else checks.constant(epsilon, "epsilon", at_least=0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         pos, neg = logsumexps(pairs, self.alpha, self.beta, self.epsilon)
         losses = softplus(pos + self.alpha * self.base) / self.alpha + softplus(neg - self.beta * self.base) / self.beta
         return RowLosses(losses, torch.maximum(pos.detach(), neg.detach()) != -torch.inf, losses.shape[0])

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.class_pairs import ClassPairs, draw
+from ..core.class_pairs import ClassPairs, pick_class_pairs
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.row_formula import RowFormula
 from ..core.similarity import softplus, upcast
-from .base import AnyPairs, Criterion, Penalty, RowLosses
+from .base import Criterion, Penalty, RowLosses
 
 L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
 
@@ -83,7 +84,7 @@ class NPairsLoss(Criterion):
         self.l2_weight = checks.number(l2_weight, "l2_weight", at_least=0)
         self.l2_kind = checks.word(l2_kind, L2_KINDS, "l2_kind")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         if self.variant == "softlabel":
             return self._soft_labels(pairs)
         return self._every_pair(pairs) if self.variant == "all_pairs" else self._one_pair_a_class(pairs)
@@ -94,40 +95,40 @@ class NPairsLoss(Criterion):
         name = {"mc": "n_pair", "ovo": "one_vs_one"}.get(self.variant, "all_pairs")
         return RowFormula(name, (-1.0, 1.0), one_pair=self.variant != "all_pairs")
 
-    def _every_pair(self, pairs: AnyPairs) -> RowLosses:
+    def _every_pair(self, pairs: PairAccess) -> RowLosses:
         (neg,) = pairs.reduce(Reduction("logsumexp", "negatives"))
         (losses,) = pairs.reduce(Reduction("sum", "positives", "softplus", scale=-1.0, offset=neg))
         positives = pairs.num_positives()
         return RowLosses(losses, positives > 0, positives.sum())
 
-    def _soft_labels(self, pairs: AnyPairs) -> RowLosses:
+    def _soft_labels(self, pairs: PairAccess) -> RowLosses:
         pos, every = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "all"))
         positives = pairs.num_positives()
         valid = positives > 0
         losses = torch.where(valid, every, 0.0) - pos / positives.clamp_min(1)
         return RowLosses(losses, valid, valid.shape[0])
 
-    def _one_pair_a_class(self, pairs: AnyPairs) -> RowLosses:
-        drawn = pairs.draw()
-        chosen = pairs.select(drawn.anchors, drawn.positives, drawn.place, drawn.taken)
-        target = chosen.paired()
+    def _one_pair_a_class(self, pairs: PairAccess) -> RowLosses:
+        chosen = pairs.class_pairs()
+        few = pairs.take_pairs(chosen)
+        target = few.matched_similarities()
         if self.variant == "mc":
-            (neg,) = chosen.reduce(Reduction("logsumexp", "negatives"))
+            (neg,) = few.reduce(Reduction("logsumexp", "negatives"))
             losses = softplus(neg - target)
         else:
-            (losses,) = chosen.reduce(Reduction("sum", "negatives", "softplus", offset=-target))
-        taken = drawn.place < drawn.taken
+            (losses,) = few.reduce(Reduction("sum", "negatives", "softplus", offset=-target))
+        taken = chosen.place < chosen.taken
         rows = losses.new_zeros(pairs.labels.shape[0])
-        losses = rows.index_add(0, drawn.anchors, torch.where(taken, losses, 0.0))
-        valid = rows.detach().index_add(0, drawn.anchors, taken.to(rows.dtype)) > 0
-        return RowLosses(losses, valid, drawn.taken)
+        losses = rows.index_add(0, chosen.anchors, torch.where(taken, losses, 0.0))
+        valid = rows.detach().index_add(0, chosen.anchors, taken.to(rows.dtype)) > 0
+        return RowLosses(losses, valid, chosen.taken)
 
     @property
     def penalizes_references(self) -> bool:  # type: ignore[override]
         return isinstance(self.l2_weight, Tensor) or self.l2_weight != 0.0
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, chosen: ClassPairs | None = None
     ) -> Penalty | None:
         if not self.penalizes_references:
             return None
@@ -136,10 +137,11 @@ class NPairsLoss(Criterion):
             squares = torch.cat([x, *([] if y is None else [y])]).square().sum(1)
             weight = torch.ones_like(squares)
         else:
-            drawn = draw(labels, ref_labels) if drawn is None else drawn
+            chosen = pick_class_pairs(labels, ref_labels) if chosen is None else chosen
             refs = x if y is None else y
-            squares = torch.cat([x[drawn.anchors], refs[drawn.positives]]).square().sum(1)
-            weight = torch.cat([(torch.arange(len(t), device=x.device) < drawn.taken) for t in drawn[:2]]).to(x.dtype)
+            squares = torch.cat([x[chosen.anchors], refs[chosen.positives]]).square().sum(1)
+            both = (chosen.anchors, chosen.positives)
+            weight = torch.cat([(torch.arange(len(t), device=x.device) < chosen.taken) for t in both]).to(x.dtype)
         if self.l2_kind == "mean_norm":
             nonzero = squares > 0
             size = torch.where(nonzero, torch.where(nonzero, squares, 1.0).sqrt(), 0.0)

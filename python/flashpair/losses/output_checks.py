@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -125,13 +124,13 @@ def _on(value: Tensor, device: torch.device, name: str) -> None:
         raise ValueError(f"{name} must be on the device of embeddings, {device}, got {checks.what(value)}")
 
 
-def checked_call(found: Any, name: str) -> tuple[Any, Any]:
+def checked_call(returned: Any, name: str) -> tuple[Any, Any]:
     """What `rows` of a class has returned."""
-    if not isinstance(found, tuple) or len(found) != 2:
+    if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(
-            f"rows of {name} must return a tuple of RowLosses and the pairs (or None), got {checks.what(found)}"
+            f"rows of {name} must return a tuple of RowLosses and the pairs (or None), got {checks.what(returned)}"
         )
-    return found
+    return returned
 
 
 def checked_extra(extra: Any, name: str, x: Tensor) -> Tensor | None:
@@ -145,14 +144,14 @@ def checked_extra(extra: Any, name: str, x: Tensor) -> Tensor | None:
     return extra
 
 
-def checked_penalty(found: Any, name: str) -> Penalty | None:
+def checked_penalty(penalty: Any, name: str) -> Penalty | None:
     """What `penalty_of` of a class has returned."""
-    if found is not None and not (isinstance(found, Penalty) and all(isinstance(t, Tensor) for t in found)):
+    if penalty is not None and not (isinstance(penalty, Penalty) and all(isinstance(t, Tensor) for t in penalty)):
         raise TypeError(
             f"penalty_of of {name} must return None or Penalty(total, number) of two tensors of shape (), got "
-            f"{checks.what(found)}"
+            f"{checks.what(penalty)}"
         )
-    return found
+    return penalty
 
 
 def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
@@ -164,19 +163,6 @@ def checked_prepared(rows: Any, given: Tensor, name: str) -> Tensor:
         )
     _on(rows, given.device, f"what preparation of {name} makes")
     return rows
-
-
-def after_init(cls: type, wanted: str, call: str) -> Callable[..., None]:
-    """The class's own `__init__`, after which its parent's must have been called, which sets the attribute `wanted`."""
-    init: Callable[..., None] = cls.__dict__["__init__"]
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if wanted not in self.__dict__:
-            raise TypeError(f"__init__ of {cls.__name__} must call super().__init__({call})")
-
-    return checked
 
 
 def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:

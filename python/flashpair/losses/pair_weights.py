@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.reference import ReferencePairs
+from ..core.pairs import DensePairs
 from .base import Criterion, reduce_losses
 from .output_checks import refuse_own
 
@@ -51,7 +51,7 @@ def pair_weights(
     x, labels, y, ref_labels = criterion.check(embeddings, labels, ref_emb, ref_labels)
     with torch.no_grad():
         pairs = criterion.pairs_of(x, labels, y, ref_labels, "reference")
-    assert isinstance(pairs, ReferencePairs)
+    assert isinstance(pairs, DensePairs)
     with torch.enable_grad():
         pairs.z.requires_grad_()
         loss = reduce_losses(criterion.checked_row_losses(pairs), criterion.reduction, pairs).sum()

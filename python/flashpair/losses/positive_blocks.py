@@ -35,7 +35,7 @@ def sum_of_blocks(run: Run[Block], blocks: Sequence[Block], kept: int, device: t
 def _forgotten(run: Run[Block], block: Block, device: torch.device) -> tuple[Tensor, ...]:
     """run(block), which backward runs again at the first tensor that it asks for: torch.utils.checkpoint, without the
     150 MB and the seconds that its first call takes to import the compiler."""
-    count, found = 0, dict[int, Tensor]()
+    count, recomputed = 0, dict[int, Tensor]()
 
     def forget(_: Tensor) -> int:
         nonlocal count
@@ -43,7 +43,7 @@ def _forgotten(run: Run[Block], block: Block, device: torch.device) -> tuple[Ten
         return count - 1
 
     def remember(place: int) -> Tensor:
-        if place not in found:
+        if place not in recomputed:
             every: list[Tensor] = []
             with torch.enable_grad(), no_autocast(device.type), saved_tensors_hooks(_into(every), _never):
                 run(block)
@@ -51,8 +51,8 @@ def _forgotten(run: Run[Block], block: Block, device: torch.device) -> tuple[Ten
                 raise RuntimeError(
                     f"a loss saved {len(every)} tensors when backward recomputed it, and {count} in its forward pass"
                 )
-            found.update(enumerate(every))
-        return found.pop(place)
+            recomputed.update(enumerate(every))
+        return recomputed.pop(place)
 
     with saved_tensors_hooks(forget, remember):
         return run(block)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
-from .base import AnyPairs, RowLosses
+from .base import RowLosses
 from .class_loss import ClassCriterion
 
 
@@ -67,7 +68,7 @@ class ProxyNCALoss(ClassCriterion):
         self.softmax_scale = checks.number(softmax_scale, "softmax_scale", above=0)
         self.include_positive = checks.flag(include_positive, "include_positive")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         # D^2 = |x|^2 + 1 - 2 s, of which the first two cancel
         scale = 2 * self.softmax_scale
         own, neg = pairs.reduce(Reduction("sum", "positives"), Reduction("logsumexp", "negatives", scale=scale))
@@ -136,12 +137,14 @@ class ProxyAnchorLoss(ClassCriterion):
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight, mode="fan_out")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         pos, neg = pairs.reduce(
             Reduction("logsumexp", "positives", scale=-self.alpha),
             Reduction("logsumexp", "negatives", scale=self.alpha),
         )
         shift = self.alpha * self.margin
         present = pairs.num_positives() > 0
-        losses = softplus(pos + shift) / pairs.total(present).clamp_min(1) + softplus(neg + shift) / self.num_classes
+        losses = (
+            softplus(pos + shift) / pairs.batch_sum(present).clamp_min(1) + softplus(neg + shift) / self.num_classes
+        )
         return RowLosses(losses, torch.ones_like(present), present.shape[0], shares=True)

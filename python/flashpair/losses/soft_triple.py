@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..backends.reference import ReferencePairs
 from ..core import checks
 from ..core.class_pairs import ClassPairs
+from ..core.pairs import DensePairs, PairAccess
 from ..core.similarity import (
     inverse_norm,
+    l2_normalize,
     masked_logsumexp,
+    nan_unless_finite,
     no_autocast,
-    normalize,
-    poison,
     softplus,
     through_normalize,
     upcast,
 )
-from .base import AnyPairs, Penalty, RowLosses
+from ..engine.pairs import dense_pairs_of
+from .base import Penalty, RowLosses
 from .class_loss import ClassCriterion
 
 CHUNK_BYTES = 2**21  # of similarities at a time
@@ -103,22 +104,22 @@ class SoftTripleLoss(ClassCriterion):
         if impl not in ("auto", "tiled", "reference"):
             raise ValueError(f"impl of SoftTripleLoss must be one of auto, tiled, reference, got {impl!r}")
 
-    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> AnyPairs:
+    def pairs_of(self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str) -> PairAccess:
         """Every centre (C K) is a reference, over the dense matrix."""
         x, weight = self._sides(x)
         classes = torch.arange(self.num_classes, device=x.device).repeat_interleave(self.centers_per_class)
         z = x @ unit(weight).flatten(0, 1).T
-        return ReferencePairs(z, labels, classes, square=False, poison=poison(x, weight.flatten(0, 1)))
+        return dense_pairs_of(z, labels, classes, nan_unless_finite(x, weight.flatten(0, 1)))
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
-        assert isinstance(pairs, ReferencePairs)
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
+        assert isinstance(pairs, DensePairs)
         s = pairs.z.unflatten(1, (self.num_classes, self.centers_per_class))
         own, neg = of_similarities(s, pairs.labels, self.la, self.gamma)
-        return self.row_losses_of(own + pairs.poison, neg)
+        return self.row_losses_of(own + pairs.nonfinite, neg)
 
     def rows(
         self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, impl: str
-    ) -> tuple[RowLosses, AnyPairs | None]:
+    ) -> tuple[RowLosses, PairAccess | None]:
         if impl == "reference" or isinstance(self.la, Tensor) or isinstance(self.gamma, Tensor):
             return super().rows(x, labels, y, ref_labels, impl)
         return self.row_losses_of(*self.own_and_others(x, labels)), None
@@ -143,14 +144,14 @@ class SoftTripleLoss(ClassCriterion):
     def _sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = upcast(x, self.weight)
         assert weight is not None
-        return normalize(x) if self.normalize else x, weight
+        return l2_normalize(x) if self.normalize else x, weight
 
     def row_losses_of(self, own: Tensor, neg: Tensor) -> RowLosses:
         losses = softplus(neg - self.la * (own - self.margin))
         return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
 
     def penalty_of(
-        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, drawn: ClassPairs | None = None
+        self, x: Tensor, labels: Tensor, y: Tensor | None, ref_labels: Tensor | None, chosen: ClassPairs | None = None
     ) -> Penalty | None:
         """Eq. 9: the mean distance of a class's centres."""
         k = self.centers_per_class
@@ -164,7 +165,7 @@ class SoftTripleLoss(ClassCriterion):
 
 
 def unit(weight: Tensor) -> Tensor:  # (C, K, D)
-    return normalize(weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
+    return l2_normalize(weight.flatten(0, 1)).unflatten(0, weight.shape[:2])
 
 
 def of_similarities(s: Tensor, labels: Tensor, la: float | Tensor, gamma: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -210,8 +211,8 @@ class _Chunked(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             x, weight = x.view_as(x), weight.view_as(weight)  # which may owe something to each other
             s = (x @ unit(weight).flatten(0, 1).T).unflatten(1, weight.shape[:2])
-            found = of_similarities(s, labels, ctx.la, ctx.gamma)
-            return *torch.autograd.grad(found, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
+            values = of_similarities(s, labels, ctx.la, ctx.gamma)
+            return *torch.autograd.grad(values, (x, weight), (g_own, g_neg), create_graph=True), *(None,) * 4
         dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
         share = (ctx.la * g_neg)[:, None]
         for chunk in _chunks(x, weight, labels, ctx.gamma, ctx.bounded):

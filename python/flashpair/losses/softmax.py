@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.distances import ENGINE_WORDS, argument_word
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
-from .base import AnyPairs, Criterion, RowLosses
-from .distances import DISTANCES, similarity_of
+from .base import Criterion, RowLosses
 
 
 class NCALoss(Criterion):
@@ -58,12 +59,12 @@ class NCALoss(Criterion):
     ) -> None:
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.softmax_scale = checks.number(softmax_scale, "softmax_scale", above=0)
-        self.distance = DISTANCES[checks.word(distance, ("squared_euclidean", "cosine"), "distance")]
+        self.distance = ENGINE_WORDS[checks.word(distance, ("squared_euclidean", "cosine"), "distance")]
 
     def hyperparameters(self) -> dict[str, object]:
-        return {**super().hyperparameters(), "distance": similarity_of(self.distance)}
+        return {**super().hyperparameters(), "distance": argument_word(self.distance)}
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         scale = self.softmax_scale if self.distance == "dot" else -self.softmax_scale
         pos, every = pairs.reduce(
             Reduction("logsumexp", "positives", scale=scale), Reduction("logsumexp", "all", scale=scale)
@@ -118,7 +119,7 @@ class NTXentLoss(Criterion):
         super().__init__(normalize=normalize, reduction=reduction, impl=impl)
         self.temperature = checks.number(temperature, "temperature", above=0)
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         scale = 1 / self.temperature
         (neg,) = pairs.reduce(Reduction("logsumexp", "negatives", scale=scale))
         (losses,) = pairs.reduce(Reduction("sum", "positives", "softplus", scale=-scale, offset=neg))
@@ -176,7 +177,7 @@ class SupConLoss(Criterion):
             None if base_temperature is None else checks.plain_number(base_temperature, "base_temperature", above=0)
         )
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         scale = 1 / self.temperature
         pos, every = pairs.reduce(
             Reduction("sum", "positives", scale=scale), Reduction("logsumexp", "all", scale=scale)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.distances import ENGINE_WORDS
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
-from .base import AnyPairs, Criterion, RowLosses, Terms
-from .distances import DISTANCES
+from .base import Criterion, RowLosses, Terms
 from .positive_blocks import sum_of_blocks
 
 KEPT_BLOCKS = 2  # of the list of positives; of more, backward computes each again
@@ -91,7 +92,7 @@ class TripletMarginLoss(Criterion):
         self.smooth = checks.flag(smooth, "smooth")
         self.power = checks.integer(power, "power", (1, 2))
         self.max_positives = checks.most(max_positives, "max_positives")
-        self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
+        self.distance = ENGINE_WORDS[checks.word(distance, ("euclidean", "cosine"), "distance")]
         if power == 2 and distance == "cosine":
             raise ValueError("power must be 1 with distance 'cosine', got 2")
         if smooth and triplets.startswith("semihard"):
@@ -107,10 +108,10 @@ class TripletMarginLoss(Criterion):
         """A negative's z times this is what a triplet's loss rises with."""
         return 1.0 if self.distance == "dot" else -1.0
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         return self._hardest(pairs) if self.triplets == "hard" else self._by_positives(pairs)
 
-    def _hardest(self, pairs: AnyPairs) -> RowLosses:
+    def _hardest(self, pairs: PairAccess) -> RowLosses:
         far, near = ("min", "max") if self.sign > 0 else ("max", "min")
         pos, neg = pairs.reduce(Reduction(far, "positives"), Reduction(near, "negatives"))
         valid = (pairs.num_positives() > 0) & (pairs.num_negatives() > 0)
@@ -118,7 +119,7 @@ class TripletMarginLoss(Criterion):
         losses = torch.where(valid, softplus(d) if self.smooth else d.relu(), 0.0)
         return RowLosses(losses, valid, valid.shape[0])
 
-    def _by_positives(self, pairs: AnyPairs) -> RowLosses:
+    def _by_positives(self, pairs: PairAccess) -> RowLosses:
         """A few reductions over the negatives for each place in the list of positives."""
         most = pairs.most_positives(self.max_positives)
         each = self._nearest_farther if self.triplets == "semihard" else self._sums
@@ -135,7 +136,7 @@ class TripletMarginLoss(Criterion):
         above = count if self.smooth else above
         return RowLosses(losses, count > 0, count.sum(), (Terms(losses, count, above),))
 
-    def _sums(self, pairs: AnyPairs, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, pairs: PairAccess, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """The sum (N,) of the triplets with the positives z (K, N), and how many of them are above 0."""
         offset = torch.where(there, self.margin - self.sign * z, -torch.inf)
         limit = torch.where(there, z - self.sign * self.margin, self.sign * torch.inf).detach()
@@ -158,12 +159,12 @@ class TripletMarginLoss(Criterion):
         losses = torch.stack(rows[: len(sums)]).sum(0)
         return losses, torch.stack(rows[len(sums) :]).sum(0) if counts else torch.zeros_like(losses)
 
-    def _nearest_farther(self, pairs: AnyPairs, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def _nearest_farther(self, pairs: PairAccess, z: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """As `_sums`, of the one triplet of each positive."""
         near, far, side = ("max", "min", "upper") if self.sign > 0 else ("min", "max", "lower")
         each = [Reduction(near, "negatives", **{side: row}) for row in z.detach()]
-        *found, last = pairs.reduce(*each, Reduction(far, "negatives"))
-        chosen = torch.stack(found)
+        *nearest, last = pairs.reduce(*each, Reduction(far, "negatives"))
+        chosen = torch.stack(nearest)
         chosen = torch.where(chosen.isinf(), last, chosen)
         d = self.sign * (torch.where(there, chosen, 0.0) - z) + self.margin
         each_loss = torch.where(there, d.relu(), 0.0)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from ..core.transforms import specialised
-from .base import AnyPairs, Criterion, RowLosses
+from .base import Criterion, RowLosses
 
 
 def _slack(scale: float, margin: float) -> str:
@@ -81,7 +82,7 @@ class TupletMarginLoss(Criterion):
     def _phi(self) -> str:
         return _slack(self.scale, math.radians(self.margin))
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         (neg,) = pairs.reduce(Reduction("logsumexp", "negatives", scale=self.scale))
         (losses,) = pairs.reduce(Reduction("sum", "positives", self._phi(), offset=neg))
         positives = pairs.num_positives()
@@ -137,11 +138,11 @@ class IntraPairVarianceLoss(Criterion):
         self.pos_eps = checks.plain_number(pos_eps, "pos_eps")
         self.neg_eps = checks.plain_number(neg_eps, "neg_eps")
 
-    def row_losses(self, pairs: AnyPairs) -> RowLosses:
+    def row_losses(self, pairs: PairAccess) -> RowLosses:
         pos, neg = pairs.reduce(Reduction("sum", "positives"), Reduction("sum", "negatives"))
-        num_pos, num_neg = (pairs.total(c).clamp_min(1) for c in (pairs.num_positives(), pairs.num_negatives()))
-        low = (1 - self.pos_eps) * pairs.total(pos) / num_pos
-        high = (1 + self.neg_eps) * pairs.total(neg) / num_neg
+        num_pos, num_neg = (pairs.batch_sum(c).clamp_min(1) for c in (pairs.num_positives(), pairs.num_negatives()))
+        low = (1 - self.pos_eps) * pairs.batch_sum(pos) / num_pos
+        high = (1 + self.neg_eps) * pairs.batch_sum(neg) / num_neg
         pos, neg = pairs.reduce(
             Reduction("sum", "positives", "squared_hinge", scale=-1.0, offset=low),
             Reduction("sum", "negatives", "squared_hinge", offset=-high),

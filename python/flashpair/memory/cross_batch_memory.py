@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..chunked.pairs import chunked_backend
 from ..core import checks
-from ..core.problem import accumulator
 from ..core.similarity import no_autocast
+from ..engine.dispatch import route_chunks
 from ..engine.sorted_rows import sorted_rows
 from ..losses.base import Criterion
 from ..losses.output_checks import AT_ONCE, refuse_own
@@ -32,7 +31,7 @@ class CrossBatchMemory(nn.Module):
     - *N-pair losses* with one pair of each class take the batch's own positive if there is one, else the oldest in
       memory.
 
-    Time for a step grows with N times `memory_size` pairs. Memory beside the queue is that of N rows and a segment of
+    Time for a step grows with N times `memory_size` pairs. Memory beside the queue is that of N rows and a run of
     the queue. Losses that are screened on the CPU (mined ones, hinges, extremes) also keep an int8 copy of the queue, a
     quarter of its size, and until backward the live pairs, up to 64 bytes an entry.
 
@@ -142,35 +141,37 @@ class CrossBatchMemory(nn.Module):
         if enqueue and x.shape[0] > self.memory_size:
             raise ValueError(f"embeddings must be at most memory_size = {self.memory_size} rows, got {checks.what(x)}")
         criterion, queue = self.criterion, self.queue
-        impl = chunked_backend(criterion.impl, x)
-        unit, prepare = criterion.preparation
+        route = route_chunks(criterion.impl, x)
+        normalize, prepare = criterion.preparation
         if queue.empty.labels.device != x.device:
             queue.apply(lambda t: t.to(x.device))
         with no_autocast(x.device.type):
             labels_in_order, order = torch.sort(labels, stable=True)
-            wide = x.to(accumulator(x.dtype))
-            rows = sorted_rows(wide if prepare is None else prepare(wide), order, unit=unit, impl=impl)
+            wide = x.to(route.dtype)
+            rows = sorted_rows(
+                wide if prepare is None else prepare(wide), order, normalize=normalize, impl=route.backend
+            )
             again = enqueue and torch._C._current_graph_task_id() != -1  # within backward: a recomputation
             if again:
                 queue = self._seen_by(rows, labels_in_order)
             elif enqueue:
                 queue = queue.fork()  # if anything below raises, nothing has changed
-                queue.make_place(x.shape[0])
+                queue.evict(x.shape[0])
             ref_source = MemorySource(labels_in_order, order, queue.held())
-            pairs = MemoryPairs(rows, ref_source, criterion.distance, impl, criterion.impl != "auto")
-            loss = criterion.of_pieces(x, labels, pairs)
+            pairs = MemoryPairs(rows, ref_source, criterion.distance, route)
+            loss = criterion.of_chunks(x, labels, pairs)
             if enqueue and not again:
                 before = queue.fork()
                 if x.shape[0]:
-                    queue.enter(rows.detach(), labels_in_order, order)
+                    queue.append(rows.detach(), labels_in_order, order)
                 self.queue, self._before = queue, before
         return loss
 
     def _seen_by(self, rows: Tensor, labels: Tensor) -> Queue:
         """What the last call saw, which torch.utils.checkpoint computes again."""
-        late, before = self.queue.late, self._before
+        pending, before = self.queue.pending, self._before
         if before is None or not (
-            torch.equal(late.labels, labels) and torch.equal(late.rows, rows.detach().to(late.rows.dtype))
+            torch.equal(pending.labels, labels) and torch.equal(pending.rows, rows.detach().to(pending.rows.dtype))
         ):
             raise RuntimeError(
                 "torch.utils.checkpoint can recompute a call of CrossBatchMemory only until the next call and with the "
@@ -202,7 +203,7 @@ class CrossBatchMemory(nn.Module):
         return torch.cat([t, t.new_zeros(self.memory_size - t.shape[0], *t.shape[1:])])
 
     def get_extra_state(self) -> dict[str, int]:
-        return {"count": self.queue.count, "late": len(self.queue.late), "held": len(self)}
+        return {"count": self.queue.count, "late": len(self.queue.pending), "held": len(self)}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self._counts = state
@@ -224,8 +225,8 @@ class CrossBatchMemory(nn.Module):
         if missing or prefix + "_extra_state" not in state_dict:
             return
         rows, labels = kept
-        count, late, held = (self._counts.get(name, rows.shape[0]) for name in ("count", "late", "held"))
-        if not 0 <= late <= held <= min(count, rows.shape[0]):
+        count, pending, held = (self._counts.get(name, rows.shape[0]) for name in ("count", "late", "held"))
+        if not 0 <= pending <= held <= min(count, rows.shape[0]):
             error_msgs.append(f"{prefix}_extra_state must be of {rows.shape[0]} rows or fewer, got {self._counts!r}")
             return
         rows, labels = rows[:held], labels[:held]  # of older states all
@@ -237,7 +238,7 @@ class CrossBatchMemory(nn.Module):
             )
             return
         like = self.queue.empty
-        self.queue.restore(rows.to(like.rows), labels.to(like.labels), count, late)
+        self.queue.restore(rows.to(like.rows), labels.to(like.labels), count, pending)
         self._before = None
 
     def extra_repr(self) -> str:

@@ -269,20 +269,20 @@ def _apart(again: Tensor, first: Tensor) -> Tensor:
 
 def _leaves(inputs: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec]:
     """The tensors of some inputs, which all have N rows."""
-    found, nesting = pytree.tree_flatten_with_path(inputs)
+    leaves, nesting = pytree.tree_flatten_with_path(inputs)
     takes = f"{name} must be a tensor (N, ...), or tensors of one N in a nesting of tuples, lists and dicts"
-    if not found:
+    if not leaves:
         raise ValueError(f"{takes}, got {inputs!r}")
-    for path, leaf in found:
+    for path, leaf in leaves:
         at = f" at {pytree.keystr(path)}" if path else ""
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{takes}, got {checks.what(leaf)}{at}{checks.to_tensor(leaf)}")
-        if leaf.dim() == 0 or leaf.shape[0] != found[0][1].shape[0]:
-            first = f" beside {checks.what(found[0][1])}" if leaf is not found[0][1] else ""
+        if leaf.dim() == 0 or leaf.shape[0] != leaves[0][1].shape[0]:
+            first = f" beside {checks.what(leaves[0][1])}" if leaf is not leaves[0][1] else ""
             raise ValueError(f"{takes}, got {checks.what(leaf)}{at}{first}")
         if leaf.requires_grad and not leaf.is_leaf:
             raise ValueError(f"{name} must be leaf tensors or require no gradient, got the result of an operation{at}")
-    return [leaf for _, leaf in found], nesting
+    return [leaf for _, leaf in leaves], nesting
 
 
 def _devices(towers: list[_Tower], criterion: object) -> list[torch.device]:

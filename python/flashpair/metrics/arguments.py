@@ -1,4 +1,4 @@
-"""What several metrics take: one number, or some."""
+"""Arguments of several metrics that may be one number or a sequence of numbers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..core import checks
 
 
 def several(value: Any, name: str, kind: str) -> list[Any]:
-    """Of one number a list of it, of some theirs, which the caller checks.
+    """One number as a list of one, a sequence as a list. The caller checks the numbers.
 
     Raises:
-        TypeError: neither. kind: what it takes, for the error: "ints" or "numbers".
+        TypeError: `value` is neither. The error names `kind`, "ints" or "numbers".
     """
     if isinstance(value, Real):
         return [value]

@@ -22,7 +22,7 @@ class Clustering(NamedTuple):
         f1: harmonic mean of precision and recall (as Oh Song et al., 2016).
         precision: of the pairs put into one cluster, the share that are of one class.
         recall: of the pairs of one class, the share put into one cluster.
-        rand_index: the share of pairs that are rightly together or apart.
+        rand_index: the share of pairs that are correctly in one cluster or correctly in two.
         purity: the share of samples that have the most frequent class of their cluster.
     """
 
@@ -74,7 +74,7 @@ def clustering_scores(labels: Tensor, clusters: Tensor) -> Clustering:
     (apart, joined), (split, together) = pair_confusion_matrix(truth, found).tolist()
 
     def share(part: int, whole: int) -> float:
-        return part / whole if whole else 1.0  # where there are no such pairs, none is wrong
+        return part / whole if whole else 1.0  # without such pairs, none is wrong
 
     return Clustering(
         nmi=float(normalized_mutual_info_score(truth, found)),

@@ -15,7 +15,7 @@ from .ranking import search
 
 
 class OpenSet(NamedTuple):
-    """What is reached at one false alarm rate; a part of the result of `identification`.
+    """The rates at one false alarm rate; a part of the result of `identification`.
 
     Attributes:
         threshold: the value that a score has to exceed.
@@ -35,7 +35,7 @@ class Identification(NamedTuple):
         rank1: of the probes whose subject is in the gallery, the share that have it as their nearest (closed set).
         open_set: the `OpenSet` of each false alarm rate asked for.
         genuine: how many probes' subjects are in the gallery.
-        impostors: how many are not.
+        impostors: how many probes' subjects are not in the gallery.
     """
 
     rank1: float
@@ -101,7 +101,7 @@ def identification(
 
     def at(rate: float) -> OpenSet:
         accepted = min(int(rate * len(alarms)) + 1, len(alarms))
-        while accepted / len(alarms) > rate:  # of the rounded product at most two too many
+        while accepted / len(alarms) > rate:  # the rounded product is at most two too large
             accepted -= 1
         threshold = alarms[accepted] if accepted < len(alarms) else alarms.new_tensor(-torch.inf)
         detected = (right & (score > threshold))[genuine]

@@ -21,9 +21,9 @@ class Search(NamedTuple):
     Attributes:
         queries: (N, D).
         labels: (N,) int64.
-        gallery: (M, D), or None: the queries, none of which is its own reference.
+        gallery: (M, D). None: the queries themselves; a query is never its own reference.
         gallery_labels: (M,) int64.
-        relevant: (N,) int64, how many of the gallery have the query's label.
+        relevant: (N,) int64, the number of references with the query's label.
         distance: ``"cosine"``, ``"dot"`` or ``"euclidean"``.
         impl: of `flashpair.nearest`.
     """
@@ -53,7 +53,7 @@ class Search(NamedTuple):
 
 
 def search(embeddings: Any, labels: Any, ref_emb: Any, ref_labels: Any, distance: str, impl: str) -> Search:
-    """Raises what a criterion's call raises, and ValueError for embeddings that overflow or no references."""
+    """Checks the arguments. Raises as a criterion's call does, and ValueError for overflow or an empty gallery."""
     x, labels, y, refs_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
     checks.word(distance, DISTANCES, "distance")
     for name, rows in (("embeddings", x), ("ref_emb", y)):

@@ -1,8 +1,8 @@
 """Retrieval: Recall@K, P@1, R-Precision, MAP@R, and the accuracy of a vote among the nearest neighbours.
 
-Every query ranks its gallery, by default all the other embeddings: itself is left out by its index, and equal
-similarities rank by the gallery's order. Nothing of N x M is stored: a block of queries at a time keeps the labels of
-its nearest, as many as the metrics look at.
+Every query ranks its gallery, by default all other embeddings. A query is left out of its own gallery by its index, and
+equal similarities rank by the gallery's order. No N x M matrix is stored: a block of queries at a time keeps the labels
+of as many nearest references as the metrics need.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Retrieval(NamedTuple):
             et al., 2016).
         precision_at_1: the share of queries whose nearest reference is of their class.
         r_precision: r / R, where R references have the query's class and r of its R nearest do.
-        map_at_r: 1/R times the sum of the precision at i over the ranks i <= R that are of the query's class (Musgrave
-            et al., 2020, eq. 3-4).
+        map_at_r: 1/R times the sum of the precision at i, over the ranks i <= R whose reference has the query's class
+            (Musgrave et al., 2020, eq. 3-4).
         queries: how many queries were averaged.
-        lone: how many have no reference of their class.
+        lone: how many queries have no reference of their class.
     """
 
     recall: dict[int, float]
@@ -47,8 +47,8 @@ class QueryScores(NamedTuple):
     """The scores of each query, (N,) tensors on the embeddings' device; the result of `query_scores`.
 
     Attributes:
-        first_hit: int64, the rank of the nearest reference of its class, from 1 on; 0 if none is among the ranks looked
-            at.
+        first_hit: int64, the rank of the nearest reference of its class, from 1 on; 0 if it is not among the `depth`
+            nearest.
         r_precision: float64; 0 where there is no reference of the class.
         map_at_r: float64; 0 where there is no reference of the class.
         relevant: int64, how many references have its class.
@@ -73,17 +73,17 @@ def retrieval(
         R-Precision = P(R)
         MAP@R = 1/R sum_{i <= R, the i-th is of the class} P(i)
 
-    Time is that of finding the max(R, K) nearest references of each query (`flashpair.nearest`). Memory beside the
-    embeddings is bounded, except for some numbers for each query.
+    The time goes into finding the max(R, K) nearest references of each query (`flashpair.nearest`). Memory beside the
+    embeddings is bounded, except for a few numbers for each query.
 
     Args:
         embeddings: (N, D) queries, float16 to float64.
         labels: (N,), integers.
         ref_emb: (M, D), the gallery, a tensor or `References`; None: the other embeddings.
         ref_labels: (M,), integers, with a tensor as `ref_emb`.
-        recall_at: the Ks of Recall@K, or one; a K above the gallery's size means all of it.
-        lone: queries without a reference of their class are left out (``"skip"``, the default, as in
-            pytorch-metric-learning) or count 0 (``"miss"``, as in Oh Song et al., 2016).
+        recall_at: one K of Recall@K, or several. A K above the gallery's size means the whole gallery.
+        lone: what to do with queries that have no reference of their class. ``"skip"``, the default, leaves them out,
+            as in pytorch-metric-learning; ``"miss"`` counts them as 0, as in Oh Song et al., 2016.
         average: ``"micro"`` (the default) over queries, ``"macro"`` over the averages of the queries' classes.
         distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
         impl: of `flashpair.nearest`.
@@ -146,8 +146,7 @@ def query_scores(
         labels: (N,), integers.
         ref_emb: (M, D), the gallery, a tensor or `References`; None: the other embeddings.
         ref_labels: (M,), integers, with a tensor as `ref_emb`.
-        depth: how many ranks to look at for `first_hit`, at least 1; the R ranks of the other scores are looked at
-            anyway.
+        depth: how many ranks to search for `first_hit`, at least 1. The other scores use R ranks, whatever `depth` is.
         distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
         impl: of `flashpair.nearest`.
 
@@ -187,8 +186,8 @@ def rank_scores(hits: Tensor, relevant: Tensor) -> Tensor:
     """R-Precision and MAP@R (2, Q) float64 of rankings cut at K; 0 where R is.
 
     Args:
-        hits: (Q, K) bool, nearest first: is the reference of the query's class?
-        relevant: (Q,) int64, at most K: R, how many references are.
+        hits: (Q, K) bool, nearest first: whether the reference has the query's class.
+        relevant: (Q,) int64, at most K: R, the number of references of the query's class.
     """
     hits = hits[:, : max(1, int(relevant.max()))]
     ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
@@ -201,7 +200,7 @@ def knn_labels(
     embeddings: Tensor, ref_emb: Tensor | References, ref_labels: Tensor | None = None, *, k: int = 1,
     distance: str = "cosine", impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """The majority class among the k nearest references; of equally frequent classes the one of the nearest reference.
+    """The majority class among the k nearest references. Of equally frequent classes, the nearest reference's wins.
 
     Args:
         embeddings: (N, D), float16 to float64.
@@ -278,5 +277,5 @@ def _votes(found: Search, k: Any) -> Tensor:
     for _, nearest, _ in found.ranked(k):
         for labels in nearest.split(VOTE_BYTES // k**2 + 1):
             votes = (labels[:, :, None] == labels[:, None, :]).sum(2)
-            chosen.append(labels.gather(1, votes.argmax(1, keepdim=True))[:, 0])  # the first, so the nearest
+            chosen.append(labels.gather(1, votes.argmax(1, keepdim=True))[:, 0])  # the first one is the nearest
     return torch.cat(chosen)

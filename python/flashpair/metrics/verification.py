@@ -23,22 +23,22 @@ def verification_rate(
 ) -> dict[int, float]:  # fmt: skip
     """Verification rate: how often a query's positive is nearer than K of its negatives (Sohn, 2016).
 
-    Sohn estimates the rate by drawing negatives; here it is exact, the mean over all positive pairs of:
+    Sohn estimates the rate by drawing negatives. Here it is exact. It is the mean over all positive pairs of:
 
         C(b, K) / C(n, K)
 
     where b of the query's n negatives are farther than the positive and C is the binomial coefficient. Chance is
     1 / (K + 1). As with hinges, pairs whose similarities differ only by rounding can fall on either side.
 
-    The negatives are counted in passes over tiles, none stored. The similarities of all positive pairs are stored: N
-    times the largest number that a query has.
+    The negatives are counted in passes over tiles and not stored. The similarities of positive pairs are stored: N
+    times the largest number of positives of a query.
 
     Args:
         embeddings: (N, D) queries, float16 to float64.
         labels: (N,), integers.
         ref_emb: (M, D), the gallery, a tensor or `References`; None: the other embeddings.
         ref_labels: (M,), integers, with a tensor as `ref_emb`.
-        negatives: the Ks, or one.
+        negatives: one K, or several.
         distance: ``"cosine"`` (the default), ``"dot"`` or ``"euclidean"``.
         impl: as `Criterion` takes it.
 

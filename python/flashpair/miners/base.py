@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.similarity import alike, copies, dense_pairs, normalize, poison, upcast
+from ..core.similarity import alike, copies, dense_pairs, l2_normalize, nan_unless_finite, upcast
 from ..engine.cached_references import References
-from ..losses.output_checks import after_init
 
 BLOCK_BYTES = 2**23  # of similarities that exist at a time; with what is made of them up to eight times that
 
@@ -145,7 +144,7 @@ class Miner(Generic[Mined]):
         if "mine" in cls.__dict__ and getattr(cls, "mined", None) not in (MinedPairs, Triplets):
             raise TypeError(f"{cls.__name__}.mined must be MinedPairs or Triplets, which mine yields")
         if "__init__" in cls.__dict__:
-            cls.__init__ = after_init(cls, "normalize", "normalize=...")  # type: ignore[method-assign]
+            cls.__init__ = checks.after_init(cls, "normalize", "normalize=...")  # type: ignore[method-assign]
 
     def __call__(
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | References | None = None,
@@ -203,13 +202,13 @@ class Miner(Generic[Mined]):
         return (self._checked(mined) for block in rows for mined in self._mined(block))
 
     def _mined(self, block: Block) -> Iterator[Mined]:
-        found = self.mine(block)
-        if not isinstance(found, Iterable) or isinstance(found, tuple):
+        results = self.mine(block)
+        if not isinstance(results, Iterable) or isinstance(results, tuple):
             name = type(self).__name__
             raise TypeError(
-                f"mine of {name} must yield {self.mined.__name__} by and by, as a generator, got {checks.what(found)}"
+                f"mine of {name} must yield {self.mined.__name__} by and by, as a generator, got {checks.what(results)}"
             )
-        return iter(found)
+        return iter(results)
 
     def _checked(self, mined: Any) -> Mined:
         """What a `mine`, a user's own too, has yielded, or the error that says what is wrong with it."""
@@ -245,9 +244,9 @@ class Miner(Generic[Mined]):
         x, labels, y, ref_labels = checks.batch(embeddings, labels, ref_emb, ref_labels)
         x, y = upcast(x.detach(), None if y is None else y.detach())
         if self.normalize:
-            x, y = normalize(x), None if y is None else normalize(y)
+            x, y = l2_normalize(x), None if y is None else l2_normalize(y)
         for name, rows in (("embeddings", x), ("ref_emb", y)):
-            if rows is not None and poison(rows, None).isnan():
+            if rows is not None and nan_unless_finite(rows, None).isnan():
                 raise ValueError(f"{name} must be finite, got NaN, infinite or overflowing entries")
         last = x.shape[0] if count is None else min(first + count, x.shape[0])
         return self._rows(x, labels, y, labels if ref_labels is None else ref_labels, first, last)

@@ -94,11 +94,11 @@ class DistanceWeightedMiner(Miner[Triplets]):
         blocks = self.rows(embeddings, labels, ref_emb, ref_labels, first, rows)
         x, _, y, _ = checks.batch(embeddings, labels, ref_emb, ref_labels)
         last = x.shape[0] if rows is None else min(first + rows, x.shape[0])
-        found = upcast(x.detach(), y)[0].new_zeros(max(0, last - first), (x if y is None else y).shape[0])
+        probabilities = upcast(x.detach(), y)[0].new_zeros(max(0, last - first), (x if y is None else y).shape[0])
         for block in blocks:
             at = block.first - first
-            found[at : at + block.z.shape[0]] = self._probabilities(block)
-        return found
+            probabilities[at : at + block.z.shape[0]] = self._probabilities(block)
+        return probabilities
 
     def mine(self, block: Block) -> Iterator[Triplets]:
         positives = block.positives & block.negatives.any(1, keepdim=True)

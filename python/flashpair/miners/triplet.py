@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..losses.distances import DISTANCES, similarity_of
+from ..core.distances import ENGINE_WORDS, argument_word
 from .base import Block, Miner, Triplets, chunk
 
 TRIPLETS = ("semihard", "semihard_all", "hard_all", "violating")
@@ -21,14 +21,14 @@ class _TripletMiner(Miner[Triplets]):
 
     def __init__(self, distance: str, *, normalize: bool) -> None:
         super().__init__(normalize=normalize)
-        self.distance = DISTANCES[checks.word(distance, ("euclidean", "cosine"), "distance")]
+        self.distance = ENGINE_WORDS[checks.word(distance, ("euclidean", "cosine"), "distance")]
 
     def apart(self, block: Block) -> Tensor:
         """(B, M): what grows with the distance, D itself or -s."""
         return -block.z if self.distance == "dot" else block.z
 
     def hyperparameters(self) -> dict[str, object]:
-        return {**super().hyperparameters(), "distance": similarity_of(self.distance)}
+        return {**super().hyperparameters(), "distance": argument_word(self.distance)}
 
 
 class BatchHardMiner(_TripletMiner):

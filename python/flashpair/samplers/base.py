@@ -1,4 +1,4 @@
-"""What every sampler shares: samples by class, batches of an epoch from a seed, and the share of one process."""
+"""The base of every sampler: samples by class, an epoch's batches from a seed, and the share of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Classes:
     """Which samples (int64 places in the data set) each class has, sorted by label.
 
     Attributes:
-        labels: (C,) of each class. sizes: (C,) how many samples it has.
+        labels: (C,), each class's label.
+        sizes: (C,), each class's number of samples.
     """
 
     def __init__(self, labels: Any, at_least: int = 1) -> None:
@@ -40,11 +41,11 @@ class Classes:
         return len(self.labels)
 
     def some(self, count: int, generator: torch.Generator) -> Tensor:
-        """Places of `count` classes, no two the same."""
+        """Indices of `count` different classes."""
         return torch.randperm(len(self), generator=generator, device="cpu")[:count]
 
     def draw(self, classes: Tensor, each: int, generator: torch.Generator) -> Tensor:
-        """(len(classes), each) samples: none of a class twice while it has others."""
+        """(len(classes), each) samples. A sample repeats only where its class has fewer than `each`."""
         drawn = []
         for first, size in zip(self._firsts[classes].tolist(), self.sizes[classes].tolist(), strict=True):
             rounds = [torch.randperm(size, generator=generator, device="cpu") for _ in range(-(-each // size))]
@@ -71,14 +72,14 @@ def _tensor(labels: Any) -> Tensor:
 class ClassSampler(Sampler[list[int]]):
     """Base of the samplers: batches of indices for ``DataLoader(dataset, batch_sampler=...)``; a subclass draws them.
 
-    The batches depend only on the seed and the epoch. Every new iteration is a new epoch; `set_epoch` sets the number
-    of the next one, to continue a training that stopped. With several processes each draws the same global batch and
-    takes its own share of it, so all must iterate alike.
+    The batches depend only on the seed and the epoch. Every new iteration is a new epoch. `set_epoch` sets the number
+    of the next one, to continue a training that stopped. With several processes, each draws the same global batch and
+    takes its own share of it, so all must iterate the same number of times.
 
     Args:
         classes: the samples by class.
-        share: samples of a batch of one process.
-        batches: batches of an epoch; None: as many as the data set fills.
+        share: samples in a batch of one process.
+        batches: batches in an epoch; None: as many as the data set fills.
         seed: from 0 to below 2^39.
         num_replicas: number of processes; None: torch.distributed's, or 1.
         rank: which one this is; None: torch.distributed's, or 0.
@@ -108,7 +109,7 @@ class ClassSampler(Sampler[list[int]]):
         self.batches = checks.most(batches, "batches") or max(1, classes.samples // (share * self.num_replicas))
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the number of the next iteration's epoch, from 0 on."""
+        """Sets the epoch of the next iteration, 0 or more."""
         self.epoch = checks.integer(epoch, "epoch")
 
     def __len__(self) -> int:
@@ -136,7 +137,7 @@ class ClassSampler(Sampler[list[int]]):
         raise NotImplementedError
 
     def mine(self, drawn: Tensor, rows: int) -> Tensor:
-        """This process's rows of what was drawn for all processes.
+        """This process's share of what was drawn for all processes.
 
         All processes must draw the same, or their generators go out of step.
         """
@@ -148,7 +149,7 @@ class ClassSampler(Sampler[list[int]]):
 
 
 def _refuse_second_share(frame: FrameType | None) -> None:
-    """accelerate wraps a batch sampler without asking it; who iterates is all that tells."""
+    """Accelerate wraps a batch sampler without telling it; only the class that iterates shows it."""
     for _ in range(4):  # a BatchSampler of `Flat` is between
         if frame is None:
             return
@@ -164,8 +165,8 @@ def _refuse_second_share(frame: FrameType | None) -> None:
 class Flat(Sampler[int]):
     """The samples of a `ClassSampler` one at a time, for frameworks that take no batch sampler.
 
-    Use it as ``DataLoader(dataset, sampler=Flat(batches), batch_size=...)``. The loader's batch_size must be that of
-    the sampler's batches for them to stay together.
+    Use it as ``DataLoader(dataset, sampler=Flat(batches), batch_size=...)``. To keep the batches together, give the
+    loader the batch size of the sampler.
 
     Args:
         batches: a `ClassSampler`.

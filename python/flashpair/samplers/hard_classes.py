@@ -18,19 +18,19 @@ EMBEDDED = 1024  # samples that `embed` is given at a time
 class HardClassSampler(ClassSampler):
     """Hard negative class mining before each batch (Sohn, 2016, section 3.2.3).
 
-    For each batch, two samples of each of `candidates` random classes are embedded. One of these classes is chosen at
-    random and then those that violate the triplet constraint most (`flashpair.miners.hard_classes`); the batch has new
-    samples of the chosen classes. Memory is that of the candidates' embeddings. A DataLoader with workers asks for
-    batches ahead of time, so the network that mines is some steps old.
+    For each batch, the sampler embeds two samples of each of `candidates` random classes. It chooses one of these
+    classes at random, and then the classes that violate the triplet constraint most (`flashpair.miners.hard_classes`).
+    The batch has new samples of the chosen classes. Memory holds the candidates' embeddings. A DataLoader with workers
+    asks for batches ahead of time, so the network that mines is some steps old.
 
     Args:
         labels: (N,) integers, of the data set's samples; classes of one sample are never drawn.
         embed: a function from sample indices, int64 (n,) with n up to 1,024, to embeddings (n, D), float16 to float64,
-            on any device. It is called without gradients, in whatever mode the network is.
+            on any device. It is called without gradients, and does not change the network's mode.
         classes: classes in a batch of one process; processes have different ones.
         m: samples of a class. With 2 the anchors come first, then the positives, as in `NPairsSampler`.
         candidates: how many classes to choose from; None: ten times the number chosen, or all.
-        aggregate: ``"max"`` (the default) or ``"sum"`` of the violations with the classes chosen before.
+        aggregate: ``"max"`` (the default) or ``"sum"``, over the classes already chosen, of a class's violations.
         batches: batches of an epoch; None: as many as the data set fills.
         seed: from 0 to below 2^39.
         num_replicas: number of processes; None: torch.distributed's, or 1. All embed the same candidates, and choose

@@ -13,14 +13,14 @@ from .base import Classes, ClassSampler
 class MPerClassSampler(ClassSampler):
     """Batches of `m` samples of each of ``batch_size / m`` classes, for every loss of pairs.
 
-    Classes are drawn uniformly, whatever their sizes, none twice in a batch. So are a class's samples; they repeat only
-    where it has fewer than `m`. A batch lists them class by class.
+    Classes are drawn uniformly, whatever their sizes, and none twice in a batch. The samples of a class are drawn the
+    same way; they repeat only if the class has fewer than `m`. A batch lists its samples class by class.
 
     Args:
         labels: (N,) integers, of the data set's samples.
         m: samples of a class, at least 1.
-        batch_size: of one process; that of all processes together is a multiple of `m`. Processes have classes of their
-            own, or share the one class that does not fit.
+        batch_size: of one process. Times the number of processes, it must be a multiple of `m`. Processes have
+            different classes, except that two of them may share a class that does not fit into one.
         batches: batches of an epoch; None: as many as the data set fills.
         seed: from 0 to below 2^39.
         num_replicas: number of processes; None: torch.distributed's, or 1.
@@ -57,7 +57,7 @@ class MPerClassSampler(ClassSampler):
 class NPairsSampler(ClassSampler):
     """N-pair batches: two different samples of each of N classes (Sohn, 2016).
 
-    A batch has first one sample of each class, the anchors, then in the same order the other, the positives:
+    A batch has one sample of each class, the anchors, and then, in the same order of classes, the positives.
     ``x.chunk(2)`` separates them. Classes of one sample are never drawn.
 
     Args:

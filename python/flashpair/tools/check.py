@@ -27,7 +27,7 @@ def batch(n: int, d: int, per_class: int, dtype: torch.dtype, seed: int = 0) -> 
 
 
 def value_and_gradients(criterion: Criterion, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """The loss, and its gradient in the embeddings and in every parameter by its name, 0 where it has none."""
+    """The loss, and its gradient in the embeddings and in every parameter by name; 0 where there is none."""
     x = x.detach().clone().requires_grad_()
     loss = criterion(x, labels)
     learned = {"gradient": x} | {f"gradient of {name}": p for name, p in criterion.named_parameters()}
@@ -49,10 +49,10 @@ def _relative(found: Tensor, truth: Tensor) -> float:
 def check(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> tuple[bool, str]:
     """Checks one criterion with one implementation on this machine.
 
-    In float64 it runs gradcheck on a small batch. In float32 it compares value and gradients, of the embeddings and of
-    every parameter, with the float64 reference on a batch of several tiles. The bound is what float32 can do: twice the
-    error of the dense float32 reference, and one rounding. For parameters it is at least the embeddings' bound, since a
-    single number can be right by luck.
+    In float64 it runs gradcheck on a small batch. In float32 it compares the value, and the gradients of the embeddings
+    and of every parameter, with the float64 reference on a batch of several tiles. The bound is twice the error of the
+    dense float32 reference, plus one rounding. For parameters it is at least the embeddings' bound, because a single
+    number of the dense reference can be right by luck.
 
     Args:
         make: called with ``impl=...``, makes the criterion.
@@ -60,7 +60,7 @@ def check(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> tup
         device: ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        Whether all is well, and the errors and bounds in words.
+        Whether the check passed, and the errors and bounds in words.
 
     Examples:
         >>> from flashpair.tools.check import check
@@ -91,7 +91,7 @@ def check(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> tup
 
 
 def refusal(make: Callable[..., Criterion], impl: str, device: str = "cpu") -> str:
-    """Why `impl` does not take this criterion, though it runs here; empty if it does."""
+    """Why `impl` refuses this criterion, though it can run here; empty if it takes it."""
     x, labels = (t.to(device) for t in batch(4, 2, 2, torch.float32))
     try:
         make(impl=impl)(x, labels)
@@ -106,7 +106,7 @@ def main(targets: Sequence[str] = ()) -> int:
     """Checks every criterion with every implementation that can run on this machine, CPU and GPU; prints the results.
 
     Args:
-        targets: your own criteria as FILE.py:Name or module:Name, which are then checked alone; each is made as
+        targets: your own criteria as FILE.py:Name or module:Name. If given, only these are checked. Each is made as
             ``Name(impl=...)``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a user names on the command line: FILE.py:Name or module:Name."""
+"""Imports what a user names on the command line: FILE.py:Name or module:Name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STEMS: dict[str, str] = {}  # of modules that are files
 
 
 def stem(module: str) -> str:
-    """A module's name, without what tells files of one name apart if it was loaded from one."""
+    """A module's name, without the suffix that tells files of one name apart."""
     return _STEMS.get(module, module)
 
 
@@ -25,7 +25,8 @@ def named(target: str) -> Any:
     """The object of that name.
 
     Raises:
-        ValueError: the target is not of this form; the file, module or name is not there; or it fails, and where.
+        ValueError: the target has another form; the file, module or name does not exist; or loading it fails (the
+            message gives the line).
     """
     where, _, name = target.rpartition(":")
     if not where or not name.isidentifier():
@@ -37,7 +38,7 @@ def named(target: str) -> Any:
 
 
 def _loaded(file: Path) -> ModuleType:
-    """The module of a file, under a name that no other file's module has, nor one of Python's own."""
+    """The module of a file, under a name that no other module has."""
     if not file.is_file():
         raise ValueError(f"there is no file {file}")
     name = ""
@@ -77,7 +78,7 @@ def criterion(target: str) -> type[Criterion]:
     """A subclass of `Criterion` of that name.
 
     Raises:
-        ValueError: it is not there, or is none.
+        ValueError: it does not exist, or is no subclass of `Criterion`.
     """
     kind = named(target)
     if not (isinstance(kind, type) and issubclass(kind, Criterion)):

@@ -49,7 +49,7 @@ def _extension_lines() -> list[str]:
 
 
 def _onchip_lines() -> list[str]:
-    """What the CUDA kernel was built for, and how large a batch each device takes."""
+    """The chips that the CUDA kernel was built for, and the largest batch of each device."""
     module = extension.onchip()
     if isinstance(module, str):
         return [f"onchip: not built: {module}"]

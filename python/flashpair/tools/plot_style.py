@@ -1,4 +1,4 @@
-"""How flashpair's pictures look, those of `python -m flashpair` and those of `python -m bench`.
+"""The style of flashpair's pictures, those of `python -m flashpair` and those of `python -m bench`.
 
 A picture is WIDTH inches wide, for a page that shows it 800 pixels wide: there a point is 1.4 pixels.
 """
@@ -34,7 +34,7 @@ SIMILARITY_MAP = "Greys"
 
 
 class Look(NamedTuple):
-    """Of a series: colour and marker, so that neither alone has to tell it."""
+    """A series' colour and marker. Each of the two alone identifies the series."""
 
     colour: str
     marker: str
@@ -75,7 +75,7 @@ RC: dict[str, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """What is drawn within, or by a function under `@styled()`, has the style, whatever matplotlibrc says."""
+    """Applies the style to everything drawn inside, or by a function under `@styled()`, whatever matplotlibrc says."""
     with extra("reality-check", "a picture"):
         from matplotlib import style
     with style.context(["default", RC]):
@@ -83,7 +83,7 @@ def styled() -> Iterator[None]:
 
 
 def wrapped(text: str, letters: int) -> str:
-    """Each line of it in lines of so many letters."""
+    """Breaks each line of a text into lines of so many letters."""
     return "\n".join("\n".join(textwrap.wrap(line, letters)) for line in text.splitlines())
 
 
@@ -91,7 +91,7 @@ def page(high: float, title: str, said: str = "", foot: str = "", key: bool = Fa
     """A figure with a title, a line under it, and one at the foot.
 
     Args:
-        high: inches for the panels, between what is above and below them. key: room for `legend`.
+        high: inches for the panels, between title and foot. key: whether to leave room for `legend`.
     """
     with extra("reality-check", "a picture"):
         from matplotlib.figure import Figure
@@ -116,7 +116,7 @@ def page(high: float, title: str, said: str = "", foot: str = "", key: bool = Fa
 
 
 def legend(figure: Figure, handles: Iterable[Any]) -> None:
-    """Of a page with room for it: in one line under the title."""
+    """Puts the legend in one line under the title; the page must have room for it."""
     handles = list(handles)
     engine = figure.get_layout_engine()
     assert engine is not None
@@ -127,7 +127,7 @@ def legend(figure: Figure, handles: Iterable[Any]) -> None:
 
 
 def weights_map() -> ListedColormap:
-    """Colours for what is above zero: darker all the way, and the first is not taken for white, which is none."""
+    """Colours for values above zero, ever darker. The first differs from white, which means no value."""
     with extra("reality-check", "a picture"):
         from matplotlib import colormaps
         from matplotlib.colors import ListedColormap

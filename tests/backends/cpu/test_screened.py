@@ -18,9 +18,9 @@ import flashpair
 from flashpair import Bound, MultiSimilarityLoss, Reduction, make_pairs, row_reduce
 from flashpair.backends import extension
 from flashpair.backends.cpu import screened, tiled
+from flashpair.core.call import compile_call, encode
 from flashpair.core.label_order import make_label_order
 from flashpair.engine import dispatch
-from flashpair.engine.row_reduce_op import encode
 from flashpair.losses.mining import _mined
 from flashpair.tools.check import value_and_gradient
 
@@ -316,8 +316,8 @@ def test_one_graph(impl, monkeypatch, recwarn):
 def test_opcheck():
     x, labels = batch(300, 32, 4, torch.float32)
     p = make_label_order(labels)
-    spec = encode(_mined(2.0, 50.0, 0.1), (), "dot", "screened")
-    arguments = (x[p.order], None, p.lo, p.hi, None, p.ref_order, None, [], *spec, True)
+    call = compile_call(_mined(2.0, 50.0, 0.1), "dot", "screened")
+    arguments = (x[p.order], None, p.lo, p.hi, None, p.ref_order, None, [], *encode(call), True)
     torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -10,7 +10,7 @@ import torch
 from ptx.faults import Fault, Unsupported
 from ptx.small import kernel, memory, run
 
-from flashpair.core.similarity import normalize
+from flashpair.core.similarity import l2_normalize
 
 # Each thread leaves its word in shared memory, and takes its neighbour's of the other warp.
 EXCHANGE = """
@@ -231,12 +231,12 @@ def test_normalised_rows_are_rounded_once(dtype):
     from ptx.cases import rounded_once
 
     x = torch.randn(20, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rows = normalize(x.float()).to(dtype)
+    rows = l2_normalize(x.float()).to(dtype)
     assert rounded_once(rows, x)
     bits = rows.clone().view(torch.int16)
     bits[7, 3] += 1
     assert not rounded_once(bits.view(dtype), x)
-    assert not rounded_once(normalize(x.float()).mul(1 + 2.0**-9).to(dtype), x)
+    assert not rounded_once(l2_normalize(x.float()).mul(1 + 2.0**-9).to(dtype), x)
 
 
 def mutants(body, first, second, threads=64, shared=4096):

@@ -9,6 +9,8 @@ from helpers import CRITERIA, assert_as_good_as, assert_same, gradients
 
 import flashpair
 from flashpair import Bound, MultiSimilarityLoss, Reduction, row_reduce
+from flashpair.core.call import compile_call, encode
+from flashpair.core.class_pairs import ClassPairs
 from flashpair.core.similarity import dense_pairs
 from flashpair.engine.dispatch import interpreted
 from flashpair.tools.check import value_and_gradient
@@ -187,7 +189,7 @@ def test_references_past_the_end_take_no_part():
     for impl in ("fused", "reference"):
         a, k = x.clone().requires_grad_(), torch.arange(120)
         pairs = flashpair.make_pairs(a, labels, distance="euclidean", impl=impl)
-        chosen = pairs.select(k, k.flip(0), k, torch.tensor(70))
+        chosen = pairs.take_pairs(ClassPairs(k, k.flip(0), k, torch.tensor(70)))
         rows = chosen.reduce(Reduction("logsumexp", "negatives", upper=0.9), Reduction("min", "negatives"))
         finite = [torch.where(row.isfinite(), row, 0.0)[:70] for row in rows]
         results.append([*(f.detach() for f in finite), *torch.autograd.grad(sum(f.sum() for f in finite), a)])
@@ -366,8 +368,8 @@ def test_fullgraph_compile():
 def test_opcheck(keep):
     x, labels = _clusters(100, 16, 0.3)
     plan = flashpair.core.label_order.make_label_order(labels)
-    spec = row_reduce_op.encode(flashpair.losses.mining._mined(2.0, 50.0, 0.1), (), "dot", "fused")
-    arguments = (x, None, plan.lo, plan.hi, None, plan.ref_order, None, [], *spec, keep)
+    call = compile_call(flashpair.losses.mining._mined(2.0, 50.0, 0.1), "dot", "fused")
+    arguments = (x, None, plan.lo, plan.hi, None, plan.ref_order, None, [], *encode(call), keep)
     torch.library.opcheck(torch.ops.flashpair.row_reduce, arguments, test_utils=("test_schema", "test_faketensor"))
     if keep:
         values, *kept = torch.ops.flashpair.row_reduce(*arguments)

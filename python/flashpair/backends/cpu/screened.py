@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.problem import Like, Operands, Problem, Terms, address
-from ...core.reduction import HINGES, Bound, Reduction, bound_places
+from ...core.problem import LOGSUMEXP, MAX, MIN, POSITIVES, SUM, Like, Operands, Problem, Terms, address, stages
+from ...core.reduction import HINGES, OPS, TRANSFORMS
+from ...core.tensor_cache import TensorCache
 from .. import extension
 from . import tiled
 
 backward = tiled.backward
 # From where on `auto` screens: fewer pairs, or coordinates of a pair, and the products are not what costs.
 WORTH_PAIRS, WORTH_DEPTH = 1024**2, 32
-_ROUNDED = "_flashpair_rounded"  # an attribute of references that keep their int8 form
+_rounded: TensorCache[dict[Any, Any]] = TensorCache()  # the int8 forms of references that keep them
 MOST_DEPTH = 2**17  # coordinates whose products fit 32 bits
 
 
@@ -81,10 +83,10 @@ def screening() -> Iterator[Screening]:
         _watching.reset(token)
 
 
-def worthwhile(impl: str, x: Tensor, refs: Tensor) -> bool:
-    """Whether `auto`, which has chosen `impl`, is to screen pairs of x (N, D) and refs (M, D) where it can."""
-    (n, d), m = x.shape, refs.shape[0]
-    if impl != "tiled" or x.device.type != "cpu" or n * m < WORTH_PAIRS or not WORTH_DEPTH <= d <= MOST_DEPTH:
+def worthwhile(x: Tensor, refs: int) -> bool:
+    """Whether `auto`, which has chosen `tiled`, is to screen pairs of x (N, D) and `refs` references where it can."""
+    n, d = x.shape
+    if x.device.type != "cpu" or n * refs < WORTH_PAIRS or not WORTH_DEPTH <= d <= MOST_DEPTH:
         return False
     return _quick_products()
 
@@ -97,30 +99,34 @@ def _quick_products() -> bool:
 _quick_products._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def unsupported_reasons(reductions: tuple[Reduction, ...], d: int) -> list[str]:
-    """Why pairs of such a call, of D coordinates, cannot be screened; empty if they can."""
-    off_band = [(k, r) for k, r in enumerate(reductions) if r.side != "positives"]
-    found = [f"screened takes D up to {MOST_DEPTH:,}, got {d:,}"] if d > MOST_DEPTH else []
+def unsupported_reasons(terms: Terms, d: int) -> tuple[str, ...]:
+    """Why pairs of a call of these terms, of D coordinates, cannot be screened; empty if they can."""
+    return (_unsupported_reasons if torch.compiler.is_compiling() else _cached_reasons)(terms, d)
+
+
+def _unsupported_reasons(terms: Terms, d: int) -> tuple[str, ...]:
+    off_band = [(k, t) for k, t in enumerate(terms) if t.side != POSITIVES]
+    reasons = [f"screened takes D up to {MOST_DEPTH:,}, got {d:,}"] if d > MOST_DEPTH else []
     if not off_band:
-        return ["screened needs a reduction over the negatives or all pairs"]
-    if len({r.side for _, r in off_band}) > 1:
-        found.append("screened takes reductions over the negatives or over all pairs, not both in one call")
-    if {"min", "max"} <= {r.op for _, r in off_band}:
-        found.append("screened takes minima or maxima, not both in one call")
-    for k, r in off_band:
-        hinged = r.op == "sum" and r.transform in HINGES
-        if r.lower is None and r.upper is None and not hinged and r.op not in ("min", "max"):
-            found.append(f"screened needs a mining window or a hinge, and reductions[{k}] ({r.op}) has none")
-        bounds = [b.of for b in (r.lower, r.upper) if isinstance(b, Bound)]
-        if any(of.side != "positives" for of in bounds):
+        return ("screened needs a reduction over the negatives or all pairs",)
+    if len({t.side for _, t in off_band}) > 1:
+        reasons.append("screened takes reductions over the negatives or over all pairs, not both in one call")
+    if {MIN, MAX} <= {t.op for _, t in off_band}:
+        reasons.append("screened takes minima or maxima, not both in one call")
+    for k, t in off_band:
+        hinged = t.op == SUM and TRANSFORMS[t.transform] in HINGES
+        if not t.window and not hinged and t.op not in (MIN, MAX):
+            reasons.append(f"screened needs a mining window or a hinge, and reductions[{k}] ({OPS[t.op]}) has none")
+        if any(of >= 0 and terms[of].side != POSITIVES for of in (t.lower_of, t.upper_of)):
             # which pair attains an extreme may hang on the last bit, and lists and whole blocks add in their own order
-            found.append(f"screened takes no window bound to reductions of the same pairs, as reductions[{k}] has")
-    depth: list[int] = []
-    for places in bound_places(reductions):
-        depth.append(1 + max(depth[of] if of >= 0 else -1 for of in places))
-    if len({depth[k] for k, r in off_band if r.op in ("logsumexp", "sum")}) > 1:
-        found.append("screened needs all windows' bounds off the positives at the same stage")
-    return found
+            reasons.append(f"screened takes no window bound to reductions of the same pairs, as reductions[{k}] has")
+    of_sums = {k for k, t in off_band if t.op in (LOGSUMEXP, SUM)}
+    if sum(any(k in of_sums for k in stage) for stage in stages(terms)) > 1:
+        reasons.append("screened needs all windows' bounds off the positives at the same stage")
+    return tuple(reasons)
+
+
+_cached_reasons = functools.lru_cache(maxsize=256)(_unsupported_reasons)
 
 
 def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
@@ -129,12 +135,12 @@ def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Lik
 
 def keep_rounded(rows: Tensor) -> None:
     """From now on int8 forms of `rows`, which must not change, are kept with them."""
-    rows.__dict__[_ROUNDED] = {}
+    _rounded[rows] = {}
 
 
 def rounded(rows: Tensor | None) -> dict[Any, Any] | None:
     """Where int8 forms of `rows` are kept (`keep_rounded`); None for others."""
-    return None if rows is None else rows.__dict__.get(_ROUNDED)
+    return _rounded.get(rows)
 
 
 def _int8_references(p: Problem) -> Any:

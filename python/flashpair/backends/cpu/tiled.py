@@ -64,12 +64,12 @@ def grid(n: int, m: int, square: bool, live_per_row: int = LIVE_PAIRS_PER_ROW, s
 def _arguments(terms: Terms, operands: Operands) -> list[tuple[tuple[Any, ...], Any]]:
     """Each reduction as the C++ pass takes it; the caller holds the vectors' memory."""
     values = operands.scales if operands.scale is None else operands.scale.tolist()
-    found = []
+    arguments = []
     for t, value in zip(terms, values, strict=True):
         offset, ref_offset, lower, upper = (address(operands.vector(slot)) for slot in t.slots)
         of = t.op, t.side, t.transform, value, offset, ref_offset, lower, upper, *t[4:9]
-        found.append((of, _program(TRANSFORMS[t.transform])))
-    return found
+        arguments.append((of, _program(TRANSFORMS[t.transform])))
+    return arguments
 
 
 def _program(name: str) -> Any:
@@ -169,12 +169,12 @@ def all_similarities(x: Tensor, y: Tensor, distance: str) -> Tensor:
     """z (N, M) of all pairs, the bits that a pass has for them: for what is done once more over the dense matrix."""
     (n, _), m = x.shape, y.shape[0]
     at_once = max(1, MOST_LISTED // max(m, 1))
-    found = x.new_empty(n, m)
+    z = x.new_empty(n, m)
     for first in range(0, n, at_once):
         rows = torch.arange(first, min(first + at_once, n), device=x.device)[:, None].expand(-1, m)
         cols = torch.arange(m, device=x.device).expand_as(rows)
-        found[first : first + at_once] = pair_similarities(x, y, rows, cols, distance)
-    return found
+        z[first : first + at_once] = pair_similarities(x, y, rows, cols, distance)
+    return z
 
 
 def threads(pairs: int, d: int) -> int:
@@ -190,7 +190,7 @@ def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[T
 def run(
     p: Problem, terms: Terms, operands: Operands, keep: bool, screen: str, refs: Any = None
 ) -> tuple[Tensor, Kept, tuple[int, ...]]:
-    """`forward`, and the counts of csrc/cpu/tile/pass.h's Tally.
+    """`forward`, and the counts of csrc/cpu/screen/screened_tiles.h's Tally.
 
     screen: the instruction set of its products, or none; refs: the references' Int8Rows where they are at hand.
     """
@@ -244,7 +244,7 @@ def run_small_batch(call: SmallBatch) -> Results:
     x, labels, refs, ref_labels = call.operands()
     n, m, d, _, square = call.shape
     results = call.room(x.dtype)
-    extension.require().whole_loss(
+    extension.require().small_batch_loss(
         extension.instruction_set(), call.shape, call.code, call.numbers,
         *map(address, (x, refs, labels, ref_labels, call.upstream, *results)), *grid(n, m, square), threads(n * m, d),
     )  # fmt: skip

@@ -78,11 +78,11 @@ def block_rows(n: int, m: int, d: int, itemsize: int, want_dy: bool, of: Limits 
 
 def largest_batch(d: int, of: Limits) -> int:
     """The largest N of a float32 batch of width D against itself."""
-    found = 0
+    largest = 0
     for n in range(4, BLOCK_ROWS[-1] * of.processors + 1, 4):
         if isinstance(block_rows(n, n, d, 4, False, of), int):
-            found = n
-    return found
+            largest = n
+    return largest
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.problem import Operands, Problem, Terms, num_rows, stages
-from ...core.similarity import poison
+from ...core.similarity import nan_unless_finite
 from .kernels.operands import ForwardOperands
 from .launcher import Launcher, PairBlock
 from .term_groups import shared_extremes
@@ -27,7 +27,7 @@ class ForwardPass:
         self.splits = self.launcher.splits(self.anchors)
         n, dtype, device = self.launcher.n, self.launcher.dtype, self.launcher.device
         self.values = torch.empty(num_rows(terms), n, dtype=dtype, device=device)
-        self.nonfinite = poison(p.x, p.y).to(dtype)
+        self.nonfinite = nan_unless_finite(p.x, p.y).to(dtype)
         shape = places_shape(n, terms, keep)
         self._ranks = torch.full(shape, -1, dtype=torch.int64, device=device)
         self._shared: dict[int, int] = {}

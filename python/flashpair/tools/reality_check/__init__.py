@@ -1,6 +1,6 @@
 """The evaluation protocol of A Metric Learning Reality Check (Musgrave et al., ECCV 2020), for any losses and data.
 
-`python -m flashpair reality-check` is its command line; `run` does the same for a program of one's own.
+`python -m flashpair reality-check` is its command line. `run` does the same from your own program.
 """
 
 from .data import Data, load, partitions

@@ -1,4 +1,4 @@
-"""`python -m flashpair reality-check`: losses compared on data of one's own, or on handwritten digits."""
+"""`python -m flashpair reality-check`: compares losses on your own data, or on handwritten digits."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> int:
-    """Raises ValueError for what cannot be compared, and ImportError, which says what to install."""
-    with extra("reality-check", "reality-check"):  # all that is needed in the end, too
+    """Runs the command. Raises ValueError for invalid arguments or data, and ImportError that says what to install."""
+    with extra("reality-check", "reality-check"):  # also what is needed only at the end
         import matplotlib  # noqa: F401
         import numpy  # noqa: F401
         import optuna  # noqa: F401

@@ -22,10 +22,16 @@ class Data:
     """Samples of classes.
 
     Args:
-        title: for tables.
-        samples: (N, F) features, or (N, C, H, W) images; float32, or uint8 which means 0 to 1.
-        labels: (N,) int64, 0 to one less than there are classes, in the order of the classes' own labels or names.
-        device: that networks compute on; samples and labels are the host's.
+        title: shown in tables.
+        samples: (N, F) features, or (N, C, H, W) images; float32, or uint8, which is scaled to 0 to 1.
+        labels: (N,) int64, from 0 to the number of classes less 1, in the order of the classes' own labels or names.
+        device: where networks compute; samples and labels stay on the CPU.
+
+    Examples:
+        >>> from flashpair.tools.reality_check import Data
+        >>> data = Data("two grey images", torch.tensor([[[[0]]], [[[255]]]], dtype=torch.uint8), torch.tensor([0, 1]))
+        >>> data.of(torch.tensor([1, 0])).flatten()
+        tensor([1., 0.])
     """
 
     title: str
@@ -57,7 +63,7 @@ def partitions(classes: int, folds: int = 4) -> tuple[range, list[range]]:
         The test classes, and the validation classes of each fold.
 
     Raises:
-        ValueError: a fold would have fewer than two classes, among which nothing can be confused.
+        ValueError: a fold would have fewer than two classes, so there would be nothing to confuse.
 
     Examples:
         >>> from flashpair.tools.reality_check import partitions
@@ -72,7 +78,7 @@ def partitions(classes: int, folds: int = 4) -> tuple[range, list[range]]:
 
 
 def usable(device: str) -> str:
-    """Raises ValueError for what is no device here, before anything is computed for it."""
+    """Returns `device`. Raises ValueError if torch cannot use it, before anything is computed."""
     try:
         torch.ones(1, device=device).cpu()
     except Exception as error:  # RuntimeError, AssertionError, NotImplementedError
@@ -82,23 +88,34 @@ def usable(device: str) -> str:
 
 
 def load(where: str, image_size: int = 32, tick: Callable[[int, int], object] = lambda done, of: None) -> Data:
-    """``"digits"``, an .npz file, or a folder.
+    """Reads ``"digits"``, an .npz file, or a folder of images.
+
+    - ``"digits"`` are scikit-learn's handwritten digits from 0 to 7. Each stands in its four quarter turns and their
+      mirror images, moved by up to a pixel each way, so that single pixels do not tell classes apart. A digit in one
+      orientation is a class; there are 64. Each of four folds validates on one digit, and the test is on four others.
+      So no model is judged on a turned image that it was trained on.
+    - FILE.npz has the arrays ``features``, (N, F) or images (N, C, H, W), and ``labels`` (N,), integers or text.
+    - A folder has one folder for each class, with images in it or deeper. Hidden files and folders, files without an
+      image's suffix and classes without images are skipped. Images of 16 bits, and of floats from 0 to 1, keep their
+      range. Transparent images are put over white.
 
     Args:
-        where: ``"digits"``: scikit-learn's handwritten digits from 0 to 7, each in its four quarter turns and their
-            mirror images, and moved by up to a pixel each way, so that pixels alone do not do; a digit in one
-            orientation is a class, 64 in all. Each of four folds validates on a digit, and tests are on four others, so
-            that nobody sees an image that it was trained on in another turn. FILE.npz: with
-            the arrays ``features``, (N, F) or images (N, C, H, W), and ``labels`` (N,), integers or text. A folder: of
-            one folder a class, with images in it or deeper; hidden files and folders, files without an image's suffix
-            and classes without images are left. Images of 16 bits, and of floats from 0 to 1, keep their range; what is
-            transparent is over white.
-        image_size: to which a folder's images are scaled and cut: the middle square.
-        tick: is told how many of a folder's images are read.
+        where: ``"digits"``, FILE.npz or a folder.
+        image_size: side in pixels, at least 1. The middle square of a folder's images is scaled to it.
+        tick: is called with how many of a folder's images are read, and how many there are.
+
+    Returns:
+        The samples and labels, as `Data`.
 
     Raises:
-        ValueError: there is no such data, it is not of this form, or cannot be read, with its name.
-        ImportError: without scikit-learn or Pillow.
+        ValueError: the data do not exist, have another form, or cannot be read; the message names the file.
+        ImportError: scikit-learn or Pillow is not installed.
+
+    Examples:
+        >>> from flashpair.tools.reality_check import load
+        >>> data = load("digits")
+        >>> data.samples.shape[1:], data.labels.unique().numel()
+        (torch.Size([1, 8, 8]), 64)
     """
     if where == "digits":
         return _digits()
@@ -173,5 +190,5 @@ def _folder(path: Path, size: int, tick: Callable[[int, int], object]) -> Data:
 
 
 def _title(name: str) -> str:
-    """A file's name on one line of what can be printed: names may hold line ends, and bytes that are no text."""
+    """A file's name as one printable line: names may hold line ends, and bytes that are no text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,4 +1,4 @@
-"""A folder of folders of images, as uint8 squares of one size; what is no image of it is left, or named."""
+"""A folder of folders of images, as uint8 squares of one size. Other files are skipped; broken images are named."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 
 
 def shown(name: str) -> bool:
-    """Neither hidden (.ipynb_checkpoints, ._1.png) nor what systems put beside a user's files."""
+    """Whether a file is neither hidden (.ipynb_checkpoints, ._1.png) nor put there by the operating system."""
     return not name.startswith(".") and name not in LEFT_BY_SYSTEMS
 
 
 def classes(path: Path) -> list[tuple[str, list[Path]]]:
-    """Name and images of each folder in `path` that has any, by name.
+    """Name and images of each folder in `path` that has images, sorted by name.
 
     Raises:
         ValueError: a folder that cannot be read.
@@ -37,7 +37,7 @@ def classes(path: Path) -> list[tuple[str, list[Path]]]:
 
 
 def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
-    """Images in it or deeper, through links, but not into a folder that this one is in."""
+    """Images in a folder or deeper. Links are followed, but not to a folder that contains this one."""
     status = folder.stat()
     at = (status.st_dev, status.st_ino)
     if at in above:
@@ -52,10 +52,11 @@ def _files(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
 
 
 def square(file: Path, size: int) -> Tensor:
-    """(3, size, size) uint8: the middle square, scaled, turned as its EXIF says, what is transparent over white.
+    """(3, size, size) uint8: the middle square, scaled, turned as its EXIF says, over white where it is transparent.
 
     Raises:
-        ValueError: it cannot be read, or what is white in it is not known. ImportError: without Pillow.
+        ValueError: it cannot be read, or its white level is unknown.
+        ImportError: Pillow is not installed.
     """
     with extra("reality-check", "a folder of images"):
         import numpy as np
@@ -71,7 +72,7 @@ def square(file: Path, size: int) -> Tensor:
 
 
 def _eight_bits(image: Any) -> Any:
-    """An image of more bits a channel in 8 of them, of its whole range: Pillow would cut off all above 255."""
+    """Scales an image of more than 8 bits a channel to 8 bits. Pillow would clip everything above 255."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     import numpy as np
@@ -97,7 +98,7 @@ def _eight_bits(image: Any) -> Any:
 
 
 def _opaque(image: Any) -> Any:
-    """RGB; what is behind transparent pixels is arbitrary, and not shown."""
+    """RGB. The colour of a transparent pixel is arbitrary, and is not shown."""
     from PIL import Image
 
     if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):

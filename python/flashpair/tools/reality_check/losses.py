@@ -1,4 +1,4 @@
-"""The losses that a comparison knows by name, and what of each is searched for."""
+"""The losses that a comparison knows by name, and the search space of each."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def candidate(name: str) -> Candidate:
     """A loss of `LOSSES` by its name, or your own `flashpair.Criterion` as FILE.py:Name or module:Name.
 
     Your own can have a class attribute ``search_space``, a dict from argument names to `Range`s (or tuples like them).
-    Without it nothing is searched for, and a trial is a training with its defaults.
+    Without it there is no search: a trial is a training with the defaults.
 
     Args:
         name: a key of `LOSSES`, FILE.py:Name or module:Name.

@@ -11,7 +11,7 @@ HIDDEN = 256
 
 
 class Standardized(nn.Module):
-    """A network of samples less their mean, over their standard deviation, of each feature or channel."""
+    """A network whose samples are standardized: minus the mean, over the standard deviation, by feature or channel."""
 
     mean: Tensor
     inverse: Tensor
@@ -30,7 +30,7 @@ class Standardized(nn.Module):
 
 
 def network(shape: Sequence[int], embedding_size: int) -> nn.Module:
-    """Of features (F,) two linear layers; of images (C, H, W) convolutions, halved until they are 4 x 4 or so."""
+    """Two linear layers for features (F,); for images (C, H, W) convolutions, halved until they are about 4 x 4."""
     if len(shape) == 1:
         return nn.Sequential(nn.Linear(shape[0], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, embedding_size))
     channels, height, width = shape

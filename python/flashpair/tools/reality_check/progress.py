@@ -16,7 +16,7 @@ BELOW = {"losses": ("settings", "folds", "epochs"), "settings": ("folds", "epoch
 
 
 class Bars(Progress):
-    """A bar for each level; where the output is no terminal nothing is shown but what is printed beside."""
+    """A bar for each level. If the output is no terminal, no bars are shown."""
 
     def __init__(self, console: Console) -> None:
         what = TextColumn("{task.description:>28}", markup=False)

@@ -1,4 +1,4 @@
-"""What a run keeps on disk, and how it knows whose it is."""
+"""The files of a run, and the checks that they belong to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..import_target import stem
 
 
 def source_of(of: Any) -> str:
-    """What a user's own class or function is: its name and a digest of its file."""
+    """Identifies a user's class or function: its name and a digest of its file."""
     name = f"{stem(getattr(of, '__module__', ''))}.{getattr(of, '__qualname__', repr(of))}"
     try:
         text = Path(inspect.getsourcefile(of) or "").read_bytes()
@@ -27,7 +27,7 @@ def source_of(of: Any) -> str:
 
 
 def claim(path: Path, settings: dict[str, Any]) -> None:
-    """Notes what a folder's results are of, or finds that they are of something else."""
+    """Writes the settings of a folder's results; raises ValueError if they belong to other settings."""
     before = read(path)
     if before is None:
         write(path, settings)
@@ -39,10 +39,10 @@ def claim(path: Path, settings: dict[str, Any]) -> None:
 
 
 def read(path: Path, *keys: str) -> Any:
-    """A document that `write` wrote, which has these keys; None if there is none.
+    """A document with these keys that `write` wrote; None if it does not exist.
 
     Raises:
-        ValueError: it is not one, with its name.
+        ValueError: the file is no such document; the message names it.
     """
     if not path.exists():
         return None
@@ -56,7 +56,7 @@ def read(path: Path, *keys: str) -> Any:
 
 
 def embedded(path: Path) -> Any:
-    """What torch.save kept there, None if nothing. Raises ValueError: it is not whole, with its name."""
+    """The tensors that torch.save wrote there, or None. Raises ValueError, which names the file, if it is broken."""
     if not path.exists():
         return None
     try:
@@ -90,7 +90,7 @@ def _broken(path: Path, why: object) -> ValueError:
 
 
 def write(path: Path, document: Any) -> None:
-    """Wholly, or not at all."""
+    """Writes the whole file, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -98,5 +98,5 @@ def write(path: Path, document: Any) -> None:
 
 
 def seed_of(*of: object) -> int:
-    """A seed of its own for everything that is named."""
+    """A different seed for each name."""
     return int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:4], "big") >> 1

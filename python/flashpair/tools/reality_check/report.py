@@ -44,7 +44,7 @@ def ranked(outcomes: Sequence[Outcome], kind: str) -> list[Outcome]:
 
 
 def settings_table(outcomes: Sequence[Outcome]) -> Table:
-    """What was found to be the best of each loss."""
+    """The best hyper-parameters of each loss."""
     found = Table("loss", "trials", "validation MAP@R, %", "hyper-parameters", box=None)
     for outcome in outcomes:
         if outcome.name != UNTRAINED:
@@ -54,7 +54,7 @@ def settings_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def interval(runs: Sequence[float]) -> dict[str, float | None]:
-    """As JSON takes it, which has no NaN."""
+    """An interval for JSON, which has no NaN."""
     found = confidence_interval(runs)
     return {"mean": found.mean, "half_width": found.half_width if len(runs) > 1 else None}
 
@@ -79,7 +79,7 @@ def draw(outcomes: Sequence[Outcome], title: str, protocol: Protocol, path: Path
     """MAP@R of each loss, separated and concatenated, with intervals, as a PNG.
 
     Args:
-        title: of the data.
+        title: the data's.
     """
     shown = ranked(outcomes, "separated")[::-1]
     said = f"{protocol.trials} trials a loss, {protocol.folds} folds; mean of {protocol.repeats} repeats"

@@ -1,8 +1,8 @@
-"""Every loss searched for its best hyper-parameters, trained again with them, and tested; all of it on disk.
+"""The study: for every loss, the search for its best hyper-parameters, the trainings with them, and the test.
 
-What is done is kept, a fold at a time: a run that was killed goes on where it was, and comes to the numbers that it
-would have come to, as each training, and each choice of hyper-parameters, hangs on its own seed and on finished trials
-alone.
+Results are written to disk after each fold. A run that was killed continues where it stopped, and finds the same
+numbers as a run that was not killed, because each training and each choice of hyper-parameters depends only on its own
+seed and on finished trials.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Outcome(NamedTuple):
     """A loss in a comparison.
 
     Attributes:
-        name: of the loss, or ``"untrained"``.
+        name: the loss's, or ``"untrained"``.
         values: the best hyper-parameters.
         validation: their MAP@R, the mean over folds.
-        trials: how many settings they are the best of.
-        separated: for each metric one number for each repeat, 0 to 1: on the test classes, the mean over the folds'
-            models.
+        trials: how many settings were tried.
+        separated: for each metric one number (0 to 1) for each repeat: the mean over the folds' models, on the test
+            classes.
         concatenated: the same with the normalised embeddings of all models side by side.
     """
 
@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
 
 
 class Progress:
-    """What a run says of itself as it goes; this one says nothing.
+    """Reports the progress of a run. This base class reports nothing.
 
     `level` is one of ``"losses"``, ``"settings"`` (trials, then repeats), ``"folds"`` or ``"epochs"``.
     """
@@ -76,23 +76,37 @@ def run(
     The first half of the classes is trained and validated on, the second half is tested on.
 
     Args:
-        data: what is trained on, validated and tested with.
+        data: samples and labels for training, validation and test.
         losses: names that `candidate` knows.
         protocol: the settings that all losses share.
-        out: a folder for all results. What it already has of the same data and protocol (except `trials` and `repeats`,
-            which can be raised) is not computed again.
+        out: a folder for all results. Results of the same data and protocol in it are not computed again. (`trials` and
+            `repeats` may differ: they can be raised.)
         make: makes a network from a sample's shape and an embedding size.
-        progress: is told how far the run is.
+        progress: its `at` is called as the run goes on.
 
     Returns:
         The untrained networks' outcome, and each loss's.
 
     Raises:
-        ValueError: an unknown loss, data of too few classes, a device that does not exist, or a folder of another run
-            or with a broken file.
+        ValueError: an unknown loss, data of too few classes, a device that does not exist, a folder of another run, or
+            a broken file in it.
         ImportError: optuna is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from flashpair.tools.reality_check import Data, Protocol, run
+        >>> labels = torch.arange(8).repeat_interleave(4)
+        >>> data = Data("made up", torch.eye(8)[labels] + 0.1 * torch.rand(32, 8), labels)
+        >>> small = Protocol(trials=1, repeats=1, folds=2, embedding_size=4, batch_size=8, iterations=1, max_epochs=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     outcomes = run(data, ["nt_xent"], small, Path(folder))
+        >>> [outcome.name for outcome in outcomes]
+        ['untrained', 'nt_xent']
+        >>> list(outcomes[1].values), len(outcomes[1].separated["map_at_r"])
+        (['temperature'], 1)
     """
-    with extra("reality-check", "reality-check"):  # now, not after the first trainings
+    with extra("reality-check", "reality-check"):  # fail now, not after the first trainings
         import_module("optuna")
 
     progress = progress or Progress()
@@ -118,7 +132,7 @@ def run(
 
 
 def _enough(data: Data, protocol: Protocol) -> None:
-    """Refuses data of which nothing could be retrieved."""
+    """Raises ValueError if some part of the data has no two samples of a class."""
     sizes = data.labels.bincount()
     tested, folds = partitions(len(sizes), protocol.folds)
     for what, classes in (("the test", tested), *((f"fold {f}", classes) for f, classes in enumerate(folds))):
@@ -135,7 +149,7 @@ def _settings(data: Data, protocol: Protocol, make: MakeNetwork) -> dict[str, An
 
 
 class _Study:
-    """One loss, or no training where it is None."""
+    """The study of one loss, or of untrained networks if `loss` is None."""
 
     def __init__(
         self, name: str, loss: Candidate | None, data: Data, protocol: Protocol, out: Path, make: MakeNetwork,

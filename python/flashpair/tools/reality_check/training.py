@@ -36,7 +36,7 @@ def places_of(data: Data, classes: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def embed(network: nn.Module, data: Data, places: Tensor) -> Tensor:
-    """Embeddings (len(places), E), on the host, as the network judges, not as it trains."""
+    """Embeddings (len(places), E) on the CPU, with the network in evaluation mode."""
     network.eval()
     return torch.cat([network(data.of(some)).cpu() for some in places.split(EMBEDDED)])
 
@@ -49,10 +49,10 @@ def made(candidate: Candidate, values: Mapping[str, float], classes: int, embedd
 
 
 def samples_of_a_class(batch_size: int, wanted: int, classes: int) -> int:
-    """`wanted`, or as few more as a batch of `batch_size` samples takes to have no more classes than there are.
+    """`wanted`, or the next larger number with which a batch needs no more classes than there are.
 
     Raises:
-        ValueError: not even a batch of one class would do.
+        ValueError: there is no class.
     """
     for m in range(min(wanted, batch_size), batch_size + 1):
         if batch_size % m == 0 and batch_size // m <= classes:
@@ -65,13 +65,13 @@ def train(
     protocol: Protocol, make: Callable[[Sequence[int], int], nn.Module], seed: int,
     tick: Callable[[int], object] = lambda epoch: None,
 ) -> Trained:  # fmt: skip
-    """Trains on some classes until validation on others has not improved for some time.
+    """Trains on some classes until validation on others has stopped improving.
 
     Args:
-        trained, validated: classes. values: of the candidate's hyper-parameters.
-        make: a network of a sample's shape and an embedding size, from torch's generator.
-        seed: of weights and batches.
-        tick: is told each epoch that is over.
+        trained, validated: classes. values: the candidate's hyper-parameters.
+        make: makes a network from a sample's shape and an embedding size, with torch's generator.
+        seed: for weights and batches.
+        tick: is called after each epoch.
     """
     places, judged = places_of(data, trained), places_of(data, validated)
     number = torch.full((int(data.labels.max()) + 1,), -1)
@@ -108,6 +108,6 @@ def train(
                 score = validation()
                 if score > best.map_at_r:
                     best = Trained(copy.deepcopy(network), epoch, score)
-                if score < 0 or epoch - best.epoch > protocol.patience:  # numbers that overflowed do not come back
+                if score < 0 or epoch - best.epoch > protocol.patience:  # after an overflow the numbers stay NaN
                     break
     return best
