@@ -21,7 +21,7 @@ import triton
 from flashpair.backends.triton.kernels import configs
 from triton.runtime import driver
 
-from flashpair.backends.triton import fused, launcher
+from flashpair.backends.triton import fused, launch
 from flashpair.core.reduction import OPS, SIDES
 
 from . import sass
@@ -50,18 +50,18 @@ CASES = [
 
 def words(kernel: Any, args: tuple[Any, ...], more: dict[str, Any]) -> str:
     """What a launch computes: its reductions, and whether one exponential serves both ends of a pair."""
-    op_a, side_a, _, op_b, side_b, _ = args[-6:]
-    found = [f"{OPS[op]} {SIDES[side]}" for op, side in ((op_a, side_a), (op_b, side_b)) if op >= 0]
+    reductions = [r for r in args[-2] if r.OP.value >= 0]
+    found = [f"{OPS[r.OP.value]} {SIDES[r.SIDE.value]}" for r in reductions]
     one = ", one exponential" if more.get("WANTED") else ""
     return f"{kernel.__name__}: {' + '.join(found)}{one}"
 
 
-def cost(kernel: Any, chip: Chip, dtype: torch.dtype, d: int, more: dict[str, Any]) -> dict[str, Any]:
+def cost(kernel: Any, chip: Chip, dtype: torch.dtype, d: int, form: dict[str, Any]) -> dict[str, Any]:
     """Registers, blocks a multiprocessor, and cycles of a tile by pipe."""
     cubin, warps = kernel.asm["cubin"], kernel.metadata.num_warps
     used = sass.resources(cubin)
     once, along = sass.hot(sass.read(sass.dump(cubin, "-sass")))
-    chunks = math.ceil(d / more["BLOCK_K"])
+    chunks = math.ceil(d / form["BLOCK_K"])
     instructions = sass.count(once)
     for pipe, number in sass.count(along).items():
         instructions[pipe] += chunks * number
@@ -70,8 +70,8 @@ def cost(kernel: Any, chip: Chip, dtype: torch.dtype, d: int, more: dict[str, An
     cycles = {pipe: round(work.get(pipe, 0) * each * warps / PARTS) for pipe, each in CYCLES.items()}
     cycles["fma"] += cycles.pop("imad")
     cycles["lsu"] = instructions["lsu"] * warps
-    passes = (3 if dtype == _SINGLE else 1) * (2 if "BLOCK_D" in more else 1)
-    products = more["BLOCK_ROWS"] * more["BLOCK_COLS"] * chunks * more["BLOCK_K"] * passes
+    passes = (3 if dtype == _SINGLE else 1) * (2 if "BLOCK_D" in form else 1)
+    products = form["BLOCK_ROWS"] * form["BLOCK_COLS"] * chunks * form["BLOCK_K"] * passes
     tensor = products // chip.products[dtype]
     registers = math.ceil(used["registers"] / 8) * 8
     blocks = min(
@@ -93,17 +93,22 @@ def cost(kernel: Any, chip: Chip, dtype: torch.dtype, d: int, more: dict[str, An
 def report() -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     place: dict[str, Any] = {}
-    run, seen = launcher.run, set()
+    run, seen = launch.run, set()
 
     def recorded(kernel: Any, *args: Any, **more: Any) -> Any:
         compiled = run(kernel, *args, **more)
-        if kernel.__name__ in ("reduce_rows", "weigh_rows") and compiled.hash not in seen and not more["BAND_ONLY"]:
+        if (
+            kernel.__name__ in ("reduce_rows", "backward_rows")
+            and compiled.hash not in seen
+            and not more["POSITIVES_ONLY"]
+        ):
             seen.add(compiled.hash)
-            own_cost = cost(compiled, CHIPS[place["arch"]], getattr(torch, place["dtype"]), place["d"], more)
+            form = {name: value.value for name, value in args[-1]._asdict().items() if value is not None}
+            own_cost = cost(compiled, CHIPS[place["arch"]], getattr(torch, place["dtype"]), place["d"], form)
             found.append({**place, "kernel": words(kernel, args, more), **own_cost})
         return compiled
 
-    launcher.run = recorded
+    launch.run = recorded
     try:
         for index, (arch, loss, dtype, d) in enumerate(CASES):
             driver.set_active(aot.Chip(arch, index))
@@ -111,7 +116,7 @@ def report() -> dict[str, Any]:
             place = {"arch": arch, "loss": loss, "dtype": str(dtype).removeprefix("torch."), "d": d}
             aot.compile_step(loss, dtype, d, False, "dot", fused)
     finally:
-        launcher.run = run
+        launch.run = run
     return {"triton": triton.__version__, "kernels": found}
 
 

@@ -1,6 +1,6 @@
 """Which tiles each chip gets: a plain table, so that every row of it can be compiled and inspected without a GPU.
 
-Both passes use the same tile and the same order along D, so that they see the same bits of every similarity.
+Forward and backward use the same tile and the same order along D, so that they see the same bits of every similarity.
 """
 
 from typing import NamedTuple
@@ -9,11 +9,15 @@ import torch
 
 
 class Config(NamedTuple):
-    """Tiles of rows x cols pairs (powers of two, cols at most rows), warps and pipeline stages of each pass.
+    """The tiles of the kernels of all pairs, and how each pass is launched.
 
-    depth: columns of D that go through the tensor cores at a time; slab: columns of the gradient that a program
-    accumulates. Where both hold all of D, a tile's embeddings are loaded once for both of its products.
-    registers: the most that a thread may have in each pass, so that more blocks fit a multiprocessor; 0 for no limit.
+    Args:
+        rows, cols: pairs of a tile: powers of two, cols at most rows.
+        depth: columns of D that go through the tensor cores at a time.
+        slab: columns of the gradient that a program accumulates. Where depth and slab hold all of D, a tile's
+            embeddings are loaded once for both of its products.
+        forward, backward: warps and pipeline stages.
+        registers: the most that a thread may have in each pass, so that more blocks fit a multiprocessor; 0: no limit.
     """
 
     rows: int
@@ -26,8 +30,13 @@ class Config(NamedTuple):
 
 
 class Screen(NamedTuple):
-    """Tiles of block x cols pairs of the int8 screen, or of 64 columns where it tests for more than one bound; depth as
-    there; warps and stages. Blocks of block x block pairs, multiples of every Config's tiles, are listed whole or not.
+    """The tiles of the int8 screen.
+
+    Args:
+        block: rows of a tile. A block of block x block pairs, a multiple of every Config's tiles, is listed or dense.
+        cols: columns of a tile; 64 at most where it tests for more than one bound.
+        depth: columns of D that go through the tensor cores at a time.
+        launch: warps and pipeline stages.
     """
 
     block: int
@@ -131,10 +140,7 @@ SCREENS = {
 
 def power_of_two(d: int) -> int:
     """The least one that is d or more, and at least 32: the tensor cores take 16, but with more registers."""
-    found = 32
-    while found < d:
-        found *= 2
-    return found
+    return max(32, 1 << (d - 1).bit_length())
 
 
 def choose(family: str, dtype: torch.dtype, d: int) -> Config:
@@ -143,13 +149,14 @@ def choose(family: str, dtype: torch.dtype, d: int) -> Config:
     return config._replace(depth=min(config.depth, power_of_two(d)), slab=min(config.slab, power_of_two(d)))
 
 
-def of_distances(config: Config) -> Config:
-    """The same for Euclidean distances, some of which are taken twice: warps that share 64 rows would need a stack."""
-    few = config.rows == 64 and config.forward[0] == 8
+def for_distances(config: Config) -> Config:
+    """The same for Euclidean distances, which take more registers a pair, for close ones are taken twice: no limit on
+    registers, and no 8 warps that share 64 rows, which would need a stack."""
+    spills = config.rows == 64 and config.forward[0] == 8
     config = config._replace(registers=(0, 0))
-    return config._replace(forward=(4, 1), backward=(4, 1)) if few else config
+    return config._replace(forward=(4, 1), backward=(4, 1)) if spills else config
 
 
-def screen(family: str, d: int) -> Screen:
+def choose_screen(family: str, d: int) -> Screen:
     config = SCREENS[family]
     return config._replace(depth=min(config.depth, power_of_two(d)))

@@ -26,9 +26,9 @@ def log1p(u):
 def expm1(t):
     """e^t - 1 to the last bit of small t."""
     u = tl.exp(t)
-    near = (u != 1.0) & (u > 0.0) & (u < float("inf"))
-    exact = (u - 1.0) * (t / tl.where(near, tl.log(tl.where(near, u, 2.0)), 1.0))
-    return tl.where(near, exact, tl.where(u == 1.0, t, u - 1.0))
+    usable = (u != 1.0) & (u > 0.0) & (u < float("inf"))
+    exact = (u - 1.0) * (t / tl.where(usable, tl.log(tl.where(usable, u, 2.0)), 1.0))
+    return tl.where(usable, exact, tl.where(u == 1.0, t, u - 1.0))
 
 
 @triton.jit
@@ -37,62 +37,62 @@ def logistic(t):
 
 
 @triton.jit
-def identity(s, own):
-    return s + own
+def identity(s, offset):
+    return s + offset
 
 
 @triton.jit
-def identity_slope(s, own):
+def identity_slope(s, offset):
     one = tl.full(s.shape, 1.0, s.dtype)
-    return s + own, one, one
+    return s + offset, one, one
 
 
 @triton.jit
-def softplus(s, own):
-    t = s + own
+def softplus(s, offset):
+    t = s + offset
     return tl.maximum(t, 0.0) + log1p_unit(tl.exp(-tl.abs(t)))
 
 
 @triton.jit
-def softplus_slope(s, own):
-    g = logistic(s + own)
-    return softplus(s, own), g, g
+def softplus_slope(s, offset):
+    g = logistic(s + offset)
+    return softplus(s, offset), g, g
 
 
 @triton.jit
-def hinge(s, own):
-    return tl.maximum(s + own, 0.0)
+def hinge(s, offset):
+    return tl.maximum(s + offset, 0.0)
 
 
 @triton.jit
-def hinge_slope(s, own):
-    g = tl.where(s + own > 0.0, 1.0, 0.0).to(s.dtype)
-    return hinge(s, own), g, g
+def hinge_slope(s, offset):
+    g = tl.where(s + offset > 0.0, 1.0, 0.0).to(s.dtype)
+    return hinge(s, offset), g, g
 
 
 @triton.jit
-def squared_hinge(s, own):
-    h = tl.maximum(s + own, 0.0)
+def squared_hinge(s, offset):
+    h = tl.maximum(s + offset, 0.0)
     return h * h
 
 
 @triton.jit
-def squared_hinge_slope(s, own):
-    g = 2.0 * tl.maximum(s + own, 0.0)
-    return squared_hinge(s, own), g, g
+def squared_hinge_slope(s, offset):
+    g = 2.0 * tl.maximum(s + offset, 0.0)
+    return squared_hinge(s, offset), g, g
 
 
 @triton.jit
-def triangle(s, own):
-    return tl.maximum(1.0 - tl.abs(s + own), 0.0)
+def triangle(s, offset):
+    return tl.maximum(1.0 - tl.abs(s + offset), 0.0)
 
 
 @triton.jit
-def triangle_slope(s, own):
-    t = s + own
+def triangle_slope(s, offset):
+    t = s + offset
     g = tl.where(t > 0.0, -1.0, tl.where(t < 0.0, 1.0, 0.0))
     g = tl.where(tl.abs(t) < 1.0, g, 0.0).to(s.dtype)
-    return triangle(s, own), g, g
+    return triangle(s, offset), g, g
 
 
 table = {
@@ -101,5 +101,8 @@ table = {
     "hinge": (hinge, hinge_slope),
     "squared_hinge": (squared_hinge, squared_hinge_slope),
     "triangle": (triangle, triangle_slope),
-    "lifted": (squared_hinge, squared_hinge_slope),  # of scale * z and what reduce.py's `reach` makes of two offsets
+    "lifted": (
+        squared_hinge,
+        squared_hinge_slope,
+    ),  # of scale * z and what state.py's `total_offset` makes of two offsets
 }

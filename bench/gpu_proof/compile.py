@@ -117,7 +117,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
     from flashpair.backends.triton.kernels import configs
     from triton.runtime import driver
 
-    from flashpair.backends.triton import launcher, screened_tiles, tiled
+    from flashpair.backends.triton import launch, tiled
     from flashpair.core import problem
     from flashpair.engine import dispatch, pairs, row_reduce_op, small_batch, sorted_rows
 
@@ -134,9 +134,8 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
 
     changes = [
         (configs, "family", lambda device: family),
-        (launcher, "processors", lambda device: machine["processors"]),
-        (launcher, "run", note),
-        (screened_tiles, "run", note),
+        (launch, "processors", lambda device: machine["processors"]),
+        (launch, "run", note),
         (dispatch, "_unsupported_reasons", lambda impl, device: ()),
         (
             row_reduce_op,
@@ -192,7 +191,7 @@ class Pool:
                 self.known[key] = self._why(pid) if status else ""
                 if status:
                     self.without += 1
-                    self.stage.say(kernel=wanted.name, dropped=self.known[key], options=_shown(wanted.options))
+                    self.stage.say(kernel=wanted.name, dropped=self.known[key], options=_shown(wanted))
         self._announce()
 
     def _fork(self, wanted: Wanted) -> int:
@@ -228,9 +227,12 @@ class Pool:
             new.rename(site.marker(self.stage.work, name))
 
 
-def _shown(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("num_warps", "num_stages", "maxnreg", "BLOCK_ROWS", "BLOCK_COLS")
-    return {name: options[name] for name in names if name in options}
+def _shown(wanted: Wanted) -> dict[str, Any]:
+    names, options = ("num_warps", "num_stages", "maxnreg"), wanted.options
+    shown = {name: options[name] for name in names if name in options}
+    for form in (arg for arg in wanted.args if hasattr(arg, "BLOCK_ROWS")):
+        shown |= {"BLOCK_ROWS": form.BLOCK_ROWS.value, "BLOCK_COLS": form.BLOCK_COLS.value}
+    return shown
 
 
 def run(stage: Stage) -> None:

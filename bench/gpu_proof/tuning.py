@@ -10,7 +10,7 @@ from .accelerator import Accelerator
 from .cases import TruthCase, main_cases
 from .plan import Plan, Tile
 
-FORWARD, BACKWARD = "reduce_rows", "weigh_rows"  # the kernels that tiles are chosen for
+FORWARD, BACKWARD = "reduce_rows", "backward_rows"  # the kernels that tiles are chosen for
 
 
 def candidates(plan: Plan) -> list[Tile | None]:
@@ -44,25 +44,25 @@ def chosen(forward: Tile | None, backward: Tile | None = None) -> Iterator[None]
     """
     from flashpair.backends.triton.kernels import configs
 
-    from flashpair.backends.triton import fused, gradients
+    from flashpair.backends.triton import launch
 
-    before, splits = configs.choose, fused.splits
-    fused.splits = gradients.splits = lambda *of: 1
+    before, splits = configs.choose, launch.choose_splits
+    launch.choose_splits = lambda *of: 1
     if forward is not None:
         configs.choose = lambda *of: row(before(*of), forward, backward or forward)
     try:
         yield
     finally:
         configs.choose = before
-        fused.splits = gradients.splits = splits
+        launch.choose_splits = splits
 
 
 @contextlib.contextmanager
 def timed_kernels(gpu: Accelerator) -> Iterator[Callable[[], dict[str, float]]]:
     """Seconds of each of the two kernels, all launches together, since the last time that it was asked."""
-    from flashpair.backends.triton import launcher
+    from flashpair.backends.triton import launch
 
-    before, seen = launcher.run, list[tuple[str, Callable[[], float]]]()
+    before, seen = launch.run, list[tuple[str, Callable[[], float]]]()
 
     def run(kernel: Any, *args: Any, **more: Any) -> Any:
         stop = gpu.watch()
@@ -79,8 +79,8 @@ def timed_kernels(gpu: Accelerator) -> Iterator[Callable[[], dict[str, float]]]:
         seen.clear()
         return total
 
-    launcher.run = run
+    launch.run = run
     try:
         yield take
     finally:
-        launcher.run = before
+        launch.run = before

@@ -119,7 +119,9 @@ def test_what_is_compiled_ahead_is_what_a_launch_asks_for():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     kernels = json.loads(done.stdout)
-    assert {"gather_rows", "reduce_rows", "finish", "list_live", "weigh_rows"} <= {name for name, _ in kernels}
+    assert {"gather_rows", "reduce_rows", "merge_splits", "list_tiles", "backward_rows"} <= {
+        name for name, _ in kernels
+    }
     assert all(there for _, there in kernels), kernels
 
 
@@ -243,11 +245,11 @@ def test_without_a_gpu_it_says_so_and_stops(tmp_path):
 def test_the_row_that_is_picked():
     """Of one tile, whose passes are each the fastest over all losses; a tile that is fast in one pass alone is not."""
     slow, mixed, fast = Tile(64, 64, 4, 2, 0), Tile(64, 64, 8, 2, 0), Tile(128, 64, 8, 3, 128)
-    shipped = [{"reduce_rows": 1.0, "weigh_rows": 1.0}, {"reduce_rows": 2.0, "weigh_rows": 2.0}]
+    shipped = [{"reduce_rows": 1.0, "backward_rows": 1.0}, {"reduce_rows": 2.0, "backward_rows": 2.0}]
     found = {
-        slow: [{"reduce_rows": 0.2, "weigh_rows": 2.0}, {"reduce_rows": 0.4, "weigh_rows": 4.0}],
-        mixed: [{"reduce_rows": 3.0, "weigh_rows": 0.9}, {"reduce_rows": 6.0, "weigh_rows": 1.8}],
-        fast: [{"reduce_rows": 0.9, "weigh_rows": 0.8}, {"reduce_rows": 1.8, "weigh_rows": 1.6}],
+        slow: [{"reduce_rows": 0.2, "backward_rows": 2.0}, {"reduce_rows": 0.4, "backward_rows": 4.0}],
+        mixed: [{"reduce_rows": 3.0, "backward_rows": 0.9}, {"reduce_rows": 6.0, "backward_rows": 1.8}],
+        fast: [{"reduce_rows": 0.9, "backward_rows": 0.8}, {"reduce_rows": 1.8, "backward_rows": 1.6}],
     }
     assert sweep.best(found, shipped) == (slow, mixed)
     del found[mixed]
@@ -267,7 +269,7 @@ def test_tables_of_ncu():
     assert found["reduce_rows"]["gpu__time_duration.sum"] == 412864.0 and len(found) == 2
     assert counters.complaint("==ERROR== LibraryNotLoaded") == "==ERROR== LibraryNotLoaded"
     assert not counters.complaint("==ERROR== The application returned an error code (1).\nValueError")
-    assert "device__attribute_clock_rate" not in found["weigh_rows"]
+    assert "device__attribute_clock_rate" not in found["backward_rows"]
 
 
 def test_what_the_sanitizer_says():

@@ -368,11 +368,9 @@ def test_what_takes_no_groups_says_so():
     with pytest.raises(NotImplementedError, match=r"screened takes no two-sided problem, got split=20"):
         screened.forward(p, terms, given, True)
     if interpreted():
-        from flashpair.backends.triton import fused
-        from flashpair.backends.triton import screened as sifted
-        from flashpair.backends.triton import tiled as blocked
+        from flashpair.backends.triton import fused, screened, tiled
 
-        for module in (fused, blocked, sifted):
+        for module in (fused, tiled, screened):
             with pytest.raises(NotImplementedError, match="GPU take no two-sided problem, got split=20"):
                 module.forward(p, terms, given, True)
     for wrong in (p._replace(split=51), p._replace(split=-1), p._replace(y=p.x), p._replace(end=torch.tensor(4))):

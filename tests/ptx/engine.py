@@ -18,7 +18,7 @@ from .launch import chip
 
 FAMILIES = {"sm_80": configs.AMPERE, "sm_90": configs.HOPPER}
 SCHEDULES = ("tiled", "fused", "screened")
-BLOCK = 128  # of `blocked`, so that small batches have several
+BLOCK = 128  # of `tiled`, so that small batches have several
 kept: list[torch.Tensor] = []  # rows (N, D) that the kernels have made of embeddings, in the caller's order
 
 

@@ -20,7 +20,7 @@ from bench.gpu_proof.cases import TruthCase
 from bench.gpu_proof.compile import Job, Wanted, pretended
 from bench.gpu_proof.plan import GPU, Tile
 from bench.gpu_proof.tuning import chosen, gates
-from flashpair.backends.triton import launcher, screened_tiles
+from flashpair.backends.triton import launch
 
 MACHINE = {"capability": [9, 0], "processors": 132}
 noted: dict[str, str] = {}  # place in the cache: kernel
@@ -56,7 +56,7 @@ def cases() -> list[Job]:
 def main() -> None:
     torch.set_num_threads(1)
     triton.compiler.compile = note
-    real, wanted = launcher.run, list[Wanted]()
+    real, wanted = launch.run, list[Wanted]()
     with pretended(MACHINE, wanted.append):
         for job in cases():
             job.run()
@@ -66,7 +66,7 @@ def main() -> None:
     ahead = dict(noted)
     noted.clear()
     with pretended(MACHINE, wanted.append):
-        launcher.run = screened_tiles.run = real
+        launch.run = real
         for job in cases():
             job.run()
     json.dump([[name, key in ahead] for key, name in noted.items()], sys.stdout)

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from ttir import narrow_products
 
-from flashpair.backends.triton import fused, launcher, screened, screened_tiles, tiled
+from flashpair.backends.triton import fused, launch, rows, screened, tiled
 from flashpair.core.call import compile_call
 from flashpair.core.label_order import make_label_order
 from flashpair.core.problem import Operands, Problem
@@ -154,7 +154,7 @@ def compile_step(
     n = n or (256 if schedule is screened else 64)  # the screen is of whole blocks
     given = Operands(scale, call.scales, [torch.zeros(n, dtype=wide) for _ in call.vectors])
     p = problem(n, dtype, d, references, distance)
-    launcher.scatter_rows(p.x, p.x, p.order, launcher.gather_rows(p.x, p.order, True)[1], True)
+    rows.scatter_rows(p.x, p.x, p.order, rows.gather_rows(p.x, p.order, True)[1], True)
     values, kept = schedule.forward(p, terms, given, True)
     grads = [None if t.detach else values[k] for k, t in enumerate(terms)]
     need = [True, True, scale is not None, bool(call.vectors), bool(call.vectors)]
@@ -165,7 +165,7 @@ def main(archs: list[str]) -> None:
     report: list[dict[str, Any]] = []
     compiled: set[Any] = set()
     place: dict[str, Any] = {}
-    run = launcher.run
+    run = launch.run
 
     def recorded(*args: Any, **more: Any) -> Any:
         kernel = run(*args, **more)
@@ -174,17 +174,17 @@ def main(archs: list[str]) -> None:
             report.append(place | describe(kernel, place["arch"]))
         return kernel
 
-    def skipped(*args: Any, **more: Any) -> None:
-        pass
+    def of_screen(kernel: Any, *args: Any, **more: Any) -> Any:
+        """FORMS are enough of the kernels of all pairs."""
+        return recorded(kernel, *args, **more) if kernel.fn.__module__.endswith((".screen", ".candidates")) else None
 
-    screened_tiles.run = recorded
     for index, arch in enumerate(archs):
         driver.set_active(Chip(arch, index))
-        launcher.run = recorded
+        launch.run = recorded
         configs.family = lambda device, found=FAMILIES[arch]: found
-        for (of, dtype), rows in configs.TABLE.items():
+        for (of, dtype), table in configs.TABLE.items():
             name = str(dtype).removeprefix("torch.")
-            for largest, config in rows if of == FAMILIES[arch] else ():
+            for largest, config in table if of == FAMILIES[arch] else ():
                 d = min(largest, RAGGED)
                 place = {"arch": arch, "dtype": name, "d": d, "loss": "mined", "config": config}
                 compile_step("mined", dtype, d, False, "dot")
@@ -197,12 +197,12 @@ def main(archs: list[str]) -> None:
                 compile_step(which, DTYPES[name], 128, references, distance)
         if FAMILIES[arch] in (configs.AMPERE, configs.HOPPER, configs.BLACKWELL):
             config = configs.choose(FAMILIES[arch], torch.bfloat16, 768)
-            place = {"arch": arch, "dtype": "bfloat16", "d": 768, "loss": "mined, blocked", "config": config}
+            place = {"arch": arch, "dtype": "bfloat16", "d": 768, "loss": "mined, tiled", "config": config}
             compile_step("mined", torch.bfloat16, 768, False, "dot", tiled)
         for which, dtype, d, references, distance in SCREENED:
             name, config = str(dtype).removeprefix("torch."), configs.choose(FAMILIES[arch], dtype, d)
             place = {"arch": arch, "dtype": name, "d": d, "loss": f"{which}, screened", "config": config}
-            launcher.run = recorded if which == "mined" else skipped  # FORMS are enough of the kernels of all pairs
+            launch.run = recorded if which == "mined" else of_screen
             compile_step(which, dtype, d, references, distance, screened)
     json.dump(report, sys.stdout, indent=1)
 

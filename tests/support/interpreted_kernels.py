@@ -1,4 +1,4 @@
-"""What tests of the Triton kernels through the interpreter share: tiles, `fused` or `blocked`, the comparison."""
+"""What tests of the Triton kernels through the interpreter share: tiles, `fused` or `tiled`, the comparison."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def tiles(request, monkeypatch):
 
 @pytest.fixture
 def schedule(request, monkeypatch):
-    """`fused`, or `blocked` in its place with blocks of two tiles."""
-    if request.param == "blocked":
+    """`fused`, or `tiled` in its place with blocks of two tiles."""
+    if request.param == "tiled":
         monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: tiled)
         monkeypatch.setattr(tiled, "BLOCK", 64)
     return request.param
 
 
 every_tile = pytest.mark.parametrize("tiles", TILES, indirect=True)
-both = pytest.mark.parametrize("schedule", ["fused", "blocked"], indirect=True)
+both = pytest.mark.parametrize("schedule", ["fused", "tiled"], indirect=True)
 
 
 def compare(make, x, labels, y=None, ref_labels=None):

@@ -60,22 +60,22 @@ class _KernelRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, normalize: bool) -> Tensor:
-        from ..backends.triton import launcher
+        from ..backends.triton import rows
 
-        y, inverse = launcher.gather_rows(x, order, normalize)
+        y, inverse = rows.gather_rows(x, order, normalize)
         ctx.normalize = normalize
         ctx.save_for_backward(x, order, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        from ..backends.triton import launcher
+        from ..backends.triton import rows
 
         x, order, inverse = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             (dx,) = torch.autograd.grad(_composed(x, order, ctx.normalize), x, g, create_graph=True)
             return dx, None, None
-        return launcher.scatter_rows(solid(g), x, order, inverse, ctx.normalize), None, None
+        return rows.scatter_rows(solid(g), x, order, inverse, ctx.normalize), None, None
 
 
 def _composed(x: Tensor, order: Tensor, normalize: bool) -> Tensor:

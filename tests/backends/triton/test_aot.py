@@ -50,7 +50,7 @@ def test_every_configuration_fits_the_chip(compiled):
             name = str(dtype).removeprefix("torch.")
             own = (r for r in compiled.kernels if r["dtype"] == name and r["config"][:2] == list(config[:2]))
             kernels = {r["kernel"] for r in own}
-            assert {"reduce_rows", "weigh_rows"} <= kernels, f"{name} to D = {largest} was not compiled"
+            assert {"reduce_rows", "backward_rows"} <= kernels, f"{name} to D = {largest} was not compiled"
     for r in compiled.kernels:
         assert r["stack"] == 0, f"registers spill to the stack: {r}"
         assert r["registers"] <= (512 if compiled.chip.startswith("gfx") else 255), r
@@ -63,8 +63,8 @@ def test_the_screen_is_on_the_tensor_cores_in_int8(compiled):
 
 
 def test_products_are_on_the_tensor_cores(compiled):
-    seen = [r for r in compiled.kernels if r["kernel"] in ("reduce_rows", "weigh_rows")]
-    seen = [r for r in seen if "blocked" not in r["loss"]]  # whose products are the vendor's
+    seen = [r for r in compiled.kernels if r["kernel"] in ("reduce_rows", "backward_rows")]
+    seen = [r for r in seen if ", tiled" not in r["loss"]]  # whose products are the vendor's
     assert seen
     for r in seen:
         fewer = r["config"][0] < 64 and r["by_warp"]  # rows than wgmma and tcgen05 take

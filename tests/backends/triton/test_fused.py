@@ -1,6 +1,6 @@
 """The Triton kernels through the interpreter against the float64 reference: every edge of every tiled axis.
 
-`fused` and `blocked` (the GPU's `tiled`) are both held to it; on a machine with a GPU test_gpu.py runs the compiled
+`fused` and the GPU's `tiled` are both held to it; on a machine with a GPU test_gpu.py runs the compiled
 kernels instead.
 """
 
@@ -76,7 +76,7 @@ def test_edges_of_the_width(d, tiles):
 def test_every_criterion(name, schedule, tiles):
     if name == "SoftTripleLoss":
         pytest.skip("has no kernel of its own")
-    if schedule == "blocked" and name not in BLOCKED:
+    if schedule == "tiled" and name not in OF_TILED:
         pytest.skip("its launches are those of others")
     x, labels = batch(24, 7, 4, torch.float64)
     compare(CRITERIA[name], x, labels)
@@ -86,13 +86,13 @@ def test_every_criterion(name, schedule, tiles):
 
 
 # For time: the formulas, a squared hinge, a transform of its own, triplets.
-BLOCKED = {*FORMULAS, "LiftedStructureLoss", "ContrastiveLoss(power=2)", "TupletMarginLoss", "TripletMarginLoss"}
+OF_TILED = {*FORMULAS, "LiftedStructureLoss", "ContrastiveLoss(power=2)", "TupletMarginLoss", "TripletMarginLoss"}
 
 
 @both
 @pytest.mark.parametrize("per_class", [1, 20, 70])
 def test_classes_from_single_samples_to_one_class(per_class, schedule, tiles):
-    """The band of positives grows from nothing to all pairs."""
+    """The masked tiles grow from none to all."""
     x, labels = batch(70, 7, per_class, torch.float64)
     y, ref_labels = batch(50, 7, per_class, torch.float64, seed=1)
     for name in ("MultiSimilarityLoss", "GeneralizedLiftedStructureLoss"):

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 pytestmark = interpreted_alone
 
 if interpreted():
-    from flashpair.backends.triton import launcher
+    from flashpair.backends.triton import launch
 
 schedule = interpreted_kernels.schedule
 tiles = interpreted_kernels.tiles
@@ -59,7 +59,7 @@ def test_three_tf32_products_are_float32_and_three_bfloat16_ones_are_not():
     """Why float32 is split in tf32: of two the cheaper one loses 7 bits."""
     x = torch.nn.functional.normalize(torch.randn(400, 128, generator=torch.Generator().manual_seed(0)))
 
-    def leading_bits(t):  # kernels/tile.py's, in torch
+    def leading_bits(t):  # kernels/similarity.py's, in torch
         return ((t.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
     def bfloat16(t):
@@ -73,18 +73,18 @@ def test_three_tf32_products_are_float32_and_three_bfloat16_ones_are_not():
 
 
 def test_float32_is_multiplied_as_torch_is_told_to():
-    assert launcher.precision(torch.float32) == "split"
-    assert launcher.precision(torch.float64) == launcher.precision(torch.bfloat16) == "ieee"
+    assert launch.precision(torch.float32) == "split"
+    assert launch.precision(torch.float64) == launch.precision(torch.bfloat16) == "ieee"
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert launcher.precision(torch.float32) == "tf32"
+        assert launch.precision(torch.float32) == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert launcher.precision(torch.float32) == "split"
+    assert launch.precision(torch.float32) == "split"
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert launcher.precision(torch.float32) == "tf32"
+        assert launch.precision(torch.float32) == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
 

@@ -23,11 +23,11 @@ if interpreted():
 LABELS = torch.arange(48) // 4
 
 
-@pytest.fixture(params=["fused", "blocked", "sifted"])
+@pytest.fixture(params=["fused", "tiled", "screened"])
 def schedule(request, monkeypatch):
     """Runs `fused`, or another module of the GPU in its place."""
     if request.param != "fused":
-        module = {"blocked": tiled, "sifted": screened}[request.param]
+        module = {"tiled": tiled, "screened": screened}[request.param]
         monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: module)
         monkeypatch.setattr(tiled, "BLOCK", 64)
     return request.param

@@ -23,7 +23,8 @@ pytest.importorskip("triton")
 pytestmark = interpreted_alone
 
 if interpreted():
-    from flashpair.backends.triton import fused, launcher
+    from flashpair.backends.triton import launch, launcher, shared_top
+    from flashpair.core.problem import Operands, Problem
 
 tiles = interpreted_kernels.tiles
 
@@ -31,10 +32,8 @@ tiles = interpreted_kernels.tiles
 @pytest.mark.parametrize("count", [2, 9])
 @pytest.mark.parametrize("per_class", [4, 90])
 def test_columns_split_among_programs(count, per_class, monkeypatch, tiles):
-    """More splits than the band, or the columns, have tiles, too."""
-    monkeypatch.setattr(launcher, "splits", lambda *arguments: count)
-    monkeypatch.setattr(fused, "splits", lambda *arguments: count)
-    monkeypatch.setattr("flashpair.backends.triton.gradients.splits", lambda *arguments: count)
+    """More splits than the columns, or those with positives, have tiles, too."""
+    monkeypatch.setattr(launch, "choose_splits", lambda *arguments: count)
     x, labels = batch(70, 7, per_class, torch.float64)
     y, ref_labels = batch(85, 7, per_class, torch.float64, seed=1)
     compare(CRITERIA["LiftedStructureLoss"], x, labels)
@@ -43,13 +42,13 @@ def test_columns_split_among_programs(count, per_class, monkeypatch, tiles):
 
 
 def test_splits_fill_the_processors_and_leave_tiles_whole(monkeypatch):
-    monkeypatch.setattr(launcher, "processors", lambda device: 132)
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
     cpu = torch.device("cpu")
-    assert launcher.splits(1024, 2048, cpu) == 1
-    assert launcher.splits(8, 1024, cpu) > 10
-    assert launcher.splits(8, 8, cpu) <= 2
-    assert launcher.splits(8, 1024, cpu, most=3) <= 3
-    assert launcher.splits(0, 0, cpu) == 1
+    assert launch.choose_splits(1024, 2048, cpu) == 1
+    assert launch.choose_splits(8, 1024, cpu) > 10
+    assert launch.choose_splits(8, 8, cpu) <= 2
+    assert launch.choose_splits(8, 1024, cpu, most=3) <= 3
+    assert launch.choose_splits(0, 0, cpu) == 1
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.4, 0.02])
@@ -57,14 +56,14 @@ def test_splits_fill_the_processors_and_leave_tiles_whole(monkeypatch):
 def test_mining_that_leaves_many_and_few_tiles(noise, references, monkeypatch, tiles):
     """Backward visits just the tiles that a window lets a pair through of, and the gradient is the same."""
     listed = []
-    list_live = launcher.Work.list_live
+    list_tiles = launcher.Launcher.list_tiles
 
-    def spy(self, live, side):
-        found = list_live(self, live, side)
-        listed.append((found[1].sum().item(), self.blocks(side.x.shape[0]) * self.tiles(side.y.shape[0])))
+    def spy(self, live, role):
+        found = list_tiles(self, live, role)
+        listed.append((found.counts.sum().item(), found.index.numel()))
         return found
 
-    monkeypatch.setattr(launcher.Work, "list_live", spy)
+    monkeypatch.setattr(launcher.Launcher, "list_tiles", spy)
     centres = torch.randn(64, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(256) // 4
     x = centres[labels] + noise * torch.randn(256, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -78,7 +77,7 @@ def test_mining_that_leaves_many_and_few_tiles(noise, references, monkeypatch, t
 @pytest.mark.parametrize("spread", [0.0, math.inf])
 def test_one_exponential_for_both_ends_and_one_for_each(spread, monkeypatch, tiles):
     """Which of the two kernels runs is decided on the device by how far the rows' logsumexps lie apart."""
-    monkeypatch.setattr(launcher, "SPREAD", dict.fromkeys(launcher.SPREAD, spread))
+    monkeypatch.setattr(shared_top, "SPREAD", dict.fromkeys(shared_top.SPREAD, spread))
     x, labels = batch(90, 7, 4, torch.float64)
     for name in ("MultiSimilarityLoss", "GeneralizedLiftedStructureLoss(distance='euclidean')"):
         compare(CRITERIA[name], x, labels)
@@ -86,14 +85,14 @@ def test_one_exponential_for_both_ends_and_one_for_each(spread, monkeypatch, til
 
 def test_logsumexps_too_far_apart_for_one_exponential(monkeypatch, tiles):
     x, labels = batch(90, 7, 4, torch.float64)
-    monkeypatch.setattr(launcher, "SPREAD", dict.fromkeys(launcher.SPREAD, 100.0))
+    monkeypatch.setattr(shared_top, "SPREAD", dict.fromkeys(shared_top.SPREAD, 100.0))
     x[::2] *= 8  # products of order 1 and of order 100
     results = []
     for impl in ("fused", "reference"):
         a = x.clone().requires_grad_()
         (rows,) = row_reduce(a, labels, Reduction("logsumexp", "negatives"), impl=impl)
         results.append([rows.detach(), *gradients((rows,), [a])])
-    assert results[1][0].max() - results[1][0].min() > launcher.SPREAD[torch.float64]
+    assert results[1][0].max() - results[1][0].min() > shared_top.SPREAD[torch.float64]
     for found, truth in zip(*results, strict=True):
         assert_same(found, truth)
 
@@ -105,10 +104,10 @@ def test_rows_past_two_to_the_thirty_one_entries(tiles):
     y[-4:] = torch.tensor([[0.5], [2.0], [1.0], [-1.0]], dtype=torch.float16)
     x = torch.ones(1, d, dtype=torch.float16)
     lo, hi = torch.tensor([m - 4]), torch.tensor([m])
-    p = launcher.Problem(x, y, lo, hi, None, torch.arange(m), "dot")
+    p = Problem(x, y, lo, hi, None, torch.arange(m), "dot")
     r = Reduction("max", "positives", detach=True)
     call = compile_call((r,), "dot", "fused")
-    work = launcher.Work(p, call.terms, launcher.Operands(None, call.scales, []))
-    state = work.state(0, 1, False, torch.empty(1, 1))
-    work.reduce((0,), [state], work.anchors(), launcher.Block(0, 1, 0, m), 1)
-    assert state.peak.item() == 2 * d
+    one = launcher.Launcher(p, call.terms, Operands(None, call.scales, []))
+    state = one.forward_operands(0, 1, False, torch.empty(1, 1))
+    one.reduce((0,), [state], one.anchors(), launcher.PairBlock(0, 1, 0, m), 1)
+    assert state.row_max.item() == 2 * d

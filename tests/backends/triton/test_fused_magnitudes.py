@@ -42,11 +42,11 @@ UNNORMALISED = {
 }
 
 
-@pytest.fixture(params=["fused", "blocked", "sifted"])
+@pytest.fixture(params=["fused", "tiled", "screened"])
 def schedule(request, monkeypatch):
     """Runs `fused`, or another module of the GPU in its place."""
     if request.param != "fused":
-        module = {"blocked": tiled, "sifted": screened}[request.param]
+        module = {"tiled": tiled, "screened": screened}[request.param]
         monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: module)
         monkeypatch.setattr(tiled, "BLOCK", 64)
     return request.param
@@ -134,7 +134,7 @@ def test_losses(name, size, schedule):
 @pytest.mark.parametrize(("n", "d"), [(2, 17), (3, 17), (64, 17), (100, 33)])
 def test_a_window_bound_to_an_extreme_of_its_own_pairs(n, d, dtype, schedule):
     """All but the hardest, and all below the best positive: the extreme itself stays out of both passes."""
-    if schedule == "sifted":
+    if schedule == "screened":
         pytest.skip("screened refuses it")
     x, labels = torch.randn(n, d, dtype=torch.float64).to(dtype), torch.arange(n) // (2 if n > 3 else 1)
     for of, side in (("negatives", "negatives"), ("positives", "all"), ("all", "positives")):

@@ -18,7 +18,7 @@ from flashpair.tools.check import value_and_gradient
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 if torch.cuda.is_available():
-    from flashpair.backends.triton import launcher
+    from flashpair.backends.triton import launcher, shared_top
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = ["fused", "tiled"]
@@ -143,10 +143,10 @@ def _both(make, x, labels):
         assert_same(f, t)
 
 
-def test_dead_tiles_are_not_visited(monkeypatch):
+def test_tiles_of_which_no_pair_counts_are_not_visited(monkeypatch):
     counts = []
-    list_live = launcher.Work.list_live
-    monkeypatch.setattr(launcher.Work, "list_live", lambda *a: counts.append(list_live(*a)) or counts[-1])
+    list_tiles = launcher.Launcher.list_tiles
+    monkeypatch.setattr(launcher.Launcher, "list_tiles", lambda *a: counts.append(list_tiles(*a)) or counts[-1])
     centres = torch.randn(500, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(2000, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(2000) // 4
@@ -157,7 +157,7 @@ def test_dead_tiles_are_not_visited(monkeypatch):
 
 
 def test_logsumexps_too_far_apart_for_one_exponential(monkeypatch):
-    monkeypatch.setattr(launcher, "SPREAD", dict.fromkeys(launcher.SPREAD, 100.0))
+    monkeypatch.setattr(shared_top, "SPREAD", dict.fromkeys(shared_top.SPREAD, 100.0))
     x, labels = _cuda(*batch(900, 7, 4, torch.float64))
     x[::2] *= 8
     _both(lambda a, impl: row_reduce(a, labels, Reduction("logsumexp", "negatives"), impl=impl)[0], x, labels)

@@ -29,15 +29,15 @@ def _clusters(n, d, noise, dtype):
 
 @pytest.fixture
 def found(monkeypatch):
-    """How many survivors each screen lists, and how many blocks are dense."""
-    seen, find = [], screened_tiles.Sieve.find
+    """How many candidates each screen lists, and how many blocks are dense."""
+    seen, find = [], screened_tiles.ScreenedTiles.find
 
     def spy(self, group, values):
         one = find(self, group, values)
         seen.append((int((one.keys != screened_tiles.LAST).sum()), int(one.dense.sum())))
         return one
 
-    monkeypatch.setattr(screened_tiles.Sieve, "find", spy)
+    monkeypatch.setattr(screened_tiles.ScreenedTiles, "find", spy)
     return seen
 
 
@@ -77,7 +77,7 @@ def test_hinges_windows_and_extremes(distance, found):
         results.append([*(row.detach() for row in rows), *torch.autograd.grad(total, [a, scale])])
     for f, t in zip(*results, strict=True):
         assert_same(f, t)
-    assert all(survivors > 0 for survivors, _ in found)
+    assert all(candidates > 0 for candidates, _ in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

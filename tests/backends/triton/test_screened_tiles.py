@@ -1,4 +1,4 @@
-"""`screened` on the GPU, through Triton's interpreter: no pair that counts is lost, be it listed, dense or dead."""
+"""`screened` on the GPU, in Triton's interpreter: no pair that counts is lost, be it listed, dense or ruled out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 if interpreted():
     from flashpair.backends.triton.kernels import configs
 
-    from flashpair.backends.triton import fused, launcher, screened, screened_tiles
+    from flashpair.backends.triton import fused, launch, screened, screened_tiles, shared_top
     from flashpair.engine import row_reduce_op
 
 MINED = ["MultiSimilarityLoss", "LiftedStructureStarLoss(epsilon=0.1)"]
@@ -43,15 +43,15 @@ def tiles(monkeypatch):
 
 @pytest.fixture
 def found(monkeypatch):
-    """What each screen has found: survivors, dense blocks, and how many of those were known beforehand."""
-    seen, find = [], screened_tiles.Sieve.find
+    """What each screen has found: candidates, dense blocks, and how many of those were known beforehand."""
+    seen, find = [], screened_tiles.ScreenedTiles.find
 
     def spy(self, group, values):
         one = find(self, group, values)
         seen.append((int((one.keys != screened_tiles.LAST).sum()), int(one.dense.sum()), int(self.masked().sum())))
         return one
 
-    monkeypatch.setattr(screened_tiles.Sieve, "find", spy)
+    monkeypatch.setattr(screened_tiles.ScreenedTiles, "find", spy)
     return seen
 
 
@@ -148,22 +148,22 @@ def _every_form(x, labels, refs, distance):
     ],
 )  # fmt: skip
 def test_every_form(distance, references, room, crowded, monkeypatch, found):
-    """Blocks are dead, listed and dense side by side; with no room for survivors, this is `fused`."""
+    """Blocks are ruled out, listed and dense side by side; with no room for candidates, this is `fused`."""
     monkeypatch.setattr(screened_tiles, "ROOM", room)
     monkeypatch.setattr(screened_tiles, "CROWDED", crowded)
     n, m = 128, 115 if references else 128
     x, labels = _clusters(n, 24, 0.2)
     refs = (x[:m] + 0.01, labels[:m]) if references else None
     _compare(lambda: _every_form(x, labels, refs, distance), x, labels, refs, distance)
-    survivors, dense, masked = (sum(each) for each in zip(*found, strict=True))
-    assert (survivors > 0) == (room > 0)
+    candidates, dense, masked = (sum(each) for each in zip(*found, strict=True))
+    assert (candidates > 0) == (room > 0)
     assert dense > masked or (room, crowded) == (32, 8)
 
 
 @pytest.mark.parametrize("spread", [0.0, torch.inf])
 def test_one_exponential_for_both_ends_and_one_for_each(spread, monkeypatch, found):
     """Dense blocks are listed for the tiles of both kernels."""
-    monkeypatch.setattr(launcher, "SPREAD", dict.fromkeys(launcher.SPREAD, spread))
+    monkeypatch.setattr(shared_top, "SPREAD", dict.fromkeys(shared_top.SPREAD, spread))
     monkeypatch.setattr(screened_tiles, "CROWDED", 64)
     x, labels = _clusters(130, 20, 0.6)
     _criterion("MultiSimilarityLoss", x, labels)
@@ -171,16 +171,16 @@ def test_one_exponential_for_both_ends_and_one_for_each(spread, monkeypatch, fou
 
 
 @pytest.mark.parametrize("side", ["negatives", "all"])
-def test_wide_bands_splits_and_blocks_of_two_tiles(side, monkeypatch, found):
+def test_many_positives_splits_and_blocks_of_two_tiles(side, monkeypatch, found):
     """Of a block whose second tile is crowded, what the first one has listed is dropped."""
-    monkeypatch.setattr(screened_tiles, "splits", lambda *_: 3)
+    monkeypatch.setattr(launch, "choose_splits", lambda *_: 3)
     monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(64, 32, 32, (4, 1)))
     monkeypatch.setattr(screened_tiles, "CROWDED", 30)
     x, labels = _clusters(270, 6, 0.4, per_class=25)
     refs = (x[:200], labels[:200])
     for more in (None, refs):
         _compare(lambda: ([Reduction("sum", side, "softplus", lower=0.75)], []), x, labels, more)
-    assert all(survivors > 0 and dense > masked for survivors, dense, masked in found)
+    assert all(candidates > 0 and dense > masked for candidates, dense, masked in found)
 
 
 def test_references_past_the_end_take_no_part():
@@ -231,9 +231,11 @@ def test_without_the_bound_pairs_are_lost(distance, monkeypatch):
         return row_reduce(x, labels, term, distance=distance, impl="fused")[0]
 
     assert torch.equal(count(), torch.full((130,), 4.0))
-    quantise = screened_tiles.Sieve._quantise
+    quantise = screened_tiles.ScreenedTiles._quantise
     monkeypatch.setattr(
-        screened_tiles.Sieve, "_quantise", lambda *a: (r := quantise(*a))._replace(error=torch.zeros_like(r.error))
+        screened_tiles.ScreenedTiles,
+        "_quantise",
+        lambda *a: (r := quantise(*a))._replace(error=torch.zeros_like(r.error)),
     )
     assert (count() < 4).any()
 
@@ -267,7 +269,7 @@ def test_rows_of_every_size(distance, dtype, found, monkeypatch):
 
 @pytest.mark.parametrize("window", [{"lower": -1e50}, {"upper": 1e50}, {"lower": 1e50}, {"upper": -1e50}], ids=str)
 def test_windows_beyond_float32(window):
-    """Where the screen, in float32, has no such number: nothing is dead on its account."""
+    """Where the screen, in float32, has no such number: nothing is ruled out on its account."""
     x, labels = _clusters(96, 8, 0.3)
     big = {name: torch.tensor(value, dtype=torch.float64) for name, value in window.items()}
     _compare(lambda: ([Reduction("count", "negatives", **big)], []), x * 1e26, labels)

@@ -12,7 +12,7 @@ from ...core.expression import Expression
 from ...core.transforms import CustomTransform
 
 _TRITON = {
-    "scaled": "s", "own": "own", "add": "{a} + {b}", "subtract": "{a} - {b}", "multiply": "{a} * {b}",
+    "scaled": "s", "own": "offset", "add": "{a} + {b}", "subtract": "{a} - {b}", "multiply": "{a} * {b}",
     "divide": "{a} / {b}", "maximum": "tl.maximum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)",
     "minimum": "tl.minimum({a}, {b}, propagate_nan=tl.PropagateNan.ALL)", "negate": "-{a}", "expm1": "expm1({a})",
     "exp": "tl.exp({a})", "log": "tl.log({a})", "log1p": "log1p({a})", "sqrt": "tl.sqrt({a})",
@@ -36,7 +36,7 @@ def triton_source(p: Expression) -> str:
             found.append(f"    n{k} = {form}")
         return found
 
-    head = "@triton.jit\ndef {}_TAG(s, own):\n"
+    head = "@triton.jit\ndef {}_TAG(s, offset):\n"
     value = head.format("value") + "\n".join([*lines(p.value + 1), f"    return n{p.value} + zero\n"])
     ends = f"    return n{p.value} + zero, n{p.slope} + zero, n{p.d_offset} + zero\n"
     return value + "\n\n" + head.format("slope") + "\n".join([*lines(len(p.steps)), ends])
@@ -44,13 +44,13 @@ def triton_source(p: Expression) -> str:
 
 _WRAPPED = """
 @triton.jit
-def value_TAG(s, own):
-    return users_value(s + own)
+def value_TAG(s, offset):
+    return users_value(s + offset)
 
 
 @triton.jit
-def slope_TAG(s, own):
-    t = s + own
+def slope_TAG(s, offset):
+    t = s + offset
     g = users_slope(t)
     return users_value(t), g, g
 """
@@ -80,7 +80,7 @@ _wrapped = itertools.count()
 
 
 def wrapped(value: Any, slope: Any) -> tuple[Any, Any]:
-    """A user's value(t) and slope(t) as functions of s and own."""
+    """A user's value(t) and slope(t) as functions of s and offset."""
     return jit(_WRAPPED, f"users_{next(_wrapped)}", users_value=value, users_slope=slope)
 
 

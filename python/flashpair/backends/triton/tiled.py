@@ -1,9 +1,10 @@
 """`tiled` on the GPU, for wide embeddings: a vendor product, a fused Triton epilogue, and in backward a vendor product.
 
-Where one kernel would run out of registers for the gradient (D of 512 and more), similarities of BLOCK x BLOCK pairs
-are multiplied by cuBLAS into one buffer, folded into the rows' state by the same kernels as `fused`, and in backward
-turned into weights that cuBLAS multiplies with the embeddings. Of a square problem only the blocks on and above the
-diagonal are computed: each serves the rows of both of its ends. Positives are a band, and go through `fused`'s kernels.
+Computes: as `fused`. Where one kernel would run out of registers for the gradient (D of 512 and more), similarities of
+BLOCK x BLOCK pairs are multiplied by cuBLAS into one buffer, added to the rows' state by the same kernels as `fused`,
+and in backward turned into weights that cuBLAS multiplies with the embeddings. Of a square problem only the blocks on
+and above the diagonal are computed: each serves the rows of both of its ends. Terms of positives alone go through
+`fused`'s kernels, from the embeddings: their pairs are few.
 Never materialises: more than one block of similarities and one of weights.
 Keeps for backward: the row values, and the places of extremes.
 Deterministic: blocks in a fixed order, no atomics.
@@ -17,55 +18,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.problem import (
-    NEGATIVES,
-    POSITIVES,
-    Gradients,
-    Like,
-    Operands,
-    Problem,
-    Terms,
-    accumulator,
-    num_rows,
-    stages,
-)
-from ...core.similarity import nan_unless_finite
+from ...core.problem import NEGATIVES, POSITIVES, Gradients, Like, Operands, Problem, Terms, accumulator
+from .forward_pass import ForwardPass, places_shape
 from .gradients import GradientCollector
-from .launcher import Block, Work, groups, padded, splits, weighted
-from .riders import riders
+from .kernels.operands import Matrix
+from .launch import padded
+from .launcher import Launcher, PairBlock, Role
+from .term_groups import launch_groups
 
 BLOCK = 4096  # rows and columns: 64 MB of float32 similarities; a multiple of every tile
 STRIP = 512  # rows at a time of what is transposed
+Groups = list[tuple[int, ...]]
 
 
 def kept_like(x: Tensor, y: Tensor | None, terms: Terms, keep: bool) -> list[Like]:
     """Places of extremes (K, N), 0 or NaN (), and twice nothing."""
-    indexed = keep and any(t.indexed for t in terms)
     nothing: Like = ((0,), torch.int8)
-    shape = (len(terms) if indexed else 0, x.shape[0])
-    return [(shape, torch.int64), ((), accumulator(x.dtype)), nothing, nothing]
+    return [(places_shape(x.shape[0], terms, keep), torch.int64), ((), accumulator(x.dtype)), nothing, nothing]
 
 
-class _Place(NamedTuple):
-    """Rows [i0, i1) of x against columns [j0, j1) of the references; `mirror`: it serves the columns' anchors too."""
+class _Block(NamedTuple):
+    """Rows [row0, row1) of x against columns [col0, col1) of the references.
 
-    i0: int
-    i1: int
-    j0: int
-    j1: int
+    mirror: in a square problem it serves the columns' anchors too.
+    """
+
+    row0: int
+    row1: int
+    col0: int
+    col1: int
     mirror: bool
 
-    def block(self, s: Tensor) -> Block:
-        return Block(self.i0, self.i1, self.j0, self.j1, s, (s.stride(0), 1))
+    def of_rows(self, s: Tensor) -> PairBlock:
+        return PairBlock(self.row0, self.row1, self.col0, self.col1, Matrix(s, s.stride(0), 1))
 
-    def transposed(self, s: Tensor) -> Block:
-        return Block(self.j0, self.j1, self.i0, self.i1, s, (1, s.stride(0)))
+    def of_columns(self, s: Tensor) -> PairBlock:
+        """Its transpose: the columns own the rows of a launch."""
+        return PairBlock(self.col0, self.col1, self.row0, self.row1, Matrix(s, 1, s.stride(0)))
 
 
-def _places(n: int, m: int, square: bool) -> Iterator[_Place]:
+def _blocks(n: int, m: int, square: bool) -> Iterator[_Block]:
     for i in range(0, n, BLOCK):
         for j in range(i if square else 0, m, BLOCK):
-            yield _Place(i, min(i + BLOCK, n), j, min(j + BLOCK, m), square and j > i)
+            yield _Block(i, min(i + BLOCK, n), j, min(j + BLOCK, m), square and j > i)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -86,35 +81,37 @@ def _mirror(s: Tensor) -> None:
 
 
 class _Buffers:
-    """One block of similarities, one of weights in the embeddings' dtype, and one of gradients."""
+    """One block of similarities, and for backward one of weights in the embeddings' dtype, and one of gradients."""
 
-    def __init__(self, work: Work, backward: bool) -> None:
-        rows, cols = min(BLOCK, work.n), min(BLOCK, work.m)
-        self.s = torch.empty(rows, padded(cols), dtype=work.dtype, device=work.device)
-        # float16 cannot hold small weights
-        self.narrow = work.p.x.dtype if work.p.x.dtype != torch.float16 else work.dtype
+    def __init__(self, launcher: Launcher, backward: bool) -> None:
+        rows, cols = min(BLOCK, launcher.n), min(BLOCK, launcher.m)
+        dtype, device = launcher.dtype, launcher.device
+        self._similarities = torch.empty(rows, padded(cols), dtype=dtype, device=device)
         if backward:
-            self.w = torch.empty(rows, padded(cols), dtype=self.narrow, device=work.device)
-            self.g = torch.empty(max(rows, cols), work.d, dtype=work.dtype, device=work.device)
+            # float16 cannot hold small weights
+            narrow = launcher.p.x.dtype if launcher.p.x.dtype != torch.float16 else dtype
+            self._weights = torch.empty(rows, padded(cols), dtype=narrow, device=device)
+            self._grads = torch.empty(max(rows, cols), launcher.d, dtype=dtype, device=device)
 
-    def similarities(self, work: Work, at: _Place) -> Tensor:
-        x, y = work.p.x[at.i0 : at.i1], work.p.refs[at.j0 : at.j1]
-        s = _product(x, y.T, self.s[: at.i1 - at.i0, : at.j1 - at.j0])
-        if work.square and at.i0 == at.j0:
+    def similarities(self, launcher: Launcher, block: _Block) -> Tensor:
+        x, y = launcher.p.x[block.row0 : block.row1], launcher.p.refs[block.col0 : block.col1]
+        s = _product(x, y.T, self._similarities[: block.row1 - block.row0, : block.col1 - block.col0])
+        if launcher.square and block.row0 == block.col0:
             _mirror(s)
         return s
 
-    def add(self, weights: Tensor, of: Tensor, to: Tensor | None) -> None:
+    def weights(self, s: Tensor) -> Tensor:
+        return self._weights[: s.shape[0], : s.shape[1]]
+
+    def add_product(self, weights: Tensor, of: Tensor, to: Tensor) -> None:
         """to += weights of."""
-        if to is None:
-            return
         if weights.dtype == to.dtype:
             to.addmm_(weights, of.to(weights.dtype))
         else:
-            to += _product(weights, of, self.g[: to.shape[0]])
+            to += _product(weights, of, self._grads[: to.shape[0]])
 
 
-def _compared(terms: Terms) -> bool:
+def _compares_sides(terms: Terms) -> bool:
     """Whether a window sets positives against an extreme of the same pairs, or of pairs that may be equal: then all
     similarities come from one kind of product, because two may differ in the last bit."""
     for t in terms:
@@ -125,47 +122,43 @@ def _compared(terms: Terms) -> bool:
     return False
 
 
-def _split(work: Work, chosen: Sequence[int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Launches of terms over all pairs, and over the band of positives."""
-    together = _compared(work.terms)
-    band = [k for k in chosen if work.terms[k].side == POSITIVES and not together]
-    rest = [k for k in chosen if k not in band]
-    return groups(work.terms, rest), groups(work.terms, band)
+def _split_groups(terms: Terms, chosen: Sequence[int]) -> tuple[Groups, Groups]:
+    """Launches of the chosen terms over all pairs, block by block, and of those of positives, from the embeddings."""
+    together = _compares_sides(terms)
+    positives = [k for k in chosen if terms[k].side == POSITIVES and not together]
+    others = [k for k in chosen if k not in positives]
+    return launch_groups(terms, others), launch_groups(terms, positives)
 
 
 def forward(p: Problem, terms: Terms, operands: Operands, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Values (K, N), sorted, without logsumexp's offset; `keep`: for backward too."""
-    work = Work(p, terms, operands)
-    (shape, _), *_ = kept_like(p.x, p.y, terms, keep)
-    values = torch.empty(num_rows(terms), work.n, dtype=work.dtype, device=work.device)
-    ranks = torch.full(shape, -1, dtype=torch.int64, device=work.device)
-    spoiled = nan_unless_finite(p.x, p.y).to(work.dtype)
-    index = {k: ranks[k] if ranks.numel() and t.indexed else None for k, t in enumerate(terms)}
-    count = splits(work.blocks(work.n), work.tiles(work.m), work.device)
-    anchors = work.anchors()
+    """Values (K, N), sorted; `keep`: and what backward needs."""
+    f = ForwardPass(p, terms, operands, keep)
     buffers = None
-    for stage in stages(terms):
-        riding = riders(terms, operands, stage)
-        rest, band = _split(work, [k for k in stage if k not in riding])
-        for group in band:
-            work.reduce_all(group, count, spoiled, values, index, {}, riding)
-        launches = [(group, [work.state(k, 1, index[k] is not None, values) for k in group]) for group in rest]
-        for state in (state for _, states in launches for state in states):
-            work.clear(state)
-        if not launches:
-            continue
-        buffers = buffers or _Buffers(work, False)
-        for at in _places(work.n, work.m, work.square):
-            s = buffers.similarities(work, at)
-            for group, states in launches:
-                work.reduce(group, states, anchors, at.block(s), 1, carry=True)
-                if at.mirror:
-                    work.reduce(group, states, anchors, at.transposed(s), 1, carry=True)
+    for stage in f.stages():
+        all_pairs, positives = _split_groups(terms, stage)
+        for group in positives:
+            f.reduce_all_pairs(group)
+        if all_pairs:
+            buffers = buffers or _Buffers(f.launcher, False)
+            _reduce_blocks(f, all_pairs, buffers)
+    nothing = torch.empty(0, dtype=torch.int8, device=p.x.device)
+    return f.values, (f.places(), f.nonfinite, nothing, nothing.clone())
+
+
+def _reduce_blocks(f: ForwardPass, groups: Groups, buffers: _Buffers) -> None:
+    """The values of some groups of terms, from one product of each block."""
+    launcher = f.launcher
+    launches = [(group, [f.state(k, 1) for k in group]) for group in groups]
+    for state in (state for _, states in launches for state in states):
+        launcher.clear(state)
+    for block in _blocks(launcher.n, launcher.m, launcher.square):
+        s = buffers.similarities(launcher, block)
         for group, states in launches:
-            work.finish_all(group, states, spoiled, values, index, riding)
-    places = work.places(ranks) if ranks.numel() else ranks
-    nothing = torch.empty(0, dtype=torch.int8, device=work.device)
-    return values, (places, spoiled, nothing, nothing.clone())
+            launcher.reduce(group, states, f.anchors, block.of_rows(s), 1, carry=True)
+            if block.mirror:
+                launcher.reduce(group, states, f.anchors, block.of_columns(s), 1, carry=True)
+    for group, states in launches:
+        f.merge(group, states)
 
 
 def backward(
@@ -173,57 +166,65 @@ def backward(
     grads: Sequence[Tensor | None], need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients from dL/dr, K tensors (N,) or None; `need`: of x, y, scale, offset, ref_offset."""
-    places, spoiled, *_ = kept
-    work = Work(p, terms, operands)
-    found = GradientCollector(work, values, grads, need, spoiled)
-    rest, band = _split(work, weighted(terms, grads))
-    in_band = [k for group in band for k in group]
-    anchors = work.anchors()
-    references = anchors if work.square else work.references()
-    dx = dy = None
-    if need[0] or found.of_anchors:
-        dx = found.rows(anchors, in_band, need[0], exact=True, lists=None)
-    if not work.square and (need[1] or found.ref_offset is not None):
-        dy = found.rows(references, in_band, need[1], exact=True, lists=None)
-    to_refs = dx if work.square else dy
-    pull = _pull(work, work.n)
-    ref_pull = pull if work.square else _pull(work, work.m)
-    buffers = _Buffers(work, True) if rest else None
-    for group in rest:
-        assert buffers is not None
-        slots = found.slots(group, anchors, 1)
-        ref_slots = slots if work.square else found.slots(group, references, 1)
-        sums = pull is not None or any(s.d_scale is not None or s.d_offset is not None for s in slots)
-        ref_sums = ref_pull is not None or any(s.d_ref_offset is not None for s in ref_slots)
-        for at in _places(work.n, work.m, work.square):
-            s = buffers.similarities(work, at)
-            w = buffers.w[: s.shape[0], : s.shape[1]]
-            if p.end is not None or all(terms[k].side == POSITIVES for k in group):
-                w.zero_()  # columns past the end, or off the band, are not visited
-            work.weigh(
-                group, slots, anchors, at.block(s), spoiled, carry=True, pull=pull, weights=w,
-                weight_strides=(w.stride(0), 1), close_dx=None if pull is None else dx,
+    places, nonfinite, *_ = kept
+    g = GradientCollector(p, terms, operands, values, grads, need, nonfinite)
+    all_pairs, positives = _split_groups(terms, g.weighted)
+    of_positives = [k for group in positives for k in group]
+    dx, dy = g.each_side(lambda role, want: g.row_grads(role, of_positives, want, added_to=True))
+    launcher = g.launcher
+    rows = _Target(launcher.anchors(), dx, _norm_grad(launcher, launcher.n))
+    cols = rows if launcher.square else _Target(launcher.references(), dy, _norm_grad(launcher, launcher.m))
+    if all_pairs:
+        buffers = _Buffers(launcher, True)
+        for group in all_pairs:
+            _backward_blocks(g, group, buffers, rows, cols)
+    for target in (rows,) if launcher.square else (rows, cols):
+        if target.grad is not None:
+            if target.norm_grad is not None:
+                target.grad.addcmul_(target.norm_grad[:, None], target.role.rows.x.to(launcher.dtype))
+            target.grad.add_(nonfinite)
+    return g.finish(dx, dy, places)
+
+
+class _Target(NamedTuple):
+    """Who owns rows, their gradient (rows, D) if it is wanted, and of Euclidean distances what the rows themselves are
+    multiplied by before they are added to it, (rows,)."""
+
+    role: Role
+    grad: Tensor | None
+    norm_grad: Tensor | None
+
+
+def _norm_grad(launcher: Launcher, rows: int) -> Tensor | None:
+    return torch.zeros(rows, dtype=launcher.dtype, device=launcher.device) if launcher.euclidean else None
+
+
+def _backward_blocks(
+    g: GradientCollector, group: Sequence[int], buffers: _Buffers, rows: _Target, cols: _Target
+) -> None:  # fmt: skip
+    """Adds the gradients through one or two terms, block by block; of a square problem rows and cols are one."""
+    launcher, p = g.launcher, g.launcher.p
+    reductions = g.operands(group, rows.role, 1)
+    col_reductions = reductions if launcher.square else g.operands(group, cols.role, 1)
+    # Whether a launch leaves anything beside weights, so that the columns need one of their own as rows.
+    sums = rows.norm_grad is not None or any(r.d_scale is not None or r.d_offset is not None for r in reductions)
+    col_sums = cols.norm_grad is not None or any(r.d_ref_offset is not None for r in col_reductions)
+    for block in _blocks(launcher.n, launcher.m, launcher.square):
+        s = buffers.similarities(launcher, block)
+        w = buffers.weights(s)
+        if p.end is not None or launcher.positives_only(group):
+            w.zero_()  # columns past the end, or without positives, are not visited
+        launcher.backward(
+            group, reductions, rows.role, block.of_rows(s), g.nonfinite, carry=True, norm_grad=rows.norm_grad,
+            weights=Matrix(w, w.stride(0), 1), close_dx=None if rows.norm_grad is None else rows.grad,
+        )  # fmt: skip
+        if (block.mirror and (sums or col_sums)) or (not launcher.square and col_sums):
+            launcher.backward(
+                group, col_reductions, cols.role, block.of_columns(s), g.nonfinite, carry=True,
+                norm_grad=cols.norm_grad, close_dx=None if cols.norm_grad is None else cols.grad,
             )  # fmt: skip
-            if (at.mirror and (sums or ref_sums)) or (not work.square and ref_sums):
-                work.weigh(
-                    group, ref_slots, references, at.transposed(s), spoiled, carry=True, pull=ref_pull,
-                    close_dx=None if ref_pull is None else to_refs,
-                )  # fmt: skip
-            buffers.add(w, p.refs[at.j0 : at.j1], None if dx is None else dx[at.i0 : at.i1])
-            if to_refs is not None and (at.mirror or not work.square):
-                buffers.add(w.T, p.x[at.i0 : at.i1], to_refs[at.j0 : at.j1])
-        found.settle()
-    for to, x, by in ((dx, p.x, pull), (dy, p.y, ref_pull)):
-        if to is not None and x is not None:
-            if by is not None:
-                to.addcmul_(by[:, None], x.to(work.dtype))
-            to += spoiled
-    for k, t in enumerate(terms):
-        if t.indexed:
-            found.add_extreme(k, places[k], dx, to_refs)
-    return found.gradients(dx, dy)
-
-
-def _pull(work: Work, rows: int) -> Tensor | None:
-    """What Euclidean distances pull along the rows' own vectors."""
-    return None if work.p.distance == "dot" else torch.zeros(rows, dtype=work.dtype, device=work.device)
+        if rows.grad is not None:
+            buffers.add_product(w, p.refs[block.col0 : block.col1], rows.grad[block.row0 : block.row1])
+        if cols.grad is not None and (block.mirror or not launcher.square):
+            buffers.add_product(w.T, p.x[block.row0 : block.row1], cols.grad[block.col0 : block.col1])
+    g.add_parts()

@@ -1,4 +1,4 @@
-"""Extremes that ride with a logsumexp of the same pairs, and its sum in tiles of which a window leaves little."""
+"""Extremes that a logsumexp of the same pairs has anyway, and its sum in tiles of which a window leaves little."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="there is a GPU: test_gpu.py runs the kernels")
 
 if interpreted():
-    from flashpair.backends.triton import fused, launcher, tiled
+    from flashpair.backends.triton import forward_pass, launcher, tiled
     from flashpair.engine import row_reduce_op
 
 
@@ -28,23 +28,23 @@ def _mined(scale, extreme, side="negatives"):
     return lowest, Reduction("logsumexp", side, scale=scale, lower=kept), best, Reduction("sum", "positives", **bounded)
 
 
-@pytest.fixture(params=["fused", "blocked"])
+@pytest.fixture(params=["fused", "tiled"])
 def schedule(request, monkeypatch):
-    if request.param == "blocked":
+    if request.param == "tiled":
         monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: tiled)
-    return {"fused": fused, "blocked": tiled}[request.param]
+    return request.param
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """How many reductions each launch of `reduce_rows` has."""
-    found, reduce = [], launcher.Work.reduce
+    found, reduce = [], launcher.Launcher.reduce
 
     def spy(self, group, *args, **more):
         found.append(len(group))
         return reduce(self, group, *args, **more)
 
-    monkeypatch.setattr(launcher.Work, "reduce", spy)
+    monkeypatch.setattr(launcher.Launcher, "reduce", spy)
     return found
 
 
@@ -54,7 +54,7 @@ def test_an_extreme_has_the_bits_of_its_own_pass(scale, extreme, schedule, launc
     labels[0] = 99  # of no positives, so of no window
     found = row_reduce(x, labels, *_mined(scale, extreme), impl="fused")
     together, before = sum(launches), len(launches)
-    monkeypatch.setattr(schedule, "riders", lambda *arguments: {})
+    monkeypatch.setattr(forward_pass, "shared_extremes", lambda *arguments: {})
     apart = row_reduce(x, labels, *_mined(scale, extreme), impl="fused")
     assert (together, sum(launches[before:])) == (3, 4)
     assert (found[2] == apart[2]).all() and found[2].isfinite().any() and found[2].isinf().any()
