@@ -139,7 +139,7 @@ def pretended(machine: dict[str, Any], seen: Callable[[Wanted], None]) -> Iterat
         (dispatch, "_unsupported_reasons", lambda impl, device: ()),
         (
             row_reduce_op,
-            "schedule_of",
+            "backend_module",
             lambda impl, device: row_reduce_op.triton_backend(impl),
         ),
         (pairs, "sorted_rows", kernel_rows),

@@ -19,6 +19,7 @@ from flashpair.core.call import compile_call
 from flashpair.core.problem import Operands, Problem
 from flashpair.core.reduction import bound_places, histogram
 from flashpair.core.similarity import dense_pairs
+from flashpair.engine import row_reduce_op
 from flashpair.engine.dispatch import interpreted
 
 pytestmark = needs_extension
@@ -368,9 +369,7 @@ def test_what_takes_no_groups_says_so():
     with pytest.raises(NotImplementedError, match=r"screened takes no two-sided problem, got split=20"):
         screened.forward(p, terms, given, True)
     if interpreted():
-        from flashpair.backends.triton import fused, screened, tiled
-
-        for module in (fused, tiled, screened):
+        for module in map(row_reduce_op.triton_backend, ("fused", "tiled", "screened")):
             with pytest.raises(NotImplementedError, match="GPU take no two-sided problem, got split=20"):
                 module.forward(p, terms, given, True)
     for wrong in (p._replace(split=51), p._replace(split=-1), p._replace(y=p.x), p._replace(end=torch.tensor(4))):

@@ -72,7 +72,7 @@ def gpu(arch: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         modules = {impl: row_reduce_op.triton_backend(impl) for impl in SCHEDULES}
-        _everywhere(stack, row_reduce_op.schedule_of, lambda impl, device: modules[impl])
+        _everywhere(stack, row_reduce_op.backend_module, lambda impl, device: modules[impl])
         _everywhere(stack, sorted_rows.sorted_rows, _sorted_rows)
         _everywhere(stack, dispatch.compute_dtype, _compute_dtype)
         _everywhere(stack, dispatch.route_small_batch, _route_small_batch)

@@ -47,7 +47,7 @@ def tiles(request, monkeypatch):
 def schedule(request, monkeypatch):
     """`fused`, or `tiled` in its place with blocks of two tiles."""
     if request.param == "tiled":
-        monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: tiled)
+        monkeypatch.setattr(row_reduce_op, "backend_module", lambda impl, device: tiled)
         monkeypatch.setattr(tiled, "BLOCK", 64)
     return request.param
 

@@ -173,7 +173,7 @@ class ChunkedCall(NamedTuple):
 
     def unscreened_backend(self, p: Problem) -> Any:
         """The backend that computes a chunk without screening."""
-        return tiled if self.call.backend == "screened" else row_reduce_op.schedule_of(self.call.backend, p.x.device)
+        return tiled if self.call.backend == "screened" else row_reduce_op.backend_module(self.call.backend, p.x.device)
 
     def forward(
         self, p: Problem, terms: Terms, operands: Operands, keep_live: bool

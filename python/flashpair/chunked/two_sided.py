@@ -63,7 +63,7 @@ def forward(backend: str, p: Problem, terms: Terms, operands: Operands, keep: bo
     if in_one_problem(backend, p):
         values, kept = tiled.forward(p, terms, operands, keep)
         return values, kept.extreme
-    module = row_reduce_op.schedule_of(backend, p.x.device)
+    module = row_reduce_op.backend_module(backend, p.x.device)
     sides = [
         module.forward(problem, terms, side_operands, keep) for problem, side_operands in _sides(p, terms, operands)
     ]
@@ -92,7 +92,7 @@ def backward(
     Returns:
         Gradients of x (N, D), scale (K,), offset (K, N) and ref_offset (K, N).
     """
-    module = row_reduce_op.schedule_of(backend, p.x.device)
+    module = row_reduce_op.backend_module(backend, p.x.device)
     if in_one_problem(backend, p):
         return tiled.backward(p, terms, operands, values, kept_of(module, p, terms, places), grads, need)
     groups = (slice(0, p.split), slice(p.split, None))

@@ -36,7 +36,7 @@ _library.define(
 PROBLEM, CALL = 6, 6  # how many arguments of an operator are the problem's tensors, and how many the call's constants
 
 
-def schedule_of(backend: str, device: torch.device) -> Any:
+def backend_module(backend: str, device: torch.device) -> Any:
     """The backend's module for a device. Triton's are imported at first use, as Triton reads its settings on import."""
     if backend in ("tiled", "screened") and device.type == "cpu":
         return tiled if backend == "tiled" else screened
@@ -100,7 +100,7 @@ def _unflat(arguments: Sequence[Any]) -> tuple[Problem, Call, Operands, Sequence
 def _forward(p: Problem, call: Call, operands: Operands, keep: bool) -> tuple[Tensor, ...]:
     """`forward` by the backend itself."""
     p = p._replace(x=solid(p.x), y=None if p.y is None else solid(p.y))
-    values, kept = schedule_of(call.backend, p.x.device).forward(p, call.terms, operands, keep)
+    values, kept = backend_module(call.backend, p.x.device).forward(p, call.terms, operands, keep)
     return values, *kept
 
 
@@ -110,7 +110,7 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     """`backward` by the backend itself."""
     p = p._replace(x=solid(p.x), y=None if p.y is None else solid(p.y))
-    module = schedule_of(call.backend, p.x.device)
+    module = backend_module(call.backend, p.x.device)
     gradients: Gradients = module.backward(p, call.terms, operands, values, tuple(kept), grads, need)
     return gradients
 
@@ -131,7 +131,7 @@ def _row_reduce_backward(*arguments: Any) -> tuple[Tensor, ...]:
 def _row_reduce_fake(*arguments: Any) -> tuple[Tensor, ...]:
     """Tensors of the shapes and dtypes of row_reduce's results."""
     p, call, _, (keep,) = _unflat(arguments)
-    likes = schedule_of(call.backend, p.x.device).kept_like(p.x, p.y, call.terms, keep)
+    likes = backend_module(call.backend, p.x.device).kept_like(p.x, p.y, call.terms, keep)
     values = p.x.new_empty(num_rows(call.terms), p.x.shape[0], dtype=accumulator(p.x.dtype))
     return values, *(p.x.new_empty(shape, dtype=dtype) for shape, dtype in likes)
 

@@ -28,7 +28,7 @@ def schedule(request, monkeypatch):
     """Runs `fused`, or another module of the GPU in its place."""
     if request.param != "fused":
         module = {"tiled": tiled, "screened": screened}[request.param]
-        monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: module)
+        monkeypatch.setattr(row_reduce_op, "backend_module", lambda impl, device: module)
         monkeypatch.setattr(tiled, "BLOCK", 64)
     return request.param
 

@@ -35,7 +35,7 @@ SCREENABLE = [c for c in ORACLE["cases"] if c["loss"] in ("ms", "lifted_star_m")
 def tiles(monkeypatch):
     """Small ones, of several chunks of D, so that little batches have blocks of every kind; under the name of `fused`,
     which is what takes CPU tensors in the interpreter."""
-    monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: screened)
+    monkeypatch.setattr(row_reduce_op, "backend_module", lambda impl, device: screened)
     monkeypatch.setitem(configs.SCREENS, configs.INTERPRETER, configs.Screen(32, 32, 32, (4, 1)))
     monkeypatch.setattr(screened_tiles, "CROWDED", 8)
     monkeypatch.setattr(configs, "choose", lambda *_: configs.Config(32, 32, 32, 32, (4, 1), (4, 1)))
@@ -258,7 +258,7 @@ def test_rows_of_every_size(distance, dtype, found, monkeypatch):
     for t in terms:
         (f,) = row_reduce(x, labels, t, distance=distance, impl="fused")
         with monkeypatch.context() as all_pairs:
-            all_pairs.setattr(row_reduce_op, "schedule_of", lambda impl, device: fused)
+            all_pairs.setattr(row_reduce_op, "backend_module", lambda impl, device: fused)
             (e,) = row_reduce(x, labels, t, distance=distance, impl="fused")
         same = f == e
         if dtype == torch.float32:  # a pair at a threshold may fall on either side of it

@@ -31,7 +31,7 @@ def _mined(scale, extreme, side="negatives"):
 @pytest.fixture(params=["fused", "tiled"])
 def schedule(request, monkeypatch):
     if request.param == "tiled":
-        monkeypatch.setattr(row_reduce_op, "schedule_of", lambda impl, device: tiled)
+        monkeypatch.setattr(row_reduce_op, "backend_module", lambda impl, device: tiled)
     return request.param
 
 
