@@ -45,7 +45,7 @@ class Abscissa(NamedTuple):
     ends: tuple[float, float]
 
 
-class Death(NamedTuple):
+class OverLimit(NamedTuple):
     """The first size at which a variant exceeded a limit, the status, and words for it."""
 
     n: float
@@ -57,22 +57,22 @@ class Curve(NamedTuple):
     name: str
     look: Look
     points: list[tuple[float, float]]
-    death: Death | None
+    over_limit: OverLimit | None
 
     def end(self, what: str, options: Options) -> tuple[float, float]:
         """The last point; if the variant exceeded a limit, a point on that limit, or further along the slope."""
         n, value = self.points[-1]
-        if self.death is None:
+        if self.over_limit is None:
             return n, value
-        if (what, self.death.status) == ("memory", "over_memory"):
-            return self.death.n, float(options.memory_limit)
-        if (what, self.death.status) == ("time", "over_time"):
-            return self.death.n, options.time_limit
+        if (what, self.over_limit.status) == ("memory", "over_memory"):
+            return self.over_limit.n, float(options.memory_limit)
+        if (what, self.over_limit.status) == ("time", "over_time"):
+            return self.over_limit.n, options.time_limit
         slope = 2.0
         if len(self.points) > 1:
             n0, value0 = self.points[-2]
             slope = math.log(value / value0) / math.log(n / n0)
-        return self.death.n, value * (self.death.n / n) ** slope
+        return self.over_limit.n, value * (self.over_limit.n / n) ** slope
 
 
 def _value(record: dict[str, Any], what: str) -> float | None:
@@ -88,8 +88,8 @@ def curves(document: Document, cases: list[dict[str, Any]], what: str, key: str)
         look = LOOKS.get(name) or next(others)
         records = [(c[key], c["variants"][name]) for c in cases if name in c["variants"]]
         points = [(float(n), value) for n, r in records if (value := _value(r, what))]
-        deaths = [Death(n, r["status"], r["words"]) for n, r in records if r["status"].startswith("over_")]
-        found.append(Curve(name, look, points, deaths[0] if deaths else None))
+        exceeded = [OverLimit(n, r["status"], r["words"]) for n, r in records if r["status"].startswith("over_")]
+        found.append(Curve(name, look, points, exceeded[0] if exceeded else None))
     return found
 
 
@@ -146,8 +146,8 @@ def line_of(name: str, look: Look) -> dict[str, Any]:
 
 def _words(curve: Curve) -> str:
     name = label(curve.name)
-    words = name if curve.death is None else f"{name}: {curve.death.words}"
-    return words.replace(": ", ":\n", 1) if curve.death is not None and len(words) > 24 else words
+    words = name if curve.over_limit is None else f"{name}: {curve.over_limit.words}"
+    return words.replace(": ", ":\n", 1) if curve.over_limit is not None and len(words) > 24 else words
 
 
 def _label(axes: Axes, curve: Curve, end: tuple[float, float], height: float) -> None:
@@ -173,7 +173,7 @@ def _panel(axes: Axes, found: list[Curve], what: str, options: Options, along: A
     for curve, end in zip(drawn, ends, strict=True):
         colour = curve.look.colour
         axes.plot(*zip(*curve.points, strict=True), **line_of(curve.name, curve.look))
-        if curve.death is not None:
+        if curve.over_limit is not None:
             axes.plot(*zip(curve.points[-1], end, strict=True), color=colour, lw=1.1, ls=":")
             axes.plot(*end, color=colour, marker="x", ms=8, mew=2.2, zorder=5, clip_on=False)
     to_panel = axes.transData + axes.transAxes.inverted()

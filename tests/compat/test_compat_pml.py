@@ -151,5 +151,5 @@ def test_another_version(monkeypatch):
     import pytorch_metric_learning
 
     monkeypatch.setattr(pytorch_metric_learning, "__version__", "3.0.1")
-    with pytest.raises(ImportError, match=r"knows pytorch-metric-learning 2\.9, got 3\.0\.1"):
+    with pytest.raises(ImportError, match=r"supports pytorch-metric-learning 2\.9, got 3\.0\.1"):
         fuse(losses.NTXentLoss())

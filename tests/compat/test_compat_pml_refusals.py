@@ -63,7 +63,7 @@ def plus(miner, **options):
 LP = distances.LpDistance
 RAW = LP(power=2, normalize_embeddings=False)
 REFUSED = {
-    "another class": (TypeError, lambda: losses.VICRegLoss(), ["VICRegLoss cannot be fused: known are NPairsLoss"]),
+    "another class": (TypeError, lambda: losses.VICRegLoss(), ["VICRegLoss cannot be fused: it must be one of NPairs"]),
     "a class above": (TypeError, lambda: losses.LargeMarginSoftmaxLoss(3, 4), ["LargeMarginSoftmaxLoss cannot"]),
     "no loss": (TypeError, lambda: torch.nn.MSELoss(), ["MSELoss cannot be fused"]),
     "memory": (TypeError, lambda: losses.CrossBatchMemory(losses.NTXentLoss(), 4), ["give the memory as ref_emb"]),

@@ -86,9 +86,9 @@ def step():
 step()
 empty = resident()
 for _ in range(size // 4096 + 1):
-    memory.queue.make_place(4096)
+    memory.queue.evict(4096)
     labels, order = torch.sort(torch.randint(1000, (4096,)))
-    memory.queue.enter(torch.nn.functional.normalize(torch.randn(4096, d)), labels, order)
+    memory.queue.append(torch.nn.functional.normalize(torch.randn(4096, d)), labels, order)
 print(resident() - empty)
 def steps():
     for _ in range(3):

@@ -47,9 +47,9 @@ class Call(NamedTuple):
 class _Constants(NamedTuple):
     """What a `Reduction` says that is no tensor; a window's end is (whose value bounds it or -1, shift, a vector)."""
 
-    op: str
-    side: str
-    transform: str
+    op: int
+    side: int
+    transform: int  # its place, as a name may be registered again
     detach: bool
     scale: float
     offset: float
@@ -66,7 +66,8 @@ def _constants(r: Reduction, places: tuple[int, int]) -> _Constants:
         for bound, of in zip((r.lower, r.upper), places, strict=True)
     )
     return _Constants(
-        r.op, r.side, r.transform, r.detach, 1.0 if isinstance(r.scale, Tensor) else r.scale,
+        OPS.index(r.op), SIDES.index(r.side), TRANSFORMS.index(r.transform), r.detach,
+        1.0 if isinstance(r.scale, Tensor) else r.scale,
         float(r.offset) if number else 0.0,  # type: ignore[arg-type]
         (by_vector, r.ref_offset is not None), lower, upper,
     )  # fmt: skip
@@ -93,8 +94,8 @@ def _compile(constants: tuple[_Constants, ...], distance: str, backend: str) -> 
             vectors += [len(ROLES) * k + role] if there else []
         terms.append(
             Term(
-                OPS.index(c.op), SIDES.index(c.side), TRANSFORMS.index(c.transform), c.detach, c.lower[0], c.upper[0],
-                c.lower[1], c.upper[1], c.offset, tuple(slots),
+                c.op, c.side, c.transform, c.detach, c.lower[0], c.upper[0], c.lower[1], c.upper[1], c.offset,
+                tuple(slots),
             )
         )  # fmt: skip
     return Call(tuple(terms), tuple(vectors), tuple(c.scale for c in constants), distance, backend)
