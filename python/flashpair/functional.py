@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from . import losses
-from .losses.function_docstrings import describe, old_name
+from .losses.function_docstrings import describe as _describe
+from .losses.function_docstrings import old_name as _old_name
 
 
 def angular_loss(
@@ -444,8 +445,8 @@ _KINDS: dict[Callable[..., Tensor], type[losses.Criterion]] = {
     tuplet_margin_loss: losses.TupletMarginLoss,
 }
 for _function, _kind in _KINDS.items():
-    describe(_function, _kind)
+    _describe(_function, _kind)
 
 
 def __getattr__(name: str) -> Any:
-    return globals()[old_name(name)]
+    return globals()[_old_name(name)]

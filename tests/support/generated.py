@@ -59,15 +59,15 @@ def functional(_: str) -> str:
         "its own hyper-parameters. Their docstrings are made from the classes'. Made by tests/support/generated.py.\n"
         '"""\n\nfrom __future__ import annotations\n\nfrom collections.abc import Callable\n'
         "from typing import Any\n\nfrom torch import Tensor\n\n"
-        "from . import losses\nfrom .losses.function_docstrings import describe, old_name\n\n\n"
+        "from . import losses\nfrom .losses.function_docstrings import describe as _describe\nfrom .losses.function_docstrings import old_name as _old_name\n\n\n"
     )
     made = [d for d in declarations() if d.function]
     body = "\n\n".join(map(_function, made))
     kinds = "".join(f"    {d.function}: losses.{d.name},\n" for d in made)
     tail = (
         f"\n\n_KINDS: dict[Callable[..., Tensor], type[losses.Criterion]] = {{\n{kinds}}}\n"
-        "for _function, _kind in _KINDS.items():\n    describe(_function, _kind)\n\n\n"
-        "def __getattr__(name: str) -> Any:\n    return globals()[old_name(name)]\n"
+        "for _function, _kind in _KINDS.items():\n    _describe(_function, _kind)\n\n\n"
+        "def __getattr__(name: str) -> Any:\n    return globals()[_old_name(name)]\n"
     )
     return head + body + tail
 

@@ -139,8 +139,7 @@ def loss(
     *, key: str, group: str, sources: Sequence[Source], note: str = "",
     forms: Mapping[str, Mapping[str, Any]] | None = None, searches: Mapping[str, Search] | None = None,
 ) -> Callable[[C], C]:  # fmt: skip
-    """Declares a loss. A loss of your own may be declared by it, too: `flashpair check` and the reality check then know
-    it by its key.
+    """Declares a loss of this package.
 
     Args:
         key: its name in lower case, letters, digits and underscores, which no other loss has.
