@@ -57,9 +57,10 @@ def functional(_: str) -> str:
     head = (
         '"""The losses of pairs as functions, with the arguments and defaults of their classes, for code that keeps\n'
         "its own hyper-parameters. Their docstrings are made from the classes'. Made by tests/support/generated.py.\n"
-        '"""\n\nfrom __future__ import annotations\n\nfrom collections.abc import Callable\n'
-        "from typing import Any\n\nfrom torch import Tensor\n\n"
-        "from . import losses\nfrom .losses.function_docstrings import describe as _describe\nfrom .losses.function_docstrings import old_name as _old_name\n\n\n"
+        '"""\n\nfrom __future__ import annotations\n\n'
+        "from collections.abc import Callable\nfrom typing import Any\n\nfrom torch import Tensor\n\n"
+        "from . import losses\nfrom .losses.function_docstrings import describe as _describe\n"
+        "from .losses.function_docstrings import old_name as _old_name\n\n\n"
     )
     made = [d for d in declarations() if d.function]
     body = "\n\n".join(map(_function, made))
