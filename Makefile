@@ -7,7 +7,7 @@ SEED ?= 0
 CSRC := $(shell find csrc -type f -not -path '*/__pycache__/*')
 FORMATTED := $(filter %.cpp %.h %.cu,$(CSRC) $(wildcard tests/support/cuda_on_host/*))
 
-.PHONY: demo test docs aot36 lint bench fuzz ptx sanitize clean
+.PHONY: demo test docs generated aot36 lint bench fuzz ptx sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m bench demo
@@ -18,6 +18,10 @@ test: $(VENV)/.installed
 # The pages of docs/ as a site in build/site. The package is imported, because some of its functions are made, not written.
 docs: $(VENV)/.installed $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# What is made from the losses' declarations: lists of names, flashpair.functional, tables of pages, CITATION.cff.
+generated: $(VENV)/.installed
+	$(BIN)/python tests/support/generated.py
 
 # What ahead-of-time compilation shows, under the Triton of torch 2.11 beside the environment's own.
 aot36: $(VENV)/.installed build/triton36

@@ -6,7 +6,7 @@ loss = criterion(embeddings, labels)  # (N, D), (N,) -> scalar
 The examples in the docstrings start after ``import torch, flashpair``.
 """
 
-from . import distributed, functional, metrics, miners, samplers
+from . import distributed, functional, losses, metrics, miners, samplers
 from .backends.cpu.screened import Screening, screening
 from .chunked.streamed_references import StreamedReferences
 from .core.pairs import PairAccess, PairReducer
@@ -16,40 +16,7 @@ from .engine.cached_references import References
 from .engine.nearest import Nearest, nearest
 from .engine.pairs import Pairs, make_pairs
 from .engine.row_reduce import row_reduce
-from .losses import (
-    AngularLoss,
-    ArcFaceLoss,
-    BinLiftedLoss,
-    BinomialDevianceLoss,
-    CircleLoss,
-    ClassCriterion,
-    ContrastiveLoss,
-    CosFaceLoss,
-    Criterion,
-    FastAPLoss,
-    GeneralizedLiftedStructureLoss,
-    HistogramLoss,
-    IntraPairVarianceLoss,
-    LiftedStructureLoss,
-    LiftedStructureStarLoss,
-    MarginLoss,
-    MinedPairLoss,
-    MultiSimilarityLoss,
-    NCALoss,
-    NormalizedSoftmaxLoss,
-    NPairsLoss,
-    NTXentLoss,
-    ProxyAnchorLoss,
-    ProxyNCALoss,
-    RowLosses,
-    SNRContrastiveLoss,
-    SoftTripleLoss,
-    SphereFaceLoss,
-    SupConLoss,
-    Terms,
-    TripletMarginLoss,
-    TupletMarginLoss,
-)
+from .losses import *  # noqa: F403
 from .losses.pair_weights import pair_weights
 from .memory.cross_batch_memory import CrossBatchMemory
 from .memory.grad_cache import GradCache
@@ -57,49 +24,17 @@ from .memory.grad_cache import GradCache
 __version__ = "0.2.0"
 
 __all__ = [
-    "AngularLoss",
-    "ArcFaceLoss",
-    "BinLiftedLoss",
-    "BinomialDevianceLoss",
     "Bound",
-    "CircleLoss",
-    "ClassCriterion",
-    "ContrastiveLoss",
-    "CosFaceLoss",
-    "Criterion",
     "CrossBatchMemory",
-    "FastAPLoss",
-    "GeneralizedLiftedStructureLoss",
     "GradCache",
-    "HistogramLoss",
-    "IntraPairVarianceLoss",
-    "LiftedStructureLoss",
-    "LiftedStructureStarLoss",
-    "MarginLoss",
-    "MinedPairLoss",
-    "MultiSimilarityLoss",
-    "NCALoss",
-    "NPairsLoss",
-    "NTXentLoss",
     "Nearest",
-    "NormalizedSoftmaxLoss",
     "PairAccess",
     "PairReducer",
     "Pairs",
-    "ProxyAnchorLoss",
-    "ProxyNCALoss",
     "Reduction",
     "References",
-    "RowLosses",
-    "SNRContrastiveLoss",
     "Screening",
-    "SoftTripleLoss",
-    "SphereFaceLoss",
     "StreamedReferences",
-    "SupConLoss",
-    "Terms",
-    "TripletMarginLoss",
-    "TupletMarginLoss",
     "distributed",
     "functional",
     "histogram",
@@ -113,3 +48,4 @@ __all__ = [
     "samplers",
     "screening",
 ]
+__all__ += losses.__all__

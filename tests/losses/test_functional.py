@@ -10,30 +10,9 @@ from helpers import CRITERIA, PAIR_CRITERIA, batch
 
 import flashpair
 from flashpair import functional
+from flashpair.losses.declaration import REGISTRY
 
-FUNCTIONS = {
-    functional.multi_similarity_loss: flashpair.MultiSimilarityLoss,
-    functional.n_pairs_loss: flashpair.NPairsLoss,
-    functional.lifted_structure_loss: flashpair.LiftedStructureLoss,
-    functional.generalized_lifted_structure_loss: flashpair.GeneralizedLiftedStructureLoss,
-    functional.lifted_structure_star_loss: flashpair.LiftedStructureStarLoss,
-    functional.contrastive_loss: flashpair.ContrastiveLoss,
-    functional.snr_contrastive_loss: flashpair.SNRContrastiveLoss,
-    functional.triplet_margin_loss: flashpair.TripletMarginLoss,
-    functional.binomial_deviance_loss: flashpair.BinomialDevianceLoss,
-    functional.bin_lifted_loss: flashpair.BinLiftedLoss,
-    functional.mined_pair_loss: flashpair.MinedPairLoss,
-    functional.nca_loss: flashpair.NCALoss,
-    functional.ntxent_loss: flashpair.NTXentLoss,
-    functional.supcon_loss: flashpair.SupConLoss,
-    functional.circle_loss: flashpair.CircleLoss,
-    functional.tuplet_margin_loss: flashpair.TupletMarginLoss,
-    functional.intra_pair_variance_loss: flashpair.IntraPairVarianceLoss,
-    functional.margin_loss: flashpair.MarginLoss,
-    functional.angular_loss: flashpair.AngularLoss,
-    functional.histogram_loss: flashpair.HistogramLoss,
-    functional.fastap_loss: flashpair.FastAPLoss,
-}
+FUNCTIONS = {getattr(functional, d.function): d.kind for d in REGISTRY.values() if d.function}
 
 
 def test_every_loss_of_pairs_has_a_function():
@@ -67,3 +46,13 @@ def test_functional_forms_take_arguments_by_place_and_refuse_others():
         functional.contrastive_loss(x, labels, margins=1.0)
     with pytest.raises(TypeError, match="ref_emb"):
         functional.angular_loss(x, labels, ref_emb=x)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("ntxent_loss", "nt_xent_loss"), ("supcon_loss", "sup_con_loss"), ("fastap_loss", "fast_ap_loss")]
+)
+def test_old_names_work_with_a_warning(old, new):
+    with pytest.warns(DeprecationWarning, match=f"functional.{old} is now functional.{new}"):
+        assert getattr(functional, old) is getattr(functional, new)
+    with pytest.raises(AttributeError, match="no attribute 'nothing_loss'"):
+        functional.nothing_loss  # noqa: B018

@@ -1,4 +1,4 @@
-"""Losses, one small file for each family."""
+"""Losses, one small file for each family. Made by tests/support/generated.py."""
 
 from .angular import AngularLoss
 from .base import Criterion, RowLosses, Terms

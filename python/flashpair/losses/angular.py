@@ -12,11 +12,20 @@ from ..core.pairs import PairAccess, PairReducer
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from .base import Criterion, RowLosses, Terms
+from .declaration import Range, Search, Source, loss
+from .papers import WANG_2017
 from .positive_blocks import sum_of_blocks
 
 SLACK = 16  # a hinge at most this many roundings (of terms up to 1 + 4 tan^2) above 0 counts as 0
 
 
+@loss(
+    key="angular",
+    group="rows",
+    sources=(Source(WANG_2017),),
+    forms={"": {}, "(form='hinge')": {"alpha": 30.0, "form": "hinge"}},
+    searches={"": Search({"alpha": Range(10.0, 60.0)})},
+)
 class AngularLoss(Criterion):
     """Angular loss: bounds the angle at the negative of each triplet (Wang et al., 2017).
 

@@ -11,13 +11,25 @@ from ..core import checks
 from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from .base import Criterion, RowLosses
+from .declaration import MARGIN, SCALE, Search, Source, loss
 from .mining import logsumexps, mined_sums
+from .papers import WANG_2019, YI_2014
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
     return total / count.clamp_min(1)
 
 
+@loss(
+    key="binomial_deviance",
+    group="pairs",
+    sources=(
+        Source(YI_2014),
+        Source(WANG_2019, "eq. 9"),
+    ),
+    forms={"": {}, "(epsilon=0.1)": {"epsilon": 0.1}},
+    searches={"": Search({"alpha": SCALE, "beta": SCALE, "base": MARGIN})},
+)
 class BinomialDevianceLoss(Criterion):
     """Binomial deviance: a logistic loss on each pair (Yi et al., 2014; Wang et al., 2019, eq. 9).
 
@@ -81,6 +93,12 @@ class BinomialDevianceLoss(Criterion):
         return RowLosses(losses, torch.maximum(kept_pos, kept_neg) > 0, losses.shape[0])
 
 
+@loss(
+    key="bin_lifted",
+    group="pairs",
+    sources=(Source(WANG_2019, "supplement, eq. 10"),),
+    forms={"": {"normalized": True}},
+)
 class BinLiftedLoss(Criterion):
     """BinLifted: the average of binomial deviance and LiftedStruct* (Wang et al., 2019, supplement, eq. 10).
 
@@ -152,6 +170,12 @@ class BinLiftedLoss(Criterion):
         return RowLosses(losses, (some_pos + some_neg) > 0, losses.shape[0])
 
 
+@loss(
+    key="mined_pair",
+    group="pairs",
+    sources=(Source(WANG_2019, "Table 2: mining alone"),),
+    forms={"": {"weights": "row_mean"}},
+)
 class MinedPairLoss(Criterion):
     """Multi-Similarity's mining with equal weights for all mined pairs (Wang et al., 2019, Table 2).
 

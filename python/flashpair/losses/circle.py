@@ -13,7 +13,9 @@ from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from ..core.transforms import specialised
 from .base import Criterion, RowLosses
+from .declaration import MARGIN, Range, Search, Source, loss
 from .histogram import of_batch
+from .papers import SUN_2020
 
 
 def _paced(turn: float) -> str:
@@ -24,6 +26,13 @@ def _paced(turn: float) -> str:
 _paced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.unsupported_reasons
 
 
+@loss(
+    key="circle",
+    group="pairs",
+    sources=(Source(SUN_2020, "eq. 6"),),
+    forms={"": {"gamma": 20.0}, "(over='batch')": {"gamma": 20.0, "over": "batch"}},
+    searches={"": Search({"m": MARGIN, "gamma": Range(1.0, 256.0, log=True)})},
+)
 class CircleLoss(Criterion):
     """Circle loss: each pair weighted by how far it is from its optimum (Sun et al., 2020, eq. 6).
 

@@ -17,6 +17,8 @@ from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from .base import RowLosses
 from .class_loss import ClassCriterion
+from .declaration import MARGIN, POSITIVE, Range, Search, Source, loss
+from .papers import DENG_2019, LIU_2017, WANG_2018, ZHAI_2019
 
 
 def _cross_entropy(pairs: PairAccess, scale: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -30,6 +32,13 @@ def _losses(neg: Tensor, own: Tensor) -> RowLosses:
     return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
 
 
+@loss(
+    key="normalized_softmax",
+    group="classes",
+    sources=(Source(ZHAI_2019),),
+    forms={"": {"temperature": 0.2}},
+    searches={"": Search({"temperature": POSITIVE})},
+)
 class NormalizedSoftmaxLoss(ClassCriterion):
     """Normalised softmax: cross entropy of cosines over a temperature (Zhai and Wu, 2019).
 
@@ -84,6 +93,13 @@ class NormalizedSoftmaxLoss(ClassCriterion):
         return _losses(neg, own / self.temperature)
 
 
+@loss(
+    key="cosface",
+    group="classes",
+    sources=(Source(WANG_2018, "eq. 4"),),
+    forms={"": {"scale": 8.0}},
+    searches={"": Search({"margin": MARGIN, "scale": Range(1.0, 256.0, log=True)})},
+)
 class CosFaceLoss(ClassCriterion):
     """CosFace, the large-margin cosine loss (Wang et al., 2018, eq. 4).
 
@@ -142,6 +158,14 @@ class CosFaceLoss(ClassCriterion):
         return _losses(neg, self.scale * (own - self.margin))
 
 
+@loss(
+    key="arcface",
+    group="classes",
+    sources=(Source(DENG_2019, "eq. 3"),),
+    note="margin in degrees",
+    forms={"": {"scale": 8.0}},
+    searches={"": Search({"margin": Range(0.0, 57.0), "scale": Range(1.0, 256.0, log=True)})},
+)
 class ArcFaceLoss(ClassCriterion):
     """ArcFace, the additive angular margin loss (Deng et al., 2019, eq. 3).
 
@@ -219,6 +243,11 @@ def sine(cosine: Tensor) -> Tensor:
     return torch.where(inside, torch.where(inside, rest, 1.0).sqrt(), 0.0)
 
 
+@loss(
+    key="sphereface",
+    group="classes",
+    sources=(Source(LIU_2017, "eq. 7"),),
+)
 class SphereFaceLoss(ClassCriterion):
     """SphereFace: a multiplicative angular margin (Liu et al., 2017, eq. 7).
 

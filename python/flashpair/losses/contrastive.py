@@ -17,6 +17,8 @@ from ..core.problem import AVERAGINGS
 from ..core.reduction import Reduction
 from ..core.similarity import l2_normalize, upcast
 from .base import Criterion, Penalty, RowLosses, Terms
+from .declaration import MARGIN, Range, Search, Source, loss
+from .papers import HADSELL_2006, WANG_2019, YUAN_2019
 
 COSINE_SLACK = 16  # a cosine this many roundings from its margin counts as at the margin
 
@@ -30,6 +32,20 @@ def hinges(
     return Terms(pos, pairs.num_positives(), above[0]), Terms(neg, pairs.num_negatives(), above[1])
 
 
+@loss(
+    key="contrastive",
+    group="pairs",
+    sources=(
+        Source(HADSELL_2006, "eq. 4"),
+        Source(WANG_2019),
+    ),
+    forms={
+        "": {},
+        "(0.9, 0.2, 'cosine')": {"pos_margin": 0.9, "neg_margin": 0.2, "distance": "cosine"},
+        "(power=2)": {"power": 2},
+    },
+    searches={"": Search({"pos_margin": MARGIN, "neg_margin": Range(0.2, 1.8)})},
+)
 class ContrastiveLoss(Criterion):
     """Contrastive loss: positives within one margin, negatives beyond another (Hadsell et al., 2006).
 
@@ -134,6 +150,17 @@ def _plain(value: float | Tensor) -> float | Tensor:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+@loss(
+    key="snr_contrastive",
+    group="pairs",
+    sources=(Source(YUAN_2019),),
+    forms={"": {"pos_margin": 0.1, "neg_margin": 1.2, "regularizer_weight": 0.1}},
+    searches={
+        "": Search(
+            {"pos_margin": Range(0.0, 0.5), "neg_margin": MARGIN, "regularizer_weight": Range(1e-3, 1.0, log=True)}
+        )
+    },
+)
 class SNRContrastiveLoss(Criterion):
     """Contrastive loss of signal-to-noise ratios instead of distances (Yuan et al., 2019).
 

@@ -9,6 +9,8 @@ from ..core import checks
 from ..core.pairs import PairAccess
 from ..core.reduction import histogram
 from .base import Criterion, RowLosses
+from .declaration import Range, Search, Source, loss
+from .papers import CAKIR_2019, USTINOVA_2016
 
 
 def of_batch(loss: Tensor, some: Tensor, pairs: PairAccess) -> RowLosses:
@@ -18,6 +20,13 @@ def of_batch(loss: Tensor, some: Tensor, pairs: PairAccess) -> RowLosses:
     return RowLosses((loss / every).expand(n), some.expand(n), n, shares=True)
 
 
+@loss(
+    key="histogram",
+    group="histograms",
+    sources=(Source(USTINOVA_2016),),
+    forms={"": {"n_bins": 20}},
+    searches={"": Search({"n_bins": Range(10.0, 200.0, integer=True)})},
+)
 class HistogramLoss(Criterion):
     """Histogram loss: the probability that a negative pair beats a positive one (Ustinova and Lempitsky, 2016).
 
@@ -69,6 +78,12 @@ class HistogramLoss(Criterion):
         return of_batch(loss.masked_fill(~some, 0.0), some, pairs)
 
 
+@loss(
+    key="fast_ap",
+    group="histograms",
+    sources=(Source(CAKIR_2019),),
+    searches={"": Search({"num_bins": Range(4.0, 50.0, integer=True)})},
+)
 class FastAPLoss(Criterion):
     """FastAP: one minus the average precision of each anchor's ranking, from soft histograms (Cakir et al., 2019).
 

@@ -12,9 +12,16 @@ from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.row_formula import RowFormula
 from .base import Criterion, RowLosses
+from .declaration import Range, Search, Source, loss
 from .mining import logsumexps
+from .papers import HERMANS_2017, OH_SONG_2016, WANG_2019
 
 
+@loss(
+    key="lifted_structure",
+    group="pairs",
+    sources=(Source(OH_SONG_2016, "eq. 4"),),
+)
 class LiftedStructureLoss(Criterion):
     """Lifted structured feature embedding, the original form (Oh Song et al., 2016, eq. 4).
 
@@ -66,6 +73,16 @@ class LiftedStructureLoss(Criterion):
         return RowLosses(squares / 2, positives > 0, positives.sum())
 
 
+@loss(
+    key="generalized_lifted_structure",
+    group="pairs",
+    sources=(
+        Source(HERMANS_2017),
+        Source(WANG_2019, "eq. 6"),
+    ),
+    forms={"": {}, "(distance='euclidean')": {"distance": "euclidean"}},
+    searches={"": Search({"margin": Range(0.0, 2.0)}, {"distance": "euclidean"})},
+)
 class GeneralizedLiftedStructureLoss(Criterion):
     """Lifted structure over all positives and all negatives of an anchor (Hermans et al., 2017).
 
@@ -132,6 +149,12 @@ class GeneralizedLiftedStructureLoss(Criterion):
         return RowFormula("lifted", (sign, -sign), (self.margin, 0.0))
 
 
+@loss(
+    key="lifted_structure_star",
+    group="pairs",
+    sources=(Source(WANG_2019, "eq. 16"),),
+    forms={"": {}, "(epsilon=0.1)": {"epsilon": 0.1}},
+)
 class LiftedStructureStarLoss(Criterion):
     """LiftedStruct*: lifted structure with scales and without a hinge (Wang et al., 2019, eq. 16).
 

@@ -11,8 +11,17 @@ from ..core import checks
 from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from .base import Criterion, RowLosses, Terms
+from .declaration import Range, Search, Source, loss
+from .papers import WU_2017
 
 
+@loss(
+    key="margin",
+    group="pairs",
+    sources=(Source(WU_2017),),
+    forms={"": {"nu": 0.01, "learn_beta": True}, "(mode='triplets')": {"mode": "triplets"}},
+    searches={"": Search({"margin": Range(0.0, 0.6), "beta": Range(0.4, 1.6)}, {"learn_beta": True})},
+)
 class MarginLoss(Criterion):
     """Margin loss: positives within a learnable boundary, negatives beyond it (Wu et al., 2017).
 

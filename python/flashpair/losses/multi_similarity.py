@@ -15,9 +15,22 @@ from ..core.pairs import PairAccess
 from ..core.row_formula import RowFormula
 from ..core.similarity import softplus
 from .base import Criterion, RowLosses
+from .declaration import MARGIN, SCALE, Range, Search, Source, loss
 from .mining import logsumexps
+from .papers import WANG_2019
 
 
+@loss(
+    key="multi_similarity",
+    group="pairs",
+    sources=(Source(WANG_2019, "eq. 11-15"),),
+    note="`epsilon=None`: no mining",
+    forms={"": {}, "(epsilon=None)": {"epsilon": None}},
+    searches={
+        "": Search({"alpha": Range(0.5, 50.0, log=True), "beta": SCALE, "base": MARGIN, "epsilon": MARGIN}),
+        "_unmined": Search({"alpha": Range(0.5, 50.0, log=True), "beta": SCALE, "base": MARGIN}, {"epsilon": None}),
+    },
+)
 class MultiSimilarityLoss(Criterion):
     """Multi-Similarity loss with its pair mining (Wang et al., 2019, eq. 11-15).
 

@@ -17,10 +17,25 @@ from ..core.reduction import Reduction
 from ..core.row_formula import RowFormula
 from ..core.similarity import softplus, upcast
 from .base import Criterion, Penalty, RowLosses
+from .declaration import Range, Search, Source, loss
+from .papers import SOHN_2016
 
 L2_KINDS = ("mean_sq", "tf_contrib", "mean_norm")
 
 
+@loss(
+    key="n_pairs",
+    group="pairs",
+    sources=(Source(SOHN_2016, "`mc` and `ovo`"),),
+    note="`all_pairs` and `softlabel` take any batch",
+    forms={
+        "": {},
+        "('ovo')": {"variant": "ovo"},
+        "('all_pairs')": {"variant": "all_pairs"},
+        "('softlabel')": {"variant": "softlabel"},
+    },
+    searches={"": Search({"l2_weight": Range(1e-4, 1.0, log=True)})},
+)
 class NPairsLoss(Criterion):
     """Multi-class N-pair loss, on dot products that are not normalised (Sohn, 2016).
 

@@ -11,8 +11,19 @@ from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from .base import RowLosses
 from .class_loss import ClassCriterion
+from .declaration import MARGIN, SCALE, Search, Source, loss
+from .papers import KIM_2020, MOVSHOVITZ_ATTIAS_2017, TEH_2020
 
 
+@loss(
+    key="proxy_nca",
+    group="classes",
+    sources=(
+        Source(MOVSHOVITZ_ATTIAS_2017),
+        Source(TEH_2020),
+    ),
+    searches={"": Search({"softmax_scale": SCALE})},
+)
 class ProxyNCALoss(ClassCriterion):
     """ProxyNCA: neighbourhood components analysis against learned proxies (Movshovitz-Attias et al., 2017).
 
@@ -79,6 +90,12 @@ class ProxyNCALoss(ClassCriterion):
         return RowLosses(losses, torch.ones_like(losses, dtype=torch.bool), losses.shape[0])
 
 
+@loss(
+    key="proxy_anchor",
+    group="classes",
+    sources=(Source(KIM_2020, "eq. 4"),),
+    searches={"": Search({"margin": MARGIN, "alpha": SCALE})},
+)
 class ProxyAnchorLoss(ClassCriterion):
     """Proxy Anchor loss: proxies are the anchors, the batch their positives and negatives (Kim et al., 2020, eq. 4).
 

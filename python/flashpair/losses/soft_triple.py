@@ -24,11 +24,24 @@ from ..core.similarity import (
 from ..engine.pairs import dense_pairs_of
 from .base import Penalty, RowLosses
 from .class_loss import ClassCriterion
+from .declaration import MARGIN, POSITIVE, SCALE, Range, Search, Source, loss
+from .papers import QIAN_2019
 
 CHUNK_BYTES = 2**21  # of similarities at a time
 MOST_EXPONENT = 40.0  # e^40 and e^-40, their squares, and sums of them are far from where float32 ends
 
 
+@loss(
+    key="soft_triple",
+    group="classes",
+    sources=(Source(QIAN_2019),),
+    forms={"": {"centers_per_class": 3, "tau": 0.2}},
+    searches={
+        "": Search(
+            {"centers_per_class": Range(1.0, 10.0, integer=True), "la": SCALE, "gamma": POSITIVE, "margin": MARGIN}
+        )
+    },
+)
 class SoftTripleLoss(ClassCriterion):
     """SoftTriple loss: cross entropy over classes of several centres each (Qian et al., 2019).
 

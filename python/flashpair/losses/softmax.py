@@ -12,8 +12,20 @@ from ..core.distances import ENGINE_WORDS, argument_word
 from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from .base import Criterion, RowLosses
+from .declaration import POSITIVE, SCALE, Search, Source, loss
+from .papers import CHEN_2020, GOLDBERGER_2004, KHOSLA_2020, WANG_2019
 
 
+@loss(
+    key="nca",
+    group="pairs",
+    sources=(
+        Source(GOLDBERGER_2004),
+        Source(WANG_2019, "supplement, eq. 1"),
+    ),
+    forms={"": {}, "(distance='cosine')": {"softmax_scale": 16.0, "distance": "cosine"}},
+    searches={"": Search({"softmax_scale": SCALE})},
+)
 class NCALoss(Criterion):
     """Neighbourhood components analysis (Goldberger et al., 2004; Wang et al., 2019, supplement, eq. 1).
 
@@ -74,6 +86,12 @@ class NCALoss(Criterion):
         return RowLosses(losses, valid, valid.shape[0])
 
 
+@loss(
+    key="nt_xent",
+    group="pairs",
+    sources=(Source(CHEN_2020, "eq. 1 (SimCLR), with labels"),),
+    searches={"": Search({"temperature": POSITIVE})},
+)
 class NTXentLoss(Criterion):
     """NT-Xent, SimCLR's normalised temperature-scaled cross entropy, by labels (Chen et al., 2020, eq. 1).
 
@@ -127,6 +145,13 @@ class NTXentLoss(Criterion):
         return RowLosses(losses, positives > 0, positives.sum())
 
 
+@loss(
+    key="sup_con",
+    group="pairs",
+    sources=(Source(KHOSLA_2020, "eq. 2"),),
+    forms={"": {"temperature": 0.1, "base_temperature": 0.07}},
+    searches={"": Search({"temperature": POSITIVE})},
+)
 class SupConLoss(Criterion):
     """Supervised contrastive loss, the form L_out (Khosla et al., 2020, eq. 2).
 

@@ -15,12 +15,31 @@ from ..core.pairs import PairAccess
 from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from .base import Criterion, RowLosses, Terms
+from .declaration import MARGIN, Search, Source, loss
+from .papers import HERMANS_2017, SCHROFF_2015
 from .positive_blocks import sum_of_blocks
 
 KEPT_BLOCKS = 2  # with more blocks of positives than these, backward recomputes each block
 TRIPLETS = ("all", "hard", "semihard", "semihard_all")
 
 
+@loss(
+    key="triplet_margin",
+    group="rows",
+    sources=(
+        Source(SCHROFF_2015),
+        Source(HERMANS_2017, "eq. 5"),
+    ),
+    forms={
+        "": {},
+        "(distance='cosine', smooth=True)": {"distance": "cosine", "smooth": True},
+        "(power=2)": {"power": 2},
+        "(triplets='hard')": {"triplets": "hard"},
+        "(triplets='semihard')": {"triplets": "semihard"},
+        "(triplets='semihard_all')": {"distance": "cosine", "triplets": "semihard_all"},
+    },
+    searches={"": Search({"margin": MARGIN}), "_hard": Search({"margin": MARGIN}, {"triplets": "hard"})},
+)
 class TripletMarginLoss(Criterion):
     """Triplet margin loss: each negative farther than each positive by a margin (Schroff et al., 2015).
 

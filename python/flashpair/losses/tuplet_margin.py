@@ -13,6 +13,8 @@ from ..core.reduction import Reduction
 from ..core.similarity import softplus
 from ..core.transforms import specialised
 from .base import Criterion, RowLosses
+from .declaration import SCALE, Range, Search, Source, loss
+from .papers import YU_2019
 
 
 def _slack(scale: float, margin: float) -> str:
@@ -30,6 +32,13 @@ def _slack(scale: float, margin: float) -> str:
 _slack._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as transforms.unsupported_reasons
 
 
+@loss(
+    key="tuplet_margin",
+    group="rows",
+    sources=(Source(YU_2019),),
+    forms={"": {"scale": 16.0}},
+    searches={"": Search({"margin": Range(0.0, 30.0), "scale": SCALE})},
+)
 class TupletMarginLoss(Criterion):
     """Tuplet margin loss: one positive against all negatives, with a margin on the positive's angle (Yu and Tao, 2019).
 
@@ -89,6 +98,11 @@ class TupletMarginLoss(Criterion):
         return RowLosses(losses, positives > 0, positives.sum())
 
 
+@loss(
+    key="intra_pair_variance",
+    group="pairs",
+    sources=(Source(YU_2019, "to be added to another loss"),),
+)
 class IntraPairVarianceLoss(Criterion):
     """Intra-pair variance: keeps the similarities of each kind of pair near their mean (Yu and Tao, 2019).
 

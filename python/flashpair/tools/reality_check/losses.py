@@ -5,23 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from ... import losses
 from ...losses import ClassCriterion, Criterion
+from ...losses.declaration import REGISTRY, Declaration, Range, Search
 from ..import_target import criterion
-
-
-class Range(NamedTuple):
-    """The range in which a hyper-parameter is searched for.
-
-    Attributes:
-        low: the least value.
-        high: the largest value.
-        log: search on a logarithmic scale; then `low` is above 0.
-    """
-
-    low: float
-    high: float
-    log: bool = False
 
 
 class Candidate(NamedTuple):
@@ -39,64 +25,20 @@ class Candidate(NamedTuple):
     of_classes: bool = False
 
 
-MARGIN, POSITIVE, SCALE = Range(0.0, 1.0), Range(0.01, 1.0, log=True), Range(1.0, 100.0, log=True)
+def _declared(declaration: Declaration, search: Search) -> Candidate:
+    def make(**given: float) -> Criterion:
+        sizes = {name: given.pop(name) for name in ("num_classes", "embedding_size") if name in given}
+        values = {name: search.space[name].value(value) for name, value in given.items()}
+        return declaration.kind(**sizes, **values, **search.fixed)  # type: ignore[arg-type]
+
+    return Candidate(make, search.space, declaration.group == "classes")
+
 
 LOSSES: dict[str, Candidate] = {
-    "angular": Candidate(losses.AngularLoss, {"alpha": Range(10.0, 60.0)}),
-    "arcface": Candidate(
-        losses.ArcFaceLoss, {"margin": Range(0.0, 57.0), "scale": Range(1.0, 256.0, log=True)}, True
-    ),
-    "binomial_deviance": Candidate(
-        losses.BinomialDevianceLoss, {"alpha": SCALE, "beta": SCALE, "base": MARGIN}
-    ),
-    "circle": Candidate(losses.CircleLoss, {"m": MARGIN, "gamma": Range(1.0, 256.0, log=True)}),
-    "contrastive": Candidate(losses.ContrastiveLoss, {"pos_margin": MARGIN, "neg_margin": Range(0.2, 1.8)}),
-    "cosface": Candidate(
-        losses.CosFaceLoss, {"margin": MARGIN, "scale": Range(1.0, 256.0, log=True)}, True
-    ),
-    "fast_ap": Candidate(lambda num_bins: losses.FastAPLoss(round(num_bins)), {"num_bins": Range(4.0, 50.0)}),
-    "generalized_lifted_structure": Candidate(
-        lambda margin: losses.GeneralizedLiftedStructureLoss(margin, "euclidean"), {"margin": Range(0.0, 2.0)}
-    ),
-    "histogram": Candidate(lambda n_bins: losses.HistogramLoss(round(n_bins)), {"n_bins": Range(10.0, 200.0)}),
-    "margin": Candidate(
-        lambda margin, beta: losses.MarginLoss(margin, beta=beta, learn_beta=True),
-        {"margin": Range(0.0, 0.6), "beta": Range(0.4, 1.6)},
-    ),
-    "multi_similarity": Candidate(
-        losses.MultiSimilarityLoss,
-        {"alpha": Range(0.5, 50.0, log=True), "beta": SCALE, "base": MARGIN, "epsilon": MARGIN},
-    ),
-    "multi_similarity_unmined": Candidate(
-        lambda **given: losses.MultiSimilarityLoss(**given, epsilon=None),
-        {"alpha": Range(0.5, 50.0, log=True), "beta": SCALE, "base": MARGIN},
-    ),
-    "n_pairs": Candidate(losses.NPairsLoss, {"l2_weight": Range(1e-4, 1.0, log=True)}),
-    "nca": Candidate(losses.NCALoss, {"softmax_scale": SCALE}),
-    "normalized_softmax": Candidate(losses.NormalizedSoftmaxLoss, {"temperature": POSITIVE}, True),
-    "nt_xent": Candidate(losses.NTXentLoss, {"temperature": POSITIVE}),
-    "proxy_anchor": Candidate(losses.ProxyAnchorLoss, {"margin": MARGIN, "alpha": SCALE}, True),
-    "proxy_nca": Candidate(losses.ProxyNCALoss, {"softmax_scale": SCALE}, True),
-    "snr_contrastive": Candidate(
-        losses.SNRContrastiveLoss,
-        {"pos_margin": Range(0.0, 0.5), "neg_margin": MARGIN, "regularizer_weight": Range(1e-3, 1.0, log=True)},
-    ),
-    "soft_triple": Candidate(
-        lambda centers_per_class, **given: losses.SoftTripleLoss(
-            centers_per_class=round(centers_per_class), **given
-        ),
-        {"centers_per_class": Range(1.0, 10.0), "la": SCALE, "gamma": POSITIVE, "margin": MARGIN},
-        True,
-    ),
-    "sup_con": Candidate(losses.SupConLoss, {"temperature": POSITIVE}),
-    "triplet": Candidate(losses.TripletMarginLoss, {"margin": Range(0.0, 1.0)}),
-    "triplet_hard": Candidate(
-        lambda margin: losses.TripletMarginLoss(margin, triplets="hard"), {"margin": Range(0.0, 1.0)}
-    ),
-    "tuplet_margin": Candidate(
-        losses.TupletMarginLoss, {"margin": Range(0.0, 30.0), "scale": SCALE}
-    ),
-}  # fmt: skip
+    key + suffix: _declared(REGISTRY[key], search)
+    for key in sorted(REGISTRY)
+    for suffix, search in REGISTRY[key].searches.items()
+}
 
 
 def candidate(name: str) -> Candidate:
