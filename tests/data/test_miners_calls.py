@@ -161,7 +161,11 @@ NONE = torch.empty(0, dtype=torch.int64)
     "mine, error, words",
     [
         (lambda s, block: None, TypeError, "mine of Own must be a generator of MinedPairs, got NoneType"),
-        (lambda s, block: miners.MinedPairs(NONE, NONE, NONE, NONE), TypeError, "as a generator, got MinedPairs of 4"),
+        (
+            lambda s, block: miners.MinedPairs(NONE, NONE, NONE, NONE),
+            TypeError,
+            "must be a generator of MinedPairs, got MinedPairs of 4",
+        ),
         (lambda s, block: [(NONE, NONE, NONE)], TypeError, "mine of Own must yield MinedPairs, got tuple of 3"),
         (lambda s, block: [3], TypeError, "mine of Own must yield MinedPairs, got int 3"),
         (

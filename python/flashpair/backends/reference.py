@@ -226,8 +226,8 @@ class ReferencePairs(DensePairs):
     def pair_sums(self, step: int) -> tuple[ReferencePairs, Tensor, Tensor, Tensor]:
         ordered, order = torch.sort(self.labels, stable=True)
         lo, hi = torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)
-        at, partner, first = class_partners(lo, hi, step)
-        place = torch.empty_like(order).index_copy(0, order, at)
+        sorted_rows, partner, first = class_partners(lo, hi, step)
+        place = torch.empty_like(order).index_copy(0, order, sorted_rows)
         p, first = order[partner[place]], first[place]
         z = self.z + self.z[p]
         sums = ReferencePairs(z, self.labels, self.labels, square=True, nonfinite=self.nonfinite)

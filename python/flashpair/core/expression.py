@@ -310,18 +310,18 @@ def _check_truths(name: str, arguments: list[Any], options: dict[str, Any]) -> N
     def floating(value: Any) -> bool:
         return isinstance(value, _Dual) and not isinstance(value, _Truth)
 
-    given = [*arguments, *options.values()]
+    operands = [*arguments, *options.values()]
     if name == "where":
         values = dict(zip(("condition", "input", "other"), arguments, strict=False)) | options
         if not isinstance(values.get("condition"), _Truth):
             raise _Unknown("where of a condition that is no comparison")
-        given = [values.get("input"), values.get("other")]
-        if not any(map(floating, given)) or any(isinstance(v, _Truth) for v in given):
+        branches = [values.get("input"), values.get("other")]
+        if not any(map(floating, branches)) or any(isinstance(v, _Truth) for v in branches):
             raise _Unknown("where without a floating-point tensor to choose, or with a truth value")
         return
-    if not any(isinstance(v, _Truth) for v in given):
+    if not any(isinstance(v, _Truth) for v in operands):
         return
-    if name not in ("add", "subtract", "multiply") or not any(map(floating, given)) or "alpha" in options:
+    if name not in ("add", "subtract", "multiply") or not any(map(floating, operands)) or "alpha" in options:
         raise _Unknown(f"{name} of truth values")
 
 

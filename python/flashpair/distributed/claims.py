@@ -18,13 +18,13 @@ ANCHORS = ("samples", "proxies")
 WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # methods that see the batch of one process only
 
 
-def own(criterion: Criterion, name: str) -> bool:
+def overrides(criterion: Criterion, name: str) -> bool:
     """Whether a criterion's class overrides the method `name` of `Criterion` and `ClassCriterion`."""
     method = getattr(type(criterion), name)
     return method is not getattr(Criterion, name, None) and method is not getattr(ClassCriterion, name, None)
 
 
-def said_with(criterion: Criterion, word: str, name: str) -> bool:
+def declared_with(criterion: Criterion, word: str, name: str) -> bool:
     """Whether the class that defines the method `name`, or a subclass of it, sets the attribute `word`.
 
     What a parent class declares is about the parent's own method.
@@ -40,10 +40,10 @@ def said_with(criterion: Criterion, word: str, name: str) -> bool:
 def check_claims(criterion: Criterion) -> None:
     """Raises TypeError for a class whose loss cannot be computed from `row_losses` on each process."""
     name = type(criterion).__name__
-    if own(criterion, "regularizer"):
+    if overrides(criterion, "regularizer"):
         raise TypeError(f"{name} overrides regularizer, which sees one process only: override penalty_of instead")
     for call in WHOLE_CALLS:
-        if own(criterion, call):
+        if overrides(criterion, call):
             raise TypeError(f"{name} overrides {call}, which sees one process only: override row_losses instead")
     if criterion.anchors not in ANCHORS:
         raise TypeError(f"{name}.anchors must be one of {', '.join(ANCHORS)}, got {criterion.anchors!r}")
@@ -53,11 +53,11 @@ def check_claims(criterion: Criterion) -> None:
             f'{name}.anchors = "proxies" needs class weights: make it a subclass of flashpair.ClassCriterion'
         )
     for call in ("pairs_of", "rows"):
-        if not own(criterion, call):
+        if not overrides(criterion, call):
             continue
         if not of_classes:
             raise TypeError(f"{name} overrides {call}, which sees one process only: override row_losses instead")
-        if criterion.anchors == "proxies" or not said_with(criterion, "anchors", call):
+        if criterion.anchors == "proxies" or not declared_with(criterion, "anchors", call):
             raise TypeError(
                 f"{name} overrides {call} without declaring what its rows are: set the class attribute anchors = "
                 '"samples" if each row is one sample of the batch against the weights alone; if rows are proxies, set '
@@ -72,9 +72,9 @@ def check_parts(criterion: ClassCriterion) -> None:
     if why := criterion.refuses_parts():
         raise ValueError(why)
     for call in ("pairs_of", "rows"):
-        if own(criterion, call) and not said_with(criterion, "rows_of_parts", call):
+        if overrides(criterion, call) and not declared_with(criterion, "rows_of_parts", call):
             raise TypeError(f"{name} overrides {call} without rows_of_parts, which split classes need")
-    if own(criterion, "penalty_of") and not said_with(criterion, "penalizes", "penalty_of"):
+    if overrides(criterion, "penalty_of") and not declared_with(criterion, "penalizes", "penalty_of"):
         raise TypeError(
             f"{name} overrides penalty_of without declaring what it is a mean over: set the attribute penalizes = "
             '"samples" or, if each process returns the part of its own classes, "classes"'

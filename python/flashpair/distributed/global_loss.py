@@ -18,7 +18,7 @@ from ..losses.base import Criterion, Penalty, RowLosses, average, with_extra
 from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
 from .agreement import REFUSED, Described, validate_call
-from .claims import SampleRows, check_claims, own, rows_of
+from .claims import SampleRows, check_claims, overrides, rows_of
 from .collectives import AllReduceGrad, AllReduceSum, Ranks, ScaleGrad
 from .eager_gradient import EagerGradient, kept
 from .schedules import SOURCES
@@ -227,7 +227,7 @@ class GlobalCriterion(nn.Module):
     ) -> tuple[RowLosses, PairReducer | None]:  # fmt: skip
         criterion, how = self.criterion, (ranks, self.schedule, self.criterion.impl)
         if isinstance(criterion, ClassCriterion) and criterion.anchors == "samples":
-            if own(criterion, "rows"):
+            if overrides(criterion, "rows"):
                 return criterion.rows(x, labels, y, ref_labels, criterion.impl)
             samples = SampleRows(criterion.pairs_of(x, labels, y, ref_labels, criterion.impl), ranks)
             return rows_of(criterion, samples, ranks), samples

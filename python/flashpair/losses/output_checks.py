@@ -175,8 +175,8 @@ def refuse_own(criterion: Any, methods: Iterable[str], where: str) -> None:
         where: what does not call them.
     """
     for method in methods:
-        given = vars(criterion).get(method, getattr(type(criterion), method))
-        if not getattr(given, "__module__", "").startswith("flashpair."):
+        function = vars(criterion).get(method, getattr(type(criterion), method))
+        if not getattr(function, "__module__", "").startswith("flashpair."):
             raise TypeError(
                 f"{type(criterion).__name__} overrides {method}, which {where} does not call: override row_losses, "
                 "preparation or penalty_of instead"
