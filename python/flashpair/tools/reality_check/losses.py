@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -41,6 +42,9 @@ LOSSES: dict[str, Candidate] = {
 }
 
 
+OLD_NAMES = {"triplet": "triplet_margin", "triplet_hard": "triplet_margin_hard"}
+
+
 def candidate(name: str) -> Candidate:
     """A loss of `LOSSES` by its name, or your own `flashpair.Criterion` as FILE.py:Name or module:Name.
 
@@ -61,6 +65,9 @@ def candidate(name: str) -> Candidate:
         >>> candidate("nt_xent").space["temperature"]
         Range(low=0.01, high=1.0, log=True)
     """
+    if name in OLD_NAMES:
+        warnings.warn(f"the loss {name!r} is now {OLD_NAMES[name]!r}", DeprecationWarning, stacklevel=2)
+    name = OLD_NAMES.get(name, name)
     if name in LOSSES:
         return LOSSES[name]
     if ":" not in name:
