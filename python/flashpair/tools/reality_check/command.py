@@ -30,7 +30,7 @@ FLAGS = {
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="digits", help="digits (default), FILE.npz, or a folder of class folders")
     parser.add_argument(
-        "--losses", default="contrastive,triplet,multi_similarity,nt_xent,normalized_softmax", metavar="NAMES",
+        "--losses", default="contrastive,triplet_margin,multi_similarity,nt_xent,normalized_softmax", metavar="NAMES",
         help=f"with commas: {', '.join(LOSSES)}; or FILE.py:Name, a Criterion of your own (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of results, to go on in (default: reality-check-DATA)")
