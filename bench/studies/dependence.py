@@ -28,7 +28,8 @@ from torch import Tensor
 
 import flashpair as fp
 from flashpair.backends.reference import ReferencePairs
-from flashpair.losses.base import Criterion, reduce_losses
+from flashpair.losses.averages import reduce_losses
+from flashpair.losses.base import Criterion
 
 CLASSES, PER_CLASS = 3, 3
 PAIR = (0, PER_CLASS + 1)  # an N-pair loss has the first two of each class, as anchor and as positive

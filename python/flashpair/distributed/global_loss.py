@@ -14,7 +14,8 @@ from ..core import checks
 from ..core.pairs import PairReducer
 from ..core.similarity import no_autocast
 from ..engine.dispatch import route_chunks, route_pairs
-from ..losses.base import Criterion, Penalty, RowLosses, average, with_extra
+from ..losses.averages import average, with_extra
+from ..losses.base import Criterion, Penalty, RowLosses
 from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
 from .agreement import REFUSED, Described, validate_call

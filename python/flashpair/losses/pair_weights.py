@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core.pairs import DensePairs
-from .base import Criterion, reduce_losses
+from .averages import reduce_losses
+from .base import Criterion
 from .output_checks import refuse_own
 
 

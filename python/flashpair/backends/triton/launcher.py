@@ -55,7 +55,7 @@ class Launcher:
     """One problem on one device: its configuration and its launches."""
 
     def __init__(self, p: Problem, terms: Terms, operands: Operands) -> None:
-        p.refuse_groups("schedules of the GPU take")
+        p.refuse_groups("backends of the GPU take")
         self.p, self.terms, self.operands, self.tops = p, terms, operands, tops(terms)
         self.n, self.d = p.x.shape
         self.m = p.refs.shape[0]
