@@ -131,5 +131,5 @@ def test_alone_it_is_the_criterion():
 def test_what_cannot_be():
     with pytest.raises(TypeError, match="a loss against class weights, got NTXentLoss"):
         shard_classes(flashpair.NTXentLoss())
-    with pytest.raises(ValueError, match="numbers as la and gamma"):
+    with pytest.raises(ValueError, match="la and gamma of SoftTripleLoss must be numbers"):
         shard_classes(flashpair.SoftTripleLoss(10, 4, la=torch.tensor(20.0)))
