@@ -7,6 +7,7 @@ import fractions
 import functools
 import re
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -110,6 +111,26 @@ class ByFrequency(flashpair.Criterion):
         return flashpair.RowLosses(losses, torch.ones_like(same, dtype=torch.bool), losses.shape[0])
 
 
+class OldWords(flashpair.NPairsLoss):
+    """One pair of each class, in the words that these methods had before."""
+
+    def __init__(self, **common):
+        super().__init__(**{"normalize": True, **common})
+
+    def row_losses(self, pairs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            drawn = pairs.draw()
+            chosen = pairs.select(drawn.anchors, drawn.positives, drawn.place, drawn.taken)
+            target = chosen.paired()
+        (neg,) = chosen.reduce(flashpair.Reduction("logsumexp", "negatives"))
+        taken = drawn.place < drawn.taken
+        rows = neg.new_zeros(pairs.labels.shape[0])
+        losses = rows.index_add(0, drawn.anchors, torch.where(taken, softplus(neg - target), 0.0))
+        valid = rows.detach().index_add(0, drawn.anchors, taken.to(rows.dtype)) > 0
+        return flashpair.RowLosses(losses, valid, drawn.taken)
+
+
 class LooksAtReferences(ByFrequency):
     def row_losses(self, pairs):
         rows = super().row_losses(pairs)
@@ -120,6 +141,11 @@ class LooksAtReferences(ByFrequency):
 def test_labels_of_references_are_those_of_all_processes(team, references):
     b = towers(2) if references else clustered(2)
     assert_as_one(team, [Call(ByFrequency, b, s, {"reduction": r}) for s in SCHEDULES for r in ("mean", "none", "sum")])
+
+
+def test_old_words_for_one_pair_of_each_class(team):
+    b = clustered(2)
+    assert_as_one(team, [Call(OldWords, b, s, {"reduction": r}) for s in SCHEDULES for r in ("mean", "none")])
 
 
 def looks_at_references():

@@ -36,6 +36,11 @@ def _column(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype)[:, None] if value.dim() == 1 else value.to(dtype)
 
 
+def _row(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor () or (M,) in that dtype, the latter as a row."""
+    return value.to(dtype)[None, :] if value.dim() == 1 else value.to(dtype)
+
+
 def reduce_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = None) -> Tensor:
     """The values (N,) of one reduction.
 
@@ -64,7 +69,7 @@ def reduce_rows(z: Tensor, mask: Tensor, r: Reduction, order: Tensor | None = No
         return (kept.min(1) if r.op == "min" else kept.max(1)).values
     if r.transform == "lifted":
         assert isinstance(r.offset, Tensor) and r.ref_offset is not None
-        offsets = logaddexp(*torch.broadcast_tensors(_column(r.offset, z.dtype), r.ref_offset.to(z.dtype)[None, :]))
+        offsets = logaddexp(*torch.broadcast_tensors(_column(r.offset, z.dtype), _row(r.ref_offset, z.dtype)))
         t = torch.where(mask, z * r.scale + offsets, 0.0).relu().square()
     else:
         offset = 0.0 if r.offset is None or r.offset_outside else _column(r.offset, z.dtype)
@@ -224,6 +229,8 @@ class ReferencePairs(DensePairs):
         return self.z.diagonal() + self.nonfinite
 
     def pair_sums(self, step: int) -> tuple[ReferencePairs, Tensor, Tensor, Tensor]:
+        if not self.square:
+            raise RuntimeError("pairs.pair_sums is of a batch with itself, without references")
         ordered, order = torch.sort(self.labels, stable=True)
         lo, hi = torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)
         sorted_rows, partner, first = class_partners(lo, hi, step)

@@ -22,7 +22,7 @@ from ..core.problem import Operands, Problem, accumulator, merge_logsumexp, soli
 from ..core.reduction import Reduction, check_call
 from ..core.similarity import inverse_norm, l2_normalize, nan_unless_finite, no_autocast, through_normalize, upcast
 from ..engine import row_reduce_op
-from ..engine.dispatch import Route, route_pairs
+from ..engine.dispatch import Route, route_call, route_pairs
 from ..engine.pairs import Pairs, checked_pairs
 
 CHUNK_BYTES = 2**25  # the size of a chunk of weights; weights of at most this size are one chunk
@@ -114,7 +114,9 @@ class ChunkedClassPairs(PairAccess):
             known = r.op in ("sum", "logsumexp") and r.transform == "identity"
             if not known or not (r.offset is r.lower is r.upper is None):
                 return self.resident.reduce(*reductions)
-        call = _ClassCall(compile_call(reductions, "dot", self.impl), reductions, self.proxies)
+        compiled = compile_call(reductions, "dot", self.impl)
+        route_call(self.route, compiled, self.rows, 0)  # a named backend that cannot compute this call says so
+        call = _ClassCall(compiled, reductions, self.proxies)
         scale = operands_of(call.call, reductions, 0, 0, self.dtype, self.rows.device).scale
         rows: Tensor = _ClassReduce.apply(call, self.rows, self.sample_labels, self.weight, scale)
         nonfinite = nan_unless_finite(self.rows, None)
@@ -123,7 +125,8 @@ class ChunkedClassPairs(PairAccess):
     @functools.cached_property
     def resident(self) -> Pairs:
         """The same pairs, in the same order of rows, with a normalised copy of all weights."""
-        pairs = _resident(self.rows, self.sample_labels, l2_normalize(self.weight), self.impl, self.proxies)
+        impl = self.impl if self.route.named else "auto"
+        pairs = _resident(self.rows, self.sample_labels, l2_normalize(self.weight), impl, self.proxies)
         assert isinstance(pairs, Pairs)
         return pairs
 
@@ -150,13 +153,14 @@ class ChunkedClassPairs(PairAccess):
     def num_positives(self) -> Tensor:
         if not self.proxies:
             return torch.ones_like(self.labels)
-        return torch.bincount(self.sample_labels, minlength=self.weight.shape[0])
+        counts = torch.zeros_like(self.labels)  # bincount's size would depend on the labels' values
+        return counts.index_add(0, self.sample_labels, torch.ones_like(self.sample_labels))
 
     def num_negatives(self) -> Tensor:
         return (self.rows if self.proxies else self.weight).shape[0] - self.num_positives()
 
     def squared_norms(self) -> Tensor:
-        return (self.rows * self.rows).sum(1)
+        return self.resident.squared_norms() if self.proxies else (self.rows * self.rows).sum(1)
 
     def restore(self, values: Tensor) -> Tensor:
         return values if self.proxies else torch.empty_like(values).index_copy(0, self.order, values)

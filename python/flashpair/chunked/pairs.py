@@ -14,6 +14,7 @@ from ..core.class_pairs import ClassPairs, pick_class_pairs
 from ..core.label_order import LabelOrder, one_to_one
 from ..core.pairs import PairAccess
 from ..core.problem import Operands
+from ..core.reduction import Reduction
 from ..core.similarity import nan_unless_finite
 from ..engine.dispatch import Route, route_call
 from ..engine.pairs import FusedPairs, Pairs
@@ -29,6 +30,7 @@ class LabelledSource(ReferenceSource):
     """
 
     nonfinite: Tensor | float = 0.0
+    two_sided = False  # the references are the anchors, whose values travel with them
 
     def labels_and_order(self) -> tuple[Tensor, Tensor]:
         """The labels of all references (M,), sorted, and the index of each among all references (M,)."""
@@ -72,6 +74,13 @@ class ChunkedPairs(FusedPairs):
         self.ref_source, self._refs = ref_source, y
         self._counts: tuple[Tensor, int] | None = None
 
+    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
+        if not self.ref_source.two_sided:
+            for k, r in enumerate(reductions):
+                if isinstance(r, Reduction) and r.ref_offset is not None:
+                    raise RuntimeError(f"ref_offset of reductions[{k}] {self.limit}")
+        return super().reduce(*reductions)
+
     def _route_of(self, call: Call) -> Route:
         """The route of the batch, or an error: no other backend would take references in chunks."""
         return route_call(self.route._replace(named=True), call, self.x, 0)
@@ -89,6 +98,9 @@ class ChunkedPairs(FusedPairs):
     @property
     def nonfinite(self) -> Tensor:  # type: ignore[override]
         return nan_unless_finite(self.x, None) if self._nonfinite is None else self._nonfinite
+
+    def arrange_refs(self, values: Tensor) -> Tensor:
+        self._refuse("arrange_refs")
 
     def counts(self) -> tuple[Tensor, int]:
         """How many references have each anchor's label (N,), and how many references there are."""

@@ -23,9 +23,9 @@ from .similarity import masked_logsumexp
 def _old_name(old: str, new: str) -> Callable[..., Any]:
     """A method under its old name, which works for one more release and warns."""
 
-    def method(self: Any, *args: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(f"pairs.{old} is now pairs.{new}", DeprecationWarning, stacklevel=2)
-        return getattr(self, new)(*args)
+        return getattr(self, new)(*args, **kwargs)
 
     method.__doc__ = f"The old name of `{new}`, deprecated."
     return method
@@ -241,10 +241,10 @@ class PairAccess(PairReducer):
     sums = _old_name("sums", "pair_sums")
     at_both_ends = _old_name("at_both_ends", "symmetrize")
 
-    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor) -> PairAccess:
+    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor, source: Any = None) -> PairAccess:
         """The old form of `take_pairs`, deprecated."""
         warnings.warn("pairs.select is now pairs.take_pairs", DeprecationWarning, stacklevel=2)
-        return self.take_pairs(ClassPairs(rows, refs, labels, count))
+        return self.take_pairs(ClassPairs(rows, refs, labels, count, source))
 
 
 class DensePairs(PairAccess):

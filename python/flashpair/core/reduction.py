@@ -168,12 +168,19 @@ def check_call(reductions: tuple[Any, ...], x: Tensor, n: int, m: int) -> None:
             raise TypeError(f"reductions[{k}] must be a Reduction, got {what(r)}")
         for name, size in (("scale", 0), ("offset", n), ("lower", n), ("upper", n), ("ref_offset", m)):
             value = getattr(r, name)
+            if isinstance(value, Bound):
+                value = value.shift
+                if isinstance(value, bool) or not isinstance(value, (float, int)):
+                    raise TypeError(f"the shift of {name} of reductions[{k}] must be a number, got {what(value)}")
             if isinstance(value, Tensor):
                 if value.shape not in ((), (size,)):
                     raise ValueError(f"{name} of reductions[{k}] must have shape () or ({size},), got {what(value)}")
                 like(value, x, f"{name} of reductions[{k}]")
-            elif not isinstance(value, (float, int, Bound)) and (value is not None or name == "scale"):
-                raise TypeError(f"{name} of reductions[{k}] must be a number or a tensor, got {what(value)}")
+            elif value is not None or name == "scale":
+                if isinstance(value, bool) or not isinstance(value, (float, int)):
+                    raise TypeError(f"{name} of reductions[{k}] must be a number or a tensor, got {what(value)}")
+                if value != value:
+                    raise ValueError(f"{name} of reductions[{k}] must be a number or a tensor, got NaN")
 
 
 def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:

@@ -138,11 +138,6 @@ class SampleRows(PairReducer):
         """The anchors' embeddings (N, D), sorted."""
         return self.pairs.x
 
-    @property
-    def y(self) -> Tensor | None:
-        """The classes' weights (C, D)."""
-        return self.pairs.y
-
     def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
         return self.pairs.reduce(*reductions)
 

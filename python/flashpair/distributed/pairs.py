@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..chunked.pairs import ChunkedPairs, FetchedRows
 from ..core.chunks import NO_REFERENCE, places_of
 from ..core.class_pairs import ClassPairs, pick_class_pairs
+from ..core.pairs import PairAccess
 from ..core.positives import PLACES, STEPS, cut
 from ..core.reduction import Reduction
 from ..core.similarity import l2_normalize, nan_unless_finite, upcast
@@ -133,6 +136,12 @@ class SharedPairs(ChunkedPairs):
         sizes = [int(t) for t in torch.bincount(self._owners(every.anchors), minlength=self.ranks.world)]
         y = y.index_select(0, row)
         return SharedPairs(x, chosen.place, taken, False, self.distance, self.route, y, sizes, self.nonfinite)
+
+    def select(self, rows: Tensor, refs: Tensor, labels: Tensor, count: Tensor, source: Any = None) -> PairAccess:
+        """The old form of `take_pairs`, deprecated: of the last result of `class_pairs`."""
+        if source is None and self.chosen is not None:
+            source = self.chosen.source
+        return super().select(rows, refs, labels, count, source)
 
     def _owners(self, anchors: Tensor) -> Tensor:
         """The process of each of some anchors (K,), which go by their index among all anchors."""

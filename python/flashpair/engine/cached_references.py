@@ -76,6 +76,8 @@ class References(checks.Labelled):
     @property
     def labels(self) -> Tensor:  # type: ignore[override]
         """(M,) int64."""
+        if torch.compiler.is_compiling():  # the versions of tensors are no constants of a graph
+            return self._source.to(torch.int64)
         self._refresh()
         return self._labels
 

@@ -230,6 +230,8 @@ class Pairs(FusedPairs):
         return (self.x.to(self.dtype) * self.refs.to(self.dtype)).sum(1)
 
     def pair_sums(self, step: int) -> tuple[Pairs, Tensor, Tensor, Tensor]:
+        if not self.square:
+            raise RuntimeError("pairs.pair_sums is of a batch with itself, without references")
         p = self.label_order
         _, partner, first = class_partners(p.lo, p.hi, step)
         x = self.x.to(self.dtype)

@@ -26,7 +26,7 @@ from .positive_pairs import dense_similarities
 _library = torch.library.Library("flashpair", "DEF")
 _arguments = (
     "Tensor x, Tensor? y, Tensor lo, Tensor hi, Tensor? end, Tensor order, Tensor? scale, Tensor[] vectors, "
-    "int[] slots, int[] code, float[] shifts, float[] scales, str distance, str impl, "
+    "int[] vector_roles, int[] codes, float[] shifts, float[] scales, str distance, str backend, "
 )
 _library.define(f"row_reduce({_arguments}bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
