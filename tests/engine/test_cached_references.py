@@ -140,7 +140,7 @@ def test_nothing_keeps_them_but_their_owner():
 
 def test_what_they_cannot_be():
     x, labels = batch(12, 8, 4, torch.float32)
-    with pytest.raises(ValueError, match="ref_labels must be None with References"):
+    with pytest.raises(ValueError, match="ref_labels must be None if ref_emb is a References"):
         MultiSimilarityLoss()(x, labels, ref_emb=References(x, labels), ref_labels=labels)
     with pytest.raises(ValueError, match=r"ref_labels must have shape \(M,\) = \(12,\)"):
         References(x, labels[:5])
