@@ -142,8 +142,8 @@ class Criterion(nn.Module):
         """The loss of each row; every subclass defines it.
 
         Args:
-            pairs: a `Pairs`, or another source with its methods; `pairs.reduce` gives row values (N,), in the order of
-                ``pairs.labels``.
+            pairs: a `PairAccess`, or a `PairReducer` where processes share class weights; `pairs.reduce` gives row
+                values (N,), in the order of ``pairs.labels``.
 
         Returns:
             `RowLosses`, in the same order.
