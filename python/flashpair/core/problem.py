@@ -185,7 +185,7 @@ def stages(terms: Terms) -> list[list[int]]:
     """
     depth: list[int] = []
     for t in terms:
-        depth.append(1 + max((depth[bound] for bound in (t.lower_of, t.upper_of) if bound >= 0), default=-1))
+        depth.append(1 + max(depth[bound] if bound >= 0 else -1 for bound in (t.lower_of, t.upper_of)))
     return [[k for k in range(len(terms)) if depth[k] == stage] for stage in range(max(depth, default=-1) + 1)]
 
 
