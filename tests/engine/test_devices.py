@@ -296,7 +296,8 @@ def test_what_is_no_tensor_is_named_in_one_line():
         "got numpy ndarray of dtype >f4 and shape (24, 8); torch.from_numpy needs this machine's byte order": (
             array.astype(">f4"), LABELS),
         "got list of 24, the first of them numpy ndarray of dtype float32": (list(array), LABELS),
-        "got list of 2, the first of them float32 (24, 8) on cpu; a loader's batch": ([X, LABELS], LABELS),
+        "got list of 2, the first of them float32 (24, 8) on cpu; pass one tensor of a loader's batch": (
+            [X, LABELS], LABELS),
         "got NoneType None": (None, LABELS),
         "got uint64 (24,) on cpu": (X, LABELS.to(torch.uint64)),
     }  # fmt: skip

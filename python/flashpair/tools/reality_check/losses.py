@@ -63,7 +63,7 @@ def candidate(name: str) -> Candidate:
     Examples:
         >>> from flashpair.tools.reality_check import candidate
         >>> candidate("nt_xent").space["temperature"]
-        Range(low=0.01, high=1.0, log=True)
+        Range(low=0.01, high=1.0, log=True, integer=False)
     """
     if name in OLD_NAMES:
         warnings.warn(f"the loss {name!r} is now {OLD_NAMES[name]!r}", DeprecationWarning, stacklevel=2)
