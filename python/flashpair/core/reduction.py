@@ -148,6 +148,20 @@ def bound_places(reductions: tuple[Reduction, ...]) -> list[tuple[int, int]]:
     return bounds
 
 
+def check_number(value: Any, name: str, wanted: str) -> None:
+    """Raises TypeError for what is no number, and ValueError for NaN.
+
+    Args:
+        value: what the caller gave.
+        name: what it is called.
+        wanted: what it must be, in words.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {wanted}, got {what(value)}")
+    if value != value:
+        raise ValueError(f"{name} must be {wanted}, got NaN")
+
+
 def check_call(reductions: tuple[Any, ...], x: Tensor, n: int, m: int) -> None:
     """Checks the arguments of `PairReducer.reduce`.
 
@@ -169,18 +183,13 @@ def check_call(reductions: tuple[Any, ...], x: Tensor, n: int, m: int) -> None:
         for name, size in (("scale", 0), ("offset", n), ("lower", n), ("upper", n), ("ref_offset", m)):
             value = getattr(r, name)
             if isinstance(value, Bound):
-                value = value.shift
-                if isinstance(value, bool) or not isinstance(value, (float, int)):
-                    raise TypeError(f"the shift of {name} of reductions[{k}] must be a number, got {what(value)}")
-            if isinstance(value, Tensor):
+                check_number(value.shift, f"the shift of {name} of reductions[{k}]", "a number")
+            elif isinstance(value, Tensor):
                 if value.shape not in ((), (size,)):
                     raise ValueError(f"{name} of reductions[{k}] must have shape () or ({size},), got {what(value)}")
                 like(value, x, f"{name} of reductions[{k}]")
             elif value is not None or name == "scale":
-                if isinstance(value, bool) or not isinstance(value, (float, int)):
-                    raise TypeError(f"{name} of reductions[{k}] must be a number or a tensor, got {what(value)}")
-                if value != value:
-                    raise ValueError(f"{name} of reductions[{k}] must be a number or a tensor, got NaN")
+                check_number(value, f"{name} of reductions[{k}]", "a number or a tensor")
 
 
 def place_of(r: Reduction, among: tuple[Reduction, ...]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.pairs import PairReducer
-from ..core.reduction import DISTANCES, Bound, Reduction, place_of
+from ..core.reduction import DISTANCES, Bound, Reduction, check_number, place_of
 from .pairs import checked_pairs
 
 
@@ -82,17 +81,13 @@ def _check(name: str, value: Any, size: int | None, x: Tensor) -> None:
     if isinstance(value, Bound):
         if not isinstance(value.of, Reduction):
             raise TypeError(f"{name} must be bound to a Reduction, got {checks.what(value.of)}")
-        name, value = f"the shift of {name}", value.shift
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {checks.what(value)}")
+        check_number(value.shift, f"the shift of {name}", "a number")
+        return
     if value is None:
         return
     shape = "()" if size is None else f"() or ({size},)"
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or a tensor of shape {shape}, got {checks.what(value)}")
-        if math.isnan(value):
-            raise ValueError(f"{name} must be a number or a tensor of shape {shape}, got NaN")
+        check_number(value, name, f"a number or a tensor of shape {shape}")
         return
     if value.dtype not in checks.FLOATS + checks.INTEGERS:
         raise TypeError(f"{name} must be a real tensor of shape {shape}, got {checks.what(value)}")
