@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..core.pairs import PairAccess, PairReducer
-from ..core.reduction import Reduction
 from ..losses.base import Criterion, RowLosses
 from ..losses.class_loss import ClassCriterion
-from .collectives import AllReduceSum, Ranks, all_logsumexp
+from .collectives import Ranks
 
 ANCHORS = ("samples", "proxies")
 WHOLE_CALLS = ("forward", "_loss", "_by_rows")  # methods that see the batch of one process only
@@ -105,85 +102,6 @@ class Totals(TorchFunctionMode):
             if any(t in self for t in given) and all(t in self or not t.dim() for t in given):
                 self.add(out)
         return out
-
-
-class SampleRows(PairReducer):
-    """Pairs of this process's samples with all class weights. Sums over the batch are over all processes' samples.
-
-    Args:
-        pairs: this process's samples against all classes.
-        ranks: the processes.
-    """
-
-    limit = "sees one process's samples only, and is not available where processes share the batch"
-
-    def __init__(self, pairs: PairAccess, ranks: Ranks) -> None:
-        self.pairs, self.ranks = pairs, ranks
-        self.labels, self.square, self.distance = pairs.labels, pairs.square, pairs.distance
-
-    @property
-    def count(self) -> int:
-        return self.pairs.count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.pairs.dtype
-
-    @property
-    def ref_labels(self) -> Tensor:
-        return self.pairs.ref_labels
-
-    @property
-    def x(self) -> Tensor:
-        """The anchors' embeddings (N, D), sorted."""
-        return self.pairs.x
-
-    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
-        return self.pairs.reduce(*reductions)
-
-    def num_positives(self) -> Tensor:
-        return self.pairs.num_positives()
-
-    def num_negatives(self) -> Tensor:
-        return self.pairs.num_negatives()
-
-    def squared_norms(self) -> Tensor:
-        return self.pairs.squared_norms()
-
-    def restore(self, values: Tensor) -> Tensor:
-        return self.pairs.restore(values)
-
-    def arrange(self, values: Tensor) -> Tensor:
-        return self.pairs.arrange(values)
-
-    def arrange_refs(self, values: Tensor) -> Tensor:
-        return self.pairs.arrange_refs(values)
-
-    def positives(self, most: int | None = None, block: range | None = None) -> tuple[Tensor, Tensor]:
-        """As `PairAccess.positives`, with the same number of places on every process."""
-        return self.pairs.positives(self.most_positives(most), block)
-
-    def positive_blocks(self, most: int) -> list[range]:
-        """As `PairAccess.positive_blocks`."""
-        return self.pairs.positive_blocks(most)
-
-    def most_positives(self, most: int | None = None) -> int:
-        """The largest number of positives that a row of any process has, at least 1; `most` if it is given."""
-        if most is not None:
-            return most
-        count = torch.cat([self.pairs.num_positives(), self.pairs.labels.new_ones(1)])
-        return int(self.ranks.max(count.max()))
-
-    def batch_sum(self, values: Tensor) -> Tensor:
-        total: Tensor = AllReduceSum.apply(self.ranks, self.pairs.batch_sum(values))
-        return total
-
-    def batch_logsumexp(self, values: Tensor) -> Tensor:
-        return all_logsumexp(self.ranks, self.pairs.batch_logsumexp(values)[None])[0]
-
-    def dense(self) -> SampleRows:
-        """The same pairs over the dense matrix."""
-        return SampleRows(self.pairs.dense(), self.ranks) if hasattr(self.pairs, "dense") else self
 
 
 def rows_of(criterion: Criterion, pairs: Any, ranks: Ranks) -> RowLosses:

@@ -7,8 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..chunked.class_weights import class_pairs
-from ..core.pairs import PairAccess, PairReducer
-from ..core.reduction import Bound, Reduction
+from ..core.pairs import PairReducer
 from ..losses.base import Penalty, RowLosses, Terms
 from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
@@ -16,6 +15,7 @@ from .agreement import Described
 from .claims import check_parts
 from .collectives import AllGatherRows, AllReduceSum, Ranks, all_logsumexp
 from .global_loss import GlobalCriterion, ParameterSlot, slice_of
+from .local_pairs import MergedPairs
 
 
 def shard_classes(
@@ -147,69 +147,3 @@ class ShardedClasses(GlobalCriterion):
         if self.criterion.penalizes == "classes":
             return penalty.number.detach()
         return super()._number(ranks, penalty)
-
-
-class MergedPairs(PairReducer):
-    """Pairs of all rows with this process's classes. Their row values are merged over the classes of all processes.
-
-    Args:
-        pairs: all rows against this process's classes [first, ...).
-        ranks: the processes.
-        first: the first of this process's classes.
-        num_classes: the number of classes of all processes.
-    """
-
-    limit = "is not available where classes are split over processes"
-
-    def __init__(self, pairs: PairAccess, ranks: Ranks, first: int, num_classes: int) -> None:
-        self.pairs, self.ranks, self.num_classes = pairs, ranks, num_classes
-        self.labels, self.square, self.distance = pairs.labels + first, pairs.square, pairs.distance
-
-    @property
-    def count(self) -> int:
-        return self.pairs.count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.pairs.dtype
-
-    @property
-    def ref_labels(self) -> Tensor:
-        """(C,) int64, all classes."""
-        return torch.arange(self.num_classes, device=self.labels.device)
-
-    @property
-    def x(self) -> Tensor:
-        """The anchors' embeddings (N, D), sorted."""
-        return self.pairs.x
-
-    def num_positives(self) -> Tensor:
-        return torch.ones_like(self.labels)
-
-    def num_negatives(self) -> Tensor:
-        return torch.full_like(self.labels, self.num_classes - 1)
-
-    def squared_norms(self) -> Tensor:
-        return self.pairs.squared_norms()
-
-    def restore(self, values: Tensor) -> Tensor:
-        return self.pairs.restore(values)
-
-    def arrange(self, values: Tensor) -> Tensor:
-        return self.pairs.arrange(values)
-
-    def reduce(self, *reductions: Reduction) -> tuple[Tensor, ...]:
-        for r in reductions:
-            if r.op not in ("sum", "logsumexp"):
-                raise ValueError(
-                    f"op must be 'sum' or 'logsumexp' where classes are split over processes, got {r.op!r}"
-                )
-            if isinstance(r.lower, Bound) or isinstance(r.upper, Bound):
-                raise ValueError("lower and upper must not be a Bound where classes are split over processes")
-            if isinstance(r.ref_offset, Tensor) and r.ref_offset.dim():
-                raise ValueError("ref_offset must not be a vector where classes are split over processes")
-        rows = []
-        for row, r in zip(self.pairs.reduce(*reductions), reductions, strict=True):
-            row = AllReduceSum.apply(self.ranks, row) if r.op == "sum" else all_logsumexp(self.ranks, row)
-            rows.append(row.detach() if r.detach else row)
-        return tuple(rows)

@@ -95,6 +95,10 @@ class Ranks:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
         return most
 
+    def most_of_all(self, counts: Tensor) -> int:
+        """The largest of the counts (n,) of all processes, at least 1. The host waits for it."""
+        return int(self.max(torch.cat([counts, counts.new_ones(1)]).max()))
+
     def sendrecv(self, out: Tensor, to: int, into: Tensor, source: int, tag: int) -> Transfer:
         """Starts to send `out` to one process, and to receive `into` from another. Empty tensors are not sent.
 

@@ -19,9 +19,10 @@ from ..losses.base import Criterion, Penalty, RowLosses
 from ..losses.class_loss import ClassCriterion
 from . import pairs as shared
 from .agreement import REFUSED, Described, validate_call
-from .claims import SampleRows, check_claims, overrides, rows_of
+from .claims import check_claims, overrides, rows_of
 from .collectives import AllReduceGrad, AllReduceSum, Ranks, ScaleGrad
 from .eager_gradient import EagerGradient, kept
+from .local_pairs import SampleRows
 from .schedules import SOURCES
 
 GRADIENTS = ("mean", "sum")

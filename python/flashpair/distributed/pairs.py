@@ -61,10 +61,7 @@ class SharedPairs(ChunkedPairs):
         return all_logsumexp(self.ranks, super().batch_logsumexp(values)[None])[0]
 
     def most_positives(self, most: int | None = None) -> int:
-        if most is not None:
-            return most
-        count = torch.cat([self.num_positives(), self.labels.new_ones(1)])
-        return int(self.ranks.max(count.max()))
+        return self.ranks.most_of_all(self.num_positives()) if most is None else most
 
     def positive_blocks(self, most: int) -> list[range]:
         """Larger blocks than elsewhere, because each block gets all references of the other processes again."""
