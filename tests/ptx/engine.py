@@ -51,8 +51,8 @@ def _sorted_rows(
     return found
 
 
-def _route_small_batch(impl: str, *rest: Any, of: Callable[..., Any] = dispatch.route_small_batch) -> Any:
-    return of(impl, *rest) if impl == "onchip" else None
+def _small_batch_backend(impl: str, *rest: Any, of: Callable[..., str] = dispatch.small_batch_backend) -> str:
+    return of(impl, *rest) if impl == "onchip" else ""
 
 
 def _unsupported_reasons(
@@ -75,7 +75,7 @@ def gpu(arch: str) -> Iterator[None]:
         _everywhere(stack, row_reduce_op.backend_module, lambda impl, device: modules[impl])
         _everywhere(stack, sorted_rows.sorted_rows, _sorted_rows)
         _everywhere(stack, dispatch.compute_dtype, _compute_dtype)
-        _everywhere(stack, dispatch.route_small_batch, _route_small_batch)
+        _everywhere(stack, dispatch.small_batch_backend, _small_batch_backend)
         _everywhere(stack, dispatch._unsupported_reasons, _unsupported_reasons)
         stack.enter_context(mock.patch.object(configs, "family", lambda device: FAMILIES[arch]))
         stack.enter_context(mock.patch.object(tiled, "BLOCK", BLOCK))

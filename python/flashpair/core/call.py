@@ -87,21 +87,25 @@ def compile_call(reductions: Sequence[Reduction], distance: str, backend: str) -
 
 
 def _compile(constants: tuple[_Constants, ...], distance: str, backend: str) -> Call:
-    """Gives every vector its place, and turns words into numbers."""
-    terms: list[Term] = []
+    """Gives every vector its place."""
     vectors: list[int] = []
     for k, c in enumerate(constants):
-        slots = []
-        for role, is_vector in enumerate((*c.vectors, c.lower[2], c.upper[2])):
-            slots.append(len(vectors) if is_vector else -1)
-            vectors += [len(ROLES) * k + role] if is_vector else []
-        terms.append(
-            Term(
-                c.op, c.side, c.transform, c.detach, c.lower[0], c.upper[0], c.lower[1], c.upper[1], c.offset,
-                tuple(slots),
-            )
-        )  # fmt: skip
+        is_vector = (*c.vectors, c.lower[2], c.upper[2])
+        vectors += [len(ROLES) * k + role for role in ROLES if is_vector[role]]
+    terms = [
+        Term(
+            c.op, c.side, c.transform, c.detach, c.lower[0], c.upper[0], c.lower[1], c.upper[1], c.offset,
+            _slots(vectors, k),
+        )
+        for k, c in enumerate(constants)
+    ]  # fmt: skip
     return Call(tuple(terms), tuple(vectors), tuple(c.scale for c in constants), distance, backend)
+
+
+def _slots(vectors: Sequence[int], k: int) -> tuple[int, ...]:
+    """`Term.slots` of reduction `k`: where the vector of each role stands among `Call.vectors`, or -1."""
+    wanted = [len(ROLES) * k + role for role in ROLES]
+    return tuple(vectors.index(vector) if vector in vectors else -1 for vector in wanted)
 
 
 _compiled = functools.lru_cache(maxsize=256)(_compile)
@@ -167,11 +171,10 @@ def _decoded(
     vectors: tuple[int, ...], codes: tuple[int, ...], shifts: tuple[float, ...], scales: tuple[float, ...],
     distance: str, backend: str,
 ) -> Call:  # fmt: skip
-    slot_of = {vector: slot for slot, vector in enumerate(vectors)}
     terms = []
     for k in range(len(scales)):
         op, side, transform, detach, lower_of, upper_of = codes[CODES * k : CODES * (k + 1)]
         lower, upper, offset = shifts[SHIFTS * k : SHIFTS * (k + 1)]
-        slots = tuple(slot_of.get(len(ROLES) * k + role, -1) for role in ROLES)
+        slots = _slots(vectors, k)
         terms.append(Term(op, side, transform, bool(detach), lower_of, upper_of, lower, upper, offset, slots))
     return Call(tuple(terms), vectors, scales, distance, backend)

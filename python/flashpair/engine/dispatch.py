@@ -1,7 +1,7 @@
 """Chooses the implementation that runs: the one that the caller names, or for `auto` the best for device and size.
 
-A batch gets its `Route` once (`route_pairs`, `route_chunks`, `route_small_batch`). For a call of some reductions of the
-batch, `route_call` may choose another implementation.
+A batch gets its `Route` once (`route_pairs`, `route_chunks`). For a call of some reductions of the batch, `route_call`
+may choose another implementation. `small_batch_backend` says what computes a whole loss in one call.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def route_chunked_call(route: Route, call: Call, x: Tensor) -> Route:
     return route._replace(backend="screened")
 
 
-def route_small_batch(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) -> Route | None:
-    """The route of a whole loss in one call; None: no implementation computes it in one call.
+def small_batch_backend(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) -> str:
+    """The implementation that computes a whole loss in one call; empty: none does.
 
     Args:
         impl: as `Criterion` takes it.
@@ -222,11 +222,7 @@ def route_small_batch(impl: str, x: Tensor, y: Tensor | None, one_pair: bool) ->
     elif device == "cpu":
         pairs = n * m if not one_pair else (n // 2 if y is None else min(n, m)) ** 2
         if impl not in ("auto", "tiled") or pairs > WHOLE_PAIRS or max(n, m) > WHOLE_SIDE:
-            return None
+            return ""
     elif impl != "auto" or device != "cuda" or max(n, m) > ONCHIP_SIDE or n * m * d > ONCHIP_WORK:
-        return None
-    if _unsupported_reasons(backend, device):
-        return None
-    dtype = x.dtype if y is None else torch.promote_types(x.dtype, y.dtype)
-    narrow = backend == "onchip" and dtype == x.dtype  # onchip takes 16-bit embeddings as they are
-    return Route(backend, impl != "auto", dtype if narrow else accumulator(dtype))
+        return ""
+    return "" if _unsupported_reasons(backend, device) else backend

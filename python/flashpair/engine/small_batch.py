@@ -24,7 +24,7 @@ from ..backends.cuda import onchip
 from ..core.problem import AVERAGINGS, Results, SmallBatch, SmallBatchCode, accumulator, plain, solid
 from ..core.row_formula import FORMULAS, RowFormula
 from ..core.similarity import no_autocast
-from .dispatch import route_small_batch
+from .dispatch import small_batch_backend
 
 NONE = AVERAGINGS.index("none")
 
@@ -62,10 +62,10 @@ def plan(
     Raises:
         RuntimeError: ``impl="onchip"`` cannot compute it; the error gives all reasons.
     """
-    route = route_small_batch(impl, x, y, formula is not None and formula.one_pair)
-    if route is None:
+    backend = small_batch_backend(impl, x, y, formula is not None and formula.one_pair)
+    if not backend:
         return None
-    plan_or_reasons = _plan(route.backend, formula, x, y, reduction, normalize, distance, penalty)
+    plan_or_reasons = _plan(backend, formula, x, y, reduction, normalize, distance, penalty)
     if isinstance(plan_or_reasons, Plan):
         return plan_or_reasons
     if impl == "onchip":
